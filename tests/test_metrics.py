@@ -1,0 +1,386 @@
+"""Metrics agree with their papers, with published values and with the packages that everybody compares against."""
+
+import bench  # noqa: F401  (first: it repairs torchvision, which the packages below import)
+
+# isort: split
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from bench import metrics, weights
+from bench.files import UserError, sha256_file
+from bench.metrics import CodeHistogram, FrechetStatistics, KernelDistance, Scores, from_uint8, psnr, ssim, to_uint8
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=weights.TRUNKS)
+def perceptual(request):
+    return trunk(request.param)
+
+
+def trunk(net):
+    try:
+        return metrics.perceptual(net, CPU)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_inception(monkeypatch):
+    trunk("alex"), trunk("vgg")
+    monkeypatch.setattr(weights, "inception", lambda path: None)
+
+
+def crop(image, y, x):
+    """(1, 3, 64, 64) uint8"""
+    return torch.from_numpy(image[y : y + 64, x : x + 64].copy()).permute(2, 0, 1)[None]
+
+
+def photographs(n, seed):
+    """(n, 3, 64, 64) uint8 crops, and the same with grey noise"""
+    rng = np.random.default_rng(seed)
+    sources = [data.astronaut(), data.chelsea(), data.coffee()]
+    x = torch.cat([crop(sources[k % 3], *rng.integers(0, 230, 2)) for k in range(n)])
+    noise = torch.from_numpy(rng.normal(0, 20, (n, 1, 64, 64)))
+    return x, (x + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def test_uint8_survives_the_round_trip_exactly():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(every)), every)
+    assert from_uint8(every).aminmax() == (-1, 1)
+
+
+def test_to_uint8_clamps_and_rounds():
+    x = torch.tensor([-7.0, -1.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1, 1.0, 1.001, math.inf])
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.tensor([math.nan]))
+
+
+def test_psnr_and_ssim_agree_with_skimage():
+    x, x_hat = photographs(6, 0)
+    pairs = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(x, x_hat, strict=True)]
+    expected = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs]
+    torch.testing.assert_close(psnr(x_hat, x).double(), torch.tensor(expected), atol=1e-4, rtol=0)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2}
+    expected = [structural_similarity(a, b, data_range=255, **options) for a, b in pairs]
+    torch.testing.assert_close(ssim(x_hat, x).double(), torch.tensor(expected), atol=1e-4, rtol=0)
+    # The bug to stay clear of: range 2 for images in [0, 1] makes the stabilising constants four times too large.
+    wrong = [structural_similarity(a / 255, b / 255, data_range=2, **options) for a, b in pairs]
+    assert (ssim(x_hat, x).numpy() - wrong < -1e-3).all()
+
+
+def test_identical_images_score_the_cap_and_one():
+    x, _ = photographs(2, 1)
+    assert psnr(x, x).tolist() == [100.0, 100.0]
+    torch.testing.assert_close(ssim(x, x), torch.ones(2))
+
+
+def test_scores_of_images_take_uint8_of_equal_shape():
+    x, _ = photographs(2, 1)
+    for score in (psnr, ssim):
+        for bad in (x.float(), x[:1], x[:, :1], x[0]):
+            with pytest.raises(ValueError, match="must be uint8 of equal shape"):
+                score(bad, x)
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        ssim(x[..., :10], x[..., :10])
+
+
+# ----------------------------------------------------------------------------------------------------------- perceptual
+
+GOLDEN = {"alex": (0.43375, 0.00796), "vgg": (0.65198, 0.00993)}
+
+
+def test_lpips_golden_values(perceptual):
+    astronaut, cat = crop(data.astronaut(), 0, 192), crop(data.chelsea(), 64, 128)
+    brighter = (from_uint8(astronaut) + 20 / 127.5).clamp(-1, 1)
+    pairs = torch.cat([from_uint8(cat), brighter]), from_uint8(astronaut).expand(2, -1, -1, -1)
+    np.testing.assert_allclose(perceptual(*pairs).detach().numpy(), GOLDEN[perceptual.net], atol=6e-6)
+
+
+def test_lpips_values_and_gradients_equal_the_package(perceptual):
+    reference = weights.lpips_network(perceptual.net)
+    x_hat, x = torch.rand(2, 3, 3, 48, 64, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    x_hat.requires_grad_()
+    ours, theirs = perceptual(x_hat, x), reference(x_hat, x).flatten()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    gradient, expected = (torch.autograd.grad(value.sum(), x_hat)[0] for value in (ours, theirs))
+    assert (gradient - expected).norm() < 1e-2 * expected.norm()  # rounding may tip a max-pooling the other way
+
+
+def test_lpips_gradient_is_finite_where_the_package_gives_nan(perceptual):
+    x = torch.zeros(1, 3, 32, 32)
+    for x_hat in (x.clone(), x + 0.5):
+        x_hat.requires_grad_()
+        perceptual(x_hat, x).sum().backward()
+        assert x_hat.grad.isfinite().all()
+    silent, reference = copy.deepcopy(perceptual), weights.lpips_network(perceptual.net)
+    for pretrained in (silent.trunk, reference.net):
+        last = [module for module in pretrained.slice5 if isinstance(module, torch.nn.Conv2d)][-1]
+        last.weight.zero_()
+        last.bias.fill_(1e-25)  # every unit fires, and the square is zero in float32
+    x_hat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    assert torch.autograd.grad(reference(x_hat, x).sum(), x_hat)[0].isnan().any()
+    assert torch.autograd.grad(silent(x_hat, x + 0.5).sum(), x_hat)[0].isfinite().all()
+
+
+def test_lpips_trains_the_reconstruction_only(perceptual):
+    x_hat, x = torch.zeros(2, 1, 3, 32, 32, requires_grad=True).unbind()
+    x = x.detach().requires_grad_()
+    perceptual(x_hat, x).sum().backward()
+    assert x.grad is None
+    assert not any(parameter.requires_grad for parameter in perceptual.parameters())
+
+
+def test_lpips_refuses_what_is_not_an_image(perceptual):
+    x = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="floats"):
+        perceptual(x.to(torch.uint8), x)
+    small = x[..., : metrics.MINIMUM_SIZE[perceptual.net]]
+    perceptual(small, small)
+    with pytest.raises(ValueError, match="pixels a side"):
+        perceptual(small[..., 1:], small[..., 1:])
+    beyond = x + torch.linspace(0, 1.5, 64)
+    for pair in ((beyond, x), (x, beyond)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"not \[0, 1\.5\]"):
+            perceptual(*pair)
+        with pytest.raises(ValueError, match=r"not \[0, 1\.5\]"):
+            perceptual.distance_and_features(*pair)
+        perceptual(*pair)  # where gradients are recorded, nothing waits for a check
+
+
+def test_lpips_first_made_during_evaluation_can_train():
+    trunk("alex")
+    metrics.perceptual.cache_clear()
+    with torch.inference_mode():
+        metrics.perceptual("alex", CPU)
+    x_hat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    metrics.perceptual("alex", CPU)(x_hat, x_hat.detach() + 0.5).sum().backward()
+    assert x_hat.grad.abs().sum() > 0
+
+
+def test_features_are_the_pooled_last_layer(perceptual):
+    x_hat, x = torch.rand(2, 2, 3, 64, 64).mul(2).sub(1)
+    distance, pooled_hat, pooled = perceptual.distance_and_features(x_hat, x)
+    torch.testing.assert_close(distance, perceptual(x_hat, x))
+    reference = weights.lpips_network(perceptual.net)
+    for images, features in ((x_hat, pooled_hat), (x, pooled)):
+        expected = reference.net(reference.scaling_layer(images))[-1].mean((2, 3))
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- image sets
+
+
+def statistics(features, batch=7):
+    result = FrechetStatistics(features.shape[1])
+    for part in torch.as_tensor(features).split(batch):
+        result.update(part)
+    return result
+
+
+def gaussian(n, mean, variance, rng):
+    """(n, D) vectors whose sample moments are exactly these: a mean and a diagonal covariance."""
+    white = rng.normal(size=(n, len(mean)))
+    white -= white.mean(0)
+    white = np.linalg.qr(white)[0] * math.sqrt(n - 1)
+    return white * np.sqrt(variance) + mean
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(6, 40), batch=st.integers(1, 50))
+@settings(max_examples=25, deadline=None)
+def test_frechet_distance_of_gaussians_in_closed_form(seed, n, batch):
+    rng = np.random.default_rng(seed)
+    (mean, other_mean), (variance, other_variance) = rng.normal(size=(2, 5)), rng.uniform(0.1, 4, (2, 5))
+    first, second = gaussian(n, mean, variance, rng), gaussian(50, other_mean, other_variance, rng)
+    expected = ((mean - other_mean) ** 2).sum() + ((variance**0.5 - other_variance**0.5) ** 2).sum()
+    assert statistics(first, batch).distance(statistics(second, batch)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_frechet_statistics_stream_merge_and_ignore_order():
+    features = torch.rand(40, 6) + 100  # a mean far above the deviation
+    mean, covariance = statistics(features, 40).moments()
+    np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
+    merged = statistics(features[:13])
+    merged.merge(statistics(features[13:]))
+    for other in (statistics(features, 3), statistics(features.flip(0)), merged):
+        for found, expected in zip(other.moments(), (mean, covariance), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_set_distances_need_two_samples():
+    one, many = torch.zeros(1, 4), torch.rand(5, 4)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        statistics(many).distance(statistics(one))
+    kernel, empty = KernelDistance(), KernelDistance()
+    kernel.update(many)
+    with pytest.raises(ValueError, match="at least 2 samples of each, not 0"):
+        kernel.distance(empty)
+
+
+class VGG16Features(FeatureExtractorBase):
+    """Our features, as torch-fidelity wants them."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        return (metrics.perceptual("vgg", CPU).features(from_uint8(images))[-1].mean((2, 3)),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("512",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "512"
+
+
+torch_fidelity.register_feature_extractor("vgg16-relu5_3", VGG16Features)
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def fidelity(x_hat, x, **options):
+    """torch-fidelity's own numbers on the same images."""
+    common = {"cuda": False, "save_cpu_ram": True, "cache": False, "verbose": False, "batch_size": 8}
+    return torch_fidelity.calculate_metrics(input1=Images(x_hat), input2=Images(x), **common, **options)
+
+
+@pytest.mark.parametrize("subset", [1000, 16])  # the whole of both sets once, and many subsets
+def test_vgg16_distances_equal_torch_fidelity(no_inception, monkeypatch, subset):
+    x, x_hat = photographs(24, 2)
+    scores = Scores()
+    scores.update(x[:10], x_hat[:10])
+    scores.update(x[10:], x_hat[10:])
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", subset)
+    found = scores.result()
+    expected = fidelity(
+        x_hat, x, fid=True, kid=True, kid_subset_size=min(24, subset), feature_extractor="vgg16-relu5_3"
+    )
+    assert found["fid_vgg16"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert found["kid_vgg16"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture
+def random_inception(tmp_path, monkeypatch):
+    """A file of Inception weights, randomly initialised and accepted as the real ones."""
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"])
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+    path = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), path)
+    monkeypatch.setitem(weights.DIGESTS, "inception", sha256_file(path)[:8])
+    return path
+
+
+@pytest.mark.slow
+def test_fid_equals_torch_fidelity(random_inception):
+    trunk("vgg")
+    x, x_hat = photographs(6, 3)
+    random_state = torch.get_rng_state()
+    scores = Scores(inception_path=random_inception)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    scores.update(x, x_hat)
+    expected = fidelity(x_hat, x, fid=True, feature_extractor_weights_path=str(random_inception))
+    assert scores.result()["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- all at once
+
+
+def test_scores_are_means_over_images_whatever_the_batches(no_inception):
+    x, x_hat = photographs(7, 4)
+    whole, parts = Scores(), Scores()
+    whole.update(x, x_hat)
+    for part, part_hat in zip(x.split(3), x_hat.split(3), strict=True):
+        parts.update(part, part_hat)
+    assert set(whole.result()) == {"fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim"}
+    assert whole.result() == pytest.approx(parts.result(), rel=1e-3, abs=1e-5)
+    for name, values in parts.per_image.items():
+        assert values.shape == (7,)
+        assert values.mean() == pytest.approx(whole.result()[name], rel=1e-5)
+    for net in weights.TRUNKS:
+        right, wrong = (trunk(net)(scale(x_hat), scale(x)) for scale in (from_uint8, lambda images: images / 255))
+        np.testing.assert_allclose(parts.per_image[f"lpips_{net}"], right, atol=1e-5)
+        assert (right - wrong).abs().max() > 0.01  # the bug to stay clear of: LPIPS on [0, 1]
+
+
+def test_scores_run_each_network_once_per_image_in_float32(no_inception):
+    x, x_hat = photographs(4, 5)
+    plain, cast = Scores(), Scores()
+    plain.update(x, x_hat)
+    images, hooks = [], []
+    for network in (cast.alex, cast.vgg):
+        hooks.append(network.trunk.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0]))))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.update(x, x_hat)
+    for hook in hooks:
+        hook.remove()
+    assert images == [4] * 4  # originals and reconstructions, two networks
+    assert cast.result() == plain.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------- codes
+
+
+def histogram(codebook_size, *batches):
+    result = CodeHistogram(codebook_size)
+    for batch in batches:
+        result.update(torch.as_tensor(batch))
+    return result
+
+
+def test_perplexity_is_that_of_the_set_and_not_a_mean_over_batches():
+    batches = [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
+    assert histogram(8, *batches).perplexity() == pytest.approx(4)
+    assert np.mean([histogram(8, batch).perplexity() for batch in batches]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 512])
+def test_uniform_codes_have_perplexity_k(size):
+    uniform = histogram(size, torch.arange(size).reshape(1, -1, 1).repeat(3, 1, 2))
+    assert uniform.perplexity() == pytest.approx(size)
+    assert (uniform.usage(), uniform.dead_codes()) == (1, 0)
+
+
+def test_usage_counts_no_code_that_did_not_occur():
+    codes = histogram(8, [[5, 5], [7, 5]], torch.empty(0, 2, 2, dtype=torch.int64))
+    assert codes.counts.tolist() == [0, 0, 0, 0, 0, 3, 0, 1]
+    assert (codes.usage(), codes.dead_codes()) == (0.25, 6)
+    assert codes.perplexity() == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+
+
+@pytest.mark.parametrize("codes", [[-1, 0], [0, 8], [0.0, 1.0]])
+def test_codes_outside_the_codebook_are_refused(codes):
+    with pytest.raises(ValueError, match=r"integers in \[0, 8\)"):
+        histogram(8, codes)
