@@ -51,7 +51,7 @@ class Config:
     ema_decay: float = 0.99
     """decay of the ema quantizer's running sums"""
     revive_after: int = 50
-    """a code unused for this many steps is reset to a random token; 0 never resets"""
+    """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
     reconstruction: Literal["l1", "l2"] = "l2"
     """pixel loss on [-1, 1]: mean absolute or mean squared error"""
     lpips_weight: float = 0.05

@@ -59,8 +59,9 @@ class Quantizer(nn.Module):
     """Look-up, straight-through estimator, initialisation from data and dead-code reset; siblings add the learning.
 
     codebook_size: K ≥ 1. code_dim: d ≥ 1. beta: commitment weight β ≥ 0.
-    revive_after: a code that no token chose in this many consecutive training steps becomes a random token of the
-        current batch (0: never).
+    revive_after: a code that was not chosen while ``revive_after``·K tokens were, so that its equal share would have been
+        ``revive_after`` of them, becomes a random token of the current batch (0: never). Counted in tokens, because a
+        step brings 8,192 of them on a 16×16 grid and 32 with one code per image.
     """
 
     codebook: Tensor
@@ -68,7 +69,7 @@ class Quantizer(nn.Module):
     def __init__(self, codebook_size: int, code_dim: int, beta: float = 0.25, revive_after: int = 0):
         super().__init__()
         self.codebook_size, self.code_dim, self.beta, self.revive_after = codebook_size, code_dim, beta, revive_after
-        self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))  # steps since a code was chosen
+        self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))  # tokens since a code was chosen
 
     def normalise(self, vectors: Tensor) -> Tensor:
         """Where tokens and codes live: everywhere, unless a sibling says otherwise. (N, d) → (N, d)."""
@@ -120,7 +121,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _revive(self, tokens: Tensor) -> None:
-        dead = self.idle >= self.revive_after
+        dead = self.idle >= self.revive_after * self.codebook_size
         vectors = tokens[torch.randint(len(tokens), (self.codebook_size,), device=tokens.device)]
         if dist.is_initialized():
             dist.broadcast(vectors, src=0)  # every process must revive the same code at the same place
@@ -129,9 +130,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, tokens: Tensor, codes: Tensor) -> None:
-        hits = all_reduce(torch.bincount(codes, minlength=self.codebook_size).float())
-        self.idle.add_(1).mul_(hits == 0)
-        self.learn(tokens, codes, hits)
+        hits = all_reduce(torch.bincount(codes, minlength=self.codebook_size))
+        self.idle.add_(hits.sum()).mul_(hits == 0)
+        self.learn(tokens, codes, hits.float())
 
 
 class StandardQuantizer(Quantizer):

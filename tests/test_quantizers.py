@@ -145,14 +145,14 @@ def test_eval_mode_changes_nothing(name):
 @every
 def test_training_mode_revives_dead_codes_and_they_stay(name):
     """A revived code sits on a token, and is still there after steps that do not choose it (bug 5: running sums)."""
-    quantizer = make(name, revive_after=2)
+    quantizer = make(name, revive_after=8)  # 96 tokens: two steps of 48
     z = grid() + 3  # all on one side of the origin
     far = -50 * torch.ones(D)
     quantizer.replace(torch.arange(K) == 0, torch.full((K, D), 3.0))  # one live code
     quantizer.replace(torch.arange(K) > 0, far.expand(K, D))  # the rest far away, never chosen
     for _ in range(2):
         quantizer(z)
-    assert quantizer.idle[1:].min() >= 2
+    assert quantizer.idle[1:].min() >= 96
     quantizer.eval()
     assert quantizer(z).codes.unique().numel() < K
     quantizer.train()
@@ -168,6 +168,17 @@ def test_training_mode_revives_dead_codes_and_they_stay(name):
     for _ in range(20):
         quantizer(elsewhere)
     torch.testing.assert_close(quantizer.normalise(quantizer.codebook.detach())[1:], revived, atol=2e-3, rtol=2e-2)
+
+
+@every
+def test_patience_is_counted_in_tokens(name):
+    """With one code per image a step has fewer tokens than there are codes: unused in a step is not dead."""
+    quantizer = make(name, revive_after=10)
+    for step in range(1, 60):
+        before = quantizer.codebook.detach().clone()
+        quantizer(3 + torch.zeros(2, D, 1, 1))  # one code takes all: 2 of the 120 tokens that a dead code must miss
+        changed = (quantizer.codebook.detach() - before).abs().sum(1) > 1e-2
+        assert changed.sum() <= 1, step
 
 
 def test_ema_revival_resets_the_running_sums():
