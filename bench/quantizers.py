@@ -59,9 +59,9 @@ class Quantizer(nn.Module):
     """Look-up, straight-through estimator, initialisation from data and dead-code reset; siblings add the learning.
 
     codebook_size: K ≥ 1. code_dim: d ≥ 1. beta: commitment weight β ≥ 0.
-    revive_after: a code that was not chosen while ``revive_after``·K tokens were, so that its equal share would have been
-        ``revive_after`` of them, becomes a random token of the current batch (0: never). Counted in tokens, because a
-        step brings 8,192 of them on a 16×16 grid and 32 with one code per image.
+    revive_after: a code that no token chose while ``revive_after``·K tokens passed, enough for ``revive_after`` of them
+        under uniform use, becomes a random token of the current batch (0: never). Tokens, not steps: a step brings
+        8,192 of them on a 16×16 grid, but 32 with one code per image.
     """
 
     codebook: Tensor
