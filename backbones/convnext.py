@@ -11,7 +11,7 @@ from functools import partial
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .layers import PyramidDecoder, PyramidEncoder, mlp
+from .layers import PyramidDecoder, PyramidEncoder, mlp, zero_init
 
 
 class NeXtformerBlock(nn.Module):
@@ -20,7 +20,7 @@ class NeXtformerBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = LayerNorm2d(channels)
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.depthwise = zero_init(nn.Conv2d(channels, channels, 7, padding=3, groups=channels))
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = mlp(channels)
 

@@ -112,7 +112,7 @@ class PyramidDecoder(nn.Module):
             layers.extend(block(channels) for _ in range(depth))
             inputs = channels
         last = Upsample(inputs, 3, kernel=3) if levels else nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1))
-        self.layers = nn.Sequential(*layers, norm(inputs), orthogonal(last))
+        self.layers = nn.Sequential(*layers, norm(inputs), last)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -8,8 +8,8 @@ from bench.store import Store
 from bench.tokenizer import Tokenizer
 from bench.trial import run_trial
 
-# Usual scores of the smoke preset are in results/README.md; a dB less is more than seeds and machines differ by.
-PSNR = {"cnn": 20.5, "convnext": 20.5, "vit": 20.5, "mamba": 20.5, "bimamba": 20.5}
+# About a dB below what the smoke preset reaches: more than seeds and machines differ by.
+PSNR = {"cnn": 20.0, "convnext": 19.5, "vit": 20.5, "mamba": 20.5, "bimamba": 20.5}
 PERPLEXITY = 30
 
 
