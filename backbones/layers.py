@@ -37,12 +37,12 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 def orthogonal(layer: nn.Module) -> nn.Module:
-    """Orthogonal weights and zero biases in every convolution and linear map of ``layer`` (Saxe et al. 2014).
+    """Orthogonal weights and zero biases in every convolution of ``layer`` (Saxe et al. 2014).
 
     A chain of them keeps the signal's size, where torch's default shrinks it by √3 a layer.
     """
     for part in layer.modules():
-        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(part, nn.Conv2d):
             nn.init.orthogonal_(part.weight)
             nn.init.zeros_(part.bias)
     return layer
