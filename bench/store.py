@@ -1,7 +1,9 @@
 """The run store: one folder per run, files are the truth.
 
 ``results/runs/<run_id>/`` holds config.json, history.jsonl, metrics.json (written last: its presence *means* finished),
-tokenizer.safetensors, per_image.npz and two pictures; while it trains a checkpoint; and failure.json if it diverged.
+tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few images and their
+reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint; failure.json if it
+failed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,20 @@ from filelock import FileLock, Timeout
 from .config import Config
 from .files import UserError, atomic_path
 
+# How a run can end without scores.
+FAILURES = {
+    "diverged": "a loss or gradient was not finite",
+    "crashed": "an error that is not the settings' fault, or a signal",
+    "out_of_memory": "the memory of the machine or the GPU did not suffice",
+    "timed_out": "training took longer than allowed",
+    "refused": "the settings cannot work",
+    "pruned": "a search gave it up early, being worse than others at the same step",
+}
+
+
+class Busy(UserError):
+    """Another process is working on the run."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,15 +49,28 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished, diverged, failed, or unfinished."""
-        if self.finished:
-            return "finished"
-        failure = self.folder / "failure.json"
-        return json.loads(failure.read_text())["status"] if failure.is_file() else "unfinished"
+        """finished, unfinished, or why it failed: a key of FAILURES."""
+        return "finished" if self.finished else self._failure().get("status", "unfinished")
+
+    @property
+    def reason(self) -> str:
+        """Why the run failed, in one sentence; empty when it did not."""
+        return "" if self.finished else self._failure().get("reason", "")
+
+    def fail(self, status: str, reason: str, **details: Any) -> None:
+        """Records why the run failed; ``status`` is a key of FAILURES."""
+        self.write("failure.json", {"status": status, "reason": reason, **details})
+
+    def _failure(self) -> dict[str, Any]:
+        return self._read("failure.json") if (self.folder / "failure.json").is_file() else {}
 
     def config(self) -> dict[str, Any]:
         """The run's Config as a dict."""
         return self._read("config.json")["config"]
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit and machine that the run was made with."""
+        return self._read("config.json")["environment"]
 
     def metrics(self) -> dict[str, Any]:
         """The scores, costs and reference scores of a finished run."""
@@ -65,12 +94,12 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process. Raises UserError when another one has it."""
+        """Holds the folder for this process. Raises Busy when another one has it."""
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"another process is working on {self.folder}; wait until it is done") from error
+            raise Busy(f"another process is working on {self.folder}; wait until it is done") from error
         try:
             yield
         finally:

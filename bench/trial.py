@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -69,7 +70,7 @@ def run_trial(config: Config, store: Store, fid_weights: Path | None = None, res
                 tokenizer, seconds = train(config, data.train, run.folder, resume)
                 megabytes = peak()
         except Diverged as error:
-            run.write("failure.json", {"status": "diverged", "reason": str(error)})
+            run.fail("diverged", str(error))
             raise
         finish(run, tokenizer, data, reference, fid_weights, {"train_seconds": seconds, "peak_memory_mb": megabytes})
     return run
@@ -86,13 +87,17 @@ def finish(
     """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last."""
     config = tokenizer.config
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
+    began = time.monotonic()
     metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
+    spent = {**spent, "score_seconds": time.monotonic() - began}
     with atomic_path(run.folder / "tokenizer.safetensors") as temporary:
         safetensors.torch.save_model(tokenizer, str(temporary))
     with atomic_path(run.folder / "per_image.npz") as temporary:
         np.savez_compressed(temporary, **per_image)
     title = f"{config.backbone}, {config.quantizer}, K = {config.codebook_size}, {config.grid_size}×{config.grid_size}"
     x, x_hat = sample_reconstructions(tokenizer, data.val)
+    with atomic_path(run.folder / "samples.npz") as temporary:
+        np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
     plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
     run.write(

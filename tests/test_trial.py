@@ -21,13 +21,15 @@ from bench.train import Diverged
 from bench.trial import run_trial
 
 # What a clock or the machine decides, beside what config and seed decide.
-MEASURED = {"images_per_second_encode", "images_per_second_decode", "peak_memory_mb", "train_seconds"}
+MEASURED = {
+    *("images_per_second_encode", "images_per_second_decode", "peak_memory_mb", "train_seconds", "score_seconds")
+}
 KEYS = MEASURED | {
     *("fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity", "usage", "dead_codes"),
     *("tokens", "bits_per_image", "bits_per_pixel", "images_seen"),
     *("params_encoder", "params_decoder", "flops_encode", "flops_decode"),
 }
-FILES = {"config.json", "history.jsonl", "metrics.json", "tokenizer.safetensors", "per_image.npz"}
+FILES = {"config.json", "history.jsonl", "metrics.json", "tokenizer.safetensors", "per_image.npz", "samples.npz"}
 PICTURES = {"reconstructions.png", "curves.png"}
 
 

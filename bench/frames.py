@@ -1,0 +1,157 @@
+"""Runs as a pandas DataFrame, and the rules of what may be compared with what.
+
+One row per run; a column has the name of its Config field or metric. Rows are ranked within a *block*: equal protocol
+and equal bits per image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from .config import Config
+from .store import Run
+
+
+class Metric(NamedTuple):
+    """How a metric is shown: its label, number format, and which direction is better ("lower", "higher" or "")."""
+
+    label: str
+    form: str
+    better: str
+
+    @property
+    def arrow(self) -> str:
+        """↓ where lower is better, ↑ where higher is, else nothing."""
+        return {"lower": "↓", "higher": "↑", "": ""}[self.better]
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("FID", ".1f", "lower"),
+    "fid_vgg16": Metric("FID vgg16", ".1f", "lower"),
+    "kid_vgg16": Metric("KID vgg16", ".4f", "lower"),
+    "lpips_alex": Metric("LPIPS alex", ".3f", "lower"),
+    "lpips_vgg": Metric("LPIPS vgg", ".3f", "lower"),
+    "psnr": Metric("PSNR dB", ".2f", "higher"),
+    "ssim": Metric("SSIM", ".3f", "higher"),
+    "perplexity": Metric("perplexity", ".0f", "higher"),
+    "usage": Metric("usage", ".2f", "higher"),
+    "dead_codes": Metric("dead codes", ".0f", "lower"),
+    "tokens": Metric("tokens", ".0f", ""),
+    "bits_per_image": Metric("bits per image", ".0f", "lower"),
+    "bits_per_pixel": Metric("bits per pixel", ".3f", "lower"),
+    "images_seen": Metric("images seen", ".0f", ""),
+    "params": Metric("parameters", ".0f", "lower"),
+    "params_encoder": Metric("parameters encoder", ".0f", "lower"),
+    "params_decoder": Metric("parameters decoder", ".0f", "lower"),
+    "flops": Metric("FLOPs", ".0f", "lower"),
+    "flops_encode": Metric("FLOPs encode", ".0f", "lower"),
+    "flops_decode": Metric("FLOPs decode", ".0f", "lower"),
+    "images_per_second_encode": Metric("encode images/s", ".0f", "higher"),
+    "images_per_second_decode": Metric("decode images/s", ".0f", "higher"),
+    "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
+    "train_seconds": Metric("train s", ".0f", "lower"),
+    "score_seconds": Metric("score s", ".0f", ""),
+}
+CLOCKED = ("images_per_second_encode", "images_per_second_decode", "train_seconds")  # true of one machine only
+
+CONFIG = tuple(field.name for field in fields(Config))
+# Config fields that say who ran, not what was set: never a setting whose values a table lists.
+IDENTITY = ("backbone", "seed", "device", "precision", "data", "image_size")
+
+
+def frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per run: ``run_id``, ``status``, ``reason``, every Config field, every metric, ``params`` and ``flops``
+    (encoder + decoder), ``protocol_*``, ``commit``, ``processor``, ``threads``.
+
+    A run that was not finished has its Config, its bits (from the Config) and missing metrics. Its folder's path is in
+    ``folder``. Columns exist also when there are no rows.
+    """
+    rows = [_row(run) for run in runs]
+    columns = ["run_id", "status", "reason", *CONFIG, *METRICS, "commit", "processor", "threads", "folder"]
+    table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
+    numeric = [name for name in table if name in METRICS or name.endswith("_kmeans")]
+    table[numeric] = table[numeric].astype(float)
+    return table
+
+
+def _row(run: Run) -> dict[str, Any]:
+    config, environment = run.config(), run.environment()
+    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **config}
+    row |= {name: environment.get(name) for name in ("commit", "processor", "threads")}
+    row["folder"] = str(run.folder)
+    bits = config["grid_size"] ** 2 * math.log2(config["codebook_size"])
+    row |= {"tokens": config["grid_size"] ** 2, "bits_per_image": bits}
+    row["bits_per_pixel"] = bits / config["image_size"] ** 2
+    if run.finished:
+        metrics = run.metrics()
+        row |= metrics
+        row["params"] = metrics["params_encoder"] + metrics["params_decoder"]
+        row["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
+        row |= {f"protocol_{name}": value for name, value in run.protocol().items()}
+    return row
+
+
+def protocols(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Finished rows of ``table``, split into groups that were measured the same way, largest group first."""
+    finished = table[table.status == "finished"]
+    names = [name for name in finished if name.startswith("protocol_")]
+    if finished.empty:
+        return []
+    groups = [group for _, group in finished.groupby(names, dropna=False, sort=False)]
+    return sorted(groups, key=len, reverse=True)
+
+
+def blocks(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Groups of finished rows with equal protocol *and* equal bits per image, ascending in bits: the only rows that
+    may be ranked against each other."""
+    for group in protocols(table):
+        for _, block in group.groupby("bits_per_image", sort=True):
+            yield block
+
+
+def differing(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
+    """Why two blocks are not ranked against each other: field → (value in ``a``, value in ``b``)."""
+    names = [name for name in a if name.startswith("protocol_")] + ["bits_per_image"]
+    pairs = {name: (a[name].iloc[0], b[name].iloc[0]) for name in names}
+    return {
+        name.removeprefix("protocol_"): pair
+        for name, pair in pairs.items()
+        if pair[0] != pair[1] and not all(pd.isna(value) for value in pair)
+    }
+
+
+def settings(table: pd.DataFrame) -> list[str]:
+    """Config fields that take several values within one backbone: what an ablation swept. The seed is not one."""
+    names = [name for name in CONFIG if name not in IDENTITY]
+    counts = table.groupby("backbone")[names].nunique(dropna=False) if len(table) else pd.DataFrame()
+    return [name for name in names if len(counts) and counts[name].max() > 1]
+
+
+def uneven(table: pd.DataFrame) -> list[str]:
+    """Config fields that are fixed within each backbone but differ from one backbone to another, such as width."""
+    names = [name for name in CONFIG if name not in IDENTITY and name not in settings(table)]
+    return [name for name in names if table[name].nunique(dropna=False) > 1]
+
+
+def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, by: list[str] | None = None) -> pd.DataFrame:
+    """Mean and spread over seeds: one row per backbone and setting of a block.
+
+    Columns: ``backbone``, the settings (``by``, else those of ``settings``), ``n`` (scored seeds), ``failed`` (rows of
+    ``unscored`` with the block's data, image size and bits, whether the same setting was ever scored or not), and per
+    metric ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
+    """
+    failed = block.iloc[:0]
+    if unscored is not None and len(unscored):
+        failed = unscored.merge(block[["data", "image_size", "bits_per_image"]].drop_duplicates())
+    by = ["backbone", *(settings(pd.concat([block, failed])) if by is None else by)]
+    names = [name for name in METRICS if name in block and block[name].notna().any()]
+    groups = block.groupby(by, dropna=False)
+    table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)
+    table = table[[column for name in names for column in (name, f"{name}_std")]]
+    counts = pd.DataFrame({"n": groups.size(), "failed": failed.groupby(by, dropna=False).size()})
+    return counts.fillna(0).astype(int).join(table).reset_index()

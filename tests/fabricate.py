@@ -1,0 +1,91 @@
+"""Run folders with known scores, written without training: what a report reads."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from bench.config import Config, make_config
+from bench.store import Run, Store
+
+SIDE = 8  # pixels of a fabricated sample picture
+MACHINE = {"commit": "abc", "processor": "x", "threads": 2}
+
+
+def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float = 0.0, **changes) -> Run:
+    """A finished run of ``config`` whose LPIPS is lower and PSNR higher by ``quality``, with seed ``noise`` added.
+
+    Images differ in difficulty, the same for every run. ``changes`` replace protocol fields or metrics by name.
+    """
+    config = replace(config, device="cpu", precision="fp32")
+    run = store.run(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write("config.json", {"config": asdict(config), "environment": MACHINE})
+    count = 64
+    difficulty = np.random.default_rng(7).normal(size=count)  # shared by all runs
+    own = np.random.default_rng([config.seed, sum(run.folder.name.encode())]).normal(size=count)
+    shift = quality - noise
+    per_image = {
+        "lpips_alex": 0.30 + 0.05 * difficulty + 0.01 * own - shift,
+        "lpips_vgg": 0.45 + 0.05 * difficulty + 0.01 * own - shift,
+        "psnr": 25 + 2 * difficulty + 0.3 * own + 20 * shift,
+        "ssim": 0.6 + 0.05 * difficulty + 0.01 * own + shift,
+    }
+    np.savez_compressed(
+        run.folder / "per_image.npz", **{name: row.astype(np.float32) for name, row in per_image.items()}
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (6, SIDE, SIDE, 3), dtype=np.uint8)
+    np.savez_compressed(run.folder / "samples.npz", x=pixels, x_hat=pixels // 2 + 64)
+    steps = np.arange(10, config.steps + 1, max(1, config.steps // 20))
+    rows = [
+        {"step": int(step), "lr": config.lr, "reconstruction": float(1 / step), "quantizer": float(0.5 / step)}
+        | {"grad_norm": 1.0, "distortion": 0.1, "perplexity": float(config.codebook_size * step / (step + 50))}
+        | {"codes_used": config.codebook_size // 2, "seconds": float(step) / 10}
+        for step in steps
+    ]
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = config.grid_size**2
+    bits = tokens * float(np.log2(config.codebook_size))
+    scores = {name: float(row.mean(dtype=np.float64)) for name, row in per_image.items()}
+    metrics = {
+        **scores,
+        **{"fid_vgg16": 100 - 200 * shift, "kid_vgg16": 0.05 - 0.1 * shift},
+        **{"perplexity": 0.4 * config.codebook_size, "usage": 0.9, "dead_codes": 0.1 * config.codebook_size},
+        **{"tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config.image_size**2},
+        **{"params_encoder": 400_000 + 1000 * config.width, "params_decoder": 450_000 + 1000 * config.width},
+        **{"flops_encode": 40_000_000 + 10**5 * config.width, "flops_decode": 50_000_000},
+        **{"images_per_second_encode": 500.0 - config.width, "images_per_second_decode": 400.0 - config.width},
+        **{"train_seconds": 30.0 + config.width / 10, "score_seconds": 5.0, "peak_memory_mb": 900.0},
+        "images_seen": config.steps * config.batch_size,
+        **{f"{name}_kmeans": value * 0.9 for name, value in scores.items()},
+    }
+    protocol = {"version": 1, "data": "photos", "fingerprint": "f" * 64, "split": "a / b", "count": count, "skipped": 0}
+    protocol |= {"image_size": config.image_size, "resizer": "none", "rounding": "uint8", "precision": "fp32"}
+    protocol |= {"extractor_vgg16": "v", "extractor_alex": "a", "extractor_inception": None, "device": "cpu"}
+    for name, value in changes.items():
+        (metrics if name in metrics else protocol)[name] = value
+    run.write("metrics.json", {"metrics": metrics, "protocol": protocol})
+    return run
+
+
+def fabricate_failed(store: Store, config: Config, status: str = "diverged") -> Run:
+    """A run of ``config`` that ended without scores."""
+    config = replace(config, device="cpu", precision="fp32")
+    run = store.run(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write("config.json", {"config": asdict(config), "environment": MACHINE})
+    run.fail(status, f"it {status}")
+    return run
+
+
+def sweep(
+    store: Store, effects: dict[str, float], betas=(0.25, 1.0), seeds=(0, 1, 2), spread=0.002, draw=0
+) -> list[Run]:
+    """Backbones × betas × seeds in preset smoke; each backbone better by its effect, seeds spread normally."""
+    generator = np.random.default_rng(draw)
+    return [
+        fabricate(store, make_config(name, "smoke", beta=beta, seed=seed), effect, spread * generator.normal())
+        for name, effect in effects.items()
+        for beta in betas
+        for seed in seeds
+    ]
