@@ -153,5 +153,6 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, by: list[
     groups = block.groupby(by, dropna=False)
     table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)
     table = table[[column for name in names for column in (name, f"{name}_std")]]
-    counts = pd.DataFrame({"n": groups.size(), "failed": failed.groupby(by, dropna=False).size()})
+    sizes = [groups.size(), failed.groupby(by, dropna=False).size()]
+    counts = pd.concat(sizes, axis=1, keys=["n", "failed"], sort=False)  # values may be of several types
     return counts.fillna(0).astype(int).join(table).reset_index()

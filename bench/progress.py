@@ -12,6 +12,11 @@ console = Console(stderr=True, highlight=False)  # what happens: progress, notic
 stdout = Console(highlight=False)  # what was asked for: tables
 
 
+def say(line: str) -> None:
+    """Prints one line of what happens, in rich's markup, without wrapping it."""
+    console.print(line, soft_wrap=True)
+
+
 class Bar:
     """Counts from ``start`` to ``total`` with an ETA and a line of figures; use as a context manager.
 
@@ -49,9 +54,9 @@ class Bar:
         if now - self.printed >= self.seconds:
             self.printed = now
             rate = (self.done - self.start) / (now - self.began)
-            eta = (self.total - self.done) / rate
+            eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
             print(
-                f"{self.label}  {self.done}/{self.total}  ETA {eta:.0f} s  {figures}".rstrip(),
+                f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

@@ -11,115 +11,58 @@ interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
-import itertools
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
 
-import tyro
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from . import weights
-from .config import Config, make_config, preset_settings
+from .cli import Arguments, guarded, parse
+from .config import Config
 from .costs import static_costs
-from .files import UserError
+from .frames import METRICS
 from .progress import console, stdout
 from .store import Run, Store
 from .tokenizer import Tokenizer
-from .train import Diverged, Interrupted
+from .train import Diverged
 from .trial import run_trial
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
-    """A Config whose backbone and seed may be several, and whose size defaults to the preset's."""
+class RunArguments(Arguments):
+    """What the command line takes."""
 
-    backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("convnext",)
-    """cnn, convnext, vit, mamba or bimamba; several are run in turn and compared"""
-    width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """channels at the token grid; the preset's own matches parameters across backbones"""
-    depth: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba); default as for width"""
-    seed: tyro.conf.Suppress[int] = 0
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
-    """each is one run per backbone; weights, batches and augmentation follow from it"""
-    preset: str = "cpu"
-    """smoke (seconds, proves that all works) or cpu (minutes, a real comparison); other settings override it"""
-    results: Path = Path("results")
-    """runs are stored below it, in runs/"""
-    fid_weights: Path | None = None
-    """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
     list: bool = False
     """show backbones, parameters, FLOPs and tokens at these settings, and stop"""
 
-    def configs(self) -> list[Config]:
-        """One Config per backbone and seed."""
-        overrides = {field.name: getattr(self, field.name) for field in fields(Config)}
-        del overrides["backbone"], overrides["seed"]
-        return [
-            make_config(backbone, self.preset, **overrides, seed=seed)
-            for backbone in self.backbone
-            for seed in self.seeds
-        ]
 
-
-# What the table shows: metric → (heading, format, which direction is better).
-COLUMNS: dict[str, tuple[str, str, str]] = {
-    "fid": ("FID\n", ".1f", "↓"),
-    "fid_vgg16": ("FID\nvgg16", ".1f", "↓"),
-    "lpips_alex": ("LPIPS\nalex", ".3f", "↓"),
-    "lpips_vgg": ("LPIPS\nvgg", ".3f", "↓"),
-    "psnr": ("PSNR\ndB", ".2f", "↑"),
-    "ssim": ("SSIM\n", ".3f", "↑"),
-    "perplexity": ("perp.\n", ".0f", "↑"),
-    "images_per_second_encode": ("enc.\n/s", ".0f", "↑"),
-    "images_per_second_decode": ("dec.\n/s", ".0f", "↑"),
-    "train_seconds": ("train\ns", ".0f", "↓"),
-}
+# Metrics that the table shows, those of them that the runs have.
+COLUMNS = (
+    *("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
+    *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
+)
+SHORT = {"perplexity": "perp.\n", "images_per_second_encode": "enc.\n/s", "images_per_second_decode": "dec.\n/s"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can mend, 130 stopped."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = parse(arguments)
-        if options.list:
-            stdout.print(size_table(options.configs()))
-            return 0
-        return compare(options)
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        return fail(f"{error.strerror} while writing {error.filename or 'results'}; free or choose another --results")
-    except Interrupted as stopped:
-        console.print(f"{stopped}")
-        return 130
+    return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
 
 
-def fail(message: str) -> int:
-    """Prints one sentence and returns the exit code of mistakes that the user can mend."""
-    console.print("[bold red]error:[/]", escape(message), soft_wrap=True)
-    return 2
+def work(arguments: list[str]) -> int:
+    """Parses the command line and does what it says. Returns the exit code."""
+    options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
+    if options.list:
+        stdout.print(size_table(options.configs()))
+        return 0
+    return compare(options)
 
 
-def parse(arguments: list[str]) -> Arguments:
-    """Command line → Arguments; the preset is looked up first, so that --help shows its values as the defaults."""
-    names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
-    names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
-    preset = names[-1] if names else "cpu"
-    default = Arguments(**preset_settings(preset), preset=preset)
-    return tyro.cli(Arguments, default=default, args=arguments, prog="python -m bench.run", description=__doc__)
-
-
-def compare(options: Arguments) -> int:
+def compare(options: RunArguments) -> int:
     """Runs every config, prints the table, and returns the exit code."""
     store = Store(options.results)
     finished: list[Run] = []
@@ -145,30 +88,31 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
     rows = [(run.config(), run.metrics()) for run in runs]
     config, metrics = rows[0]
-    shown = {name: column for name, column in COLUMNS.items() if name in metrics}
+    shown = {name: METRICS[name] for name in COLUMNS if name in metrics}
     best = {
-        name: (min if arrow == "↓" else max)(metrics[name] for _, metrics in rows)
-        for name, (_, _, arrow) in shown.items()
+        name: (min if metric.better == "lower" else max)(metrics[name] for _, metrics in rows)
+        for name, metric in shown.items()
     }
 
     bits = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {config['codebook_size']}"
     table = Table(title=bits, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("tokenizer, seed", no_wrap=True)
     table.add_column("M\npar.", justify="right")
-    for heading, _, arrow in shown.values():
-        table.add_column(f"{heading}{arrow}", justify="right", no_wrap=True)
+    for name, metric in shown.items():
+        heading = SHORT.get(name, metric.label.replace(" ", "\n"))
+        table.add_column(f"{heading} {metric.arrow}", justify="right", no_wrap=True)
 
     for config, metrics in rows:
         cells = [f"{(metrics['params_encoder'] + metrics['params_decoder']) / 1e6:.2f}"]
-        for name, (_, form, _) in shown.items():
+        for name, metric in shown.items():
             bold = len(rows) > 1 and metrics[name] == best[name]
-            cells.append(f"[bold]{metrics[name]:{form}}[/]" if bold else f"{metrics[name]:{form}}")
+            cells.append(f"[bold]{metrics[name]:{metric.form}}[/]" if bold else f"{metrics[name]:{metric.form}}")
         table.add_row(f"{config['backbone']} {config['quantizer']} {config['seed']}", *cells)
     for config, _ in failed:
         table.add_row(f"{config.backbone} {config.quantizer} {config.seed}", "[red]diverged[/]")
     table.add_section()
     reference = {name: metrics.get(f"{name}_kmeans") for name in shown}
-    cells = ["–" if value is None else f"{value:{shown[name][1]}}" for name, value in reference.items()]
+    cells = ["–" if value is None else f"{value:{shown[name].form}}" for name, value in reference.items()]
     table.add_row("k-means on patches", "–", *cells)
     return table
 
@@ -185,7 +129,7 @@ def protocol_line(run: Run) -> str:
     )
 
 
-def next_command(options: Arguments, runs: list[Run]) -> str:
+def next_command(options: RunArguments, runs: list[Run]) -> str:
     """The command that is most useful after this one."""
     words = ["python -m bench.run"]
     if len(options.backbone) == 1:

@@ -107,18 +107,45 @@ class Run:
 
 
 class Store:
-    """All runs below ``root`` (``results`` by default)."""
+    """All runs below ``root`` (``results`` by default), in ``runs/``; in ``studies/`` the studies they belong to."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
     def run(self, config: Config) -> Run:
         """The folder of ``config``, whether it exists yet or not."""
-        return Run(self.root / "runs" / config.run_id())
+        return self.named(config.run_id())
+
+    def named(self, run_id: str) -> Run:
+        """The folder of a run that goes by ``run_id``, whether it exists yet or not."""
+        return Run(self.root / "runs" / run_id)
 
     def runs(self) -> list[Run]:
         """Every run that has been started, by name."""
         return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json"))]
+
+    def studies(self) -> list[str]:
+        """Names of all studies that have been planned here."""
+        return sorted(path.stem for path in self.root.glob("studies/*.json"))
+
+    def study(self, name: str) -> dict[str, Any]:
+        """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
+        and ``runs`` (run_id → backbone, seed and the values of the swept fields). Raises UserError on an unknown name.
+        """
+        path = self.root / "studies" / f"{name}.json"
+        if not path.is_file():
+            known = ", ".join(self.studies()) or "none yet; start one with python -m studies.beta"
+            raise UserError(f"there is no study {name!r} in {self.root}; known studies: {known}")
+        return json.loads(path.read_text())
+
+    def extend_study(self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
+        """Adds ``runs`` to a study, creating it with ``header``; several processes may do so at once."""
+        path = self.root / "studies" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            before = self.study(name)["runs"] if path.is_file() else {}
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps({"name": name, **header, "runs": {**before, **runs}}, indent=1))
 
     def check_writable(self, megabytes: int) -> None:
         """Raises UserError unless runs can be written here and ``megabytes`` are free."""

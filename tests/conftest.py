@@ -6,9 +6,12 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # test processes run side by side: threads of one would wait for the other
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import skimage.data
+from PIL import Image
 
 from bench.config import Config, make_config
 from bench.data import Data
@@ -28,6 +31,17 @@ def images() -> Data:
     photo = skimage.data.astronaut()
     crops = np.stack([photo[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 256, 32)])
     return Data("photos", crops[:48], crops[48:], "0" * 64, "48 train / 24 val crops of 32×32", ())
+
+
+@pytest.fixture(scope="session")
+def image_folder(images, tmp_path_factory) -> Path:
+    """The same crops as PNG files in train/ and val/, for commands that run in processes of their own."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, crops in (("train", images.train), ("val", images.val)):
+        (folder / name).mkdir()
+        for number, crop in enumerate(crops):
+            Image.fromarray(crop).save(folder / name / f"{number:03}.png")
+    return folder
 
 
 @pytest.fixture

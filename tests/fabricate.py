@@ -1,9 +1,10 @@
 """Run folders with known scores, written without training: what a report reads."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
+from PIL import Image
 
 from bench.config import Config, make_config
 from bench.store import Run, Store
@@ -17,7 +18,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
 
     Images differ in difficulty, the same for every run. ``changes`` replace protocol fields or metrics by name.
     """
-    config = replace(config, device="cpu", precision="fp32")
+    config = config.resolved()
     run = store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("config.json", {"config": asdict(config), "environment": MACHINE})
@@ -36,6 +37,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     )
     pixels = np.random.default_rng(0).integers(0, 256, (6, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez_compressed(run.folder / "samples.npz", x=pixels, x_hat=pixels // 2 + 64)
+    Image.fromarray(pixels[0]).save(run.folder / "reconstructions.png")
     steps = np.arange(10, config.steps + 1, max(1, config.steps // 20))
     rows = [
         {"step": int(step), "lr": config.lr, "reconstruction": float(1 / step), "quantizer": float(0.5 / step)}
@@ -70,7 +72,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
 
 def fabricate_failed(store: Store, config: Config, status: str = "diverged") -> Run:
     """A run of ``config`` that ended without scores."""
-    config = replace(config, device="cpu", precision="fp32")
+    config = config.resolved()
     run = store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("config.json", {"config": asdict(config), "environment": MACHINE})

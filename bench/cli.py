@@ -1,0 +1,89 @@
+"""What the command lines share: a Config of several backbones and seeds, one sentence for mistakes, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from rich.markup import escape
+
+from .config import Config, make_config, preset_settings
+from .files import UserError
+from .progress import say
+from .train import Interrupted
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    """A Config whose backbone and seed may be several, and whose size defaults to the preset's."""
+
+    backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("convnext",)
+    """cnn, convnext, vit, mamba or bimamba; several are run in turn and compared"""
+    width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """channels at the token grid; the preset's own matches parameters across backbones"""
+    depth: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba); default as for width"""
+    seed: tyro.conf.Suppress[int] = 0
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
+    """each is one run per backbone; weights, batches and augmentation follow from it"""
+    preset: str = "cpu"
+    """smoke (seconds, proves that all works) or cpu (minutes, a real comparison); other settings override it"""
+    results: Path = Path("results")
+    """runs are stored below it, in runs/"""
+    fid_weights: Path | None = None
+    """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
+
+    def settings(self) -> dict[str, Any]:
+        """The Config fields that all runs share, as given; None means the preset's own."""
+        return {name: getattr(self, name) for name in _FIELDS if name not in ("backbone", "seed")}
+
+    def configs(self) -> list[Config]:
+        """One Config per backbone and seed."""
+        return [
+            make_config(backbone, self.preset, **self.settings(), seed=seed)
+            for backbone in self.backbone
+            for seed in self.seeds
+        ]
+
+
+_FIELDS = tuple(field.name for field in fields(Config))
+Parsed = TypeVar("Parsed", bound=Arguments)
+
+
+def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str, **defaults: Any) -> Parsed:
+    """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
+
+    ``defaults`` replace those of ``kind`` and of the preset. Exits with code 2 on an unknown flag, as tyro does; raises
+    UserError on an unknown preset.
+    """
+    names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
+    names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
+    preset = names[-1] if names else defaults.get("preset", "cpu")
+    default = kind(**{**preset_settings(preset), **defaults, "preset": preset})
+    return tyro.cli(kind, default=default, args=arguments, prog=prog, description=description)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Exit code of ``work``; 2 for what the user can mend and 130 when stopped, each told in one sentence."""
+    try:
+        return work()
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return fail(f"{error.strerror} while writing {error.filename or 'results'}; free or choose another --results")
+    except Interrupted as stopped:
+        say(str(stopped))
+        return 130
+
+
+def fail(message: str) -> int:
+    """Prints one sentence and returns the exit code of mistakes that the user can mend."""
+    say(f"[bold red]error:[/] {escape(message)}")
+    return 2

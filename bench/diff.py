@@ -1,0 +1,172 @@
+"""How two runs differ: configuration, environment, protocol and metrics.
+
+    python -m bench.diff RUN_A RUN_B
+    python -m bench.diff cnn-ema-9fd1 vit-ema --results results
+
+A run is named by its folder, or by its id below --results or the beginning of it, as long as no other run shares that.
+"Better" and "worse" are said of B, and only where the two may be ranked against each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import tyro
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .cli import guarded
+from .files import UserError
+from .frames import CLOCKED, METRICS, differing, frame
+from .progress import stdout
+from .store import Run, Store
+
+LISTED = 8  # run ids that an error message names
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    run_a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")]
+    """folder, id or beginning of the id of run A"""
+    run_b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_B")]
+    """the same of run B"""
+    results: Path = Path("results")
+    """ids are looked up below it, in runs/"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    options = tyro.cli(Options, args=arguments, prog="python -m bench.diff", description=__doc__)
+
+    def work() -> int:
+        show(find(options.run_a, options.results), find(options.run_b, options.results))
+        return 0
+
+    return guarded(work)
+
+
+def find(name: str, results: Path) -> Run:
+    """The run that ``name`` means: a run folder, a run id below ``results``, or the beginning of one id only.
+
+    Raises UserError when there is none or several.
+    """
+    if (Path(name) / "config.json").is_file():
+        return Run(Path(name))
+    runs = [run for run in Store(results).runs() if run.folder.name.startswith(name)]
+    exact = [run for run in runs if run.folder.name == name]
+    if len(exact or runs) == 1:
+        return (exact or runs)[0]
+    if runs:
+        raise UserError(f"{name!r} is the beginning of {_listed(runs)}; give more of it")
+    for folder in (Path(name), results / "runs" / name):
+        if folder.is_dir():
+            raise UserError(f"{folder} has no config.json, so it is no run; name a folder like results/runs/RUN_ID")
+    raise UserError(f"unknown run {name!r}; below {results / 'runs'} there are {_listed(Store(results).runs())}")
+
+
+def _listed(runs: list[Run]) -> str:
+    return ", ".join([run.folder.name for run in runs[:LISTED]] + ["..."] * (len(runs) > LISTED)) or "none"
+
+
+def show(a: Run, b: Run) -> None:
+    """Prints how ``b`` differs from ``a``."""
+    for letter, run in (("A", a), ("B", b)):
+        _say(f"{letter}: {run.folder}" + ("" if run.finished else f" ({run.status}: {run.reason or 'no scores yet'})"))
+
+    config = _differences(a.config(), b.config())
+    _show_pairs("Configuration", config, "The same configuration.")
+    if set(config) == {"seed"}:
+        _say("The same configuration with another seed: the differences are seed noise.")
+    environment = _differences(_flat(a.environment()), _flat(b.environment()))
+    _show_pairs("Environment", environment, "The same environment.")
+    if not (a.finished and b.finished):
+        _say("No metrics to compare: both runs must be finished.")
+        return
+
+    table = frame([a, b])
+    refusals = differing(table[:1], table[1:])
+    _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
+    if refusals:
+        _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
+    ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
+    if environment.keys() & {"processor", "threads"}:
+        ranked -= set(CLOCKED)
+    stdout.print(metric_table(table, ranked))
+    if ranked and all((run.folder / "per_image.npz").is_file() for run in (a, b)):
+        _say(image_line(a, b))
+
+
+def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
+    """Metrics that both rows of ``table`` (A, then B) have; those in ``ranked`` get a word on B."""
+    shown = Table(title="Metrics", title_justify="left", box=box.SIMPLE_HEAD)
+    shown.add_column("metric", no_wrap=True)
+    for heading in ("A", "B", "B - A", "change"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("B is")
+    for name, metric in METRICS.items():
+        if name not in table or table[name].isna().any():
+            continue
+        a, b = table[name]
+        numbers = [f"{value:{metric.form}}" for value in (a, b)]
+        word = "–"
+        if name in ranked:
+            good, bad = "[green]better[/]", "[red]worse[/]"
+            word = "equal" if numbers[0] == numbers[1] else good if (b < a) == (metric.better == "lower") else bad
+        change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
+        shown.add_row(f"{metric.label} {metric.arrow}", *numbers, f"{b - a:+{metric.form}}", change, word)
+    return shown
+
+
+def image_line(a: Run, b: Run) -> str:
+    """On what share of the validation images B has the better score; both runs scored the same images."""
+    with np.load(a.folder / "per_image.npz") as scores_a, np.load(b.folder / "per_image.npz") as scores_b:
+        gains = {name: scores_b[name] - scores_a[name] for name in METRICS if name in scores_a and name in scores_b}
+    wins = {name: gain < 0 if METRICS[name].better == "lower" else gain > 0 for name, gain in gains.items()}
+    shares = [f"{100 * won.mean():.0f} % of {len(won)} images by {METRICS[name].label}" for name, won in wins.items()]
+    return f"B better on {', '.join(shares)}."
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries that are not equal: name → (value in ``a``, value in ``b``)."""
+    pairs = {name: (a.get(name), b.get(name)) for name in {**a, **b}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    versions = environment.get("versions", {})
+    rest = {name: value for name, value in environment.items() if name != "versions"}
+    return rest | {f"versions.{name}": version for name, version in versions.items()}
+
+
+def _show_pairs(title: str, pairs: dict[str, tuple[Any, Any]], otherwise: str) -> None:
+    if not pairs:
+        _say(otherwise)
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in (title.lower(), "A", "B"):
+        table.add_column(heading, overflow="fold")
+    for name, pair in pairs.items():
+        table.add_row(name, *map(_text, pair))
+    stdout.print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else escape(str(value))
+
+
+def _say(line: str) -> None:
+    stdout.print(escape(line), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""The headline: every backbone, same images, same tokens, as many parameters, several seeds.
+
+    python -m studies.backbones
+    python -m studies.backbones --quantizer standard ema l2 --seeds 0 1 2 3 4
+
+More than one quantizer crosses all of them with all backbones.
+"""
+
+import sys
+
+from bench.plan import Ablation
+from bench.study import main
+
+STUDY = Ablation("backbones", sweep={"quantizer": ("ema",)})
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY, __doc__))

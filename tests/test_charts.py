@@ -1,0 +1,372 @@
+"""Charts: each shows the slice that its caption names, and nothing in the table can make them fail."""
+
+import itertools
+import json
+import math
+import shutil
+import warnings
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricate import fabricate, fabricate_failed, sweep
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from backbones import BACKBONES
+from bench import charts
+from bench.charts import Scope, controlled, draw, main_metric, pareto
+from bench.config import make_config
+from bench.frames import METRICS, frame
+from bench.store import Store
+
+# A warning of matplotlib, NumPy or pandas is a failure.
+pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
+
+
+def words(path) -> str:
+    """All text of an SVG."""
+    return "\n".join(element.text or "" for element in ElementTree.parse(path).iter() if element.tag.endswith("text"))
+
+
+def scope(table: pd.DataFrame, *fields: str) -> Scope:
+    finished = table.status == "finished"
+    return Scope(table[finished], table[~finished], list(fields), "", "", "")
+
+
+def lines(axes) -> dict[str, np.ndarray]:
+    """Colour → heights of the joined means on an axes."""
+    return {line.get_color(): line.get_ydata() for line in axes.get_lines() if line.get_marker() not in ("_", "None")}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Two backbones × 2 β × 2 K × 2 seeds, one more seed at the default β and the smaller K, and one diverged run."""
+    store = Store(tmp_path_factory.mktemp("charts"))
+    noise = np.random.default_rng(0).normal(scale=0.01, size=100)
+    settings = [(beta, k, seed) for beta in (0.25, 1.0) for k in (64, 128) for seed in (0, 1)] + [(0.25, 64, 2)]
+    for i, (beta, k, seed) in enumerate(settings):
+        for backbone, quality in (("cnn", 0.02), ("vit", 0.0)):
+            config = make_config(backbone, "smoke", beta=beta, codebook_size=k, seed=seed)
+            fabricate(store, config, quality + k / 2000, noise[i])
+    failed = fabricate_failed(store, make_config("vit", "smoke", codebook_size=128, seed=7))
+    rows = [{"step": s, "reconstruction": 1 / s if s < 4 else math.inf, "perplexity": 3.0} for s in (1, 2, 3, 4)]
+    (failed.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return store
+
+
+@pytest.fixture(scope="module")
+def drawn(store, tmp_path_factory):
+    """The charts of ``store`` by name."""
+    shares = pd.DataFrame({"backbone": ["cnn", "cnn", "vit"], "parameter": ["beta", "seed", "beta"]})
+    with warnings.catch_warnings():  # the mark above does not reach fixtures of a module
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        made = draw(frame(store.runs()), tmp_path_factory.mktemp("drawn"), shares.assign(importance=[0.7, 0.3, 1.0]))
+    return {chart.name: chart for chart in made}
+
+
+def test_a_study_gives_these_charts_in_reading_order(drawn):
+    assert list(drawn) == [
+        "sweep_codebook_size",
+        "sweep_beta_96bits",
+        "sweep_beta_112bits",
+        "heatmap_backbone_codebook_size",
+        "heatmap_backbone_beta_96bits",
+        "heatmap_backbone_beta_112bits",
+        "rate_distortion",
+        "cost_96bits",
+        "cost_112bits",
+        "learning_curves",
+        "reconstructions",
+        "reconstructions_codebook_size",
+        "importance",
+    ]
+
+
+def test_every_chart_is_a_png_and_an_svg_whose_text_is_text(drawn):
+    folder = next(iter(drawn.values())).path.parent
+    assert {path.name for path in folder.iterdir()} == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    for name, chart in drawn.items():
+        assert chart.path == folder / f"{name}.png"
+        with Image.open(chart.path) as picture:
+            picture.load()
+            assert picture.width == round(charts.WIDTH * charts.DPI)
+        text = words(folder / f"{name}.svg")
+        assert chart.title in text
+        assert "mathdefault" not in text
+        assert chart.caption.endswith(".")
+
+
+def test_captions_name_the_slice_and_what_is_left_out(drawn):
+    assert "10 of 18 scored runs, 2 to 3 seeds a point, at β = 0.25." in drawn["sweep_codebook_size"].caption
+    assert "1 failed or unfinished run is left out." in drawn["sweep_codebook_size"].caption
+    assert "bits of an image differ" in drawn["sweep_codebook_size"].caption
+    assert "10 of 10 scored runs, 2 to 3 seeds a point." in drawn["sweep_beta_96bits"].caption
+    assert "8 of 8 scored runs, 2 seeds a point. 1 failed" in drawn["sweep_beta_112bits"].caption
+    assert "failed" not in drawn["sweep_beta_96bits"].caption
+    assert "at β = 0.25" in drawn["rate_distortion"].caption
+    assert "at K = 64, β = 0.25" in drawn["reconstructions"].caption
+    assert all("photos, 64 validation images of 32×32." in c.caption for n, c in drawn.items() if n != "importance")
+    assert drawn["cost_96bits"].title == "LPIPS vgg against cost, 96 bits per image"
+
+
+def test_a_diverged_run_is_dashed_to_where_it_stopped(drawn, store):
+    assert "stopped" in words(drawn["learning_curves"].path.with_suffix(".svg"))
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    dashed = [line for axes in drawing.figure.axes for line in axes.get_lines() if line.get_linestyle() == "--"]
+    crosses = [line for axes in drawing.figure.axes for line in axes.get_lines() if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in dashed] == [[1, 2, 3], [1, 2, 3, 4]]  # loss, while finite; perplexity
+    assert [line.get_xdata()[0] for line in crosses] == [3, 4]
+    assert drawing.caption.startswith("Thin: 11 of 19 runs")
+
+
+def test_lines_are_the_means_of_the_slice(store):
+    table = frame(store.runs())
+    (drawing,) = charts.sweeps(scope(table, "codebook_size"))
+    rows = table[(table.status == "finished") & (table.beta == 0.25)]
+    for axes, metric in zip(drawing.figure.axes, ("lpips_vgg", "fid_vgg16", "psnr", "perplexity"), strict=True):
+        assert METRICS[metric].label in axes.get_ylabel()
+        means = rows.groupby(["backbone", "codebook_size"])[metric].mean()
+        for backbone in ("cnn", "vit"):
+            np.testing.assert_allclose(lines(axes)[charts.PALETTE[backbone]], means[backbone])
+    reference = next(line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == "_")
+    np.testing.assert_allclose(reference.get_ydata(), rows.groupby("codebook_size").lpips_vgg_kmeans.mean())
+
+
+def test_heat_maps_and_rate_distortion_show_means(store):
+    table = frame(store.runs())
+    rows = table[(table.status == "finished") & (table.beta == 0.25)]
+    means = rows.groupby(["backbone", "codebook_size"]).lpips_vgg.mean()
+    (drawing,) = charts.heatmaps(scope(table, "codebook_size"))
+    np.testing.assert_allclose(drawing.figure.axes[0].collections[0].get_array().ravel(), means)
+    (drawing,) = charts.rate_distortion(scope(table, "codebook_size"))
+    np.testing.assert_allclose(lines(drawing.figure.axes[0])[charts.PALETTE["vit"]], means["vit"])
+    np.testing.assert_allclose(drawing.figure.axes[0].get_xticks(), [96 / 1024, 112 / 1024])
+
+
+def test_equal_tables_give_equal_bytes(store, tmp_path):
+    table = frame(run for run in store.runs() if run.config()["codebook_size"] == 64)
+    for folder in ("a", "b"):
+        draw(table, tmp_path / folder)
+    names = [path.name for path in (tmp_path / "a").iterdir()]
+    assert len(names) == 12
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_the_other_settings_stand_at_their_most_common_combination(store):
+    table = frame(store.runs())
+    rows, fixed = controlled(table[table.status == "finished"], ["beta"])
+    assert fixed == {"codebook_size": 64}
+    assert len(rows) == 10
+    assert set(rows.codebook_size) == {64}
+    rows, fixed = controlled(table[table.status == "finished"], [])
+    assert fixed == {"codebook_size": 64, "beta": 0.25}
+    assert set(rows.seed) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("betas", [(0.25, 1.0, 4.0), (4.0, 1.0, 0.25), (0.1, 0.25, 4.0)])
+def test_equally_common_settings_are_decided_by_the_default(betas):
+    rows = [{"backbone": "cnn", "seed": 0, "beta": beta, "lr": lr} for beta in betas for lr in (1e-3, 4e-3)]
+    table = pd.DataFrame(rows, columns=frame([]).columns)
+    rows, fixed = controlled(table, ["lr"])
+    assert fixed == {"beta": 0.25}
+    assert set(rows.lr) == {1e-3, 4e-3}
+    _, fixed = controlled(pd.concat([table, table[table.beta == 4.0]], ignore_index=True), ["lr"])
+    assert fixed == {"beta": 4.0}
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_pareto_front_is_what_no_point_dominates(points):
+    points = np.array(points, dtype=float)
+    beaten = [any((other <= own).all() and (other < own).any() for other in points) for own in points]
+    assert list(~pareto(pd.Series(points[:, 0]), pd.Series(points[:, 1]))) == beaten
+
+
+def test_the_ringed_points_of_a_faster_decoder_are_the_fast_and_good(tmp_path):
+    store = Store(tmp_path)
+    for name, quality, speed in (("cnn", 0.0, 300.0), ("vit", 0.1, 200.0), ("mamba", 0.05, 100.0)):
+        fabricate(store, make_config(name, "smoke"), quality, images_per_second_decode=speed, params_encoder=1)
+    (drawing,) = charts.cost(scope(frame(store.runs())))
+    axes = next(axes for axes in drawing.figure.axes if axes.get_xlabel() == "decode images/s ↑")
+    ringed = axes.collections[-1].get_offsets()
+    assert list(ringed[:, 0]) == [300, 200]
+
+
+def test_labels_beside_points_touch_neither_points_nor_each_other(tmp_path):
+    store = Store(tmp_path)
+    for i, name in enumerate(BACKBONES):
+        fabricate(store, make_config(name, "smoke"), 0.004 * (i % 2), params_encoder=400_000 + 2000 * i)
+    (drawing,) = charts.cost(scope(frame(store.runs())))
+    charts._save(drawing, tmp_path / "cost.png")
+    drawing.figure.set_dpi(charts.DPI)
+    axes = drawing.figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) >= 3
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    points = axes.transData.transform(
+        [line.get_xydata()[0] for line in axes.get_lines() if line.get_marker() != "None"]
+    )
+    assert len(points) == len(BACKBONES)
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+
+
+def test_a_backbone_looks_the_same_in_every_company(tmp_path):
+    looks = [tuple(charts._look(name).values()) for name in BACKBONES]
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(BACKBONES)
+    alone, together = Store(tmp_path / "1"), Store(tmp_path / "2")
+    sweep(alone, {"vit": 0.0}, seeds=(0, 1))
+    sweep(together, {"cnn": 0.0, "vit": 0.0}, seeds=(0, 1))
+    colours = []
+    for store in (alone, together):
+        (drawing,) = charts.sweeps(scope(frame(store.runs()), "beta"))
+        colours.append(set(lines(drawing.figure.axes[0])))
+    assert colours == [{charts.PALETTE["vit"]}, {charts.PALETTE["cnn"], charts.PALETTE["vit"]}]
+
+
+def test_without_scores_nothing_is_drawn(tmp_path):
+    assert draw(frame([]), tmp_path / "none") == []
+    store = Store(tmp_path)
+    failed = [fabricate_failed(store, make_config("cnn", "smoke", beta=beta)) for beta in (0.25, 1.0)]
+    assert draw(frame(failed), tmp_path / "none") == []
+    assert main_metric(frame(failed)) == "psnr"
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_run_gives_its_curves_and_its_pictures(tmp_path):
+    run = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
+    assert [chart.name for chart in draw(frame([run]), tmp_path / "c")] == ["learning_curves", "reconstructions"]
+
+
+def test_ranks_by_an_lpips_that_no_run_was_trained_on(tmp_path):
+    def main(lpips_scored="lpips_alex lpips_vgg", **settings):
+        row = {"status": "finished", "lpips_weight": 0.05, "lpips_net": "alex", "psnr": 20.0, **settings}
+        row |= dict.fromkeys(lpips_scored.split(), 0.3)
+        return main_metric(pd.DataFrame([row], columns=frame([]).columns))
+
+    assert main() == "lpips_vgg"
+    assert main(lpips_weight=0.0) == "lpips_alex"
+    assert main(lpips_net="vgg") == "lpips_alex"
+    assert main("lpips_alex") == "lpips_alex"
+    assert main("") == "psnr"
+
+
+def test_protocols_do_not_share_a_chart_and_small_ones_are_counted(tmp_path):
+    store = Store(tmp_path)
+    for i, data in enumerate(("photos", "cifar10", "stl10", "celeba")):
+        for seed in range(4 - i):
+            config = make_config("cnn", "smoke", data=data, seed=seed)
+            fabricate(store, config, data=data, fingerprint=f"{i}" * 64)
+    made = draw(frame(store.runs()), tmp_path / "charts")
+    assert [chart.name for chart in made if chart.name.startswith("learning_curves")] == [
+        f"learning_curves_protocol{i}" for i in (1, 2, 3)
+    ]
+    assert [chart.title for chart in made[:2]] == ["Learning curves, data photos", "Learning curves, data cifar10"]
+    assert "Thin: 4 of 4 runs" in made[0].caption
+    assert all("1 smaller groups with another protocol are not drawn." in chart.caption for chart in made)
+
+
+def test_many_blocks_are_cut_to_the_largest(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    for k in (8, 16, 32, 64):
+        for backbone in ("cnn", "vit"):
+            for seed in range(1 if k == 16 else 2):
+                fabricate(store, make_config(backbone, "smoke", codebook_size=k, seed=seed))
+    monkeypatch.setattr(charts, "BLOCKS", 3)
+    monkeypatch.setattr(charts, "CHARTS", [(charts.cost, "block")])
+    made = draw(frame(store.runs()), tmp_path / "charts")
+    assert [chart.name for chart in made] == [f"cost_{bits}bits" for bits in (48, 80, 96)]
+    assert all("1 smaller blocks of other bits per image are not drawn." in chart.caption for chart in made)
+
+
+def test_times_of_two_machines_are_left_out(tmp_path):
+    store = Store(tmp_path)
+    runs = [fabricate(store, make_config(name, "smoke")) for name in ("cnn", "vit")]
+    (drawing,) = charts.cost(scope(frame(runs)))
+    assert [axes.get_xlabel() for axes in drawing.figure.axes] == [
+        "parameters ↓",
+        "FLOPs ↓",
+        "train s ↓",
+        "decode images/s ↑",
+    ]
+    runs[0].write("config.json", {"config": runs[0].config(), "environment": {"processor": "y", "threads": 2}})
+    (drawing,) = charts.cost(scope(frame(runs)))
+    assert [axes.get_xlabel() for axes in drawing.figure.axes] == ["parameters ↓", "FLOPs ↓"]
+    assert "Times are left out" in drawing.caption
+
+
+def test_a_random_search_shows_points_and_each_backbones_best_run(tmp_path):
+    generator = np.random.default_rng(0)
+    store = Store(tmp_path)
+    for backbone in ("cnn", "vit"):
+        for quality in (0.0, 0.1, 0.05):
+            beta, lr = np.exp(generator.uniform(-3, 0, 2))
+            fabricate(store, make_config(backbone, "smoke", beta=float(beta), lr=float(lr)), quality)
+    table = frame(store.runs())
+    for drawing in charts.sweeps(scope(table, "beta", "lr")):
+        assert drawing.caption == (
+            "All 6 scored runs. The other settings vary too: this one's own effect does not show."
+        )
+        assert not drawing.figure.axes[0].get_lines()
+    (drawing,) = charts.reconstructions(scope(table))
+    assert "each backbone's best by LPIPS vgg (settings differ)" in drawing.caption
+    labels = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
+    best = table.groupby("backbone").lpips_vgg.min()
+    assert labels[0] == "original"
+    assert [label.split("\n")[:2] for label in labels[1:]] == [[n, f"LPIPS vgg {s:.3f}"] for n, s in best.items()]
+
+
+def test_only_the_same_images_are_shown_side_by_side(tmp_path):
+    store = Store(tmp_path)
+    runs = [fabricate(store, make_config(name, "smoke")) for name in ("cnn", "mamba", "vit")]
+    with np.load(runs[1].folder / "samples.npz") as arrays:
+        np.savez(runs[1].folder / "samples.npz", x=255 - arrays["x"], x_hat=arrays["x_hat"])
+    (drawing,) = charts.reconstructions(scope(frame(runs)))
+    labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
+    assert labels == ["original", "cnn", "vit"]
+    assert "1 of 3 runs kept other images and are left out." in drawing.caption
+    (runs[0].folder / "samples.npz").unlink()
+    (runs[1].folder / "samples.npz").write_bytes(b"PK torn")
+    (drawing,) = charts.reconstructions(scope(frame(runs)))
+    assert len(drawing.figure.axes[0].get_yticklabels()) == 2
+
+
+def test_few_learning_curves_are_read_of_many_runs(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    sweep(store, {"cnn": 0.0, "vit": 0.0}, betas=(0.25, 1.0, 2.0), seeds=range(3))
+    read = []
+    history = charts._history
+    monkeypatch.setattr(charts, "_history", lambda folder: read.append(folder) or history(folder))
+    monkeypatch.setattr(charts, "CURVES", 12)
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    assert len(read) == len(set(read)) == 12
+    assert "12 of 18 runs, at most 2 seeds of a setting" in drawing.caption
+
+
+def test_gaps_in_the_table_are_left_out(tmp_path):
+    store = Store(tmp_path)
+    sweep(store, {"cnn": 0.0, "vit": 0.0}, seeds=(0, 1))
+    fabricate(store, replace(make_config("cnn", "smoke"), quantizer="l2"))
+    table = frame(store.runs())
+    (store.runs()[0].folder / "history.jsonl").write_text('{"step": 1, "rec')
+    (store.runs()[1].folder / "history.jsonl").write_text("")
+    shutil.rmtree(store.runs()[2].folder)
+    gappy = table.assign(
+        backbone=table.backbone.replace("vit", "gone $x^$"),  # a backbone that was since renamed
+        perplexity=np.nan,
+        params=np.nan,
+        train_seconds=table.train_seconds.where(table.index > 3),
+        psnr=table.psnr.where(table.index != 1),
+        lpips_vgg=table.lpips_vgg.where(table.index != 3),
+        processor=None,
+        beta=table.beta.where(table.index != 4),
+    )
+    gappy = pd.concat([gappy, gappy.tail(2)])  # the same labels twice
+    names = [chart.name for chart in draw(gappy, tmp_path / "charts")]
+    assert {"sweep_beta", "cost", "learning_curves", "reconstructions"} <= set(names)
+    assert draw(gappy.assign(lpips_vgg=np.nan, lpips_alex=np.nan, psnr=np.nan), tmp_path / "none") == []

@@ -1,0 +1,431 @@
+"""Studies: every planned cell exactly once, whatever happens; files are the truth, Optuna an index of them."""
+
+import importlib
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from fabricate import fabricate, fabricate_failed
+from optuna.artifacts import get_all_artifact_meta
+from optuna_dashboard import get_note
+
+from backbones import BACKBONES
+from bench import index, plan, study
+from bench.child import Outcome
+from bench.config import make_config
+from bench.files import UserError
+from bench.frames import CONFIG, METRICS, frame
+from bench.index import Index, default_url
+from bench.plan import Ablation, Plan, Range, Search, parse_study
+from bench.store import Store
+
+STUDIES = sorted(path.stem for path in (Path(__file__).parent.parent / "studies").glob("[a-z]*.py"))
+BETA = Ablation("beta", sweep={"beta": (0.25, 1.0)}, backbones=("cnn", "vit"), seeds=(0,))
+SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_dim": Range(4, 32)}
+SEARCH = Search("search", SPACE, backbones=("cnn", "vit"))
+
+
+class FakeChild:
+    """In place of a training process: fabricates the run, or ends as ``plan`` says for the n-th call."""
+
+    def __init__(self, endings=()):
+        self.calls, self.endings, self.lock = [], list(endings), threading.Lock()
+
+    def __call__(self, config, store, fid_weights, threads, watch, timeout):
+        with self.lock:
+            self.calls.append(config)
+            ending = self.endings.pop(0) if self.endings else "finished"
+        if watch([{"step": config.steps // 2, "reconstruction": config.beta, "perplexity": 9.0}]) == "interrupted":
+            return Outcome("interrupted")
+        if ending == "finished":
+            fabricate(store, config, quality=0.01 * config.beta)
+        elif ending != "interrupted":
+            fabricate_failed(store, config, ending)
+        return Outcome(ending, f"it {ending}" if ending != "finished" else "")
+
+
+class Written:
+    """In place of a report."""
+
+    def __init__(self, folder):
+        picture = folder / "plot.png"
+        picture.write_bytes(b"png")
+        self.page, self.charts = folder / "report.html", [type("Chart", (), {"title": "plot", "path": picture})]
+
+
+@pytest.fixture
+def child(monkeypatch, tmp_path):
+    fake = FakeChild()
+    monkeypatch.setattr(study, "run_in_child", fake)
+    monkeypatch.setattr(study, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(study, "write_report", lambda names, root: Written(tmp_path))
+    monkeypatch.setattr(study, "IDLE_SECONDS", 0.05)
+    return fake
+
+
+def start(what, tmp_path, *arguments) -> int:
+    return study.main(what, "", ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), *arguments])
+
+
+def planned(tmp_path, *arguments) -> Plan:
+    """BETA's plan, as ``start`` makes it."""
+    common = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
+    return Plan(BETA, parse_study(BETA, "", [*common, *arguments]))
+
+
+def optuna_studies(tmp_path) -> dict[str, optuna.Study]:
+    url = default_url(tmp_path)
+    return {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
+
+
+def states(tmp_path) -> Counter:
+    return Counter(trial.state.name for one in optuna_studies(tmp_path).values() for trial in one.trials)
+
+
+def test_every_cell_is_run_once_and_a_finished_study_does_nothing(child, tmp_path, capsys):
+    assert start(BETA, tmp_path) == 0
+    assert Counter((config.backbone, config.beta, config.seed) for config in child.calls) == Counter(
+        (name, beta, 0) for name in ("cnn", "vit") for beta in (0.25, 1.0)
+    )
+    assert states(tmp_path) == {"COMPLETE": 4}
+    assert "4 trials to run" in capsys.readouterr().err
+    child.calls.clear()
+    assert start(BETA, tmp_path) == 0
+    assert not child.calls
+    assert "nothing to do" in capsys.readouterr().err
+    assert states(tmp_path) == {"COMPLETE": 4}
+
+
+def test_one_more_seed_runs_only_that_seed(child, tmp_path):
+    start(BETA, tmp_path)
+    child.calls.clear()
+    start(BETA, tmp_path, "--seeds", "0", "1")
+    assert {config.seed for config in child.calls} == {1}
+    assert len(child.calls) == 4
+
+
+def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
+    what = planned(tmp_path, "--seeds", "0", "1")
+    for backbone in what.backbones:  # a command that was stopped before it ran anything
+        study.queue(what, backbone, Index(default_url(tmp_path), tmp_path / "studies"))
+    start(BETA, tmp_path, "--seeds", "1", "--backbone", "vit")
+    assert {(config.backbone, config.seed) for config in child.calls} == {("vit", 1)}
+    assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
+
+
+def test_workers_share_the_cells_without_running_any_twice(child, tmp_path):
+    """Two commands at once, three workers each, on one SQLite file."""
+    arguments = ("--seeds", *map(str, range(5)), "--workers", "3")
+    commands = [threading.Thread(target=start, args=(BETA, tmp_path, *arguments)) for _ in range(2)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert max(Counter(config.run_id() for config in child.calls).values()) == 1
+    assert len(child.calls) == 20
+    assert states(tmp_path) == {"COMPLETE": 20}
+
+
+def test_failures_are_told_apart_retried_with_a_bound_and_never_stop_the_study(child, tmp_path, capsys):
+    one = Ablation("beta", sweep={"beta": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}, backbones=("cnn",), seeds=(0,))
+    child.endings = [
+        *("crashed", "crashed", "finished"),  # retried twice: passes
+        *("crashed", "crashed", "crashed"),  # given up
+        *("out_of_memory", "out_of_memory"),  # retried once
+        "diverged",
+        "timed_out",
+        "finished",
+    ]
+    assert start(one, tmp_path) == 1
+    assert Counter(config.beta for config in child.calls) == {0.1: 3, 0.2: 3, 0.3: 2, 0.4: 1, 0.5: 1, 0.6: 1}
+    table = frame(Store(tmp_path).runs()).set_index("beta").status
+    assert list(table.sort_index()) == ["finished", "crashed", "out_of_memory", "diverged", "timed_out", "finished"]
+    (indexed,) = optuna_studies(tmp_path).values()
+    assert states(tmp_path) == {"COMPLETE": 2, "FAIL": 4}
+    failed = {t.params["beta"]: t.user_attrs["status"] for t in indexed.trials if t.state.name == "FAIL"}
+    assert failed == {0.2: "crashed", 0.3: "out_of_memory", 0.4: "diverged", 0.5: "timed_out"}
+
+    child.calls.clear()
+    assert start(one, tmp_path) == 1  # failures are not run again by themselves
+    assert not child.calls
+    assert "4" in capsys.readouterr().err
+    assert start(one, tmp_path, "--retry-failed") == 0
+    assert sorted(config.beta for config in child.calls) == [0.2, 0.3, 0.4, 0.5]
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(child, tmp_path, monkeypatch):
+    class Stopping(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            if len(self.calls) == 2:
+                self.stop()
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    stopping = Stopping()
+    workers = {}
+    original = study.Workers.run
+
+    def run(self):
+        workers["now"] = self
+        original(self)
+
+    stopping.stop = lambda: workers["now"].stop.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "run_in_child", stopping)
+        patch.setattr(study.Workers, "run", run)
+        assert start(BETA, tmp_path) == 130
+    assert sum(run.finished for run in Store(tmp_path).runs()) == 2
+    assert not states(tmp_path)["RUNNING"]
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 2  # what was missing, the interrupted one included
+    assert states(tmp_path)["COMPLETE"] == 4
+    assert not states(tmp_path)["WAITING"]
+
+
+def test_what_the_store_has_finished_is_adopted(child, tmp_path):
+    """Also what runs outside of any study finished, such as bench.run."""
+    fabricate(Store(tmp_path), make_config("cnn", "smoke", beta=0.25, device="cpu"))
+    start(BETA, tmp_path)
+    assert len(child.calls) == 3
+    assert states(tmp_path) == {"COMPLETE": 4}
+
+
+def test_files_are_the_truth(child, tmp_path):
+    """A run folder that vanished is run again, whatever the database says."""
+    start(BETA, tmp_path)
+    lost = Store(tmp_path).run(child.calls[0])
+    (lost.folder / "metrics.json").unlink()
+    config = child.calls[0]
+    child.calls.clear()
+    start(BETA, tmp_path)
+    assert child.calls == [config]
+    assert lost.finished
+
+
+def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(index, "GRACE_SECONDS", 1)
+    what = planned(tmp_path)
+    dead = Index(default_url(tmp_path), tmp_path / "studies")
+    assert study.queue(what, "cnn", dead) == 2
+    one = study.open_study(what, "cnn", dead)
+    taken = dead.claim(one, set())
+    dead.storage.record_heartbeat(taken._trial_id)  # its last
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 4
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+    assert not any(count > 1 for count in Counter(config.run_id() for config in child.calls).values())
+    dead.tell(one, taken, [Store(tmp_path).named(taken.user_attrs["run_id"])], ("lpips_vgg",))  # it was not dead at all
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+
+
+def test_deleting_the_database_and_rebuilding_gives_the_same_index(child, tmp_path, capsys):
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(SEARCH, tmp_path, "--trials", "3")
+
+    def contents():
+        return {
+            name: sorted((t.state.name, sorted(t.params.items()), t.values, t.user_attrs["run_id"]) for t in one.trials)
+            for name, one in optuna_studies(tmp_path).items()
+        }
+
+    before = contents()
+    (tmp_path / "studies" / "optuna.db").unlink()
+    assert study.rebuild(results=tmp_path) == 0
+    assert contents() == before
+    assert study.rebuild(results=tmp_path) == 0  # and again adds nothing
+    assert contents() == before
+    child.calls.clear()
+    start(SEARCH, tmp_path, "--trials", "3")
+    assert not child.calls
+    with pytest.raises(UserError, match="no study 'nothing'"):
+        study.rebuild(("nothing",), results=tmp_path)
+    capsys.readouterr()
+    study.show(tmp_path)
+    assert "beta-smoke" in capsys.readouterr().out
+
+
+def test_a_search_gives_every_backbone_the_same_budget(child, tmp_path):
+    assert start(SEARCH, tmp_path, "--trials", "6", "--workers", "2") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 6, "vit": 6}
+    for config in child.calls:
+        assert 0.1 <= config.beta <= 4
+        assert config.codebook_size in (64, 256)
+        assert 4 <= config.code_dim <= 32
+    assert len({config.beta for config in child.calls}) == 12  # no two workers or backbones draw alike
+    child.calls.clear()
+    assert start(SEARCH, tmp_path, "--trials", "6") == 0
+    assert not child.calls
+    assert start(SEARCH, tmp_path, "--trials", "7") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 1, "vit": 1}
+
+
+def test_a_hopeless_search_trial_is_pruned_and_stays_pruned(child, tmp_path):
+    class Pruning(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            self.calls.append(config)
+            loss = 1.0 if len(self.calls) <= 6 else 100.0
+            row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
+            if watch([row]) == "pruned":
+                fabricate_failed(store, config, "pruned")
+                return Outcome("pruned", "hopeless")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    pruning = Pruning()
+    study.run_in_child = pruning  # the fixture puts the real one back
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "8") == 0  # pruned is not failed
+    assert states(tmp_path) == {"COMPLETE": 6, "PRUNED": 2}
+    assert Counter(run.status for run in Store(tmp_path).runs()) == {"finished": 6, "pruned": 2}
+
+
+def test_several_metrics_make_a_search_multi_objective(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "3", "--metric", "lpips_vgg", "bits_per_image") == 0
+    (one,) = optuna_studies(tmp_path).values()
+    assert one.metric_names == ["lpips_vgg", "bits_per_image"]
+    assert all(len(trial.values) == 2 for trial in one.trials)
+    assert start(alone, tmp_path, "--trials", "3") == 2  # the same study with another metric
+
+
+def test_a_search_over_several_seeds_takes_their_mean(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1")
+    assert Counter(config.seed for config in child.calls) == {0: 2, 1: 2}
+    (one,) = optuna_studies(tmp_path).values()
+    table = frame(Store(tmp_path).runs())
+    means = sorted(table.groupby("beta").lpips_vgg.mean())
+    assert sorted(trial.value for trial in one.trials) == pytest.approx(means)
+
+
+def test_a_searchs_time_is_bounded_per_backbone(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(Index, "seconds", lambda self, one: 10.0 * self.ended(one))
+    start(SEARCH, tmp_path, "--trials", "9", "--timeout", "25")
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 3, "vit": 3}
+
+
+def test_the_dashboard_has_pictures_metrics_and_names(child, tmp_path):
+    start(BETA, tmp_path)
+    for one in optuna_studies(tmp_path).values():
+        assert one.metric_names == ["lpips_vgg"]
+        for trial in one.trials:
+            (picture,) = get_all_artifact_meta(trial, storage=one._storage)
+            assert (tmp_path / "studies" / "artifacts" / picture.artifact_id).is_file()
+            note = one._storage.get_study_system_attrs(one._study_id)
+            assert f"/artifacts/{one._study_id}/{trial._trial_id}/{picture.artifact_id}" in json.dumps(note)
+            assert trial.user_attrs["psnr"] > 0
+            assert trial.value == trial.user_attrs["lpips_vgg"]
+            assert trial.intermediate_values
+        assert "![plot](/artifacts/" in get_note(one)
+        assert [meta.filename for meta in get_all_artifact_meta(one)] == ["plot.png"]
+    start(BETA, tmp_path)  # attaches again: replaces
+    for one in optuna_studies(tmp_path).values():
+        assert len(get_all_artifact_meta(one)) == 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path, capsys):
+    module = importlib.import_module(f"studies.{name}")
+    assert module.STUDY.name == name
+    searching = isinstance(module.STUDY, Search)
+    swept = module.STUDY.space if searching else module.STUDY.sweep
+    assert set(swept) <= set(CONFIG)
+    with pytest.raises(SystemExit):
+        parse_study(module.STUDY, module.__doc__, ["--help"])
+    flags = capsys.readouterr().out
+    for field in set(CONFIG) - {"seed"} - (set(swept) if searching else set()):
+        assert f"--{field.replace('_', '-')} " in flags, field
+    for flag in (
+        "--seeds",
+        "--workers",
+        "--storage",
+        "--plan, --no-plan",
+        *(("--trials", "--timeout") if searching else ()),
+    ):
+        assert f"{flag} " in flags
+    for field in swept:
+        index.distribution(field)
+    assert set(CONFIG) <= set(frame([]).columns)
+    assert not set(CONFIG) & set(METRICS)
+
+
+def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
+    start(BETA, tmp_path, "--backbone", "cnn")
+    child.calls.clear()
+    capsys.readouterr()
+    assert start(BETA, tmp_path, "--seeds", "0", "1", "--plan", "--steps", "150") == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip().startswith(("cnn", "vit"))}
+    assert rows["cnn"][1:7] == ["2", "×", "2", "2", "0", "2"]
+    assert rows["vit"][1:7] == ["2", "×", "2", "0", "0", "4"]
+    assert not child.calls
+    assert float(rows["cnn"][7]) == pytest.approx(2 * 34 / 60, abs=0.06)  # fabricated runs take 34 s
+
+
+def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
+    def name(*arguments):
+        return Plan(BETA, parse_study(BETA, "", ["--results", str(tmp_path), *arguments])).name
+
+    assert name() == "beta-cpu"
+    assert name("--preset", "smoke", "--beta", "0.5", "--seeds", "7", "--device", "cpu") == "beta-smoke"
+    assert name("--steps", "300") == name("--steps", "300", "--backbone", "cnn") == "beta-cpu-steps=300"
+    folders = {name("--data", f"folder:{tmp_path}/{letter}/images") for letter in "ab"}
+    assert len(folders) == 2
+    assert all("images" in folder and "/" not in folder for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--metric", "beauty"), ["beauty", "lpips_vgg"]),
+        (("--workers", "0"), ["workers", "0"]),
+        (("--trial-timeout", "-1"), ["trial-timeout", "-1"]),
+        (("--beta",), ["--beta", "one value"]),
+        (("--grid-size", "3"), ["3"]),
+        (("--backbone", "resnet"), ["resnet", "convnext"]),
+        (("--storage", "nonsense"), ["nonsense", "--storage"]),
+        (("--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), ["127.0.0.1", "--storage"]),
+        (("--storage", "oracle://me:secret@127.0.0.1:1/x"), ["oracle"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_cost_nothing(child, tmp_path, capsys, arguments, words):
+    assert start(BETA, tmp_path, *arguments) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words)
+    assert "Traceback" not in err
+    assert "secret" not in err
+    assert not child.calls
+
+
+def test_importance_finds_what_matters(tmp_path):
+    """LPIPS made to follow β alone: β gets nearly all, the seed nearly nothing."""
+    store = Store(tmp_path)
+    for beta in (0.25, 0.5, 1.0, 2.0):
+        for seed in range(3):
+            fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
+    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    assert found.sum() == pytest.approx(1)
+    assert found["beta"] > 0.9
+    assert index.importances(frame([]), "lpips_vgg").empty
+    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+
+
+def test_all_backbones_by_default():
+    assert Ablation("x", {}).backbones == Search("x", {}).backbones == tuple(BACKBONES)
+
+
+def test_estimates_scale_with_steps(tmp_path):
+    store = Store(tmp_path)
+    config = make_config("cnn", "smoke", device="cpu", precision="fp32")
+    fabricate(store, config)
+    known = frame(store.runs())
+    seconds = 30 + config.width / 10
+    longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
+    assert plan.estimates([config, longer], known) == pytest.approx([seconds, 2 * seconds])
+    other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
+    (measured,) = plan.estimates([other], known)
+    assert measured > 0
