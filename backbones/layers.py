@@ -24,9 +24,9 @@ def downsamplings(image_size: int, grid_size: int) -> int:
 
 def pyramid(width: int, levels: int) -> list[int]:
     """Channels of each level of a pyramid, finest first: ``width`` at the grid, half of it one level above, a quarter
-    further up, in steps of 8. So no level costs more compute than the grid's own."""
+    further up, rounded up to multiples of 8. So no level costs more compute than the grid's own."""
     shares = [min(4, 2**above) for above in reversed(range(max(levels, 1)))]
-    return [-(-width // (8 * share)) * 8 for share in shares]
+    return [width if share == 1 else -(-width // (8 * share)) * 8 for share in shares]
 
 
 def zero_init(layer: nn.Module) -> nn.Module:

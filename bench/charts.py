@@ -746,6 +746,8 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
     axes.grid(False)
     sns.despine(ax=axes, left=True, bottom=True)
     caption = f"One run per row, the lowest seed{words}; scores are means over the whole validation set."
+    if by in BITS:
+        caption += " The bits of an image differ between rows."
     if len(same) < len(kept):
         caption += f" {len(kept) - len(same)} of {len(kept)} runs kept other images and are left out."
     yield Drawing(name, title, caption, figure)

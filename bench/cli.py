@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from .config import Config, make_config, preset_settings
 from .files import UserError
+from .match import match
 from .progress import say
 from .train import Interrupted
 
@@ -35,6 +36,8 @@ class Arguments(Config):
     """smoke (seconds, proves that all works) or cpu (minutes, a real comparison); other settings override it"""
     results: Path = Path("results")
     """runs are stored below it, in runs/"""
+    match: str | None = None
+    """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps"""
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
 
@@ -42,13 +45,17 @@ class Arguments(Config):
         """The Config fields that all runs share, as given; None means the preset's own."""
         return {name: getattr(self, name) for name in _FIELDS if name not in ("backbone", "seed")}
 
+    def config(self, backbone: str, seed: int, **settings: Any) -> Config:
+        """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs."""
+        config = make_config(backbone, self.preset, **{**self.settings(), **settings, "seed": seed})
+        if self.match is None:
+            return config
+        config.check()  # before a model of it is built
+        return match(config, self.match)
+
     def configs(self) -> list[Config]:
         """One Config per backbone and seed."""
-        return [
-            make_config(backbone, self.preset, **self.settings(), seed=seed)
-            for backbone in self.backbone
-            for seed in self.seeds
-        ]
+        return [self.config(backbone, seed) for backbone in self.backbone for seed in self.seeds]
 
 
 _FIELDS = tuple(field.name for field in fields(Config))

@@ -8,14 +8,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import tempfile
 from collections import Counter
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-import numpy as np
 import pandas as pd
 import tyro
 from rich import box
@@ -24,13 +22,12 @@ from rich.table import Table
 from backbones import BACKBONES
 
 from .cli import Arguments, parse
-from .config import Config, make_config, preset_settings
+from .config import Config, preset_settings
 from .files import UserError
 from .frames import METRICS, frame
+from .match import step_seconds
 from .store import FAILURES, Run, Store
-from .train import train
 
-ESTIMATE_STEPS = 4
 DEFAULTS = {one.name: one.default for one in fields(Config)}
 TYPES = get_type_hints(Config)
 
@@ -158,6 +155,7 @@ class Plan:
                 value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
             value = f"{value:g}" if isinstance(value, float) else value
             words.append(f"{name}={value}" if name != "data" else value)
+        words += [f"match={self.options.match}"] if self.options.match else []
         return re.sub(r"[^\w.=-]+", "_", "-".join(words))
 
     def header(self) -> dict[str, Any]:
@@ -167,9 +165,9 @@ class Plan:
 
     def configs(self, backbone: str, params: dict[str, Any]) -> list[Config]:
         """The runs of a trial with ``params``: one, or in a search one per seed."""
-        shared = {**self.options.settings(), **params}
-        seeds = self.seeds if "seed" not in params else (params["seed"],)
-        return [make_config(backbone, self.options.preset, **{**shared, "seed": seed}).resolved() for seed in seeds]
+        settings = {name: value for name, value in params.items() if name != "seed"}
+        seeds = (params["seed"],) if "seed" in params else self.seeds
+        return [self.options.config(backbone, seed, **settings).resolved() for seed in seeds]
 
     def _cells(self, backbone: str) -> list[Cell]:
         """An ablation's trials, all cells of one seed before the next. A search makes its own as it goes."""
@@ -238,16 +236,9 @@ def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
             same = finished
             for name, value in zip((*shape, "device", "precision"), key, strict=True):
                 same = same[same[name] == value]
-            rates = (same.train_seconds / same.steps).to_numpy(dtype=float)
-            per_step[key] = float(np.median(rates)) if len(rates) else _measure_step(config)
+            rates = same.train_seconds / same.steps
+            per_step[key] = float(rates.median()) if len(rates) else step_seconds(config)
     return [
         config.steps * per_step[tuple(getattr(config, name) for name in (*shape, "device", "precision"))]
         for config in configs
     ]
-
-
-def _measure_step(config: Config) -> float:
-    images = np.random.default_rng(0).integers(0, 256, (256, config.image_size, config.image_size, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        _, seconds = train(replace(config, steps=ESTIMATE_STEPS, warmup=0), images, Path(folder))
-    return seconds / ESTIMATE_STEPS

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import tyro
@@ -482,9 +482,9 @@ def show(report: Report) -> None:
 class Options:
     """The command line."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
     """studies (NAME or the path of its json), run folders, run ids or results folders; nothing means every run"""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """folder of the report; RESULTS/reports/NAME by default"""
     results: Path = Path("results")
     """where runs/ and studies/ are"""

@@ -29,6 +29,7 @@ FLOORS = {
     "statistics": 4,
     "charts": 4,
     "report": 4,
+    "match": 3,
     "plan": 4,
     "index": 4,
     "cli": 4,

@@ -243,6 +243,7 @@ def test_data_round_trip(store, sketched):
     long = pd.read_parquet(out / "runs.parquet")
     assert list(long) == ["run_id", *CONFIG, "status", "metric", "value"]
     assert long.value.dtype == "float64"
+    assert long.value.notna().all()
     assert long.seed.dtype == "int64"
     assert set(long.beta) == {"auto", "0.25", "1.0"}
     wide = long.pivot(index="run_id", columns="metric", values="value")
