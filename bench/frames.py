@@ -58,6 +58,8 @@ METRICS: dict[str, Metric] = {
     "score_seconds": Metric("score s", ".0f", ""),
 }
 CLOCKED = ("images_per_second_encode", "images_per_second_decode", "train_seconds")  # true of one machine only
+BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
+UNMATCHED = "†"
 
 CONFIG = tuple(field.name for field in fields(Config))
 # Config fields that say who ran, not what was set: never a setting whose values a table lists.
@@ -156,3 +158,15 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, by: list[
     sizes = [groups.size(), failed.groupby(by, dropna=False).size()]
     counts = pd.concat(sizes, axis=1, keys=["n", "failed"], sort=False)  # values may be of several types
     return counts.fillna(0).astype(int).join(table).reset_index()
+
+
+def unmatched(table: pd.DataFrame) -> pd.Series:
+    """Which rows (of a frame or a summary) cost more or less than the others in every respect: True for those off the
+    backbones' median in parameters *and* FLOPs by more than 2 % *and* in training time by more than 5 %.
+
+    All False for a single backbone. ``python -m bench.run --match`` gives matched ones.
+    """
+    costs = table[list(BUDGETS)]
+    median = costs.groupby(table.backbone).mean().median()
+    off = (costs / median - 1).abs() > pd.Series(BUDGETS)
+    return off.all(axis=1) & (table.backbone.nunique() > 1)

@@ -29,7 +29,21 @@ from . import charts, index
 from .charts import Chart
 from .cli import guarded
 from .files import UserError, atomic_path
-from .frames import CLOCKED, CONFIG, METRICS, blocks, differing, frame, protocols, settings, summary, uneven
+from .frames import (
+    BUDGETS,
+    CLOCKED,
+    CONFIG,
+    METRICS,
+    UNMATCHED,
+    blocks,
+    differing,
+    frame,
+    protocols,
+    settings,
+    summary,
+    uneven,
+    unmatched,
+)
 from .progress import Bar, say, stdout
 from .statistics import COMPARED, Verdict, backbone_verdicts, setting_verdicts
 from .store import FAILURES, Run, Store
@@ -243,6 +257,8 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     machines = block[["processor", "threads"]].drop_duplicates()
     unequal = [name for name in CLOCKED if name in names and len(machines) > 1]
     best = {name: _best(table[name], name) for name in names if name not in unequal}
+    off = unmatched(table)
+    table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     rows = [
         [_cell(name, row[name]) for name in by]
         + [_cell(name, row[name], None if name in FIXED else row[f"{name}_std"], best.get(name)) for name in names]
@@ -252,6 +268,9 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
         notes.append(f"Measured on {len(machines)} different machines and therefore not ranked: {labels}.")
+    if off.any():
+        limits = ", ".join(f"{METRICS[name].label} {limit:.0%}" for name, limit in BUDGETS.items())
+        notes.append(f"{UNMATCHED} off the backbones' median in every budget ({limits}); --match gives equal ones.")
     if trained_on := _trained_on(block):
         notes.append(f"Runs were trained on {trained_on}, which flatters them in that column; k-means was not.")
     return Sheet([*by, *names], rows, list(_references(block, [*by, *names])), notes, main)

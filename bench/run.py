@@ -22,7 +22,7 @@ from . import weights
 from .cli import Arguments, guarded, parse
 from .config import Config
 from .costs import static_costs
-from .frames import METRICS
+from .frames import METRICS, UNMATCHED, frame, unmatched
 from .progress import console, stdout
 from .store import Run, Store
 from .tokenizer import Tokenizer
@@ -87,6 +87,7 @@ def compare(options: RunArguments) -> int:
 def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
     rows = [(run.config(), run.metrics()) for run in runs]
+    off = unmatched(frame(runs))
     config, metrics = rows[0]
     shown = {name: METRICS[name] for name in COLUMNS if name in metrics}
     best = {
@@ -102,18 +103,21 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
         heading = SHORT.get(name, metric.label.replace(" ", "\n"))
         table.add_column(f"{heading} {metric.arrow}", justify="right", no_wrap=True)
 
-    for config, metrics in rows:
+    for (config, metrics), marked in zip(rows, off, strict=True):
         cells = [f"{(metrics['params_encoder'] + metrics['params_decoder']) / 1e6:.2f}"]
         for name, metric in shown.items():
             bold = len(rows) > 1 and metrics[name] == best[name]
             cells.append(f"[bold]{metrics[name]:{metric.form}}[/]" if bold else f"{metrics[name]:{metric.form}}")
-        table.add_row(f"{config['backbone']} {config['quantizer']} {config['seed']}", *cells)
+        mark = f" {UNMATCHED}" if marked else ""
+        table.add_row(f"{config['backbone']} {config['quantizer']} {config['seed']}{mark}", *cells)
     for config, _ in failed:
         table.add_row(f"{config.backbone} {config.quantizer} {config.seed}", "[red]diverged[/]")
     table.add_section()
     reference = {name: metrics.get(f"{name}_kmeans") for name in shown}
     cells = ["–" if value is None else f"{value:{shown[name].form}}" for name, value in reference.items()]
     table.add_row("k-means on patches", "–", *cells)
+    if off.any():
+        table.caption = f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"
     return table
 
 

@@ -25,7 +25,7 @@ from .frames import METRICS, settings
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
 FEWEST = 3  # paired seeds for an interval and a test
-IMAGE_SEEDS = 5  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened
+IMAGE_SEEDS = 3  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened
 RESAMPLES = 2000
 SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; presets agree within 5 %
 LISTED = 6  # values of a setting that a sentence lists; of more it gives the range

@@ -10,14 +10,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from fabricate import fabricate
 from PIL import Image
 from safetensors.torch import load_file
 
 from bench import run, store, trial, weights
-from bench.config import Config
+from bench.config import Config, make_config
 from bench.doctor import main as doctor
 from bench.files import cache_dir
+from bench.frames import frame, unmatched
 from bench.quantizers import QUANTIZERS
+from bench.store import Store
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -253,3 +256,21 @@ def test_killed_in_the_middle_it_resumes_and_ends_bit_equal(tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert value.equal(second[name]), name
+
+
+def test_rows_at_another_budget_are_marked(tmp_path):
+    """A row is off only if it is off in parameters, FLOPs and time alike."""
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    even = {"params_encoder": 400_000, "params_decoder": 400_000, "flops_encode": 1e8, "flops_decode": 1e8}
+    even |= {"train_seconds": 60.0}
+
+    def marked(name, **changes):
+        folder = Store(tmp_path / name)
+        runs = [fabricate(folder, config, **even) for config in configs[:2]]
+        runs.append(fabricate(folder, configs[2], **(even | changes)))
+        return list(unmatched(frame(runs)))
+
+    assert marked("equal") == [False] * 3
+    assert marked("wider", params_encoder=900_000) == [False] * 3  # but as fast and as many FLOPs
+    assert marked("other", params_encoder=900_000, flops_encode=3e8, train_seconds=90.0) == [False, False, True]
+    assert list(unmatched(frame([fabricate(Store(tmp_path / "one"), configs[0])]))) == [False]
