@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,9 +153,8 @@ class Store:
         folder = self.root / "runs"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(folder / ".probe") as temporary:
-                temporary.write_text("")
-            (folder / ".probe").unlink()
+            with tempfile.TemporaryFile(dir=folder):
+                pass
             free = shutil.disk_usage(folder).free >> 20
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error

@@ -214,3 +214,21 @@ def test_make_config_overrides_the_preset():
     assert config.width == make_config("vit", "smoke").width
     with pytest.raises(UserError, match="unknown setting 'stepz'"):
         make_config("vit", "smoke", stepz=7)
+
+
+def test_many_processes_may_look_at_one_results_folder_at_once(tmp_path):
+    """Each writes a probe of its own."""
+    store, errors = Store(tmp_path), []
+
+    def look():
+        try:
+            for _ in range(200):
+                store.check_writable(0)
+        except UserError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not errors
+    assert list((tmp_path / "runs").iterdir()) == []
