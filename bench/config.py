@@ -34,6 +34,14 @@ class Config:
     """channels at the token grid; with depth it sets the parameter count"""
     depth: int
     """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba)"""
+    patch_overlap: bool = False
+    """vit, mamba, bimamba, hybrid: patches twice as wide as their stride, a cure for grid artefacts"""
+    final_conv: bool = False
+    """vit, mamba, bimamba, hybrid: a 3×3 convolution after the pixels, the other cure"""
+    attention: int = 0
+    """transformer layers on either side of the quantizer, whatever the backbone"""
+    pretrained: bool = False
+    """timm:NAME: start the encoder from timm's weights"""
     quantizer: str = "ema"
     """how the codebook learns: standard (codebook loss), ema (moving average) or l2 (unit sphere)"""
     data: str = "photos"
@@ -50,6 +58,14 @@ class Config:
     """β, weight of the commitment loss"""
     ema_decay: float = 0.99
     """decay of the ema quantizer's running sums"""
+    kmeans_init: bool = False
+    """start the codebook at k-means centroids of encoder outputs rather than at random ones"""
+    entropy_weight: float = 0.0
+    """weight of the entropy penalty: sure about each token, all codes in use; 0 leaves it out"""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
+    temperature: float = 1.0
+    """gumbel: temperature of the soft choice of a code in training"""
     revive_after: int = 50
     """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
     reconstruction: Literal["l1", "l2"] = "l2"
@@ -58,6 +74,30 @@ class Config:
     """weight of the perceptual loss; 0 leaves it out"""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """network of the perceptual loss; vgg is slow without a GPU"""
+    gan_weight: float = 0.0
+    """weight of the adversarial loss; 0 trains no discriminator"""
+    gan_start: float = 0.5
+    """share of the steps after which the tokenizer sees the discriminator"""
+    gan_ramp: float = 0.1
+    """share of the steps over which gan_weight then grows from 0 to its full value"""
+    gan_warmup: float = 0.1
+    """share of the steps, before gan_start, in which the discriminator trains alone"""
+    gan_loss: Literal["hinge", "nonsaturating"] = "hinge"
+    """adversarial loss of both sides"""
+    gan_adaptive: bool = True
+    """scale gan_weight by the ratio of gradients at the decoder's last layer (VQGAN)"""
+    gan_lr: float = 0.2
+    """the discriminator's learning rate as a share of lr"""
+    gan_width: int = 64
+    """channels of PatchGAN's first layer"""
+    gan_layers: int = 3
+    """PatchGAN's downsampling layers; each doubles the channels, up to eight times gan_width"""
+    gan_norm: Literal["group", "spectral"] = "group"
+    """PatchGAN's normalisation"""
+    lecam_weight: float = 0.0
+    """weight of the LeCAM regulariser of the discriminator; for little data"""
+    r1_weight: float = 0.0
+    """weight of the R1 gradient penalty of the discriminator on real images"""
     steps: int = 700
     """training steps"""
     batch_size: int = 16
