@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import SwiGLU
+from timm.layers import Attention, SwiGLU
 from torch import Tensor, nn
 
 Layer = Callable[[int], nn.Module]  # builds a layer of so many channels
+HEAD_DIM = 32  # of attention
 
 
 def downsamplings(image_size: int, grid_size: int) -> int:
@@ -56,6 +57,51 @@ def mlp(width: int) -> SwiGLU:
     return layer
 
 
+class TransformerBlock(nn.Module):
+    """Pre-norm attention over the tokens of each image, then SwiGLU, on (B, tokens, width).
+
+    As many heads of 32 as ``width`` holds, rounded up, so that any width will do.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads=-(-width // HEAD_DIM), attn_head_dim=HEAD_DIM)
+        zero_init(self.attention.proj)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def blocks(kinds: Sequence[Layer], width: int, depth: int) -> list[nn.Module]:
+    """``depth`` blocks of equal shares of each kind, in order; where they do not divide, earlier kinds get more."""
+    return [kinds[i * len(kinds) // depth](width) for i in range(depth)]
+
+
+class GridTransformer(nn.Module):
+    """``layers`` transformer blocks over a feature map whose pixels are tokens, with learned positions.
+
+    (B, width, grid_size, grid_size) → the same shape.
+    """
+
+    def __init__(self, width: int, grid_size: int, layers: int):
+        super().__init__()
+        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        self.blocks = nn.Sequential(*blocks([TransformerBlock], width, layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[-2:]
+        return self.blocks(x.flatten(2).transpose(1, 2) + self.position).transpose(1, 2).unflatten(2, grid)
+
+
+def grid_attention(width: int, grid_size: int, attention: int) -> list[nn.Module]:
+    """What ``attention`` adds to a convolutional side next to the codes: one GridTransformer, or nothing for 0."""
+    return [GridTransformer(width, grid_size, attention)] if attention else []
+
+
 class Downsample(nn.Conv2d):
     """Halves the side: a strided 2×2 convolution, one linear map of each 2×2 cell. (B, C, H, W) → (B, C', H/2, W/2)."""
 
@@ -75,12 +121,21 @@ class PyramidEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). ``block(channels)`` builds one
     residual block on (B, channels, H, W), ``norm(channels)`` what precedes the last convolution. width: channels at the
-    grid. No block runs at full resolution, where such networks would spend most of their time, unless grid_size equals
-    image_size. Raises ValueError on a grid that does not divide the image as a power of two.
+    grid. attention: transformer layers at the grid, after the blocks. No block runs at full resolution, where such
+    networks would spend most of their time, unless grid_size equals image_size. Raises ValueError on a grid that does
+    not divide the image as a power of two.
     """
 
     def __init__(
-        self, block: Layer, norm: Layer, image_size: int, grid_size: int, code_dim: int, width: int, depth: int
+        self,
+        block: Layer,
+        norm: Layer,
+        image_size: int,
+        grid_size: int,
+        code_dim: int,
+        width: int,
+        depth: int,
+        attention: int = 0,
     ):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
@@ -91,6 +146,7 @@ class PyramidEncoder(nn.Module):
             layers.append(orthogonal(step))
             layers.extend(block(channels) for _ in range(depth))
             inputs = channels
+        layers += grid_attention(inputs, grid_size, attention)
         self.layers = nn.Sequential(*layers, norm(inputs), orthogonal(nn.Conv2d(inputs, code_dim, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,12 +157,22 @@ class PyramidDecoder(nn.Module):
     """Mirror of PyramidEncoder: (B, code_dim, grid_size, grid_size) → (B, 3, image_size, image_size), unbounded."""
 
     def __init__(
-        self, block: Layer, norm: Layer, image_size: int, grid_size: int, code_dim: int, width: int, depth: int
+        self,
+        block: Layer,
+        norm: Layer,
+        image_size: int,
+        grid_size: int,
+        code_dim: int,
+        width: int,
+        depth: int,
+        attention: int = 0,
     ):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
         inputs, *finer = reversed(pyramid(width, levels))
-        layers: list[nn.Module] = [orthogonal(nn.Conv2d(code_dim, inputs, 1)), *(block(inputs) for _ in range(depth))]
+        layers: list[nn.Module] = [orthogonal(nn.Conv2d(code_dim, inputs, 1))]
+        layers += grid_attention(inputs, grid_size, attention)
+        layers.extend(block(inputs) for _ in range(depth))
         for channels in finer:
             layers.append(orthogonal(Upsample(inputs, channels)))
             layers.extend(block(channels) for _ in range(depth))
@@ -123,19 +189,41 @@ class PyramidDecoder(nn.Module):
         return self.layers(z)
 
 
+def patches(image_size: int, grid_size: int, overlap: bool) -> dict[str, int]:
+    """Kernel size, stride and padding of the (transposed) convolution between images and tokens.
+
+    A patch is a grid cell; with ``overlap`` it reaches half a cell into each neighbour, twice as wide as its stride (a
+    cell of one pixel has none to halve: 3×3). Raises ValueError as ``downsamplings`` does.
+    """
+    stride = 2 ** downsamplings(image_size, grid_size)
+    kernel = max(2 * stride, 3) if overlap else stride
+    return {"kernel_size": kernel, "stride": stride, "padding": (kernel - stride) // 2}
+
+
 class TokenEncoder(nn.Module):
     """Patches → tokens → ``depth`` blocks → codes-to-be: the encoder of ViT-VQGAN (Yu et al. 2022, section 3.1).
 
-    (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). ``block(width)`` builds one
-    residual block on (B, tokens, width). Raises ValueError on a grid that does not divide the image as a power of two.
+    (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). Each of ``kinds(width)`` builds a
+    residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
+    blocks. patch_overlap: see ``patches``. Raises ValueError on a grid that does not divide the image as a power of
+    two.
     """
 
-    def __init__(self, block: Layer, image_size: int, grid_size: int, code_dim: int, width: int, depth: int):
+    def __init__(
+        self,
+        kinds: Sequence[Layer],
+        image_size: int,
+        grid_size: int,
+        code_dim: int,
+        width: int,
+        depth: int,
+        attention: int = 0,
+        patch_overlap: bool = False,
+    ):
         super().__init__()
-        patch = 2 ** downsamplings(image_size, grid_size)
-        self.patchify = nn.Conv2d(3, width, patch, stride=patch)
+        self.patchify = nn.Conv2d(3, width, **patches(image_size, grid_size, patch_overlap))
         self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
-        self.blocks = nn.Sequential(*(block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*blocks(kinds, width, depth), *blocks([TransformerBlock], width, attention))
         self.head = token_head(width, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,26 +234,41 @@ class TokenEncoder(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Mirror of TokenEncoder: (B, code_dim, grid_size, grid_size) → (B, 3, image_size, image_size), unbounded."""
+    """Mirror of TokenEncoder: (B, code_dim, grid_size, grid_size) → (B, 3, image_size, image_size), unbounded.
 
-    def __init__(self, block: Layer, image_size: int, grid_size: int, code_dim: int, width: int, depth: int):
+    The transformer layers of ``attention`` come before the blocks, next to the codes. With patch_overlap, patches are
+    summed where they overlap. final_conv: a 3×3 convolution of the assembled image.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Layer],
+        image_size: int,
+        grid_size: int,
+        code_dim: int,
+        width: int,
+        depth: int,
+        attention: int = 0,
+        patch_overlap: bool = False,
+        final_conv: bool = False,
+    ):
         super().__init__()
-        patch = 2 ** downsamplings(image_size, grid_size)
         self.embed = nn.Linear(code_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
-        self.blocks = nn.Sequential(*(block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*blocks([TransformerBlock], width, attention), *blocks(kinds, width, depth))
         self.head = token_head(width, width)
-        self.unpatchify = nn.ConvTranspose2d(width, 3, patch, stride=patch)
+        self.unpatchify = nn.ConvTranspose2d(width, 3, **patches(image_size, grid_size, patch_overlap))
+        self.final_conv = nn.Conv2d(3, 3, 3, padding=1) if final_conv else nn.Identity()
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that turns features into pixels; the adaptive GAN weight is measured on its gradient."""
-        return self.unpatchify.weight
+        return getattr(self.final_conv, "weight", self.unpatchify.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         grid = z.shape[-2:]
         x = self.head(self.blocks(self.embed(z.flatten(2).transpose(1, 2)) + self.position))
-        return self.unpatchify(x.transpose(1, 2).unflatten(2, grid))
+        return self.final_conv(self.unpatchify(x.transpose(1, 2).unflatten(2, grid)))
 
 
 def token_head(width: int, out_features: int) -> nn.Sequential:

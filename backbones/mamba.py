@@ -54,7 +54,7 @@ class BidirectionalMambaBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-Encoder = partial(TokenEncoder, MambaBlock)
-Decoder = partial(TokenDecoder, MambaBlock)
-BidirectionalEncoder = partial(TokenEncoder, BidirectionalMambaBlock)
-BidirectionalDecoder = partial(TokenDecoder, BidirectionalMambaBlock)
+Encoder = partial(TokenEncoder, [MambaBlock])
+Decoder = partial(TokenDecoder, [MambaBlock])
+BidirectionalEncoder = partial(TokenEncoder, [BidirectionalMambaBlock])
+BidirectionalDecoder = partial(TokenDecoder, [BidirectionalMambaBlock])

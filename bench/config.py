@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import torch
 
-from backbones import BACKBONES
+from backbones import Backbone, backbone, users
 from backbones.layers import downsamplings
 
+from .codebook import GRADIENTS
 from .data import AUGMENTATIONS
 from .files import UserError
+from .losses import ADVERSARIAL
 from .metrics import MINIMUM_SIZE
-from .quantizers import QUANTIZERS
+from .quantizers import ENTROPY_WEIGHT, QUANTIZERS
 
 PROTOCOL_VERSION = 1  # how runs are trained and scored; raise it when the same config would give other numbers
 
@@ -29,13 +31,22 @@ class Config:
     """Everything that a run's numbers depend on, the seed included."""
 
     backbone: str
-    """encoder and decoder: cnn, convnext, vit, mamba or bimamba"""
+    """cnn, convnext, vit, mamba, bimamba, hybrid, or timm:MODEL, whose encoder is a model of timm, its decoder cnn's"""
     width: int
-    """channels at the token grid; with depth it sets the parameter count"""
+    """channels at the token grid; with depth it sets the parameter count (timm:MODEL: of the decoder)"""
     depth: int
-    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba)"""
+    """blocks per level (cnn, convnext, the decoder of timm:MODEL) or per side (vit, mamba, bimamba, hybrid)"""
+    patch_overlap: bool = False
+    """vit, mamba, bimamba, hybrid: patches twice as wide as their stride, a cure for grid artefacts"""
+    final_conv: bool = False
+    """vit, mamba, bimamba, hybrid: a 3×3 convolution over the pixels at the end, the other cure"""
+    attention: int = 0
+    """transformer layers on either side of the quantizer, whatever the backbone"""
+    pretrained: bool = False
+    """timm:MODEL: start the encoder from timm's weights"""
     quantizer: str = "ema"
-    """how the codebook learns: standard (codebook loss), ema (moving average) or l2 (unit sphere)"""
+    """how the codebook learns: standard (codebook loss), ema (moving average), l2 or ema_l2 (unit sphere), gumbel
+    (sampled codes); or fsq, lfq, simvq, residual, of an optional package"""
     data: str = "photos"
     """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
     image_size: int = 64
@@ -49,7 +60,16 @@ class Config:
     beta: float = 0.25
     """β, weight of the commitment loss"""
     ema_decay: float = 0.99
-    """decay of the ema quantizer's running sums"""
+    """ema, ema_l2, residual: decay of the running sums"""
+    kmeans_init: bool = False
+    """start the codebook at k-means centroids of encoder outputs rather than at random ones"""
+    entropy_weight: float | None = None
+    """weight of the entropy penalty: sure about each token, all codes in use; unless given, 0.1 for lfq, which
+    needs it, and 0 for all others"""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
+    temperature: float = 1.0
+    """gumbel: temperature of the soft choice of a code in training"""
     revive_after: int = 50
     """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
     reconstruction: Literal["l1", "l2"] = "l2"
@@ -58,6 +78,30 @@ class Config:
     """weight of the perceptual loss; 0 leaves it out"""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """network of the perceptual loss; vgg is slow without a GPU"""
+    gan_weight: float = 0.0
+    """weight of the adversarial loss; 0 trains no discriminator"""
+    gan_start: float = 0.5
+    """share of the steps after which the tokenizer sees the discriminator"""
+    gan_ramp: float = 0.1
+    """share of the steps over which gan_weight then grows from 0 to its full value"""
+    gan_warmup: float = 0.1
+    """share of the steps, before gan_start, in which the discriminator trains alone"""
+    gan_loss: Literal["hinge", "nonsaturating"] = "hinge"
+    """adversarial loss of both sides"""
+    gan_adaptive: bool = True
+    """scale gan_weight by the ratio of gradients at the decoder's last layer (VQGAN)"""
+    gan_lr: float = 0.2
+    """the discriminator's learning rate as a share of lr"""
+    gan_width: int = 64
+    """channels of PatchGAN's first layer"""
+    gan_layers: int = 3
+    """PatchGAN's downsampling layers; each doubles the channels, up to eight times gan_width"""
+    gan_norm: Literal["group", "spectral"] = "group"
+    """PatchGAN's normalisation"""
+    lecam_weight: float = 0.0
+    """weight of the LeCAM regulariser of the discriminator; for little data"""
+    r1_weight: float = 0.0
+    """weight of the R1 gradient penalty of the discriminator on real images"""
     steps: int = 700
     """training steps"""
     batch_size: int = 16
@@ -82,18 +126,21 @@ class Config:
     """weights, batches and augmentation follow from it"""
 
     def resolved(self) -> Config:
-        """The same config with every ``auto`` replaced by what this machine gives, and a data folder's real path."""
+        """The same config with every ``auto`` replaced by what this machine gives, an open ``entropy_weight`` by the
+        quantizer's own, and a data folder's real path."""
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         precision = self.precision if self.precision != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
         data = self.data
         if data.startswith("folder:"):
             data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
-        return replace(self, device=device, precision=precision, data=data)
+        entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
+        return replace(self, device=device, precision=precision, data=data, entropy_weight=entropy_weight)
 
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the protocol version."""
         canonical = json.dumps([PROTOCOL_VERSION, asdict(self.resolved())], sort_keys=True)
-        return f"{self.backbone}-{self.quantizer}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+        head = f"{self.backbone.replace(':', '-')}-{self.quantizer}"
+        return f"{head}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
     @property
     def tokens(self) -> int:
@@ -102,26 +149,58 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
-        _check_choice("backbone", self.backbone, BACKBONES)
+        self._check_backbone()
         _check_choice("quantizer", self.quantizer, QUANTIZERS)
         _check_choice("augment", self.augment, AUGMENTATIONS)
         _check_choice("reconstruction", self.reconstruction, ("l1", "l2"))
         _check_choice("lpips_net", self.lpips_net, ("alex", "vgg"))
+        _check_choice("gradient", self.gradient, GRADIENTS)
+        _check_choice("gan_loss", self.gan_loss, ADVERSARIAL)
+        _check_choice("gan_norm", self.gan_norm, ("group", "spectral"))
         _check_choice("precision", self.precision, ("auto", "bf16", "fp32"))
-        for name in ("image_size", "grid_size", "codebook_size", "code_dim", "width", "depth", "steps", "batch_size"):
+        for name in (
+            "image_size",
+            "grid_size",
+            "codebook_size",
+            "code_dim",
+            "width",
+            "depth",
+            "steps",
+            "batch_size",
+            "gan_width",
+            "gan_layers",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("beta", "lpips_weight", "warmup", "weight_decay", "grad_clip", "revive_after", "seed"):
+        for name in (
+            "attention",
+            "beta",
+            "lpips_weight",
+            "gan_weight",
+            "gan_lr",
+            "lecam_weight",
+            "r1_weight",
+            "warmup",
+            "weight_decay",
+            "grad_clip",
+            "revive_after",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("gan_start", "gan_ramp", "gan_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a share of the steps, from 0 to 1")
         for name in ("ema_decay", "weight_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         smallest = max(MINIMUM_SIZE.values())
         if self.image_size < smallest:
             raise UserError(f"image_size is {self.image_size}; LPIPS needs at least {smallest} pixels a side")
-        if not self.lr > 0:
-            raise UserError(f"lr is {self.lr}; it must be above 0")
+        for name in ("lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        self._check_quantizer()
         try:
             downsamplings(self.image_size, self.grid_size)
         except ValueError as error:
@@ -132,6 +211,36 @@ class Config:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device!r} is not available here; use --device cpu") from error
+
+    def _check_backbone(self) -> None:
+        taken = _backbone(self.backbone).options
+        for name in ("patch_overlap", "final_conv", "pretrained"):
+            if getattr(self, name) and name not in taken:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, of which backbone {self.backbone!r} makes no use; "
+                    f"leave it out or choose from {', '.join(users(name))}"
+                )
+
+    def _check_quantizer(self) -> None:
+        given = self.resolved()
+        if not given.entropy_weight >= 0:
+            raise UserError(f"entropy_weight is {given.entropy_weight}; it must be 0 or more")
+        for field in fields(self):
+            choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
+            value, default = getattr(given, field.name), field.default or 0.0  # an open entropy_weight is none
+            if choices and self.quantizer not in choices and value != default:
+                raise UserError(
+                    f"{field.name} is {value}, of which quantizer {self.quantizer!r} makes no use; "
+                    f"leave it out or choose from {', '.join(choices)}"
+                )
+        QUANTIZERS[self.quantizer].check(self.codebook_size)
+
+
+def _backbone(name: str) -> Backbone:
+    try:
+        return backbone(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -146,7 +255,8 @@ def has_fast_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
 
 
-# Width and depth of every backbone are chosen so that encoder + decoder parameters agree within 5 % in each preset.
+# Width and depth of every backbone are chosen so that encoder + decoder parameters agree within 5 % in each preset. The
+# decoder of timm:MODEL is that of cnn.
 PRESETS: dict[str, dict[str, Any]] = {
     # proves that everything works, in seconds
     "smoke": {
@@ -160,6 +270,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vit": (64, 2),
             "mamba": (56, 2),
             "bimamba": (48, 2),
+            "hybrid": (52, 2),
         },
     },
     # a real comparison on two CPU cores, about two minutes a backbone; the default
@@ -170,6 +281,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vit": (112, 2),
             "mamba": (104, 2),
             "bimamba": (88, 2),
+            "hybrid": (80, 3),
         },
     },
 }
@@ -187,9 +299,9 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     Raises UserError on an unknown backbone, preset or field.
     """
     settings = preset_settings(preset)
-    _check_choice("backbone", backbone, BACKBONES)
+    _backbone(backbone)
     for name in overrides:
         _check_choice("setting", name, [field.name for field in fields(Config)])
-    width, depth = PRESETS[preset]["size"][backbone]
+    width, depth = PRESETS[preset]["size"]["cnn" if backbone.startswith("timm:") else backbone]
     given = {name: value for name, value in overrides.items() if value is not None}
     return Config(**{"backbone": backbone, "width": width, "depth": depth, **settings, **given})

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from . import weights
-from .config import PROTOCOL_VERSION
+from .config import PROTOCOL_VERSION, Config
 from .data import Data, batch_indices, eval_batches
 from .files import atomic_path, cache_dir
-from .metrics import CodeHistogram, Scores, from_uint8, to_uint8
+from .metrics import Artefacts, CodeHistogram, Scores, from_uint8, to_uint8
 from .progress import Bar
 from .quantizers import nearest
+from .tokenizer import Tokenizer, to_device
 
 EVAL_BATCH = 32  # VGG16 is fastest on CPUs with so many
+UNTRAINED_IMAGES = 64  # scored before training
 KMEANS_PATCHES, KMEANS_ITERATIONS = 131072, 25
+REFERENCE_VERSION = 2  # of the cached scores of k-means; raise it when score() gives more
 
 
 class Codec(Protocol):
@@ -43,18 +46,21 @@ def score(
 
     Encoder and decoder run in float32; reconstructions are clamped and rounded to uint8 before anything is measured.
     """
-    scores, histogram = Scores(device, fid_weights), CodeHistogram(codebook_size)
+    scores, artefacts, histogram = Scores(device, fid_weights), Artefacts(), CodeHistogram(codebook_size)
     with Bar(label, len(images)) as bar:
         for x in eval_batches(images, EVAL_BATCH):
             x = x.to(device)
             codes = codec.encode(from_uint8(x))
             histogram.update(codes)
-            scores.update(x, to_uint8(codec.decode(codes)))
+            x_hat = to_uint8(codec.decode(codes))
+            scores.update(x, x_hat)
+            artefacts.update(x, x_hat)
             bar.advance(len(x))
     tokens = codes[0].numel()
     bits = tokens * math.log2(codebook_size)
     metrics = {
         **scores.result(),
+        **artefacts.result(codes.shape[-1]),
         "perplexity": histogram.perplexity(),
         "usage": histogram.usage(),
         "dead_codes": histogram.dead_codes(),
@@ -63,6 +69,24 @@ def score(
         "bits_per_pixel": bits / (images.shape[1] * images.shape[2]),
     }
     return metrics, scores.per_image
+
+
+@torch.no_grad()
+def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
+    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training.
+
+    On 64 evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
+    nothing about the backbone. Leaves the random generators as they were.
+    """
+    artefacts = Artefacts()
+    rows = np.linspace(0, len(images) - 1, min(UNTRAINED_IMAGES, len(images)), dtype=int)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # as train() does: the weights that the run starts from
+        tokenizer = to_device(Tokenizer(config), config.device).eval()
+    for x in eval_batches(images[rows], EVAL_BATCH):
+        x = x.to(config.device)
+        artefacts.update(x, to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x)))))
+    return {f"{name}_init": artefacts.result(config.grid_size)[name] for name in ("grid_energy", "grid_edges")}
 
 
 def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
@@ -135,7 +159,8 @@ def kmeans_reference(
     """Scores of PatchKMeans on ``data`` at the same grid and K, named as any scores. Computed once, then cached."""
     conditions = protocol(data, device, fid_weights)
     fid = conditions["extractor_inception"] or "none"
-    key = f"{data.fingerprint[:16]}-g{grid_size}-k{codebook_size}-v{PROTOCOL_VERSION}-fid-{fid}-{conditions['device']}"
+    version = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}"
+    key = f"{data.fingerprint[:16]}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
     path = cache_dir() / "references" / f"{key}.json"
     if not path.exists():
         codec = PatchKMeans(data.train, grid_size, codebook_size, device)

@@ -1,13 +1,66 @@
-"""Reconstruction losses on images in [-1, 1]; pure functions of (x_hat, x), both (B, 3, H, W) float, to a scalar."""
+"""Loss functions, each pure: tensors in, scalar out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": F.l1_loss,  # E|x̂ − x|
-    "l2": F.mse_loss,  # E(x̂ − x)²
+RECONSTRUCTION = {"l1": F.l1_loss, "l2": F.mse_loss}
+ADAPTIVE_CAP = 1e4
+
+
+class Adversarial(NamedTuple):
+    """Losses of the two sides, from logits of any shape: ``discriminator(real, fake)`` and ``generator(fake)``.
+
+    High logits mean real. The generator's loss falls as ``fake`` rises.
+    """
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+def _hinge(real: Tensor, fake: Tensor) -> Tensor:
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def _logistic(real: Tensor, fake: Tensor) -> Tensor:
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+ADVERSARIAL: dict[str, Adversarial] = {
+    "hinge": Adversarial(_hinge, lambda fake: -fake.mean()),  # Lim and Ye 2017, as in VQGAN
+    "nonsaturating": Adversarial(_logistic, lambda fake: F.softplus(-fake).mean()),  # Goodfellow et al. 2014
 }
+
+
+def adaptive_weight(reconstruction: Tensor, gan: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """λ = ‖∇ reconstruction‖ / (‖∇ gan‖ + 1e-4), gradients at the decoder's last layer, in [0, 1e4], without gradient.
+
+    Esser et al. 2021 (VQGAN), equation 7: both losses pull on the last layer equally hard. Norms are float32; a norm
+    that is not finite gives 0. Keeps the graphs of both losses.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (reconstruction, gan)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
+
+
+def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
+    """LeCAM regulariser (Tseng et al. 2021, equation 6): logits of either side stay near the running average of the
+    other's. Only the excess counts, as in the authors' code: real above fake's average and fake below real's.
+    """
+    return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
+
+
+def gradient_penalty(x: Tensor, logits: Tensor) -> Tensor:
+    """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient at real images.
+
+    ``logits`` were computed from ``x`` (B, 3, H, W), which requires a gradient; the logits of an image are summed over
+    its patches. Mean over the batch.
+    """
+    (gradient,) = torch.autograd.grad(logits.float().sum(), x, create_graph=True)
+    return 0.5 * gradient.float().square().sum((1, 2, 3)).mean()

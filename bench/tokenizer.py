@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from backbones import BACKBONES
+from backbones import backbone
 
 from .config import Config
 from .files import UserError
-from .quantizers import QUANTIZERS, EMAQuantizer, Quantized
+from .quantizers import QUANTIZERS, Quantized
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Tokenizer(nn.Module):
-    """Images to codes and back. The decoder sees nothing but the codes' vectors."""
+    """Images to codes and back. The decoder sees nothing but the codes' vectors.
+
+    Raises UserError when the backbone cannot be built, such as a timm model for images of this size.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        backbone, quantizer = BACKBONES[config.backbone], QUANTIZERS[config.quantizer]
+        encoder, decoder, *options = backbone(config.backbone)
+        encoder_options, decoder_options = ({name: getattr(config, name) for name in names} for names in options)
+        quantizer = QUANTIZERS[config.quantizer]
         shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
-        extra = {"decay": config.ema_decay} if issubclass(quantizer, EMAQuantizer) else {}
-        self.encoder = backbone.Encoder(*shape)
-        self.quantizer = quantizer(config.codebook_size, config.code_dim, config.beta, config.revive_after, **extra)
-        self.decoder = backbone.Decoder(*shape)
+        settings = {name: getattr(config.resolved(), name) for name in quantizer.settings}
+        try:
+            self.encoder = encoder(*shape, **encoder_options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.quantizer = quantizer(config.codebook_size, config.code_dim, **settings)
+        self.decoder = decoder(*shape, **decoder_options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized."""
@@ -54,7 +65,8 @@ class Tokenizer(nn.Module):
             raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
         stored = json.loads((folder / "config.json").read_text())["config"]
         config = Config(**{field.name: stored[field.name] for field in fields(Config)})
-        tokenizer = cls(config)
+        tokenizer = cls(replace(config, pretrained=False))  # the run's own weights follow
+        tokenizer.config = config
         safetensors.torch.load_model(tokenizer, folder / "tokenizer.safetensors")
         return tokenizer.to(device).eval().requires_grad_(False)
 
@@ -64,6 +76,6 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def to_device(tokenizer: Tokenizer, device: str) -> Tokenizer:
-    """Moves ``tokenizer`` to ``device`` in channels-last layout, which convolutions on CPUs and GPUs are fastest in."""
-    return tokenizer.to(device=torch.device(device), memory_format=torch.channels_last)
+def to_device(module: Module, device: str) -> Module:
+    """Moves ``module`` to ``device`` in channels-last layout, which convolutions on CPUs and GPUs are fastest in."""
+    return module.to(device=torch.device(device), memory_format=torch.channels_last)

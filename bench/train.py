@@ -13,6 +13,7 @@ import pickle
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .config import Config
 from .data import batch
+from .discriminator import Adversary
 from .files import UserError, atomic_path
-from .losses import RECONSTRUCTION
+from .losses import RECONSTRUCTION, adaptive_weight
 from .metrics import CodeHistogram, perceptual
 from .progress import Bar
 from .quantizers import Quantized
@@ -57,8 +59,14 @@ def train(
     lpips = perceptual(config.lpips_net, torch.device(config.device)) if config.lpips_weight else None
     autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
-    checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
     state = {"tokenizer": tokenizer, "optimizer": optimizer, "average": average}
+    adversary = None
+    if config.gan_weight:
+        with torch.random.fork_rng():  # until gan_start a run is the same, bit for bit, with and without it
+            adversary = to_device(Adversary(config), config.device)
+        rival = torch.optim.AdamW(adversary.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+        state |= {"adversary": adversary, "rival": rival}
+    checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
     if resume and checkpoint.exists():
         first, seconds = restore(checkpoint, state, config.device)
         rewind(history, first)
@@ -90,14 +98,33 @@ def train(
                 with autocast:
                     losses["lpips"] = lpips(x_hat, x).mean()
                 loss = loss + config.lpips_weight * losses["lpips"]
+            if adversary is not None and step >= adversary.start:
+                with autocast:
+                    losses["gan"] = adversary.generator_loss(x_hat)
+                losses["gan_scale"] = x_hat.new_ones(())
+                if config.gan_adaptive:
+                    fidelity = loss - losses["quantizer"]  # what the decoder alone answers for
+                    losses["gan_scale"] = adaptive_weight(fidelity, losses["gan"], tokenizer.decoder.last_layer)
+                loss = loss + config.gan_weight * adversary.weight(step) * losses["gan_scale"] * losses["gan"]
 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip or math.inf)
+            losses["grad_norm"] = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip or math.inf)
             optimizer.step()
             average.update_parameters(tokenizer)
 
-            window.add(quantized, {**losses, "grad_norm": norm})
+            if adversary is not None and step >= adversary.first:  # on the same batch
+                for group in rival.param_groups:
+                    group["lr"] = adversary.learning_rate(step, learning_rate(config, step))
+                with autocast:
+                    terms = adversary.discriminator_losses(x, x_hat)
+                rival.zero_grad(set_to_none=True)
+                adversary.total(terms).backward()
+                nn.utils.clip_grad_norm_(adversary.parameters(), config.grad_clip or math.inf)
+                rival.step()
+                losses |= terms
+
+            window.add(quantized, losses)
             done = step + 1
             if done % log_every and done < config.steps:
                 continue  # nothing above waits for the device; everything below does
@@ -129,18 +156,18 @@ class Window:
         self.codebook_size = codebook_size
         self.hits: Tensor | int = 0
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps: Counter[str] = Counter()
 
     def add(self, quantized: Quantized, scalars: dict[str, Tensor]) -> None:
         """Adds one step."""
         self.hits = self.hits + torch.bincount(quantized.codes.flatten(), minlength=self.codebook_size)
-        self.steps += 1
         for name, value in {**scalars, "distortion": quantized.distortion}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.steps[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Unweighted means over the window's steps; perplexity and codes in use over all of its codes together."""
-        means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        """Unweighted means over the steps that had the term; perplexity and codes in use over all codes together."""
+        means = {name: float(total) / self.steps[name] for name, total in self.sums.items()}
         histogram = CodeHistogram(self.codebook_size)
         histogram.counts += self.hits.cpu()
         return {

@@ -18,7 +18,7 @@ from . import plots, weights
 from .config import Config
 from .costs import peak_memory, static_costs, throughput
 from .data import Data, load
-from .evaluate import kmeans_reference, protocol, score
+from .evaluate import kmeans_reference, protocol, score, score_untrained
 from .files import UserError, atomic_path, cache_dir
 from .metrics import from_uint8, to_uint8
 from .store import Run, Store
@@ -65,6 +65,7 @@ def run_trial(config: Config, store: Store, fid_weights: Path | None = None, res
         run.write("config.json", {"config": asdict(config), "environment": environment()})
         (run.folder / "failure.json").unlink(missing_ok=True)
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
+        untrained = score_untrained(config, data.val)
         try:
             with peak_memory(config.device) as peak:
                 tokenizer, seconds = train(config, data.train, run.folder, resume)
@@ -72,7 +73,8 @@ def run_trial(config: Config, store: Store, fid_weights: Path | None = None, res
         except Diverged as error:
             run.fail("diverged", str(error))
             raise
-        finish(run, tokenizer, data, reference, fid_weights, {"train_seconds": seconds, "peak_memory_mb": megabytes})
+        measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": megabytes}
+        finish(run, tokenizer, data, reference, fid_weights, measured)
     return run
 
 
@@ -82,14 +84,17 @@ def finish(
     data: Data,
     reference: dict[str, float],
     fid_weights: Path | None,
-    spent: dict[str, float | None],
+    measured: dict[str, float | None],
 ) -> None:
-    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last."""
+    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last.
+
+    measured: what is known already, of the time before and during training.
+    """
     config = tokenizer.config
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
     metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
-    spent = {**spent, "score_seconds": time.monotonic() - began}
+    measured = {**measured, "score_seconds": time.monotonic() - began}
     with atomic_path(run.folder / "tokenizer.safetensors") as temporary:
         safetensors.torch.save_model(tokenizer, str(temporary))
     with atomic_path(run.folder / "per_image.npz") as temporary:
@@ -107,7 +112,7 @@ def finish(
                 **metrics,
                 **static_costs(tokenizer),
                 **throughput(tokenizer),
-                **spent,
+                **measured,
                 "images_seen": config.steps * config.batch_size,
                 **{f"{name}_kmeans": value for name, value in reference.items()},
             },

@@ -19,7 +19,17 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from bench import metrics, weights
 from bench.files import UserError, sha256_file
-from bench.metrics import CodeHistogram, FrechetStatistics, KernelDistance, Scores, from_uint8, psnr, ssim, to_uint8
+from bench.metrics import (
+    Artefacts,
+    CodeHistogram,
+    FrechetStatistics,
+    KernelDistance,
+    Scores,
+    from_uint8,
+    psnr,
+    ssim,
+    to_uint8,
+)
 
 CPU = torch.device("cpu")
 
@@ -384,3 +394,186 @@ def test_usage_counts_no_code_that_did_not_occur():
 def test_codes_outside_the_codebook_are_refused(codes):
     with pytest.raises(ValueError, match=r"integers in \[0, 8\)"):
         histogram(8, codes)
+
+
+# ------------------------------------------------------------------------------------------------------ grids and blur
+
+
+def artefacts(x, x_hat, batch=1000):
+    result = Artefacts()
+    for part, part_hat in zip(x.split(batch), x_hat.split(batch), strict=True):
+        result.update(part, part_hat)
+    return result
+
+
+def with_residual(residual):
+    """24 grey originals, and reconstructions that differ from them by ``residual`` grey levels, up to rounding."""
+    x = torch.full((24, 3, 64, 64), 128, dtype=torch.uint8)
+    return x, (x + residual).round().clamp(0, 255).to(torch.uint8)
+
+
+def noise(scale=12.0):
+    return scale * torch.randn(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def tiles(grid):
+    """One random patch of unit variance, repeated: what a decoder paints that knows its bias only."""
+    patch = torch.randn(3, 64 // grid, 64 // grid, generator=torch.Generator().manual_seed(1))
+    return patch.repeat(1, grid, grid)
+
+
+def steps(grid):
+    """Patches of one random grey each: what a codebook of flat patches gets wrong."""
+    grey = torch.randn(24, 3, grid, grid, generator=torch.Generator().manual_seed(2))
+    return grey.repeat_interleave(64 // grid, 2).repeat_interleave(64 // grid, 3)
+
+
+GRID_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize("grid", GRID_SIZES)
+def test_white_noise_shows_no_grid(grid):
+    found = artefacts(*with_residual(noise())).result(grid)
+    assert abs(found["grid_energy"]) < 0.2
+    assert abs(found["grid_edges"]) < 0.1
+
+
+@pytest.mark.parametrize("grid", GRID_SIZES)
+def test_nothing_and_a_constant_shift_show_exactly_no_grid(grid):
+    for shift in (0, 9, -30):
+        found = artefacts(*with_residual(shift)).result(grid)
+        assert found["grid_energy"] == pytest.approx(0, abs=1e-6)
+        assert found["grid_edges"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_constant_shift_changes_no_score():
+    x, x_hat = with_residual(noise() + 8 * tiles(8))
+    shifted = x_hat.clamp(20, 235) + 15
+    assert artefacts(x, shifted).result(8) == pytest.approx(artefacts(x, x_hat.clamp(20, 235)).result(8), abs=1e-4)
+
+
+@pytest.mark.parametrize("grid", [2, 4, 8, 16, 32])
+def test_energy_grows_with_a_repeated_patch(grid):
+    scores = [
+        artefacts(*with_residual(noise() + amplitude * tiles(grid))).grid_energy(grid)
+        for amplitude in (0, 3, 6, 12, 24)
+    ]
+    assert scores == sorted(scores)
+    assert scores[-1] > 5
+    assert scores[-1] > scores[0] + 5
+
+
+@pytest.mark.parametrize("grid", [2, 4, 8, 16])
+def test_edges_grow_with_steps_between_patches(grid):
+    scores = [
+        artefacts(*with_residual(noise(2) + amplitude * steps(grid))).grid_edges(grid) for amplitude in (0, 1, 4, 16)
+    ]
+    assert scores == sorted(scores)
+    assert scores[-1] > 6
+
+
+def test_the_two_views_complement_each_other():
+    """A repeated patch has no edges of its own; flat patches of random grey have no energy at the grid's frequency."""
+    repeated = artefacts(*with_residual(noise() + 12 * tiles(8))).result(8)
+    flat = artefacts(*with_residual(noise(2) + 12 * steps(8))).result(8)
+    assert repeated["grid_energy"] > 8
+    assert abs(repeated["grid_edges"]) < 2
+    assert flat["grid_edges"] > 8
+    assert flat["grid_energy"] < 0.5
+
+
+def test_amplitude_counts_only_beside_the_noise():
+    """Everything twice as large, images included, is the same picture: a ratio, but for what rounding adds."""
+    once, twice = (artefacts(*with_residual(k * (noise(8) + 8 * tiles(8)))).result(8) for k in (1, 2))
+    assert once["grid_energy"] == pytest.approx(twice["grid_energy"], abs=0.2)
+    assert once["grid_edges"] == pytest.approx(twice["grid_edges"], abs=0.1)
+
+
+def test_rounding_is_no_grid():
+    """A pattern below half a grey level is at most dithered; no score reports noise as structure."""
+    found = artefacts(*with_residual(0.4 * tiles(8).sign())).result(8)
+    assert found["grid_energy"] == pytest.approx(0, abs=1e-6)
+    one_level = artefacts(*with_residual(torch.where(tiles(8) > 0, 1.0, 0.0))).result(8)
+    assert 5 < one_level["grid_energy"] < 20  # large, and finite without any noise to divide by
+
+
+@given(seed=st.integers(0, 2**32 - 1), grid=st.sampled_from([2, 4, 8, 16]))
+@settings(max_examples=15, deadline=None)
+def test_flips_and_a_transposition_change_no_score(seed, grid):
+    x, x_hat = photographs(4, seed)
+    expected = artefacts(x, x_hat).result(grid)
+    for change in (lambda y: y.flip(2), lambda y: y.flip(3), lambda y: y.mT):
+        assert artefacts(change(x), change(x_hat)).result(grid) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_image_content_is_no_grid():
+    """Blur leaves the images' own edges in the residual, and they lie anywhere."""
+    x, _ = photographs(128, 0)
+    blurred = torch.nn.functional.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False).round()
+    for grid in (4, 8, 16):
+        found = artefacts(x, blurred.to(torch.uint8)).result(grid)
+        assert abs(found["grid_energy"]) < 0.5
+        assert abs(found["grid_edges"]) < 0.5
+
+
+def test_a_grid_shows_at_its_own_size_only():
+    x, x_hat = with_residual(noise() + 12 * tiles(8) + 6 * steps(8))
+    right, shifted = (artefacts(x, images).result(8) for images in (x_hat, x_hat.roll((3, 3), (2, 3))))
+    assert shifted["grid_energy"] == pytest.approx(
+        right["grid_energy"], abs=0.5
+    )  # a shifted pattern is one all the same
+    assert shifted["grid_edges"] < 0.2 < right["grid_edges"]  # borders are where the tokenizer has them
+    finer = artefacts(*with_residual(noise() + 12 * tiles(16)))
+    assert finer.grid_energy(8) < 0.7 * finer.grid_energy(16)  # every other one of these frequencies is empty
+
+
+def test_grid_energy_is_the_formula():
+    """Written out for every frequency, from numpy's transform."""
+    x, x_hat = photographs(3, 5)
+    residual = x_hat.double().numpy() - x.double().numpy()
+    power = sum(
+        (np.abs(np.fft.fft(lines, norm="ortho")) ** 2).mean((0, 1, 2)) / 2
+        for lines in (residual, residual.swapaxes(2, 3))
+    )
+    level = 10 * np.log10(power + 1 / 12)
+    for grid, reach in ((2, 1), (4, 2), (8, 4), (16, 4), (32, 4)):
+        excess = [
+            level[k] - np.mean([level[(k + j) % 64] for j in range(-reach, reach + 1) if j])
+            for k in range(grid, 64, grid)
+        ]
+        assert artefacts(x, x_hat).grid_energy(grid) == pytest.approx(np.mean(excess), abs=1e-4)
+
+
+def test_grid_edges_is_the_formula():
+    x, x_hat = photographs(3, 6)
+    residual = x_hat.double() - x.double()
+    border, inside = [], []
+    for k in range(63):
+        step = [(residual[..., k + 1] - residual[..., k]).abs(), (residual[..., k + 1, :] - residual[..., k, :]).abs()]
+        (border if (k + 1) % 8 == 0 else inside).extend(step)
+    ratio = (torch.stack(border).mean() + 1 / 3) / (torch.stack(inside).mean() + 1 / 3)
+    assert artefacts(x, x_hat).grid_edges(8) == pytest.approx(20 * math.log10(ratio), abs=1e-4)
+
+
+def test_sharpness_is_the_ratio_of_the_sets():
+    x, _ = photographs(8, 7)
+    assert artefacts(x, x).sharpness() == 1
+    grey = x.float().mean((2, 3), keepdim=True).expand(x.shape).to(torch.uint8)
+    assert artefacts(x, grey).sharpness() == pytest.approx(0, abs=1e-4)
+    half = (x // 2).float()
+    assert artefacts(x, half.to(torch.uint8)).sharpness() == pytest.approx(0.5, abs=0.02)
+    assert artefacts(grey, grey).sharpness() == 1  # flat against flat: nothing is divided by zero
+    blurred = torch.nn.functional.avg_pool2d(x.float(), 3, stride=1, padding=1).to(torch.uint8)
+    assert artefacts(x, blurred).sharpness() < 0.8
+    steep = [y.double().diff(dim=2).abs().sum() + y.double().diff(dim=3).abs().sum() for y in (blurred, x)]
+    assert artefacts(x, blurred).sharpness() == pytest.approx(float(steep[0] / steep[1]), rel=1e-5)
+
+
+def test_artefacts_are_those_of_the_set_whatever_the_batches():
+    x, x_hat = photographs(7, 8)
+    whole = artefacts(x, x_hat)
+    for batch in (1, 3):
+        assert artefacts(x, x_hat, batch).result(8) == pytest.approx(whole.result(8), rel=1e-5, abs=1e-5)
+    assert whole.result(8).keys() == {"grid_energy", "grid_edges", "sharpness"}
+    with pytest.raises(ValueError, match="must be uint8"):
+        Artefacts().update(x.float(), x_hat.float())

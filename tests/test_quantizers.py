@@ -1,6 +1,8 @@
 """Properties that every quantizer shares, and the bugs that public quantizers shipped."""
 
 import math
+import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,11 +11,39 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import quantizers
-from bench.quantizers import QUANTIZERS, EMAQuantizer, StandardQuantizer, nearest
+from bench import codebook as parts
+from bench.adapters import fsq_levels, residual_sizes
+from bench.codebook import entropy_penalty, kmeans, nearest, rotate
+from bench.config import Config
+from bench.files import UserError
+from bench.quantizers import QUANTIZERS, StandardQuantizer
+from bench.tokenizer import Tokenizer
 
-K, D = 12, 5
+K, D = 16, 5
+UNUSED = {  # settings that cannot apply to all, and why some have no use for them
+    "beta": "fsq bounds its components, there is nothing to commit",
+    "revive_after": "fsq and lfq have no codebook, simvq's is frozen, residual's two are short",
+    "kmeans_init": "fsq and lfq have no codebook",
+    "entropy_weight": "fsq, simvq and residual get by without, as published",
+    "gradient": "gumbel's is the soft choice's; fsq and lfq round, where the direction of a whole vector means nothing",
+    "ema_decay": "for moving averages",
+    "temperature": "for the soft choice",
+}
+
+
+def users(setting: str) -> list[str]:
+    """Quantizers that heed a field of Config."""
+    return [name for name, kind in QUANTIZERS.items() if setting in kind.settings]
+
+
+def having(setting: str):
+    """Runs a test for each of them."""
+    return pytest.mark.parametrize("name", users(setting))
+
+
 every = pytest.mark.parametrize("name", QUANTIZERS)
+with_codebook = having("revive_after")
+SPHERICAL = ("l2", "ema_l2")
 
 
 def make(name: str, **options):
@@ -23,6 +53,13 @@ def make(name: str, **options):
 
 def grid(batch: int = 3, side: int = 4) -> torch.Tensor:
     return torch.randn(batch, D, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def flat(z: torch.Tensor) -> torch.Tensor:
+    return z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- look-up
 
 
 @settings(deadline=None, max_examples=30)
@@ -35,16 +72,21 @@ def test_nearest_is_brute_force(n, k, d, seed):
     torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-5, rtol=1e-5)
 
 
-def test_nearest_never_holds_all_distances(monkeypatch):
-    x, e = torch.randn(1000, D), torch.randn(64, D)
-    whole = nearest(x, e)
-    sizes = []
+@pytest.fixture
+def blocks(monkeypatch) -> list[torch.Tensor]:
+    """Every product of tokens with codes from here on, in chunks of ten rows of 64."""
+    found = []
     addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a, **k: sizes.append(addmm(*a, **k)) or sizes[-1])
-    monkeypatch.setitem(quantizers.CHUNK_BYTES, "cpu", 4 * 64 * 10)
-    assert torch.equal(nearest(x, e), whole)
-    assert len(sizes) == 100
-    assert max(block.numel() for block in sizes) <= 640
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: found.append(addmm(*a, **k)) or found[-1])
+    monkeypatch.setitem(parts.CHUNK_BYTES, "cpu", 4 * 64 * 10)
+    return found
+
+
+def test_nearest_never_holds_all_distances(blocks):
+    x, e = torch.randn(1000, D), torch.randn(64, D)
+    assert torch.equal(nearest(x, e), torch.cdist(x, e).argmin(1))
+    assert len(blocks) == 100
+    assert max(block.numel() for block in blocks) <= 640
 
 
 @every
@@ -59,11 +101,35 @@ def test_shapes_ranges_and_types(name):
 
 
 @every
-def test_lookup_of_the_codes_is_the_forward_path(name):
+@pytest.mark.parametrize("started", [False, True])
+def test_lookup_of_the_codes_is_the_forward_path(name, started):
     """Decoding from indices must not differ from training's own path (bug 6)."""
     quantizer = make(name).eval()
+    if started:
+        quantizer.initialise(grid(batch=6))
     out = quantizer(grid())
     torch.testing.assert_close(quantizer.lookup(out.codes), out.z_q, atol=1e-6, rtol=1e-6)
+
+
+@every
+def test_in_training_the_decoder_sees_codes_too(name):
+    """What it learns on must be what it is scored on: vectors of the codebook, as it was before this step."""
+    quantizer, z = make(name), grid()
+    quantizer.initialise(grid(batch=6))
+    before = quantizer.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T.detach().clone()
+    out = quantizer(z)
+    torch.testing.assert_close(flat(out.z_q.detach()), before[out.codes.flatten()], atol=1e-6, rtol=1e-5)
+
+
+@every
+def test_there_are_exactly_k_codes(name):
+    """Bits are counted as log2 K: K different vectors, and no index beyond (product codebooks included)."""
+    quantizer = make(name).eval()
+    quantizer.initialise(grid(batch=20))
+    vectors = quantizer.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T
+    assert vectors.unique(dim=0).shape[0] == K
+    codes = quantizer(4 * grid(batch=200)).codes
+    assert set(codes.flatten().tolist()) == set(range(K))
 
 
 @every
@@ -76,34 +142,117 @@ def test_output_depends_on_the_codes_alone(name):
     torch.testing.assert_close(first.z_q, second.z_q, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["standard", "ema"])
+# ------------------------------------------------------------------------------------------------------------- gradient
+
+
+@pytest.mark.parametrize("name", ["standard", "ema", "simvq", "residual"])
 def test_gradient_passes_straight_through(name):
+    """Once: a sum over residual stages would pass it twice."""
     z, weights = grid().requires_grad_(), torch.randn(3, D, 4, 4)
     (make(name)(z).z_q * weights).sum().backward()
     torch.testing.assert_close(z.grad, weights)
 
 
-def test_l2_gradient_passes_straight_through_the_normalisation():
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_gradient_passes_straight_through_the_normalisation(name):
     z, weights = grid().requires_grad_(), torch.randn(3, D, 4, 4)
-    (make("l2")(z).z_q * weights).sum().backward()
+    (make(name)(z).z_q * weights).sum().backward()
     expected = torch.autograd.grad((F.normalize(z, dim=1) * weights).sum(), z)[0]
     torch.testing.assert_close(z.grad, expected)
 
 
-@pytest.mark.parametrize("name", ["standard", "l2"])
+def test_lfq_gradient_passes_straight_through_the_signs():
+    quantizer, z, weights = make("lfq"), grid().requires_grad_(), torch.randn(3, D, 4, 4)
+    (quantizer(z).z_q * weights).sum().backward()
+    expected = flat(weights) @ quantizer.project_out.weight @ quantizer.project_in.weight
+    torch.testing.assert_close(flat(z.grad), expected)
+
+
+def test_fsq_gradient_passes_straight_through_the_rounding():
+    """That of the bounded component, (L−1)/2 · tanh, in units of half the levels."""
+    quantizer, z, weights = make("fsq"), grid().requires_grad_(), torch.randn(3, D, 4, 4)
+    (quantizer(z).z_q * weights).sum().backward()
+    scalars = quantizer.project_in(flat(z)).detach().double().requires_grad_()
+    half = torch.tensor([(level - 1) * 1.001 / 2 for level in fsq_levels(K)])  # all even at this K
+    bounded = (scalars + (0.5 / half).atanh()).tanh() * half / (torch.tensor(fsq_levels(K)) // 2)
+    (bounded * (flat(weights) @ quantizer.project_out.weight).double()).sum().backward()
+    torch.testing.assert_close(flat(z.grad), scalars.grad.float() @ quantizer.project_in.weight)
+
+
+@having("gradient")
+def test_rotation_changes_the_gradient_alone(name):
+    outs, gradients = [], []
+    for gradient in ("straight_through", "rotation"):
+        z = grid().requires_grad_()
+        outs.append(make(name, gradient=gradient)(z))
+        (outs[-1].z_q * torch.arange(D).view(1, D, 1, 1)).sum().backward()
+        gradients.append(z.grad)
+    for before, after in zip(*outs, strict=True):
+        torch.testing.assert_close(before, after, atol=1e-6, rtol=1e-6)
+    assert (gradients[0] - gradients[1]).abs().max() > 0.01
+
+
+@settings(deadline=None, max_examples=30)
+@given(d=st.integers(2, 9), seed=st.integers(0, 99), scale=st.floats(0.01, 100))
+def test_rotation_is_a_rotation_and_a_rescaling(d, seed, scale):
+    """Its Jacobian J takes e to q, leaves what is perpendicular to both but for the scale, and keeps angles."""
+    generator = torch.Generator().manual_seed(seed)
+    e, q = torch.randn(d, generator=generator).double(), scale * torch.randn(d, generator=generator).double()
+    jacobian = torch.autograd.functional.jacobian(lambda x: rotate(x[None], q[None])[0], e)
+    ratio = q.norm() / e.norm()
+    torch.testing.assert_close(rotate(e[None], q[None])[0], q)
+    torch.testing.assert_close(jacobian @ e, q)
+    torch.testing.assert_close(jacobian.T @ jacobian, ratio**2 * torch.eye(d).double())
+    assert torch.linalg.det(jacobian) > 0
+    plane = torch.linalg.qr(torch.stack([e, q]).T)[0]
+    beside = torch.eye(d).double() - plane @ plane.T
+    torch.testing.assert_close(jacobian @ beside, ratio * beside, atol=1e-6 * float(ratio), rtol=1e-6)
+
+
+def test_rotation_is_the_package_s():
+    functions = pytest.importorskip("vector_quantize_pytorch.vector_quantize_pytorch")
+    tokens, chosen, weights = torch.randn(3, 50, D).unbind()
+    gradients = []
+    for function in (rotate, functions.rotate_to):
+        x = tokens.clone().requires_grad_()
+        (function(x, chosen) * weights).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_rotation_is_safe_where_there_is_no_direction():
+    """A zero token, a zero code, both, and opposite ones; the first three pass straight through."""
+    e = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+    q = torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, -2.0]])
+    out = rotate(e, q)
+    assert torch.equal(out, q)
+    weights = torch.randn(4, 2)
+    (out * weights).sum().backward()
+    assert torch.equal(e.grad[:3], weights[:3])
+    torch.testing.assert_close(e.grad[3].norm(), weights[3].norm())
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def codebook_parameter(quantizer) -> torch.Tensor:
+    return quantizer.codec.code_transform.weight if hasattr(quantizer, "codec") else quantizer.codebook
+
+
+@pytest.mark.parametrize("name", ["standard", "l2", "simvq"])
 def test_codebook_gradient_does_not_depend_on_beta(name):
     """β belongs to the commitment term, not to the codebook's (bug 1)."""
     gradients = []
     for beta in (0.0, 0.25, 4.0):
         quantizer = make(name, beta=beta)
         quantizer(grid()).loss.backward()
-        gradients.append(quantizer.codebook.grad)
+        gradients.append(codebook_parameter(quantizer).grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
-@every
+@having("beta")
 def test_commitment_gradient_is_proportional_to_beta(name):
     """β reaches the loss (bug 2), and pulls the encoder only as far as it says."""
     gradients = []
@@ -115,26 +264,161 @@ def test_commitment_gradient_is_proportional_to_beta(name):
     torch.testing.assert_close(gradients[1], 4 * gradients[0])
 
 
-def test_standard_loss_is_equation_3():
-    quantizer, z = make("standard", beta=0.3), grid()
+@pytest.mark.parametrize("name", ["standard", "simvq"])
+def test_loss_is_equation_3(name):
+    quantizer, z = make(name, beta=0.3), grid()
     out = quantizer(z)
-    distance = (z.movedim(1, -1) - quantizer.codebook[out.codes]).square().mean()
+    distance = (z - quantizer.lookup(out.codes)).square().mean()
     torch.testing.assert_close(out.loss, 1.3 * distance)
     torch.testing.assert_close(out.distortion, distance)
 
 
-def test_l2_ignores_the_norms():
-    quantizer = make("l2").eval()
+def test_residual_commits_either_stage():
+    quantizer, z = make("residual", beta=0.3), grid()
+    quantizer.initialise(z)
+    before = [stage.codebook.clone() for stage in quantizer.codec.layers]
+    out = quantizer(z)
+    first, second = out.codes.flatten() // 4, out.codes.flatten() % 4
+    left = flat(z) - before[0][first]
+    assert torch.equal(first, nearest(flat(z), before[0]))
+    assert torch.equal(second, nearest(left, before[1]))
+    expected = left.square().mean() + (left - before[1][second]).square().mean()
+    torch.testing.assert_close(out.loss, 0.3 * expected)
+    torch.testing.assert_close(out.distortion, (left - before[1][second]).square().mean())
+
+
+def test_fsq_has_no_loss():
+    assert make("fsq")(grid()).loss == 0
+
+
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_the_sphere_ignores_the_norms(name):
+    quantizer = make(name).eval()
     z = grid()
     scaled = quantizer(z * torch.rand(3, 1, 4, 4).add(0.1))
     assert torch.equal(scaled.codes, quantizer(z).codes)
     torch.testing.assert_close(scaled.z_q.norm(dim=1), torch.ones(3, 4, 4))
 
 
+# -------------------------------------------------------------------------------------------------------------- entropy
+
+
+def dense_penalty(x: torch.Tensor, e: torch.Tensor, variance: float) -> torch.Tensor:
+    """Equations 5 and 6, with the whole matrix of soft choices."""
+    p = (-torch.cdist(x, e).square() / (2 * variance)).softmax(1)
+    return (-p * p.log()).sum(1).mean() + (p.mean(0) * p.mean(0).log()).sum()
+
+
+def test_entropy_penalty_is_the_formula_and_its_gradient(blocks):
+    x, e = torch.randn(200, D), torch.randn(64, D)
+    found, expected = [
+        (a.requires_grad_(), b.requires_grad_()) for a, b in ((x.clone(), e.clone()), (x.double(), e.double()))
+    ]
+    penalty = entropy_penalty(*found, torch.tensor(0.4))
+    reference = dense_penalty(*expected, 0.4)
+    torch.testing.assert_close(penalty.double(), reference)
+    penalty.backward()
+    reference.backward()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_entropy_penalty_never_holds_all_soft_choices(blocks):
+    """Neither at once nor kept for the backward pass."""
+    kept = []
+    x, e = torch.randn(1000, D, requires_grad=True), torch.randn(64, D, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        penalty = entropy_penalty(x, e, torch.tensor(1.0))
+    penalty.backward()
+    assert max(block.numel() for block in blocks) <= 640
+    assert sum(kept) < 64 * 1000
+
+
+def test_entropy_penalty_has_its_bounds():
+    codes = 10 * torch.eye(K)
+    sure_and_even, lone = codes.repeat(3, 1), codes[:1].repeat(30, 1)
+    halfway = torch.zeros(30, K)
+    assert float(entropy_penalty(sure_and_even, codes, torch.tensor(1.0))) == pytest.approx(-math.log(K), abs=1e-5)
+    assert float(entropy_penalty(lone, codes, torch.tensor(1.0))) == pytest.approx(0, abs=1e-5)
+    assert float(entropy_penalty(halfway, codes, torch.tensor(1.0))) == pytest.approx(0, abs=1e-5)
+    assert entropy_penalty(codes, codes, torch.tensor(0.0)).isfinite()  # every token on a code
+
+
+def test_entropy_penalty_does_not_see_the_scale():
+    x, e = torch.randn(200, D), torch.randn(64, D)
+    small, large = (entropy_penalty(s * x, s * e, torch.tensor(0.4 * s**2)) for s in (1.0, 100.0))
+    torch.testing.assert_close(small, large)
+
+
+@having("entropy_weight")
+def test_entropy_weight_scales_what_training_adds(name, monkeypatch):
+    losses = [make(name, entropy_weight=weight)(grid()).loss for weight in (0.0, 0.5, 1.0)]
+    assert losses[1] < losses[0]
+    torch.testing.assert_close(losses[2] - losses[0], 2 * (losses[1] - losses[0]))
+    monkeypatch.setattr(parts, "checkpoint", None)  # a call would fail
+    make(name, entropy_weight=0.0)(grid())
+    make(name, entropy_weight=1.0).eval()(grid())
+
+
+@having("entropy_weight")
+def test_entropy_penalty_spreads_the_codes(name):
+    """Tokens that have nothing else to do but lower it come to use more codes, more evenly."""
+    slow = {"ema_decay": 0.9999} if name in users("ema_decay") else {}  # codes that do not run after the tokens
+    quantizer = make(name, entropy_weight=1.0, beta=0.0, **slow)
+    z = (0.05 * grid() + 1).requires_grad_()
+    quantizer.initialise(grid())
+    before = quantizer(z).codes.flatten().bincount(minlength=K)
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        quantizer(z).loss.backward()
+        optimizer.step()
+    after = quantizer.eval()(z).codes.flatten().bincount(minlength=K)
+    assert (after > 0).sum() > (before > 0).sum()
+    assert after.max() < before.max()
+
+
+# --------------------------------------------------------------------------------------------------------------- gumbel
+
+
+def test_gumbel_is_torch_s_gumbel_softmax(monkeypatch):
+    """Straight-through sample and both of its gradients, given the same noise."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: torch.rand_like(x).log().neg())
+    weights = torch.randn(3, D, 4, 4)
+    quantizer, z = make("gumbel", temperature=0.7), grid().requires_grad_()
+    torch.manual_seed(5)
+    out = quantizer(z)
+    (out.z_q * weights).sum().backward()
+
+    x, e = flat(z.detach()).requires_grad_(), quantizer.codebook.detach().clone().requires_grad_()
+    squares = (x[:, None] - e).square().sum(2)
+    logits = -squares / (2 * squares.detach().amin(1).mean() / D)
+    torch.manual_seed(5)
+    hard = F.gumbel_softmax(logits, tau=0.7, hard=True)
+    assert torch.equal(out.codes.flatten(), hard.argmax(1))
+    (hard @ e * flat(weights)).sum().backward()
+    torch.testing.assert_close(flat(z.grad), x.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(quantizer.codebook.grad, e.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_gumbel_samples_its_posterior_and_argmax_is_nearest():
+    quantizer = make("gumbel")
+    token = torch.randn(D)
+    z = token.view(1, D, 1, 1).expand(1, D, 100, 200)
+    squares = (token - quantizer.codebook.detach()).square().sum(1)
+    expected = (-squares / (2 * squares.min() / D)).softmax(0)
+    frequency = quantizer(z).codes.flatten().bincount(minlength=K) / 20000
+    torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
+    assert set(quantizer.eval()(z).codes.flatten().tolist()) == {int(squares.argmin())}
+
+
+# ------------------------------------------------------------------------------------------------------------ the state
+
+
 @every
 def test_eval_mode_changes_nothing(name):
     """Statistics that move during evaluation leak the validation set into the codebook (bug 5)."""
-    quantizer = make(name, revive_after=1).eval()
+    quantizer = make(name, **({"revive_after": 1} if name in users("revive_after") else {})).eval()
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     for _ in range(3):
         quantizer(grid())
@@ -143,9 +427,30 @@ def test_eval_mode_changes_nothing(name):
 
 
 @every
+def test_the_state_is_all_there_is(name):
+    """A checkpoint and a seed are enough to go on: no flag, statistic or generator beside them (bug 14)."""
+    options = {"revive_after": 1} if name in users("revive_after") else {}
+    quantizer = make(name, **options)
+    quantizer.initialise(grid())
+    quantizer(grid())
+    torch.manual_seed(9)
+    other = QUANTIZERS[name](K, D, **options)
+    other.load_state_dict(quantizer.state_dict())
+    for step in range(3):
+        outs = []
+        for one in (quantizer, other):
+            torch.manual_seed(step)
+            outs.append(one(grid() + step))
+        for a, b in zip(*outs, strict=True):
+            assert torch.equal(a, b)
+    for key, value in quantizer.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+@with_codebook
 def test_training_mode_revives_dead_codes_and_they_stay(name):
     """A revived code sits on a token, and is still there after steps that do not choose it (bug 5: running sums)."""
-    quantizer = make(name, revive_after=8)  # 96 tokens: two steps of 48
+    quantizer = make(name, revive_after=6)  # 96 tokens: two steps of 48
     z = grid() + 3  # all on one side of the origin
     far = -50 * torch.ones(D)
     quantizer.replace(torch.arange(K) == 0, torch.full((K, D), 3.0))  # one live code
@@ -157,9 +462,9 @@ def test_training_mode_revives_dead_codes_and_they_stay(name):
     assert quantizer(z).codes.unique().numel() < K
     quantizer.train()
     quantizer(z)  # revives, then looks up
-    tokens = quantizer.normalise(z.movedim(1, -1).reshape(-1, D))
+    tokens = quantizer.normalise(flat(z))
     revived = quantizer.normalise(quantizer.codebook.detach())[1:].clone()
-    if name != "ema":  # the moving average has already taken its first step away from the token
+    if name not in ("ema", "ema_l2"):  # the moving average has already taken its first step away from the token
         assert torch.cdist(revived, tokens).min(1).values.max() < 5e-3  # what cdist resolves
     assert quantizer(z).codes.unique().numel() > K // 2
     revived = quantizer.normalise(quantizer.codebook.detach())[1:].clone()
@@ -170,13 +475,13 @@ def test_training_mode_revives_dead_codes_and_they_stay(name):
     torch.testing.assert_close(quantizer.normalise(quantizer.codebook.detach())[1:], revived, atol=2e-3, rtol=2e-2)
 
 
-@every
+@with_codebook
 def test_patience_is_counted_in_tokens(name):
     """With one code per image a step has fewer tokens than there are codes: unused in a step is not dead."""
     quantizer = make(name, revive_after=10)
     for step in range(1, 60):
         before = quantizer.codebook.detach().clone()
-        quantizer(3 + torch.zeros(2, D, 1, 1))  # one code takes all: 2 of the 120 tokens that a dead code must miss
+        quantizer(3 + torch.zeros(2, D, 1, 1))  # one code takes all: 2 of the 160 tokens that a dead code must miss
         changed = (quantizer.codebook.detach() - before).abs().sum(1) > 1e-2
         assert changed.sum() <= 1, step
 
@@ -192,37 +497,206 @@ def test_ema_revival_resets_the_running_sums():
     torch.testing.assert_close(quantizer.codebook[3], torch.full((D,), 7.0), atol=1e-3, rtol=0)
 
 
-def test_ema_first_step_has_its_closed_form():
-    quantizer, z = make("ema", decay=0.9), grid()
+@pytest.mark.parametrize("name", ["ema", "ema_l2"])
+def test_ema_first_step_has_its_closed_form(name):
+    quantizer, z = make(name, ema_decay=0.9), grid()
     before = quantizer.codebook.clone()
     codes = quantizer(z).codes.flatten()
-    tokens = z.movedim(1, -1).reshape(-1, D)
+    tokens = quantizer.normalise(flat(z))
     k = int(codes.mode().values)
     mine = tokens[codes == k]
-    expected = (0.9 * before[k] + 0.1 * mine.sum(0)) / (0.9 + 0.1 * len(mine))
-    torch.testing.assert_close(quantizer.codebook[k], expected, atol=1e-4, rtol=1e-4)
+    expected = quantizer.normalise((0.9 * before[k] + 0.1 * mine.sum(0)) / (0.9 + 0.1 * len(mine)))
+    torch.testing.assert_close(quantizer.lookup(torch.tensor([[[k]]])).flatten(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_ema_converges_to_the_mean_of_its_cell():
-    quantizer = EMAQuantizer(1, D, decay=0.5)
-    z = grid()
+@pytest.mark.parametrize("name", ["ema", "ema_l2"])
+def test_ema_converges_to_the_mean_of_its_cell(name):
+    """On the sphere the mean of unit tokens, brought back to it; the tokens' norms have no weight."""
+    quantizer = QUANTIZERS[name](1, D, ema_decay=0.5)
+    z = grid() + 1
     for _ in range(40):
         quantizer(z)
-    torch.testing.assert_close(quantizer.codebook[0], z.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    mean = quantizer.normalise(quantizer.normalise(flat(z)).mean(0))
+    torch.testing.assert_close(
+        quantizer.lookup(torch.zeros(1, 1, 1, dtype=torch.int64)).flatten(), mean, atol=1e-4, rtol=1e-3
+    )
 
 
-@every
+# ------------------------------------------------------------------------------------------------------ the first codes
+
+
+@with_codebook
 def test_codebook_starts_at_tokens(name):
     quantizer = make(name)
     z = grid(batch=4)
     quantizer.initialise(z)
-    tokens = quantizer.normalise(z.movedim(1, -1).reshape(-1, D))
+    tokens = quantizer.normalise(flat(z))
     codebook = quantizer.normalise(quantizer.codebook.detach())
     assert torch.cdist(codebook, tokens).min(1).values.max() < 5e-3
     assert codebook.unique(dim=0).shape[0] == K
-    few = make(name)
-    few.initialise(grid(batch=1, side=2))  # 4 tokens for 12 codes
-    assert few.codebook.detach().unique(dim=0).shape[0] == K
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in users("kmeans_init") if name != "residual"]
+)  # whose second stage has nothing left
+@pytest.mark.parametrize("kmeans_init", [False, True])
+def test_fewer_tokens_than_codes_start_it_too(name, kmeans_init):
+    few = make(name, kmeans_init=kmeans_init)
+    few.initialise(grid(batch=1, side=2))  # 4 tokens for 16 codes
+    assert few.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T.detach().unique(dim=0).shape[0] == K
+
+
+@having("kmeans_init")
+def test_kmeans_start_is_nearer_and_repeatable(name):
+    distortions = []
+    for kmeans_init in (False, True):
+        quantizer = make(name, kmeans_init=kmeans_init).eval()
+        torch.manual_seed(3)
+        quantizer.initialise(grid(batch=20))
+        distortions.append(float(quantizer(grid(batch=20)).distortion))
+    assert distortions[1] < 0.95 * distortions[0]
+    again = make(name, kmeans_init=True)
+    torch.manual_seed(3)
+    again.initialise(grid(batch=20))
+    for key, value in quantizer.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_kmeans_never_gets_worse_and_ends_at_means():
+    tokens = torch.randn(500, D)
+    centroids, last = tokens[:20], math.inf
+    for _ in range(30):
+        distortion = float((tokens - centroids[nearest(tokens, centroids)]).square().sum())
+        assert distortion <= last + 1e-3
+        last, centroids = distortion, kmeans(tokens, centroids, rounds=1)
+    settled = kmeans(tokens, centroids, rounds=50)
+    codes = nearest(tokens, settled)
+    means = torch.stack([tokens[codes == k].mean(0) for k in range(20)])
+    torch.testing.assert_close(settled, means, atol=1e-4, rtol=1e-4)
+
+
+def test_kmeans_restarts_empty_clusters():
+    tokens = torch.cat([torch.randn(50, 2) + 20, torch.randn(50, 2) - 20])
+    torch.manual_seed(0)
+    found = kmeans(tokens, torch.tensor([[20.0, 20.0], [500.0, 0.0], [600.0, 0.0], [700.0, 0.0]]))
+    assert len(nearest(tokens, found).unique()) == 4
+
+
+def test_spherical_kmeans_stays_on_the_sphere():
+    normalise = QUANTIZERS["l2"](1, 1).normalise
+    tokens = normalise(torch.randn(300, D))
+    found = kmeans(tokens, tokens[:8], normalise, rounds=60)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(8))
+    codes = nearest(tokens, found)
+    sums = torch.zeros(8, D).index_add_(0, codes, tokens)
+    torch.testing.assert_close(found, normalise(sums), atol=1e-5, rtol=1e-5)
+
+
+def test_simvq_starts_as_a_look_up_and_moves_every_code_at_once():
+    quantizer = make("simvq")
+    quantizer.initialise(grid(batch=4))
+    before = quantizer.lookup(torch.arange(K).view(1, 1, K)).detach()
+    torch.testing.assert_close(before[0, :, 0].T, quantizer.codec.frozen_codebook)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    quantizer(grid(batch=1, side=1)).loss.backward()  # a single token
+    optimizer.step()
+    moved = (quantizer.lookup(torch.arange(K).view(1, 1, K)).detach() - before).abs().sum(1)
+    assert moved.min() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- the package
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "levels"),
+    [
+        (240, (8, 6, 5)),
+        (1000, (8, 5, 5, 5)),
+        (4375, (7, 5, 5, 5, 5)),
+        (15360, (8, 8, 8, 6, 5)),
+        (64000, (8, 8, 8, 5, 5, 5)),
+        (512, (8, 8, 8)),
+        (128, (8, 4, 4)),
+    ],
+)
+def test_fsq_levels_are_the_paper_s(codebook_size, levels):
+    assert fsq_levels(codebook_size) == levels
+
+
+@given(st.integers(2, 70000))
+def test_products_are_exact(codebook_size):
+    levels, sizes = fsq_levels(codebook_size), residual_sizes(codebook_size)
+    assert not levels or math.prod(levels) == codebook_size
+    assert math.prod(sizes) == codebook_size
+    assert sizes[0] >= sizes[1] >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fix"),
+    [
+        ("fsq", 509, "507"),
+        ("fsq", 2, "3"),
+        ("lfq", 500, "512"),
+        ("lfq", 1, "2"),
+        ("residual", 509, "508"),
+        ("residual", 2, "4"),
+    ],
+)
+def test_a_codebook_that_cannot_be_is_refused_with_the_nearest_that_can(name, size, fix, tiny):
+    for attempt in (
+        lambda: replace(tiny, quantizer=name, codebook_size=size).check(),
+        lambda: QUANTIZERS[name](size, D),
+    ):
+        with pytest.raises(UserError, match=f"codebook_size is {size}; .*{name}.* such as {fix}$"):
+            attempt()
+    replace(tiny, quantizer=name, codebook_size=int(fix)).check()
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq", "simvq", "residual"])
+def test_without_the_package_the_command_to_install_it_is_named(name, monkeypatch, tiny):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
+        replace(tiny, quantizer=name).check()
+    with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
+        QUANTIZERS[name](K, D)
+    replace(tiny, quantizer="ema").check()
+
+
+def test_weight_decay_spares_simvq_s_matrix():
+    assert make("simvq").codec.code_transform.weight._no_weight_decay
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("setting", UNUSED)
+@every
+def test_a_setting_without_effect_is_refused(name, setting, tiny):
+    value = {"gradient": "rotation", "kmeans_init": True, "revive_after": 7}.get(setting, 0.5)
+    config = replace(tiny, quantizer=name, **{setting: value})
+    if name in users(setting):
+        config.check()
+        Tokenizer(config)
+    else:
+        with pytest.raises(UserError, match=f"{setting} is {value}, of which quantizer '{name}' makes no use"):
+            config.check()
+
+
+def test_every_field_of_a_quantizer_is_one_of_config():
+    assert {setting for kind in QUANTIZERS.values() for setting in kind.settings} == set(UNUSED)
+    assert set(UNUSED) <= {field.name for field in fields(Config)}
+
+
+def test_factorised_codes_are_a_small_code_dim(tiny):
+    """ViT-VQGAN's projection to few dimensions and back is the backbones' own: K·d numbers, gradients either side."""
+    tokenizer = Tokenizer(replace(tiny, quantizer="l2", code_dim=2))
+    assert tokenizer.quantizer.codebook.shape == (tiny.codebook_size, 2)
+    x = torch.rand(2, 3, 32, 32)
+    x_hat, quantized = tokenizer(x)
+    assert quantized.z_q.shape == (2, 2, 4, 4)
+    (x_hat.square().mean() + quantized.loss).backward()
+    for parameter in (*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters(), tokenizer.quantizer.codebook):
+        assert parameter.grad is not None
 
 
 @every
@@ -230,15 +704,29 @@ def test_float32_whatever_the_autocast(name):
     z = grid().bfloat16()
     plain = make(name)(z.float())
     with torch.autocast("cpu", torch.bfloat16):
-        out = make(name)(z)
+        quantizer = make(name)
+        out = quantizer(z)
+        assert quantizer.lookup(out.codes).dtype == torch.float32
+        quantizer.initialise(z)
     assert out.z_q.dtype == out.loss.dtype == torch.float32
     assert torch.equal(out.codes, plain.codes)
     torch.testing.assert_close(out.z_q, plain.z_q)
 
 
 @every
-def test_one_code_and_one_token(name):
-    out = QUANTIZERS[name](1, D)(torch.randn(1, D, 1, 1))
+def test_one_token(name):
+    quantizer = make(name)
+    quantizer.initialise(torch.randn(1, D, 1, 1))
+    out = quantizer(torch.randn(1, D, 1, 1))
+    assert out.codes.shape == (1, 1, 1)
+    assert out.z_q.isfinite().all()
+    assert math.isfinite(float(out.loss.detach()))
+
+
+@pytest.mark.parametrize("name", [*users("revive_after"), "simvq"])
+def test_one_code(name):
+    quantizer = QUANTIZERS[name](1, D)
+    out = quantizer(torch.randn(1, D, 1, 1))
     assert out.codes.tolist() == [[[0]]]
     assert math.isfinite(float(out.loss.detach()))
 
@@ -254,22 +742,35 @@ def test_standard_codebook_learns_without_commitment():
     torch.testing.assert_close(quantizer.codebook[0].detach(), z.mean((0, 2, 3)), atol=1e-3, rtol=1e-2)
 
 
-def _two_processes(rank: int, folder: str) -> None:
+# ------------------------------------------------------------------------------------------------------- many processes
+
+
+def _two_processes(rank: int, folder: str, name: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
-    quantizer = EMAQuantizer(K, D, revive_after=1)
+    options = {"revive_after": 1} if name in users("revive_after") else {}
+    quantizer = QUANTIZERS[name](K, D, **options)
     z = torch.randn(2, D, 4, 4, generator=torch.Generator().manual_seed(5))
     torch.manual_seed(rank)  # what each would revive differs
     for _ in range(3):
         quantizer(z[rank : rank + 1])
-    torch.save(quantizer.state_dict(), f"{folder}/{rank}.pt")
+    x, e = torch.randn(2, 30, D, generator=torch.Generator().manual_seed(6)), z[0].flatten(1).T
+    mine = x[rank].requires_grad_()
+    entropy_penalty(mine, e, torch.tensor(0.5)).backward()
+    torch.save((quantizer.state_dict(), mine.grad), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_processes_share_their_statistics(tmp_path):
-    """Each process sees its own half of the batch; their codebooks must stay one (bug 5: synchronisation)."""
-    mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.mark.parametrize("name", ["ema", "ema_l2", "residual"])
+def test_processes_share_their_statistics(tmp_path, name):
+    """Each process sees its own half of the batch; their codebooks must stay one (bug 5: synchronisation), and the mean
+    gradient of the entropy penalty must be that of the whole batch."""
+    mp.spawn(_two_processes, args=(str(tmp_path), name), nprocs=2)
+    states, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)), strict=True)
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
+    z = torch.randn(2, D, 4, 4, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(2, 30, D, generator=torch.Generator().manual_seed(6)).flatten(0, 1).requires_grad_()
+    entropy_penalty(x, z[0].flatten(1).T, torch.tensor(0.5)).backward()
+    torch.testing.assert_close(torch.cat(gradients) / 2, x.grad)

@@ -133,6 +133,10 @@ CHANGES = {
     "backbone": "convnext",
     "width": 24,
     "depth": 2,
+    "patch_overlap": True,
+    "final_conv": True,
+    "attention": 1,
+    "pretrained": None,  # checked in test_backbones
     "quantizer": "l2",
     "image_size": None,  # the data's; checked below
     "grid_size": 8,
@@ -140,10 +144,26 @@ CHANGES = {
     "code_dim": 5,
     "beta": 1.0,
     "ema_decay": 0.5,
+    "kmeans_init": True,
+    "entropy_weight": 0.1,
+    "gradient": "rotation",
+    "temperature": 0.5,
     "revive_after": 1,
     "reconstruction": "l1",
     "lpips_weight": 0.5,
     "lpips_net": "vgg",
+    "gan_weight": 1.0,
+    "gan_start": 0.7,
+    "gan_ramp": 0.9,
+    "gan_warmup": 0.0,
+    "gan_loss": "nonsaturating",
+    "gan_adaptive": False,
+    "gan_lr": 1.0,
+    "gan_width": 4,
+    "gan_layers": 1,
+    "gan_norm": "spectral",
+    "lecam_weight": 1.0,
+    "r1_weight": 1.0,
     "steps": 11,
     "batch_size": 7,
     "lr": 1e-3,
@@ -167,8 +187,14 @@ def test_every_setting_is_in_the_table_of_changes():
 def test_every_setting_changes_the_result(run, tiny, name):
     """Flags that are parsed and never used (bug 16)."""
     base = replace(tiny, precision="fp32", codebook_size=64 if name == "revive_after" else 16)
+    if name == "temperature":
+        base = replace(base, quantizer="gumbel")
     if name == "lpips_net":
         base = replace(base, lpips_weight=0.5, steps=2)
+    if name in ("patch_overlap", "final_conv"):
+        base = replace(base, backbone="vit")
+    if name.startswith(("gan_", "lecam_", "r1_")):
+        base = replace(base, gan_weight=0.5, gan_start=0.3, gan_warmup=0.2, gan_ramp=0.2, gan_width=8, gan_layers=2)
     changed = replace(base, **{name: CHANGES[name]})
     a, b = run(base, "a"), run(changed, "b")
     assert {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()} or not equal(a, b)

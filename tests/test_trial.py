@@ -12,9 +12,9 @@ from test_train import CHANGES
 from bench import trial
 from bench.config import make_config
 from bench.data import Data
-from bench.evaluate import PatchKMeans, kmeans_reference, protocol, score
+from bench.evaluate import PatchKMeans, kmeans_reference, protocol, score, score_untrained
 from bench.files import UserError
-from bench.metrics import from_uint8, psnr
+from bench.metrics import Artefacts, from_uint8, psnr, to_uint8
 from bench.store import Store
 from bench.tokenizer import Tokenizer
 from bench.train import Diverged
@@ -26,6 +26,7 @@ MEASURED = {
 }
 KEYS = MEASURED | {
     *("fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity", "usage", "dead_codes"),
+    *("grid_energy", "grid_edges", "sharpness", "grid_energy_init", "grid_edges_init"),
     *("tokens", "bits_per_image", "bits_per_pixel", "images_seen"),
     *("params_encoder", "params_decoder", "flops_encode", "flops_decode"),
 }
@@ -43,7 +44,9 @@ def test_a_finished_run_holds_everything(trial_data, tiny, store):
     assert {path.name for path in run.folder.iterdir()} - {".lock"} == FILES | PICTURES
     metrics = run.metrics()
     assert metrics.keys() >= KEYS
-    assert {f"{name}_kmeans" for name in ("psnr", "lpips_alex", "fid_vgg16", "perplexity")} <= metrics.keys()
+    assert {
+        f"{name}_kmeans" for name in ("psnr", "lpips_alex", "fid_vgg16", "perplexity", "grid_edges")
+    } <= metrics.keys()
     assert metrics["bits_per_image"] == 16 * 4
     assert metrics["bits_per_pixel"] == 64 / 32**2
     assert metrics["images_seen"] == tiny.steps * tiny.batch_size
@@ -146,6 +149,40 @@ def test_one_process_per_run_folder(trial_data, tiny, store):
         pass
 
 
+def test_the_untrained_score_sees_the_starting_weights_and_draws_nothing(tiny, images):
+    config = replace(tiny, seed=3)
+    before = torch.get_rng_state()
+    found = score_untrained(config, images.val)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert score_untrained(config, images.val) == found
+    assert score_untrained(tiny, images.val) != found  # another seed, another start
+    torch.manual_seed(3)
+    tokenizer = Tokenizer(config).eval()
+    x = torch.from_numpy(images.val).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        x_hat = to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x))))
+    artefacts = Artefacts()
+    artefacts.update(x, x_hat)
+    assert found["grid_energy_init"] == pytest.approx(artefacts.grid_energy(4), abs=1e-3)
+    assert found["grid_edges_init"] == pytest.approx(artefacts.grid_edges(4), abs=1e-3)
+
+
+def test_a_vit_starts_with_a_grid_and_both_cures_lower_it(images):
+    """Means over seeds, at an 8×8 grid of 32×32 images."""
+
+    def energy(backbone: str, **options) -> float:
+        config = make_config(backbone, "smoke", grid_size=8, device="cpu", **options)
+        return np.mean([score_untrained(replace(config, seed=k), images.val)["grid_energy_init"] for k in range(6)])
+
+    plain = energy("vit")
+    assert plain > energy("cnn") + 3
+    overlap, conv = energy("vit", patch_overlap=True), energy("vit", final_conv=True)
+    assert overlap < plain
+    assert conv < plain - 1
+    assert energy("vit", patch_overlap=True, final_conv=True) < overlap - 1
+
+
 def test_patch_kmeans_beats_every_single_colour_and_is_a_codec(images):
     codec = PatchKMeans(images.train, 8, 16, "cpu")
     x = from_uint8(torch.from_numpy(images.train).permute(0, 3, 1, 2))
@@ -187,6 +224,8 @@ def test_a_perfect_codec_scores_perfectly(images):
     assert metrics["ssim"] == pytest.approx(1)
     assert metrics["psnr"] == per_image["psnr"].min() == float(psnr(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2))
     assert metrics["fid_vgg16"] == pytest.approx(0, abs=1e-4)
+    assert metrics["grid_energy"] == metrics["grid_edges"] == 0
+    assert metrics["sharpness"] == 1
     assert metrics["perplexity"] == 1
     assert metrics["dead_codes"] == 1
 
@@ -202,7 +241,7 @@ def test_protocol_names_data_count_extractor_and_resolution(images):
 
 def test_run_id_covers_every_setting(tiny):
     ids = {tiny.run_id()}
-    for name, value in {**CHANGES, "image_size": 64, "data": "cifar10", "device": "cuda"}.items():
+    for name, value in {**CHANGES, "image_size": 64, "data": "cifar10", "device": "cuda", "pretrained": True}.items():
         ids.add(replace(tiny, **{name: value}).run_id())
     assert len(ids) >= len(CHANGES)  # precision auto may be bf16 already
     assert replace(tiny, data="folder:a/../b").run_id() == replace(tiny, data="folder:b").run_id()

@@ -1,0 +1,204 @@
+"""What quantizers are made of: their interface, the look-up, and tricks that suit several of them.
+
+Pure functions on tokens (N, d) and codebooks (K, d), both float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # distances held at once: about an L2 + L3 share, or a busy GPU
+ZERO_NORM = 1e-6  # shorter vectors have no direction
+
+
+class Quantized(NamedTuple):
+    """What every quantizer returns.
+
+    z_q: (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``.
+    codes: (B, h, w) int64 in [0, K).
+    loss: scalar, what the quantizer adds to the training loss (weights such as β applied).
+    distortion: scalar, mean squared distance of tokens to their codes, for the log (no gradient).
+    """
+
+    z_q: Tensor
+    codes: Tensor
+    loss: Tensor
+    distortion: Tensor
+
+
+class Quantizer(nn.Module):
+    """The interface: float32 whatever the autocast, and a grid as the list of its tokens. Siblings quantize those.
+
+    codebook_size: K ≥ 1. code_dim: d ≥ 1. ``settings`` names the other fields of Config that the constructor takes.
+    """
+
+    settings: tuple[str, ...] = ()
+
+    def __init__(self, codebook_size: int, code_dim: int):
+        super().__init__()
+        self.codebook_size, self.code_dim = codebook_size, code_dim
+
+    @classmethod
+    def check(cls, codebook_size: int) -> None:
+        """Raises UserError where this quantizer cannot have so many codes, or lacks a package."""
+
+    def quantize(self, tokens: Tensor) -> Quantized:
+        """Quantizes (N, d): z_q (N, d) and codes (N,)."""
+        raise NotImplementedError
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """What the decoder sees for ``codes``: (…) int64 in [0, K) → (…, d), equal to quantize's z_q."""
+        raise NotImplementedError
+
+    def start(self, tokens: Tensor) -> None:
+        """Chooses the first codes by the encoder's first outputs (N, d)."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes ``z`` (B, d, h, w), any float dtype. In training mode the codebook's statistics move; in eval
+        mode nothing does."""
+        with torch.autocast(z.device.type, enabled=False):
+            grid = z.float().movedim(1, -1)
+            z_q, codes, loss, distortion = self.quantize(grid.reshape(-1, self.code_dim))
+            return Quantized(z_q.reshape(grid.shape).movedim(-1, 1), codes.reshape(grid.shape[:-1]), loss, distortion)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Code vectors of indices alone: (B, h, w) int64 in [0, K) → (B, d, h, w) float32, equal to forward's z_q."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.vectors(codes).movedim(-1, 1)
+
+    @torch.no_grad()
+    def initialise(self, z: Tensor) -> None:
+        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype."""
+        with torch.autocast(z.device.type, enabled=False):
+            self.start(z.float().movedim(1, -1).reshape(-1, self.code_dim))
+
+
+# -------------------------------------------------------------------------------------------------------------- look-up
+
+
+@torch.no_grad()
+def nearest(tokens: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of each token in Euclidean distance.
+
+    tokens (N, d) and codebook (K, d) float32 → (N,) int64; ties go to one of the nearest.
+    ``argmin_k ‖x − e_k‖² = argmin_k ‖e_k‖² − 2 x·e_k``: one GEMM and one argmin, in row chunks that stay in cache, so
+    no N×K matrix exists. The GEMM and the argmin's pass over its result bound it.
+    """
+    half_norms = codebook.square().sum(1).mul_(0.5)
+    codes = torch.empty(len(tokens), dtype=torch.int64, device=tokens.device)
+    rows = chunk_rows(codebook)
+    for chunk, target in zip(tokens.split(rows), codes.split(rows), strict=True):
+        torch.argmin(torch.addmm(half_norms, chunk, codebook.T, alpha=-1), dim=1, out=target)
+    return codes
+
+
+def chunk_rows(codebook: Tensor) -> int:
+    """Tokens whose distances to all of ``codebook`` fill CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES.get(codebook.device.type, 4 << 20) // (4 * len(codebook)))
+
+
+@torch.no_grad()
+def kmeans(
+    tokens: Tensor, centroids: Tensor, normalise: Callable[[Tensor], Tensor] = lambda vectors: vectors, rounds: int = 10
+) -> Tensor:
+    """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times.
+
+    With ``normalise`` onto the unit sphere it is spherical k-means (Dhillon & Modha 2001). A centroid without tokens
+    restarts at a random one. Every round costs one look-up and draws K random numbers.
+    """
+    for _ in range(rounds):
+        codes = nearest(tokens, centroids)
+        hits = torch.bincount(codes, minlength=len(centroids))[:, None]
+        sums = torch.zeros_like(centroids).index_add_(0, codes, tokens)
+        restart = tokens[torch.randint(len(tokens), (len(centroids),), device=tokens.device)]
+        centroids = normalise(torch.where(hits > 0, sums / hits.clamp(min=1), restart))
+    return centroids
+
+
+def first_codes(
+    tokens: Tensor, codebook_size: int, by_kmeans: bool, normalise: Callable[[Tensor], Tensor] = lambda vectors: vectors
+) -> Tensor:
+    """K random tokens of (N, d), or k-means centroids that start from them → (K, d). Fewer than K repeat, with jitter;
+    k-means would have nothing to do there."""
+    order = torch.randperm(len(tokens), device=tokens.device)
+    vectors = tokens[order.repeat(-(-codebook_size // len(order)))[:codebook_size]].clone()
+    vectors[len(order) :] += 0.01 * tokens.std() * torch.randn_like(vectors[len(order) :])
+    vectors = normalise(vectors)
+    return kmeans(tokens, vectors, normalise) if by_kmeans and len(tokens) > codebook_size else vectors
+
+
+# ------------------------------------------------------------------------------------------------------------- gradient
+
+
+def straight_through(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """``chosen`` (N, d), its gradient copied to ``tokens`` (N, d) (Bengio et al. 2013)."""
+    return tokens + (chosen - tokens).detach()
+
+
+def rotate(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """``chosen`` (N, d), as a rotation and rescaling of ``tokens`` (N, d) that the gradient takes for constant.
+
+    Rotation trick (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", section 4.2):
+    q = ‖q‖/‖e‖ · R e with R = I − 2ww⊤ + 2q̂ê⊤ and w the unit vector between ê and q̂; so the gradient keeps its angle to
+    the code on its way to the token. A token or code without direction is passed straight through.
+    """
+    e, q = tokens.detach(), chosen.detach()
+    e_norm, q_norm = e.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
+    e_hat, q_hat = e / e_norm.clamp_min(ZERO_NORM), q / q_norm.clamp_min(ZERO_NORM)
+    w = F.normalize(e_hat + q_hat, dim=-1)
+    reflected = tokens - 2 * w * (w * tokens).sum(-1, keepdim=True)
+    rotated = reflected + 2 * q_hat * (e_hat * tokens).sum(-1, keepdim=True)
+    directed = torch.minimum(e_norm, q_norm) > ZERO_NORM
+    carrier = torch.where(directed, rotated * (q_norm / e_norm.clamp_min(ZERO_NORM)), tokens)
+    return straight_through(carrier, q)  # removes the rounding errors of the rotation
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straight_through": straight_through, "rotation": rotate}
+
+
+# -------------------------------------------------------------------------------------------------------------- entropy
+
+
+def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Tensor:
+    """E[H(p(code | token))] − H(E[p(code | token)]), in nats: −ln K when every token is sure of its code and all codes
+    are in equal use, at most 0 (Yu et al. 2024, "Language Model Beats Diffusion", eq. 5–6).
+
+    tokens (N, d), codebook (K, d), ``distortion`` their mean squared distance per component. Codes compete as in a
+    mixture of Gaussians of that variance σ²: p(code | token) = softmax(−‖x − e‖² / 2σ²), so the scale of space is
+    indifferent. The gradient reaches tokens and codebook, σ² is held.
+
+    The soft choices cost O(N·K·d) work, three GEMMs and their gradient. Memory: no N×K matrix exists, one chunk of
+    CHUNK_BYTES does. A first pass sums p over all tokens, of all processes; with that mean p̄ held, the penalty is
+    −E[KL(p ‖ p̄)], of equal value and gradient, a sum over tokens whose chunks are computed anew in the backward pass.
+    """
+    precision = 1 / distortion.detach().clamp_min(1e-12)
+    chunks = tokens.split(chunk_rows(codebook))
+
+    def log_p(chunk: Tensor, codebook: Tensor) -> Tensor:
+        half_norms = codebook.square().sum(1).mul(0.5)
+        return torch.addmm(half_norms, chunk, codebook.T, beta=-1).mul(precision).log_softmax(1)
+
+    def divergence(chunk: Tensor, codebook: Tensor) -> Tensor:
+        logs = log_p(chunk, codebook)
+        return (logs.exp() * (logs - log_mean)).sum()
+
+    with torch.no_grad():
+        hits = all_reduce(sum(log_p(chunk, codebook).exp().sum(0) for chunk in chunks))
+        log_mean = (hits / hits.sum()).clamp_min(torch.finfo(hits.dtype).tiny).log()
+    kept = {"use_reentrant": False, "preserve_rng_state": False}
+    return -sum(checkpoint(divergence, chunk, codebook, **kept) for chunk in chunks) / len(tokens)
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum of ``x`` over all processes, in place; ``x`` itself without torch.distributed."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
