@@ -9,21 +9,23 @@ MAMBA_SSM = .venv/bin/python -c "import sys, torch; sys.exit(torch.cuda.is_avail
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv/bin/python -m pip install --quiet \
 	--constraint constraints.txt --no-build-isolation --no-deps mamba-ssm
 
-.PHONY: install run test lint
-install: .venv/installed
-
+.PHONY: run test lint
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(MAMBA_SSM) || echo "mamba-ssm not installed: its parity tests will be skipped"
 	touch $@
 
-run: install
+run: .venv/installed
 	.venv/bin/python -m bench.run --backbone $(BACKBONE)
 
-test: install
+test: .venv/installed-dev
 	.venv/bin/python -m pytest -m "slow or not slow" --numprocesses $(WORKERS)
 
-lint: install
+lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -24,16 +24,17 @@ class Arguments(Config):
     """A Config whose backbone and seed may be several, and whose size defaults to the preset's."""
 
     backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("convnext",)
-    """cnn, convnext, vit, mamba or bimamba; several are run in turn and compared"""
+    """cnn, convnext, vit, mamba, bimamba, hybrid or timm:MODEL; several are run in turn and compared"""
     width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """channels at the token grid; the preset's own matches parameters across backbones"""
     depth: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba); default as for width"""
+    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid); default as for width"""
     seed: tyro.conf.Suppress[int] = 0
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
     preset: str = "cpu"
-    """smoke (seconds, proves that all works) or cpu (minutes, a real comparison); other settings override it"""
+    """smoke (seconds, proves that all works), cpu (minutes, a real comparison), or for GPUs vqgan64, vqvae32, celeba64,
+    vitvqgan-s, blog256 and blog256-fair; other settings override it"""
     results: Path = Path("results")
     """runs are stored below it, in runs/"""
     match: str | None = None

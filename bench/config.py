@@ -255,8 +255,31 @@ def has_fast_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
 
 
-# Width and depth of every backbone are chosen so that encoder + decoder parameters agree within 5 % in each preset. The
-# decoder of timm:MODEL is that of cnn.
+_VITVQGAN: dict[str, Any] = {
+    "image_size": 256,
+    "grid_size": 32,
+    "codebook_size": 8192,
+    "code_dim": 32,
+    "quantizer": "l2",
+    "lpips_weight": 0.1,
+    "lpips_net": "vgg",
+    "steps": 30_000,
+    "batch_size": 32,
+    "lr": 3e-4,
+    "warmup": 1000,
+    "weight_ema": 0.999,
+}
+_SMALL = {
+    "cnn": (738, 2),
+    "convnext": (1073, 2),
+    "vit": (512, 8),
+    "mamba": (472, 8),
+    "bimamba": (454, 6),
+    "hybrid": (443, 8),
+}
+
+# Width and depth of every backbone ("size") are chosen so that encoder + decoder parameters agree within 5 % in each
+# preset but blog256; "own" is what one backbone has to itself. The decoder of timm:MODEL is that of cnn.
 PRESETS: dict[str, dict[str, Any]] = {
     # proves that everything works, in seconds
     "smoke": {
@@ -284,13 +307,107 @@ PRESETS: dict[str, dict[str, Any]] = {
             "hybrid": (80, 3),
         },
     },
+    # VQGAN (Esser et al. 2021) at the size of course work: 64×64 to 8×8 codes, adversary and LPIPS; 10 M parameters
+    "vqgan64": {
+        "grid_size": 8,
+        "codebook_size": 1024,
+        "code_dim": 32,
+        "reconstruction": "l1",
+        "lpips_weight": 1.0,
+        "gan_weight": 0.8,
+        "gan_start": 0.3,
+        "steps": 50_000,
+        "batch_size": 32,
+        "lr": 3e-4,
+        "warmup": 1000,
+        "weight_ema": 0.999,
+        "size": {
+            "cnn": (315, 2),
+            "convnext": (452, 2),
+            "vit": (250, 6),
+            "mamba": (229, 6),
+            "bimamba": (233, 4),
+            "hybrid": (215, 6),
+        },
+    },
+    # a first VQ-VAE: 32×32 to 4×4 codes of 64 numbers, K = 256; 1 M parameters
+    "vqvae32": {
+        "image_size": 32,
+        "grid_size": 4,
+        "codebook_size": 256,
+        "code_dim": 64,
+        "quantizer": "standard",
+        "lpips_weight": 0.0,
+        "steps": 20_000,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "weight_ema": 0.999,
+        "size": {
+            "cnn": (96, 2),
+            "convnext": (137, 2),
+            "vit": (101, 3),
+            "mamba": (95, 3),
+            "bimamba": (96, 2),
+            "hybrid": (84, 3),
+        },
+    },
+    # the model of the published CelebA sweep (see studies/celeba_sweep.py): 64×64 to 16×16 codes, two residual layers of
+    # 128 channels, mean squared error alone, at the best of its cells; other backbones with the parameters of its CNN
+    "celeba64": {
+        "data": "celeba",
+        "grid_size": 16,
+        "codebook_size": 512,
+        "code_dim": 64,
+        "quantizer": "standard",
+        "beta": 1.25,
+        "lpips_weight": 0.0,
+        "steps": 10_000,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "size": {
+            "cnn": (128, 2),
+            "convnext": (180, 2),
+            "vit": (128, 3),
+            "mamba": (119, 3),
+            "bimamba": (120, 2),
+            "hybrid": (108, 3),
+        },
+    },
+    # ViT-VQGAN Small (Yu et al. 2022, section 3): 256×256 to 32×32 codes of 32 numbers on the sphere, K = 8192; 8 blocks
+    # of width 512 a side, and the other backbones with as many parameters
+    "vitvqgan-s": {
+        **_VITVQGAN,
+        "gan_weight": 0.1,
+        "size": _SMALL,
+    },
+    # the comparison of the blog post "Lessons in training VQGAN", as its code had it: the CNN with 64×64 codes beside
+    # 32×32 of the others, and a tenth of their parameters. Reports will not rank these rows
+    "blog256": {
+        **_VITVQGAN,
+        "augment": "blog",
+        "own": {"convnext": {"grid_size": 64, "attention": 1}},
+        "size": {
+            "cnn": (384, 2),
+            "convnext": (384, 2),
+            "vit": (768, 12),
+            "mamba": (768, 12),
+            "bimamba": (768, 12),
+            "hybrid": (768, 12),
+        },
+    },
+    # the same question on equal footing: 32×32 codes and as many parameters for all
+    "blog256-fair": {
+        **_VITVQGAN,
+        "augment": "blog",
+        "size": _SMALL,
+    },
 }
 
 
 def preset_settings(preset: str) -> dict[str, Any]:
     """Config fields that ``preset`` sets for every backbone. Raises UserError on an unknown name."""
     _check_choice("preset", preset, PRESETS)
-    return {name: value for name, value in PRESETS[preset].items() if name != "size"}
+    return {name: value for name, value in PRESETS[preset].items() if name not in ("size", "own")}
 
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
@@ -303,5 +420,6 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     for name in overrides:
         _check_choice("setting", name, [field.name for field in fields(Config)])
     width, depth = PRESETS[preset]["size"]["cnn" if backbone.startswith("timm:") else backbone]
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return Config(**{"backbone": backbone, "width": width, "depth": depth, **settings, **given})
+    given = {name: value for name, value in overrides.items() if value not in (None, settings.get(name))}
+    own = PRESETS[preset].get("own", {}).get(backbone, {})
+    return Config(**{"backbone": backbone, "width": width, "depth": depth, **settings, **own, **given})
