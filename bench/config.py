@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +115,11 @@ class Config:
         for name in ("beta", "lpips_weight", "warmup", "weight_decay", "grad_clip", "revive_after", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number")
+        if self.seed >= 2**31:
+            raise UserError(f"seed is {self.seed}; it must be below 2**31")
         for name in ("ema_decay", "weight_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
