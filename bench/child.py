@@ -39,8 +39,8 @@ NO_FAILURE = ("interrupted", "busy", "blocked")
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (the results folder
-    cannot be written) or a key of FAILURES."""
+    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (its folder cannot
+    be written) or a key of FAILURES."""
 
     status: str
     reason: str = ""

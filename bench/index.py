@@ -48,6 +48,7 @@ MAX_REPORTS = 40  # intermediate values per trial
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 LARGEST = 2**31 - 1
 Study = optuna.Study
+Metrics = tuple[str, ...]
 
 
 def default_url(results: Path) -> str:
@@ -88,7 +89,7 @@ class Index:
                 reason = str(error.__cause__ or error).strip().partition("\n")[0]
                 raise UserError(f"cannot open storage {without_password(url)}: {reason}; see --storage") from error
 
-    def open(self, name: str, metrics: tuple[str, ...], steps: int = 0) -> Study:
+    def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
         ``steps``. Raises UserError when it exists with other metrics."""
         study = optuna.create_study(
@@ -213,7 +214,7 @@ class Index:
             report(trial, runs[0].history(), Config(**runs[0].config()), after=0)
         self.tell(study, trial, runs, metrics)
 
-    def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: tuple[str, ...]) -> None:
+    def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed.
 
         Everything else is written first. A trial that another worker took for dead and ended is left as it is.
