@@ -25,17 +25,22 @@ import torch
 
 from .config import Config
 from .files import UserError
-from .store import Busy, Run, Store
+from .store import Busy, NoSpace, Run, Store
 from .train import Diverged, Interrupted
 from .trial import environment, run_trial
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
-EXIT_CODES = {"refused": 2, "diverged": 3, "out_of_memory": 4, "busy": 5, "crashed": 6, "interrupted": 130}
+EXIT_CODES = {
+    **{"refused": 2, "diverged": 3, "out_of_memory": 4, "busy": 5, "crashed": 6, "blocked": 7},
+    "interrupted": 130,
+}
+NO_FAILURE = ("interrupted", "busy", "blocked")
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it) or a key of FAILURES."""
+    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (its folder cannot
+    be written) or a key of FAILURES."""
 
     status: str
     reason: str = ""
@@ -56,7 +61,7 @@ def run_in_child(
 
     ``watch`` is called a few times a second with the rows that the run's history gained since; when it returns
     "interrupted" or "pruned" the child is stopped and that is the outcome. After ``timeout`` seconds the outcome is
-    "timed_out". Failures are recorded in the run's folder; interrupted and busy are none.
+    "timed_out". Failures are recorded in the run's folder; interrupted, busy and blocked are none.
     """
     run = store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +86,12 @@ def run_in_child(
     outcome = Outcome(asked) if asked else _ended(child.exitcode, run, _memory_kills() > killed_before)
     if outcome.status == "timed_out":
         outcome = Outcome(
-            "timed_out", f"not finished after {timeout:.0f} s; raise --trial-timeout or take fewer --steps"
+            "timed_out", f"not finished after {timeout:.0f} s; --retry-failed goes on with it, or take fewer --steps"
         )
     if outcome.status == "pruned":
         outcome = Outcome("pruned", f"given up at step {seen}: worse than others of its study were at that step")
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-    if outcome.status not in ("interrupted", "busy"):
+    if outcome.status not in NO_FAILURE:
         if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
             run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
         run.fail(*outcome)
@@ -117,6 +122,8 @@ def _child(config: Config, root: Path, fid_weights: Path | None, threads: int | 
         run_trial(config, store, fid_weights)
     except Busy:
         status = "busy"
+    except NoSpace as error:
+        status = _say("blocked", str(error))
     except UserError as error:
         status = _say("refused", str(error))
     except Diverged as error:

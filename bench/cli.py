@@ -89,6 +89,9 @@ def guarded(work: Callable[[], int]) -> int:
     except Interrupted as stopped:
         say(str(stopped))
         return 130
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
 
 
 def fail(message: str) -> int:

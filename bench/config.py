@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,18 +159,8 @@ class Config:
         _check_choice("gan_loss", self.gan_loss, ADVERSARIAL)
         _check_choice("gan_norm", self.gan_norm, ("group", "spectral"))
         _check_choice("precision", self.precision, ("auto", "bf16", "fp32"))
-        for name in (
-            "image_size",
-            "grid_size",
-            "codebook_size",
-            "code_dim",
-            "width",
-            "depth",
-            "steps",
-            "batch_size",
-            "gan_width",
-            "gan_layers",
-        ):
+        sizes = ("image_size", "grid_size", "codebook_size", "code_dim", "width", "depth", "steps", "batch_size")
+        for name in (*sizes, "gan_width", "gan_layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (
@@ -191,6 +182,11 @@ class Config:
         for name in ("gan_start", "gan_ramp", "gan_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a share of the steps, from 0 to 1")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number")
+        if self.seed >= 2**31:
+            raise UserError(f"seed is {self.seed}; it must be below 2**31")
         for name in ("ema_decay", "weight_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")

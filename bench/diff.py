@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import tyro
 from rich import box
@@ -127,8 +126,8 @@ def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
 
 def image_line(a: Run, b: Run) -> str:
     """On what share of the validation images B has the better score; both runs scored the same images."""
-    with np.load(a.folder / "per_image.npz") as scores_a, np.load(b.folder / "per_image.npz") as scores_b:
-        gains = {name: scores_b[name] - scores_a[name] for name in METRICS if name in scores_a and name in scores_b}
+    scores_a, scores_b = a.per_image(), b.per_image()
+    gains = {name: scores_b[name] - scores_a[name] for name in METRICS if name in scores_a and name in scores_b}
     wins = {name: gain < 0 if METRICS[name].better == "lower" else gain > 0 for name, gain in gains.items()}
     shares = [f"{100 * won.mean():.0f} % of {len(won)} images by {METRICS[name].label}" for name, won in wins.items()]
     return f"B better on {', '.join(shares)}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -67,6 +67,7 @@ BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be 
 UNMATCHED = "†"
 
 CONFIG = tuple(field.name for field in fields(Config))
+DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
 # Config fields that say who ran, not what was set: never a setting whose values a table lists.
 IDENTITY = ("backbone", "seed", "device", "precision", "data", "image_size")
 
@@ -88,17 +89,14 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
 
 def _row(run: Run) -> dict[str, Any]:
     config, environment = run.config(), run.environment()
-    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **config}
+    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **DEFAULTS, **config}
     row |= {name: environment.get(name) for name in ("commit", "processor", "threads")}
     row["folder"] = str(run.folder)
     bits = config["grid_size"] ** 2 * math.log2(config["codebook_size"])
     row |= {"tokens": config["grid_size"] ** 2, "bits_per_image": bits}
     row["bits_per_pixel"] = bits / config["image_size"] ** 2
     if run.finished:
-        metrics = run.metrics()
-        row |= metrics
-        row["params"] = metrics["params_encoder"] + metrics["params_decoder"]
-        row["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
+        row |= run.metrics()
         row |= {f"protocol_{name}": value for name, value in run.protocol().items()}
     return row
 
@@ -145,17 +143,17 @@ def uneven(table: pd.DataFrame) -> list[str]:
     return [name for name in names if table[name].nunique(dropna=False) > 1]
 
 
-def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, by: list[str] | None = None) -> pd.DataFrame:
+def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None) -> pd.DataFrame:
     """Mean and spread over seeds: one row per backbone and setting of a block.
 
-    Columns: ``backbone``, the settings (``by``, else those of ``settings``), ``n`` (scored seeds), ``failed`` (rows of
+    Columns: ``backbone``, the settings, ``n`` (scored seeds), ``failed`` (rows of
     ``unscored`` with the block's data, image size and bits, whether the same setting was ever scored or not), and per
     metric ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
     """
     failed = block.iloc[:0]
     if unscored is not None and len(unscored):
         failed = unscored.merge(block[["data", "image_size", "bits_per_image"]].drop_duplicates())
-    by = ["backbone", *(settings(pd.concat([block, failed])) if by is None else by)]
+    by = ["backbone", *settings(pd.concat([block, failed]))]
     names = [name for name in METRICS if name in block and block[name].notna().any()]
     groups = block.groupby(by, dropna=False)
     table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)

@@ -10,8 +10,9 @@ import logging
 import re
 import threading
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -31,9 +32,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 
 from .config import Config
+from .data import AUGMENTATIONS
 from .files import UserError
 from .frames import METRICS, settings
-from .plan import DEFAULTS, TYPES, Range, Space
+from .plan import TYPES, Range, Space
 from .quantizers import QUANTIZERS
 from .store import FAILURES, Run
 
@@ -46,6 +48,7 @@ MAX_REPORTS = 40  # intermediate values per trial
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 LARGEST = 2**31 - 1
 Study = optuna.Study
+Metrics = tuple[str, ...]
 
 
 def default_url(results: Path) -> str:
@@ -86,14 +89,13 @@ class Index:
                 reason = str(error.__cause__ or error).strip().partition("\n")[0]
                 raise UserError(f"cannot open storage {without_password(url)}: {reason}; see --storage") from error
 
-    def open(self, name: str, metrics: tuple[str, ...], steps: int = 0, seed: int | None = None) -> Study:
+    def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
         ``steps``. Raises UserError when it exists with other metrics."""
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
             directions=["minimize" if METRICS[metric].better == "lower" else "maximize" for metric in metrics],
-            sampler=optuna.samplers.TPESampler(seed=seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=steps // 3),
             load_if_exists=True,
         )
@@ -106,7 +108,7 @@ class Index:
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
         """Adds a trial for some worker to take. ``params`` empty: its values are sampled when it is taken."""
-        study.add_trial(_template(TrialState.WAITING, params, run_id))
+        study.add_trial(_template(params, run_id, {}))
 
     def claim(self, study: Study, run_ids: set[str]) -> Trial | None:
         """Takes a waiting trial of one of ``run_ids`` (of any, if empty), first come first served.
@@ -116,11 +118,20 @@ class Index:
         with self.lock:
             for waiting in self._trials(study, TrialState.WAITING, run_ids):
                 try:
-                    if self.storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                    if self._start(waiting._trial_id):
+                        # by its number: no two trials draw alike, whoever takes them
+                        seed = zlib.crc32(f"{study.study_name}/{waiting.number}".encode())
+                        study.sampler = optuna.samplers.TPESampler(seed=seed)
                         return Trial(study, waiting._trial_id)
                 except optuna.exceptions.UpdateFinishedTrialError:
                     continue
         return None
+
+    def _start(self, trial_id: int) -> bool:
+        """Makes a waiting trial a running one, if nobody else did. Its first heartbeat goes before: Optuna takes a
+        running trial without any for alive."""
+        self.storage.record_heartbeat(trial_id)
+        return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
     def _trials(self, study: Study, state: TrialState, run_ids: set[str]) -> list[FrozenTrial]:
         trials = study.get_trials(deepcopy=False, states=(state,))
@@ -157,8 +168,8 @@ class Index:
         )
 
     def seconds(self, study: Study) -> float:
-        """Seconds that all trials which ended took together."""
-        return sum(t.duration.total_seconds() for t in study.get_trials(deepcopy=False) if t.duration is not None)
+        """Seconds of training and scoring that all trials took together, by the run folders."""
+        return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False))
 
     def recover(self, study: Study) -> None:
         """Gives trials whose worker died back to the queue."""
@@ -174,7 +185,9 @@ class Index:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
                     self.storage.record_heartbeat(trial._trial_id)
-                except sqlalchemy.exc.SQLAlchemyError as error:  # the next one may pass; the result is in the store
+                except (
+                    optuna.exceptions.StorageInternalError
+                ) as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
         self.storage.record_heartbeat(trial._trial_id)
@@ -186,17 +199,22 @@ class Index:
             done.set()
             thread.join()
 
-    def add(self, study: Study, params: dict[str, Any], runs: list[Run], metrics: tuple[str, ...]) -> None:
-        """Records ``runs`` (the seeds of one trial) that ended without this database knowing."""
-        template = _template(TrialState.RUNNING, params, runs[0].folder.name)
+    def add(
+        self, study: Study, params: dict[str, Any], runs: list[Run], metrics: tuple[str, ...], space: Space
+    ) -> None:
+        """Records ``runs`` (the seeds of one trial) that ended without this database knowing.
+
+        ``space`` is what a search sampled ``params`` from, {} for an ablation.
+        """
+        template = _template(params, runs[0].folder.name, space)
         trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
+        self._start(trial_id)
         trial = Trial(study, trial_id)
-        self.storage.record_heartbeat(trial_id)  # should this process die now, the trial goes stale like any other
         if len(metrics) == 1 and (runs[0].folder / "history.jsonl").is_file():
             report(trial, runs[0].history(), Config(**runs[0].config()), after=0)
         self.tell(study, trial, runs, metrics)
 
-    def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: tuple[str, ...]) -> None:
+    def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed.
 
         Everything else is written first. A trial that another worker took for dead and ended is left as it is.
@@ -217,9 +235,12 @@ class Index:
 
     def give_back(self, study: Study, trial: Trial) -> None:
         """Ends ``trial`` as interrupted and puts a copy of it into the queue."""
-        trial.set_user_attr("status", "interrupted")
-        frozen = self.storage.get_trial(trial._trial_id)
-        study.tell(trial, state=TrialState.FAIL)
+        try:
+            trial.set_user_attr("status", "interrupted")
+            frozen = self.storage.get_trial(trial._trial_id)
+            study.tell(trial, state=TrialState.FAIL)
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            return  # another worker took it for dead, and has put its copy there
         attributes = {key: value for key, value in frozen.user_attrs.items() if key == "run_id"}
         study.add_trial(
             create_trial(
@@ -234,6 +255,7 @@ class Index:
     def _describe(self, study: Study, trial: Trial, runs: list[Run]) -> None:
         """Metrics as attributes; the reconstruction picture as artifact and in the note."""
         trial.set_user_attr("run_id", runs[0].folder.name)
+        trial.set_user_attr("seconds", sum(map(_seconds, runs)))
         lines = []
         for run in runs:
             lines.append(f"**{run.folder.name}**: {run.status}{f', {run.reason}' if run.reason else ''}\n")
@@ -251,6 +273,8 @@ class Index:
         save_note(trial, "\n".join(lines))
 
     def _picture(self, study: Study, trial: Trial, path: Path) -> str:
+        if not path.is_file():
+            return ""
         artifact = upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
         return f"![{path.stem}](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})\n"
 
@@ -278,26 +302,32 @@ def suggest(trial: Trial, space: Space) -> dict[str, Any]:
     for name, choice in space.items():
         if name in trial.params:
             values[name] = trial.params[name]
-        elif isinstance(choice, Range):
-            whole = isinstance(choice.low, int) and isinstance(choice.high, int)
-            values[name] = (trial.suggest_int if whole else trial.suggest_float)(
-                name, choice.low, choice.high, log=choice.log
-            )
-        else:
-            values[name] = trial.suggest_categorical(name, choice)
+            continue
+        match distribution(name, choice):
+            case IntDistribution(low=low, high=high, log=log):
+                values[name] = trial.suggest_int(name, low, high, log=log)
+            case FloatDistribution(low=low, high=high, log=log):
+                values[name] = trial.suggest_float(name, low, high, log=log)
+            case _:
+                values[name] = trial.suggest_categorical(name, choice)
     return values
 
 
 def report(trial: Trial, rows: list[dict[str, float]], config: Config, after: int) -> int:
     """Reports the training loss (reconstruction + lpips_weight · lpips) of ``rows`` beyond step ``after``.
 
-    At most MAX_REPORTS of them, at the same steps in every trial of a study. Returns the last step reported.
+    At most MAX_REPORTS of them, at the same steps in every trial of a study. Negative where the study maximises, so
+    that the pruner's better is a smaller loss. Returns the last step reported; does nothing for a trial that another
+    worker has taken for dead.
     """
     every = max(1, config.steps // MAX_REPORTS)
+    sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     for row in rows:
         if row["step"] // every > after // every:
             after = int(row["step"])
-            trial.report(row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0), after)
+            loss = row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0)
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial.report(sign * loss, after)
     return after
 
 
@@ -336,27 +366,42 @@ def _range_of(values: pd.Series) -> BaseDistribution:
     return CategoricalDistribution(tuple(values.unique()))
 
 
-def _template(state: TrialState, params: dict[str, Any], run_id: str | None) -> FrozenTrial:
+def _seconds(run: Run) -> float:
+    """What a run has cost, finished or not."""
+    if run.finished:
+        metrics = run.metrics()
+        return metrics["train_seconds"] + metrics.get("score_seconds", 0.0)
+    history = run.history() if (run.folder / "history.jsonl").is_file() else []
+    return history[-1]["seconds"] if history else 0.0
+
+
+def _template(params: dict[str, Any], run_id: str | None, space: Space) -> FrozenTrial:
     return create_trial(
-        state=state,
+        state=TrialState.WAITING,
         params=params,
-        distributions={name: distribution(name) for name in params},
+        distributions={name: distribution(name, space.get(name)) for name in params},
         user_attrs={"run_id": run_id} if run_id else {},
         system_attrs={"fixed_params": params},
     )
 
 
-_CHOICES = {"quantizer": tuple(QUANTIZERS)}
+_CHOICES = {"quantizer": tuple(QUANTIZERS), "augment": tuple(AUGMENTATIONS)}
 
 
-def distribution(name: str) -> BaseDistribution:
-    """The widest Optuna distribution of a Config field, the same for all values that an ablation may give it."""
+def distribution(name: str, choice: Range | tuple | None = None) -> BaseDistribution:
+    """Optuna's distribution of a Config field: of a search's ``choice``, or the widest, the same for all values that an
+    ablation may give it. Raises UserError for a field that has none."""
+    if isinstance(choice, Range):
+        whole = isinstance(choice.low, int) and isinstance(choice.high, int)
+        return (IntDistribution if whole else FloatDistribution)(choice.low, choice.high, log=choice.log)
+    if choice is not None:
+        return CategoricalDistribution(choice)
     kind = TYPES[name]
     choices = _CHOICES.get(name) or (get_args(kind) if get_origin(kind) is Literal else None)
     if choices:
         return CategoricalDistribution(choices)
-    if kind is int:
-        return IntDistribution(0, LARGEST) if name == "seed" else IntDistribution(1, LARGEST, log=True)
-    if kind is float:
-        return FloatDistribution(0.0, float(LARGEST))
-    raise UserError(f"{name} cannot be swept; choose from {', '.join(DEFAULTS)}")
+    if kind is bool:
+        return CategoricalDistribution((False, True))
+    if kind in (int, float):
+        return IntDistribution(0, LARGEST) if kind is int else FloatDistribution(0.0, float(LARGEST))
+    raise UserError(f"{name} is text without a list of choices and cannot be swept")

@@ -8,7 +8,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,7 @@ TOLERANCE = 0.02  # of a budget of parameters or FLOPs
 WIDEST = 8192
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60}
 TIMED_STEPS = 16  # trained to learn how long one takes
+TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed")
 
 
 def match(config: Config, budget: str) -> Config:
@@ -54,9 +55,9 @@ def match(config: Config, budget: str) -> Config:
 
 
 def _parse(budget: str) -> tuple[str, float]:
-    parts = re.fullmatch(r"(params|flops):([\d.]+)([kMG]?)|(time):([\d.]+)(s|min)", budget)
+    parts = re.fullmatch(r"(params|flops):(\d+(?:\.\d+)?)([kMG]?)|(time):(\d+(?:\.\d+)?)(s|min)", budget)
     kind, number, unit = (part for part in parts.groups() if part is not None) if parts else ("", "", "")
-    if not parts or number.count(".") > 1 or float(number) <= 0:
+    if not parts or float(number) <= 0:
         raise UserError(f"{budget!r} is no budget; write for example params:4M, flops:2G or time:60s")
     return kind, float(number) * UNITS[unit]
 
@@ -92,9 +93,12 @@ def step_seconds(config: Config) -> float:
     """Mean seconds of a training step of ``config`` on this machine, on random images: measured once, then remembered.
 
     Remembered, because the number of steps is part of a run's identity: the same command must mean the same run.
+    Settings that cost no time, such as the seed, share one measurement.
     """
-    config = replace(config.resolved(), data="", seed=0, steps=TIMED_STEPS)
-    machine = [platform.node(), platform.processor(), torch.get_num_threads()]
+    usual = {field.name: field.default for field in fields(Config) if field.name in TIMELESS}
+    config = replace(config.resolved(), **usual, steps=TIMED_STEPS)
+    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor()
+    machine = [device, torch.get_num_threads()]
     key = hashlib.sha256(json.dumps([asdict(config), machine], sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / "speeds" / f"{key}.json"
     if not path.exists():

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from backbones import BACKBONES
 
+from . import weights
 from .cli import Arguments, parse
 from .config import Config, preset_settings
 from .files import UserError
@@ -28,7 +29,7 @@ from .frames import METRICS, frame
 from .match import step_seconds
 from .store import FAILURES, Run, Store
 
-DEFAULTS = {one.name: one.default for one in fields(Config)}
+DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
 TYPES = get_type_hints(Config)
 
 
@@ -41,6 +42,11 @@ class Range(NamedTuple):
 
 
 Space = dict[str, "Range | tuple"]  # Config field → Range, or the tuple of its possible values
+
+
+def read_space(stored: dict[str, Any]) -> Space:
+    """A search's space as its study's file has it."""
+    return {name: Range(**choice) if isinstance(choice, dict) else tuple(choice) for name, choice in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ class StudyArguments(Arguments):
     """show the cells, what is already finished and the estimated cost, and stop"""
     trial_timeout: float | None = None
     """seconds after which a trial is given up and recorded as timed out"""
+
+
+@dataclass(frozen=True)
+class AblationArguments(StudyArguments):
+    """What an ablation takes."""
+
     retry_failed: bool = False
     """run trials again that failed in an earlier command"""
 
@@ -99,20 +111,25 @@ class SearchArguments(StudyArguments):
 def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
     if isinstance(study, Ablation):
-        base, values = StudyArguments, study.sweep
+        base, values = AblationArguments, study.sweep
         flags = {name: Annotated[tuple[TYPES[name], ...], tyro.conf.arg(help="values to sweep")] for name in values}
     else:
         base, values = SearchArguments, {}
         flags = {name: tyro.conf.Suppress[TYPES[name]] for name in study.space}
-    extra = [(name, kind, field(default=values.get(name, DEFAULTS[name]))) for name, kind in flags.items()]
+    extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     kind = make_dataclass("Options", extra, bases=(base,), frozen=True)
     defaults = {**study.settings, **values, "backbone": study.backbones, "seeds": study.seeds}
     options = parse(kind, arguments, f"python -m studies.{study.name}", description, **defaults)
+    missing = weights.inception_missing() if options.fid_weights is None else ""
+    known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
-        if metric not in METRICS or not METRICS[metric].better:
-            known = ", ".join(name for name, shown in METRICS.items() if shown.better)
-            raise UserError(f"metric {metric!r} cannot be optimised; choose from {known}")
-    for name in ("backbone", "seeds", *values):
+        if metric not in known:
+            raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
+        if metric == "fid" and missing:
+            raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
+    if not isinstance(study, Ablation) and (options.match or "").startswith("time:"):
+        raise UserError(f"--match {options.match} would give each trial of a search other steps; match params or flops")
+    for name in ("backbone", "seeds", "metric", *values):
         if not getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} needs at least one value")
     for name in ("workers", "trials", "timeout", "trial_timeout"):
@@ -143,8 +160,7 @@ class Plan:
     @cached_property
     def name(self) -> str:
         """The study's name, its preset, and every setting that differs from what these two say."""
-        usual = {**DEFAULTS, "width": None, "depth": None}
-        usual |= {**preset_settings(self.options.preset), **self.study.settings}
+        usual = DEFAULTS | {**preset_settings(self.options.preset), **self.study.settings}
         machine = ("device", "precision", *self.swept)
         words = [self.study.name, self.options.preset]
         for name, value in self.options.settings().items():
@@ -155,13 +171,18 @@ class Plan:
                 value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
             value = f"{value:g}" if isinstance(value, float) else value
             words.append(f"{name}={value}" if name != "data" else value)
+        if self.searching and self.seeds != self.study.seeds:  # a trial's value is the mean over them
+            words.append("seeds=" + "+".join(map(str, self.seeds)))
         words += [f"match={self.options.match}"] if self.options.match else []
         return re.sub(r"[^\w.=-]+", "_", "-".join(words))
 
     def header(self) -> dict[str, Any]:
         """What the study's file says beside its runs."""
-        kind = "search" if self.searching else "ablation"
-        return {"study": self.study.name, "kind": kind, "sweep": self.swept, "metrics": self.options.metric}
+        header = {"study": self.study.name, "sweep": self.swept, "metrics": self.options.metric}
+        if not self.searching:
+            return {**header, "kind": "ablation", "space": {}}
+        space = {name: c._asdict() if isinstance(c, Range) else c for name, c in self.study.space.items()}
+        return {**header, "kind": "search", "space": space}
 
     def configs(self, backbone: str, params: dict[str, Any]) -> list[Config]:
         """The runs of a trial with ``params``: one, or in a search one per seed."""
@@ -185,8 +206,9 @@ class Plan:
         return cells
 
     def missing(self, backbone: str) -> list[Cell]:
-        """Cells to run: neither finished nor, unless failed ones are to be retried, failed."""
-        done = {"finished"} if self.options.retry_failed else {"finished", *FAILURES}
+        """Cells to run: neither finished nor, unless failed ones are to be retried, failed. A run that a search pruned
+        says nothing about the cell of an ablation."""
+        done = {"finished"} if self.options.retry_failed else {"finished", *FAILURES} - {"pruned"}
         return [cell for cell in self.cells[backbone] if cell.run.status not in done]
 
     def table(self) -> Table:
@@ -228,6 +250,7 @@ def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
     """Training seconds of ``configs`` on this machine: from finished runs of equal shape in ``known``, else from a few
     steps that are run now."""
     shape = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
+    shape += ("quantizer", "codebook_size", "code_dim")
     finished = known[known.status == "finished"]
     per_step: dict[tuple, float] = {}
     for config in configs:

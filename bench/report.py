@@ -1,7 +1,7 @@
 """One report of many runs: tables, charts and verdicts, as a page, as Markdown and as data.
 
     python -m bench.report                     # every run below results/
-    python -m bench.report beta                # the study results/studies/beta.json
+    python -m bench.report beta-cpu            # the study results/studies/beta-cpu.json
     python -m bench.report RUN_ID RUN_ID --out DIR
 
 Rows are ranked within a block only: equal protocol and equal bits per image. The same runs give the same report.
@@ -146,6 +146,9 @@ def write_report(names: Sequence[str] = (), results: Path = Path("results"), out
         say("drawing charts")
         most = protocols(table)[0]  # scores of several protocols do not mix
         figures = charts.draw(table, folder / "plots", index.importances(most, charts.main_metric(most)))
+    for old in (folder / "plots").glob("*.*"):
+        if old.stem not in {chart.name for chart in figures}:
+            old.unlink()  # of an earlier report
     write_data(table, folder)
     for name, text in (("tables.md", markdown(report)), ("report.html", html(report, figures))):
         with atomic_path(folder / name) as temporary:

@@ -21,6 +21,7 @@ from scipy import stats
 
 from .config import Config
 from .frames import METRICS, settings
+from .store import Run
 
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
@@ -183,11 +184,7 @@ def _verdicts(pairs: list[_Pair], metrics: Sequence[str]) -> list[Verdict]:
 
     @functools.cache
     def read(folder: str) -> dict[str, np.ndarray]:
-        path = Path(folder) / "per_image.npz"
-        if not path.is_file():
-            return {}
-        with np.load(path) as file:
-            return {metric: file[metric] for metric in metrics if metric in file}
+        return Run(Path(folder)).per_image()
 
     return [verdict for metric in metrics for verdict in _family(pairs, metric, read)]
 
@@ -201,6 +198,8 @@ def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
     image_intervals = _image_intervals({i: values for i, values in images.items() if values is not None})
 
     for i, (pair, table) in enumerate(zip(pairs, tables, strict=True)):
+        if table.empty and any(len(other) for other in tables):
+            continue  # share no seed and setting: worth a word only if no pair does
         difference = float(table.mean(axis=1).mean()) if len(table) else math.nan
         interval, image_interval, p = tests.get(i, (None,))[0], image_intervals.get(i), p_values.get(i)
         witnessed = image_interval is None or all(difference * end > 0 for end in image_interval)

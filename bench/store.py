@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from .config import Config
@@ -31,6 +33,10 @@ FAILURES = {
     "refused": "the settings cannot work",
     "pruned": "a search gave it up early, being worse than others at the same step",
 }
+
+
+class NoSpace(UserError):
+    """Runs cannot be written here: nothing to do with the run itself."""
 
 
 class Busy(UserError):
@@ -62,6 +68,10 @@ class Run:
         """Records why the run failed; ``status`` is a key of FAILURES."""
         self.write("failure.json", {"status": status, "reason": reason, **details})
 
+    def forgive(self) -> None:
+        """Takes a recorded failure back."""
+        (self.folder / "failure.json").unlink(missing_ok=True)
+
     def _failure(self) -> dict[str, Any]:
         return self._read("failure.json") if (self.folder / "failure.json").is_file() else {}
 
@@ -74,16 +84,28 @@ class Run:
         return self._read("config.json")["environment"]
 
     def metrics(self) -> dict[str, Any]:
-        """The scores, costs and reference scores of a finished run."""
-        return self._read("metrics.json")["metrics"]
+        """The scores, costs and reference scores of a finished run; ``params`` and ``flops`` are of both sides."""
+        metrics = self._read("metrics.json")["metrics"]
+        metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
+        metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
+        return metrics
 
     def protocol(self) -> dict[str, Any]:
         """How the scores were measured."""
         return self._read("metrics.json")["protocol"]
 
     def history(self) -> list[dict[str, float]]:
-        """One row per logged step."""
-        return [json.loads(line) for line in (self.folder / "history.jsonl").read_text().splitlines()]
+        """One row per logged step; a line that is still being written is left out."""
+        text = (self.folder / "history.jsonl").read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def per_image(self) -> dict[str, np.ndarray]:
+        """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
+        try:
+            with np.load(self.folder / "per_image.npz") as file:
+                return dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return {}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""
@@ -122,12 +144,12 @@ class Store:
         return Run(self.root / "runs" / run_id)
 
     def runs(self) -> list[Run]:
-        """Every run that has been started, by name."""
-        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json"))]
+        """Every run that has been started, by name; other folders that may lie there are passed over."""
+        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json")) if _is_ours(path)]
 
     def studies(self) -> list[str]:
         """Names of all studies that have been planned here."""
-        return sorted(path.stem for path in self.root.glob("studies/*.json"))
+        return sorted(path.stem for path in self.root.glob("studies/[!.]*.json"))  # no half-written ones
 
     def study(self, name: str) -> dict[str, Any]:
         """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
@@ -149,7 +171,7 @@ class Store:
                 temporary.write_text(json.dumps({"name": name, **header, "runs": {**before, **runs}}, indent=1))
 
     def check_writable(self, megabytes: int) -> None:
-        """Raises UserError unless runs can be written here and ``megabytes`` are free."""
+        """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""
         folder = self.root / "runs"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +179,14 @@ class Store:
                 pass
             free = shutil.disk_usage(folder).free >> 20
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error
+            raise NoSpace(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error
         if free < megabytes:
-            raise UserError(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
+            raise NoSpace(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+        return isinstance(content, dict) and {"config", "environment"} <= content.keys()
+    except (OSError, ValueError):
+        return False

@@ -14,13 +14,11 @@ import os
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from rich import box
 from rich.markup import escape
@@ -29,9 +27,10 @@ from rich.table import Table
 from .child import Outcome, run_in_child
 from .cli import guarded
 from .config import Config
+from .files import UserError
 from .frames import METRICS
 from .index import Index, Study, Trial, default_url, report, suggest, without_password
-from .plan import Ablation, Plan, Search, parse_study
+from .plan import Ablation, Plan, Search, parse_study, read_space
 from .progress import Bar, say, stdout
 from .report import write_report
 from .store import FAILURES, Store
@@ -40,6 +39,7 @@ from .trial import prepare
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
+ROUNDS = 2
 
 
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
@@ -58,11 +58,14 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
         prepare(example(plan, backbone), plan.store, plan.options.fid_weights)
     url = plan.options.storage or default_url(plan.store.root)
     index = Index(url, plan.store.root / "studies")
-    missing = sum(queue(plan, backbone, index) for backbone in plan.backbones)
-    if missing:
-        say(f"study {plan.name}: {missing} trials to run, {plan.options.workers} at a time")
-        Workers(plan, index, missing).run()
-    else:
+    idle = True
+    for _ in range(ROUNDS):  # the second finds what was lost with workers that died, if anything
+        missing = sum(queue(plan, backbone, index) for backbone in plan.backbones)
+        if missing:
+            idle = False
+            say(f"study {plan.name}: {missing} trials to run, {plan.options.workers} at a time")
+            Workers(plan, index, missing).run()
+    if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")
     failed = conclude(plan, index)
     command = f"optuna-dashboard {without_password(url)} --artifact-dir {plan.store.root / 'studies' / 'artifacts'}"
@@ -77,12 +80,9 @@ def example(plan: Plan, backbone: str) -> Config:
     return plan.configs(backbone, params)[0]
 
 
-def open_study(plan: Plan, backbone: str, index: Index, worker: int = 0) -> Study:
-    """The backbone's Optuna study. Its sampler draws differently in each worker and after each start."""
-    known = index.open(f"{plan.name}-{backbone}", plan.options.metric, plan.options.steps)
-    entropy = [*plan.seeds, worker, index.size(known), zlib.crc32(backbone.encode())]
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    return index.open(f"{plan.name}-{backbone}", plan.options.metric, plan.options.steps, seed)
+def open_study(plan: Plan, backbone: str, index: Index) -> Study:
+    """The backbone's Optuna study."""
+    return index.open(f"{plan.name}-{backbone}", plan.options.metric, plan.options.steps)
 
 
 def queue(plan: Plan, backbone: str, index: Index) -> int:
@@ -107,12 +107,13 @@ def queue(plan: Plan, backbone: str, index: Index) -> int:
             if cell in missing:
                 index.enqueue(study, cell.params, cell.run.folder.name)
             elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
-                index.add(study, cell.params, [cell.run], plan.options.metric)
+                index.add(study, cell.params, [cell.run], plan.options.metric, {})
         return index.waiting(study, planned) + index.running(study, planned)
 
 
 def conclude(plan: Plan, index: Index) -> bool:
-    """Counts the runs, writes the report, attaches its plots; returns whether a run failed. A pruned one has not."""
+    """Counts the runs, writes the report, attaches its plots. Returns whether a planned run has no scores; in a search,
+    whether one failed, which a pruned one has not."""
     runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
     status = Counter(run.status for run in runs)
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
@@ -121,7 +122,9 @@ def conclude(plan: Plan, index: Index) -> bool:
         text = f"## {plan.name}, {backbone}\n\nReport: `{written.page}`"
         pictures = [(chart.title, chart.path) for chart in written.charts]
         index.attach(open_study(plan, backbone, index), text, pictures)
-    return any(status[name] for name in FAILURES if name != "pruned")
+    if plan.searching:
+        return any(status[name] for name in FAILURES if name != "pruned")
+    return not all(cell.run.finished for cells in plan.cells.values() for cell in cells)
 
 
 class Workers:
@@ -149,7 +152,7 @@ class Workers:
     def _work(self, worker: int) -> None:
         """One worker: takes trials from the backbone that has had fewest until none is left."""
         try:
-            studies = {name: open_study(self.plan, name, self.index, worker) for name in self.plan.backbones}
+            studies = {name: open_study(self.plan, name, self.index) for name in self.plan.backbones}
             while not self.stop.is_set():
                 fewest_first = sorted(studies, key=lambda name: self.index.ended(studies[name]))
                 if any(self._take(backbone, studies[backbone]) for backbone in fewest_first):
@@ -197,7 +200,8 @@ class Workers:
     def _attempt(self, config: Config, trial: Trial, label: str, watched: bool) -> Outcome:
         """Runs a config in a child process, again where that makes sense; or adopts how it ended before."""
         run, attempts, reported = self.plan.store.run(config), 0, 0
-        if run.finished or (run.status in FAILURES and not self.options.retry_failed):
+        final = {*FAILURES} if self.plan.searching else {*FAILURES} - {"pruned"}
+        if run.finished or (run.status in final and not getattr(self.options, "retry_failed", False)):
             return Outcome(run.status, run.reason)
 
         def watch(rows: list[dict[str, float]]) -> str | None:
@@ -220,9 +224,12 @@ class Workers:
             if outcome.status == "busy":  # its worker was taken for dead and is not
                 time.sleep(IDLE_SECONDS)
                 continue
+            if outcome.status == "blocked":
+                raise UserError(outcome.reason)  # ends the command; the trial goes stale and comes back
             attempts += 1
             if attempts > RETRIES.get(outcome.status, 0):
                 return outcome
+            run.forgive()  # should this command be stopped now, the next one tries again
             say(f"{label}: {outcome.status}, {escape(outcome.reason)}; attempt {attempts + 1} follows")
         return Outcome("interrupted")
 
@@ -236,7 +243,8 @@ class Workers:
 
     def _say(self, label: str, outcome: Outcome, config: Config, seconds: float) -> None:
         """One line for a trial that ended."""
-        self.done += 1
+        with self.lock:
+            self.done += 1
         self._advance(label)
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":
@@ -263,6 +271,8 @@ def rebuild(
         storage: Optuna storage URL; SQLite below --results by default
     """
     store = Store(results)
+    if not (results / "studies").is_dir():
+        raise UserError(f"there are no studies in {results}; name the folder with --results")
     index = Index(storage or default_url(results), results / "studies")
     for name in names or store.studies():
         record, added = store.study(name), 0
@@ -274,11 +284,13 @@ def rebuild(
                 params.pop("seed")  # the seeds of a trial are runs of it
             trials.setdefault((row["backbone"], *params.items()), []).append(store.named(run_id))
         for (backbone, *params), runs in trials.items():
-            study = index.open(f"{name}-{backbone}", metrics)
-            ended = all(run.finished for run in runs) or any(run.status in FAILURES for run in runs)
-            if ended and not index.states(study).get(runs[0].folder.name, set()) & {"COMPLETE", "FAIL", "PRUNED"}:
-                index.add(study, dict(params), runs, metrics)
-                added += 1
+            with index.planning:
+                study = index.open(f"{name}-{backbone}", metrics)
+                index.recover(study)
+                ended = all(run.finished for run in runs) or any(run.status in FAILURES for run in runs)
+                if ended and not index.states(study).get(runs[0].folder.name):
+                    index.add(study, dict(params), runs, metrics, read_space(record["space"]))
+                    added += 1
         say(f"study {name}: {added} trials added to {without_password(index.url)}")
     return 0
 

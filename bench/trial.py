@@ -63,7 +63,7 @@ def run_trial(config: Config, store: Store, fid_weights: Path | None = None, res
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
         run.write("config.json", {"config": asdict(config), "environment": environment()})
-        (run.folder / "failure.json").unlink(missing_ok=True)
+        run.forgive()
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
         untrained = score_untrained(config, data.val)
         try:

@@ -58,7 +58,7 @@ def test_a_time_out_keeps_the_checkpoint(config, store):
     config = replace(config, steps=100_000)
     outcome = run_in_child(config, store, threads=1, timeout=4)
     assert outcome.status == "timed_out"
-    assert "--trial-timeout" in outcome.reason
+    assert "--retry-failed" in outcome.reason
     assert (store.run(config).folder / "checkpoint.pt").exists()
 
 

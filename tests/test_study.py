@@ -42,7 +42,7 @@ class FakeChild:
             return Outcome("interrupted")
         if ending == "finished":
             fabricate(store, config, quality=0.01 * config.beta)
-        elif ending != "interrupted":
+        elif ending not in ("interrupted", "blocked"):
             fabricate_failed(store, config, ending)
         return Outcome(ending, f"it {ending}" if ending != "finished" else "")
 
@@ -429,3 +429,123 @@ def test_estimates_scale_with_steps(tmp_path):
     other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
     (measured,) = plan.estimates([other], known)
     assert measured > 0
+
+
+def test_a_rebuilt_search_goes_on(child, tmp_path):
+    """The rebuilt trials must have the distributions that the search samples from."""
+    start(SEARCH, tmp_path, "--trials", "3")
+    (tmp_path / "studies" / "optuna.db").unlink()
+    study.rebuild(results=tmp_path)
+    child.calls.clear()
+    assert start(SEARCH, tmp_path, "--trials", "5") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 2, "vit": 2}
+    assert states(tmp_path) == {"COMPLETE": 10}
+
+
+def test_no_two_trials_of_a_search_draw_alike_whenever_they_are_started(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(Index, "seconds", lambda self, one: 10.0 * self.ended(one))
+    for timeout in ("25", "55", "999"):  # stopped twice, by time
+        start(SEARCH, tmp_path, "--trials", "8", "--timeout", timeout)
+    assert len(child.calls) == len({config.run_id() for config in child.calls}) == 16
+
+
+@pytest.mark.parametrize("metric", ["lpips_vgg", "psnr"])
+def test_pruning_hits_the_worse_loss_whichever_way_the_metric_goes(child, tmp_path, monkeypatch, metric):
+    losses = [1.0] * 6 + [0.01, 100.0]
+
+    class Pruning(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            loss = losses[len(self.calls)]
+            self.calls.append(config)
+            row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
+            if watch([row]) == "pruned":
+                self.endings.append(loss)
+                fabricate_failed(store, config, "pruned")
+                return Outcome("pruned", "hopeless")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    pruning = Pruning()
+    monkeypatch.setattr(study, "run_in_child", pruning)
+    start(Search("search", SPACE, backbones=("cnn",)), tmp_path, "--trials", "8", "--metric", metric)
+    assert pruning.endings == [100.0]
+
+
+def test_a_run_that_a_search_pruned_is_no_cell_of_an_ablation(child, tmp_path):
+    fabricate_failed(Store(tmp_path), make_config("cnn", "smoke", beta=0.25, device="cpu"), "pruned")
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 4
+
+
+def test_a_worker_that_dies_before_its_first_heartbeat_is_noticed(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(index, "GRACE_SECONDS", 1)
+    what = planned(tmp_path)
+    dead = Index(default_url(tmp_path), tmp_path / "studies")
+    study.queue(what, "cnn", dead)
+    assert dead.claim(study.open_study(what, "cnn", dead), set()) is not None  # and not a beat more
+    assert start(BETA, tmp_path) == 0
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+
+
+def test_a_crash_whose_retry_was_interrupted_is_tried_again(child, tmp_path, monkeypatch):
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+    seen = []
+    original = study.Workers.run
+
+    def run(self):
+        seen.append(self)
+        original(self)
+
+    class Stopping(FakeChild):
+        def __call__(self, *arguments):
+            outcome = super().__call__(*arguments)
+            seen[-1].stop.set()
+            return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Workers, "run", run)
+        patch.setattr(study, "run_in_child", Stopping(["crashed"]))
+        assert start(one, tmp_path) == 130
+    assert start(one, tmp_path) == 0
+    assert len(child.calls) == 1
+
+
+def test_what_lies_about_in_the_results_folder_disturbs_nothing(child, tmp_path, capsys):
+    start(BETA, tmp_path)
+    (tmp_path / "studies" / ".beta-smoke-x1.json").write_text("")  # left by a kill in the middle of a write
+    for name, text in (("alien", "{}"), ("torn", ""), ("other", "[1]")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "config.json").write_text(text)
+    assert study.show(tmp_path) == 0
+    assert study.rebuild(results=tmp_path) == 0
+    assert len(frame(Store(tmp_path).runs())) == 4
+    assert start(BETA, tmp_path, "--plan") == 0
+    run = Store(tmp_path).runs()[0]
+    (run.folder / "per_image.npz").write_bytes(b"PK torn")
+    assert run.per_image() == {}
+    with pytest.raises(UserError, match="no studies in"):
+        study.rebuild(results=tmp_path / "typo")
+
+
+def test_a_full_disk_ends_the_command_and_is_nobodys_failure(child, tmp_path, capsys):
+    child.endings = ["finished", "blocked"]
+    assert start(BETA, tmp_path) == 2
+    assert "it blocked" in capsys.readouterr().err
+    assert Counter(run.status for run in Store(tmp_path).runs())["blocked"] == 0
+
+
+def test_seeds_and_metrics_that_would_be_mixed_are_not(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    start(alone, tmp_path, "--trials", "1")
+    start(alone, tmp_path, "--trials", "1", "--seeds", "0", "1")
+    assert len(optuna_studies(tmp_path)) == 2
+    assert start(alone, tmp_path, "--match", "time:60s") == 2
+    assert start(BETA, tmp_path, "--metric", "params") == 0
+    assert start(BETA, tmp_path, "--metric", "peak_memory_mb") == 2
+
+
+def test_fields_without_a_default_may_be_searched(child, tmp_path):
+    wide = Search("wide", {"width": Range(8, 16), "augment": ("none", "flip")}, backbones=("cnn",))
+    assert start(wide, tmp_path, "--trials", "2") == 0
+    assert all(8 <= config.width <= 16 for config in child.calls)
