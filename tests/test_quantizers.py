@@ -342,6 +342,7 @@ def test_entropy_penalty_has_its_bounds():
     assert float(entropy_penalty(lone, codes, torch.tensor(1.0))) == pytest.approx(0, abs=1e-5)
     assert float(entropy_penalty(halfway, codes, torch.tensor(1.0))) == pytest.approx(0, abs=1e-5)
     assert entropy_penalty(codes, codes, torch.tensor(0.0)).isfinite()  # every token on a code
+    assert entropy_penalty(lone, 100 * codes, torch.tensor(1.0)).isfinite()  # codes beyond all reach
 
 
 def test_entropy_penalty_does_not_see_the_scale():
@@ -590,6 +591,16 @@ def test_spherical_kmeans_stays_on_the_sphere():
     codes = nearest(tokens, found)
     sums = torch.zeros(8, D).index_add_(0, codes, tokens)
     torch.testing.assert_close(found, normalise(sums), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "deviation"), [("fsq", 0.3), ("lfq", 1.0)])
+def test_scalars_start_centred_whatever_the_encoder_s_scale(name, deviation):
+    quantizer = make(name)
+    z = 50 * grid(batch=20) + 7
+    quantizer.initialise(z)
+    scalars = quantizer.project_in(flat(z))
+    torch.testing.assert_close(scalars.mean(0), torch.zeros_like(scalars[0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scalars.std(0, correction=0), torch.full_like(scalars[0], deviation))
 
 
 def test_simvq_starts_as_a_look_up_and_moves_every_code_at_once():
