@@ -163,20 +163,8 @@ class Config:
         for name in (*sizes, "gan_width", "gan_layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in (
-            "attention",
-            "beta",
-            "lpips_weight",
-            "gan_weight",
-            "gan_lr",
-            "lecam_weight",
-            "r1_weight",
-            "warmup",
-            "weight_decay",
-            "grad_clip",
-            "revive_after",
-            "seed",
-        ):
+        weights = ("beta", "lpips_weight", "gan_weight", "gan_lr", "lecam_weight", "r1_weight", "weight_decay")
+        for name in ("attention", *weights, "warmup", "grad_clip", "revive_after", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("gan_start", "gan_ramp", "gan_warmup"):
@@ -340,15 +328,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_ema": 0.999,
         "size": {
             "cnn": (96, 2),
-            "convnext": (137, 2),
-            "vit": (101, 3),
-            "mamba": (95, 3),
-            "bimamba": (96, 2),
-            "hybrid": (84, 3),
+            "convnext": (134, 2),
+            "vit": (99, 3),
+            "mamba": (93, 3),
+            "bimamba": (95, 2),
+            "hybrid": (82, 3),
         },
     },
-    # the model of the published CelebA sweep (see studies/celeba_sweep.py): 64×64 to 16×16 codes, two residual layers of
-    # 128 channels, mean squared error alone, at the best of its cells; other backbones with the parameters of its CNN
+    # the published CelebA sweep (see studies/celeba_sweep.py) at the best of its cells: 64×64 to 16×16 codes, residual
+    # layers of 128 channels, mean squared error alone; the other backbones with the parameters of this CNN
     "celeba64": {
         "data": "celeba",
         "grid_size": 16,
@@ -369,8 +357,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "hybrid": (108, 3),
         },
     },
-    # ViT-VQGAN Small (Yu et al. 2022, section 3): 256×256 to 32×32 codes of 32 numbers on the sphere, K = 8192; 8 blocks
-    # of width 512 a side, and the other backbones with as many parameters
+    # ViT-VQGAN Small (Yu et al. 2022, section 3): 256×256 to 32×32 codes of 32 numbers on the sphere, K = 8192; 8
+    # blocks of width 512 a side, and the other backbones with as many parameters
     "vitvqgan-s": {
         **_VITVQGAN,
         "gan_weight": 0.1,

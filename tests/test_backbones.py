@@ -138,11 +138,44 @@ def test_bfloat16_autocast_is_finite_and_close(name):
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def sizes(preset):
+    """Parameters of both sides of every backbone, counted without allocating them."""
+    with torch.device("meta"):
+        tokenizers = {name: Tokenizer(make_config(name, preset)) for name in BACKBONES}
+    return {name: parameter_count(t.encoder) + parameter_count(t.decoder) for name, t in tokenizers.items()}
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"blog256"}))
 def test_presets_match_parameters(preset):
     """Within 5 % of one another, encoder and decoder together: otherwise the comparison is not one of backbones."""
-    counts = {name: parameter_count(Tokenizer(make_config(name, preset))) for name in BACKBONES}
+    counts = sizes(preset)
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
+
+
+def test_presets_make_the_tokens_that_their_sources_say():
+    tokens = {"vqgan64": (64, 8, 1024), "vqvae32": (32, 4, 256), "celeba64": (64, 16, 512)}
+    tokens |= {"vitvqgan-s": (256, 32, 8192), "blog256-fair": (256, 32, 8192)}
+    for preset, expected in tokens.items():
+        for name in BACKBONES:
+            config = make_config(name, preset)
+            config.check() if config.data == "photos" else None
+            assert (config.image_size, config.grid_size, config.codebook_size) == expected
+    assert make_config("cnn", "vqvae32").code_dim == make_config("cnn", "celeba64").code_dim == 64
+    vit = make_config("vit", "vitvqgan-s")
+    assert (vit.width, vit.depth, vit.quantizer) == (512, 8, "l2")
+
+
+def test_the_blogs_mismatch_is_reproduced_under_its_own_name():
+    """4,096 codes of the CNN beside 1,024 of the others, and a tenth of their parameters."""
+    published = {name: make_config(name, "blog256") for name in ("convnext", "vit", "mamba", "bimamba")}
+    assert {name: config.tokens for name, config in published.items()} == {
+        **dict.fromkeys(("vit", "mamba", "bimamba"), 1024),
+        "convnext": 4096,
+    }
+    assert published["convnext"].attention == 1
+    counts = sizes("blog256")
+    assert min(counts["vit"], counts["mamba"], counts["bimamba"]) > 10 * counts["convnext"]
+    assert make_config("convnext", "blog256", grid_size=16).grid_size == 16  # an explicit setting goes first
 
 
 @every
