@@ -196,7 +196,7 @@ class SimVQQuantizer(Quantizer):
     def quantize(self, tokens: Tensor) -> Quantized:
         """Look-up and losses by the package, z_q by the same path as ``vectors``."""
         _, codes, loss = self.codec(tokens[None])
-        chosen = self.vectors(codes[0].detach()).detach()
+        chosen = self.vectors(codes[0]).detach()
         return Quantized(self.pass_gradient(tokens, chosen), codes[0], loss, F.mse_loss(tokens.detach(), chosen))
 
     def vectors(self, codes: Tensor) -> Tensor:

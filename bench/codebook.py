@@ -76,7 +76,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype."""
+        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype.
+
+        Among several processes it belongs before they share their state: each would choose its own.
+        """
         with torch.autocast(z.device.type, enabled=False):
             self.start(z.float().movedim(1, -1).reshape(-1, self.code_dim))
 

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from bench import codebook as parts
 from bench.adapters import fsq_levels, residual_sizes
 from bench.codebook import entropy_penalty, kmeans, nearest, rotate
-from bench.config import Config
+from bench.config import Config, make_config
+from bench.data import eval_batches, load
 from bench.files import UserError
+from bench.metrics import CodeHistogram, from_uint8
 from bench.quantizers import QUANTIZERS, StandardQuantizer
 from bench.tokenizer import Tokenizer
+from bench.train import train
 
 K, D = 16, 5
 UNUSED = {  # settings that cannot apply to all, and why some have no use for them
@@ -53,6 +56,11 @@ def make(name: str, **options):
 
 def grid(batch: int = 3, side: int = 4) -> torch.Tensor:
     return torch.randn(batch, D, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def everything(quantizer) -> torch.Tensor:
+    """The vectors of all K codes, (K, D)."""
+    return quantizer.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T.detach().clone()
 
 
 def flat(z: torch.Tensor) -> torch.Tensor:
@@ -116,7 +124,7 @@ def test_in_training_the_decoder_sees_codes_too(name):
     """What it learns on must be what it is scored on: vectors of the codebook, as it was before this step."""
     quantizer, z = make(name), grid()
     quantizer.initialise(grid(batch=6))
-    before = quantizer.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T.detach().clone()
+    before = everything(quantizer)
     out = quantizer(z)
     torch.testing.assert_close(flat(out.z_q.detach()), before[out.codes.flatten()], atol=1e-6, rtol=1e-5)
 
@@ -126,8 +134,7 @@ def test_there_are_exactly_k_codes(name):
     """Bits are counted as log2 K: K different vectors, and no index beyond (product codebooks included)."""
     quantizer = make(name).eval()
     quantizer.initialise(grid(batch=20))
-    vectors = quantizer.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T
-    assert vectors.unique(dim=0).shape[0] == K
+    assert everything(quantizer).unique(dim=0).shape[0] == K
     codes = quantizer(4 * grid(batch=200)).codes
     assert set(codes.flatten().tolist()) == set(range(K))
 
@@ -523,6 +530,20 @@ def test_ema_converges_to_the_mean_of_its_cell(name):
     )
 
 
+@having("ema_decay")
+def test_ema_decay_sets_the_pace(name):
+    """And the first step goes on from the first codes: whatever else averages remember was reset with them."""
+    moves = []
+    for ema_decay in (0.5, 0.9999):
+        quantizer = make(name, ema_decay=ema_decay)
+        quantizer.initialise(grid(batch=6))
+        before = everything(quantizer)
+        quantizer(grid() + 1)
+        moves.append(float((everything(quantizer) - before).norm(dim=1).max()))
+    assert moves[0] > 0.3
+    assert moves[1] < 0.01
+
+
 # ------------------------------------------------------------------------------------------------------ the first codes
 
 
@@ -544,7 +565,7 @@ def test_codebook_starts_at_tokens(name):
 def test_fewer_tokens_than_codes_start_it_too(name, kmeans_init):
     few = make(name, kmeans_init=kmeans_init)
     few.initialise(grid(batch=1, side=2))  # 4 tokens for 16 codes
-    assert few.lookup(torch.arange(K).view(1, 1, K))[0, :, 0].T.detach().unique(dim=0).shape[0] == K
+    assert everything(few).unique(dim=0).shape[0] == K
 
 
 @having("kmeans_init")
@@ -606,13 +627,20 @@ def test_scalars_start_centred_whatever_the_encoder_s_scale(name, deviation):
 def test_simvq_starts_as_a_look_up_and_moves_every_code_at_once():
     quantizer = make("simvq")
     quantizer.initialise(grid(batch=4))
-    before = quantizer.lookup(torch.arange(K).view(1, 1, K)).detach()
-    torch.testing.assert_close(before[0, :, 0].T, quantizer.codec.frozen_codebook)
+    before = everything(quantizer)
+    torch.testing.assert_close(before, quantizer.codec.frozen_codebook)
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
     quantizer(grid(batch=1, side=1)).loss.backward()  # a single token
     optimizer.step()
-    moved = (quantizer.lookup(torch.arange(K).view(1, 1, K)).detach() - before).abs().sum(1)
-    assert moved.min() > 0
+    assert (everything(quantizer) - before).norm(dim=1).min() > 0
+
+
+def test_residual_stages_start_at_their_own_inputs():
+    quantizer, tokens = make("residual"), flat(grid(batch=6))
+    quantizer.initialise(grid(batch=6))
+    for stage in quantizer.codec.layers:
+        assert torch.cdist(stage.codebook, tokens).min(1).values.max() < 5e-3
+        tokens = tokens - stage.codebook[nearest(tokens, stage.codebook)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the package
@@ -671,6 +699,11 @@ def test_without_the_package_the_command_to_install_it_is_named(name, monkeypatc
     with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
         QUANTIZERS[name](K, D)
     replace(tiny, quantizer="ema").check()
+
+
+def test_lfq_leaves_no_soft_choices_to_the_package():
+    """Whose entropy in training holds N×K of them, and takes their mean over one process."""
+    assert not make("lfq").train().codec.training
 
 
 def test_weight_decay_spares_simvq_s_matrix():
@@ -751,6 +784,20 @@ def test_standard_codebook_learns_without_commitment():
         quantizer(z).loss.backward()
         optimizer.step()
     torch.testing.assert_close(quantizer.codebook[0].detach(), z.mean((0, 2, 3)), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsq", "lfq", "simvq"])
+def test_codes_stay_in_use_without_revival(name, tmp_path):
+    """What the three promise. On the photographs that it was trained on; 600 steps of seeds 0 and 1 gave 0.96 to 1.00,
+    150 steps as little as 0.5. Elsewhere usage is lower for every quantizer: fewer images, other content."""
+    config = make_config("cnn", "smoke", quantizer=name, steps=600, lpips_weight=0.0, device="cpu").resolved()
+    images = load(config.data, config.image_size).train
+    tokenizer, _ = train(config, images, tmp_path)
+    histogram = CodeHistogram(config.codebook_size)
+    for x in eval_batches(images, 64):
+        histogram.update(tokenizer.encode(from_uint8(x)))
+    assert histogram.usage() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------- many processes

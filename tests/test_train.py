@@ -243,5 +243,6 @@ def test_training_lowers_the_loss_for_every_quantizer(run, tiny, tmp_path):
     for quantizer in QUANTIZERS:
         run(replace(tiny, quantizer=quantizer, steps=150), quantizer)
         rows = [json.loads(line) for line in (tmp_path / quantizer / "history.jsonl").read_text().splitlines()]
-        assert rows[-1]["reconstruction"] < 0.8 * rows[0]["reconstruction"]  # gumbel trains on sampled codes
+        losses = [row["reconstruction"] for row in rows]
+        assert sum(losses[-10:]) < 0.7 * sum(losses[:10])  # batches of eight images differ by as much as training gains
         assert all(math.isfinite(value) for row in rows for value in row.values())
