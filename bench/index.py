@@ -70,7 +70,7 @@ class Index:
         local = url.startswith("sqlite")
         # SQLite has no row locks: two workers could both take the same trial.
         self.lock = FileLock(folder / ".claims.lock") if local else nullcontext()
-        self.planning = FileLock(folder / ".planning.lock")  # one command at a time looks what is missing
+        self.planning = FileLock(folder / ".planning.lock")  # one command at a time plans or reports
         self.artifacts = FileSystemArtifactStore(folder / "artifacts")
         (folder / "artifacts").mkdir(exist_ok=True)
         options = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}

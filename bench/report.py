@@ -147,8 +147,8 @@ def write_report(names: Sequence[str] = (), results: Path = Path("results"), out
         most = protocols(table)[0]  # scores of several protocols do not mix
         figures = charts.draw(table, folder / "plots", index.importances(most, charts.main_metric(most)))
     for old in (folder / "plots").glob("*.*"):
-        if old.stem not in {chart.name for chart in figures}:
-            old.unlink()  # of an earlier report
+        if old.stem not in {chart.name for chart in figures} and not old.name.startswith("."):
+            old.unlink(missing_ok=True)  # of an earlier report; hidden ones are being written by another worker
     write_data(table, folder)
     for name, text in (("tables.md", markdown(report)), ("report.html", html(report, figures))):
         with atomic_path(folder / name) as temporary:

@@ -117,11 +117,12 @@ def conclude(plan: Plan, index: Index) -> bool:
     runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
     status = Counter(run.status for run in runs)
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
-    written = write_report([plan.name], plan.store.root)
-    for backbone in plan.backbones:
-        text = f"## {plan.name}, {backbone}\n\nReport: `{written.page}`"
-        pictures = [(chart.title, chart.path) for chart in written.charts]
-        index.attach(open_study(plan, backbone, index), text, pictures)
+    with index.planning:  # workers that end together write the same files
+        written = write_report([plan.name], plan.store.root)
+        for backbone in plan.backbones:
+            text = f"## {plan.name}, {backbone}\n\nReport: `{written.page}`"
+            pictures = [(chart.title, chart.path) for chart in written.charts]
+            index.attach(open_study(plan, backbone, index), text, pictures)
     if plan.searching:
         return any(status[name] for name in FAILURES if name != "pruned")
     return not all(cell.run.finished for cells in plan.cells.values() for cell in cells)

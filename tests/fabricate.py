@@ -24,7 +24,8 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     run.write("config.json", {"config": asdict(config), "environment": MACHINE})
     count = 64
     difficulty = np.random.default_rng(7).normal(size=count)  # shared by all runs
-    own = np.random.default_rng([config.seed, sum(run.folder.name.encode())]).normal(size=count)
+    cell = f"{config.backbone} {config.beta} {config.codebook_size} {config.grid_size}"  # not the id: fields join it
+    own = np.random.default_rng([config.seed, *cell.encode()]).normal(size=count)
     shift = quality - noise
     per_image = {
         "lpips_alex": 0.30 + 0.05 * difficulty + 0.01 * own - shift,

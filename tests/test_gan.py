@@ -110,7 +110,7 @@ def test_spectral_norm_bounds_the_weights():
     [net(torch.randn(2, 3, 32, 32)) for _ in range(50)]
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
-            assert float(torch.linalg.matrix_norm(layer.weight.flatten(1), 2)) == pytest.approx(1, abs=0.05)
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("extra", [{}, {"lecam_weight": 1.0}, {"r1_weight": 1.0}])

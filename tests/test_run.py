@@ -230,7 +230,7 @@ def test_doctor_names_what_is_missing_and_how_to_mend_it(capsys, monkeypatch, tm
 @pytest.mark.slow
 def test_killed_in_the_middle_it_resumes_and_ends_bit_equal(tmp_path):
     """SIGKILL, as the kernel or a cluster would send it (bug 14, from outside)."""
-    command = [sys.executable, "-m", "bench.run", "--backbone", "cnn", *TINY, "--steps", "1500"]
+    command = [sys.executable, "-m", "bench.run", "--backbone", "cnn", *TINY, "--steps", "600"]
     environment = {**os.environ, "VQBENCH_CACHE": str(cache_dir())}
 
     def start(results: Path) -> subprocess.Popen:
