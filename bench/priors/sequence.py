@@ -1,0 +1,149 @@
+"""Priors that read the grid as a sequence: embed the code before, then layers that look back, then a softmax.
+
+The layers are what differs: recurrent, attention or Mamba-2. Each is a residual block on (B, tokens, width) with a state
+of its past: ``start(count)`` gives the empty one, and ``step(x, state)`` continues it by one token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.layers import HEAD_DIM, mlp, zero_init
+from backbones.mamba import MambaBlock
+
+from .prior import Prior
+
+
+class SequencePrior(Prior):
+    """Codes in raster order, each predicted from an embedding of the one before and the layers' memory of the rest.
+
+    The first one is predicted from a learned start, or from its label. Positions are learned; ``dropout`` is of the
+    embeddings and of what each layer adds.
+    """
+
+    def __init__(
+        self,
+        layer: type[nn.Module],
+        codebook_size: int,
+        grid_size: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        classes: int = 0,
+    ):
+        super().__init__(codebook_size, grid_size, classes)
+        self.embedding = nn.Embedding(codebook_size, width)
+        self.first = nn.Embedding(max(classes, 1), width)  # one row per label
+        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        for table in (self.embedding, self.first):
+            nn.init.normal_(table.weight, std=0.02)
+            table.weight._no_weight_decay = True
+        self.layers = nn.ModuleList(layer(width) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, codebook_size)
+        zero_init(self.head)  # starts as the uniform distribution
+
+    def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        first = self._first(labels, len(codes))
+        x = torch.cat([first, self.embedding(codes.flatten(1)[:, :-1])], 1)
+        x = self.dropout(x + self.position)
+        for layer in self.layers:
+            x = x + self.dropout(layer(x) - x)
+        return self.head(self.norm(x)).unflatten(1, codes.shape[1:])
+
+    def start(self, labels: Tensor | None, count: int) -> Any:
+        return self._first(labels, count), [layer.start(count) for layer in self.layers]
+
+    def step(self, position: int, before: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        first, states = state
+        x = first if before is None else self.embedding(before)[:, None]
+        x, after = x + self.position[position], []
+        for layer, memory in zip(self.layers, states, strict=True):
+            x, memory = layer.step(x, memory)
+            after.append(memory)
+        return self.head(self.norm(x))[:, 0], (first, after)
+
+    def _first(self, labels: Tensor | None, count: int) -> Tensor:
+        if labels is None:
+            labels = torch.zeros(count, dtype=torch.int64, device=self.position.device)
+        return self.first(labels)[:, None]
+
+
+class RecurrentLayer(nn.Module):
+    """Pre-norm LSTM (Hochreiter & Schmidhuber 1997), then SwiGLU: the row LSTM of PixelRNN read in plain raster order."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.out = zero_init(nn.Linear(width, width))
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(x, None)[0]
+
+    def start(self, count: int) -> None:
+        """Zeros, which is what ``nn.LSTM`` starts from."""
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x (B, tokens, width) and (h, c) → the same shape, and (h, c) after them."""
+        hidden, state = self.lstm(self.norm1(x), state)
+        x = x + self.out(hidden)
+        return x + self.mlp(self.norm2(x)), state
+
+
+class CausalTransformerLayer(nn.Module):
+    """Pre-norm attention to the tokens up to one's own, then SwiGLU. Keys and values of the past are its state."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = math.ceil(width / HEAD_DIM)
+        inner = self.heads * HEAD_DIM
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.out = zero_init(nn.Linear(inner, width))
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._qkv(x)
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def start(self, count: int) -> tuple[Tensor, Tensor]:
+        """No keys and no values."""
+        empty = self.qkv.weight.new_zeros(count, self.heads, 0, HEAD_DIM)
+        return empty, empty
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (B, 1, width) and (keys, values), each (B, heads, past, HEAD_DIM) → the same shape, and those with x's."""
+        q, k, v = self._qkv(x)
+        keys, values = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+        return self._rest(x, F.scaled_dot_product_attention(q, keys, values)), (keys, values)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CausalMambaLayer(MambaBlock):
+    """The backbone's Mamba-2 block, which is causal, with its recurrent state: a step costs the same wherever it is."""
+
+    def start(self, count: int) -> Any:
+        """The empty convolution window and a zero state."""
+        return self.mixer.initial_cache(count)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x (B, 1, width) and a Cache → the same shape, and the Cache after it."""
+        mixed, state = self.mixer.step(self.norm1(x), state)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x)), state
