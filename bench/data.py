@@ -32,7 +32,7 @@ from torchvision import datasets
 from bench.files import UserError, atomic_path, cache_dir
 from bench.progress import Bar, console
 
-DECODING_VERSION = 1  # part of the cache key: raise it when the same files would decode to other pixels
+DECODING_VERSION = 2  # part of the cache key: raise it when the same files would decode to other pixels
 DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
@@ -50,14 +50,18 @@ class Data:
     fingerprint: str  # SHA-256 of the pixels of both splits: equal on any machine that decodes to equal pixels
     split: str  # e.g. "photos: 4096 train / 512 val crops of 64×64, left 75 % / right 25 %"
     skipped: tuple[str, ...]  # files that could not be decoded, relative to the folder
+    classes: tuple[str, ...] = ()  # names of what the images show, sorted; none where they have no labels
+    labels: tuple[np.ndarray, np.ndarray] | None = None  # of both splits, (N,) int64 each: places in ``classes``
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images yet to be decoded: ``read(item)`` gives (H, W, 3) uint8 or raises; ``str(item)`` names it in messages."""
+    """Images yet to be decoded: ``read(item)`` gives (H, W, 3) uint8 or raises; ``str(item)`` names it in messages.
+    ``label(item)`` names its class; empty for none."""
 
     items: Sequence[Any]
     read: Callable[[Any], np.ndarray]
+    label: Callable[[Any], str] = lambda item: ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _open_photos(image_size: int) -> tuple[Split, Split, str]:
         name, top, left = crop
         return photos[name][top : top + image_size, left : left + image_size]
 
-    splits = [Split(_draw_crops(photos, image_size, train), read) for train in (True, False)]
+    splits = [Split(_draw_crops(photos, image_size, train), read, lambda crop: crop[0]) for train in (True, False)]
     return *splits, f"crops of {image_size}×{image_size}, left 75 % / right 25 %"
 
 
@@ -178,9 +182,21 @@ def _open_torchvision(kind: type, train: dict, val: dict, image_size: int) -> tu
     def reader(dataset: Sequence[tuple[Image.Image, Any]]) -> Callable[[int], np.ndarray]:
         return lambda index: to_pixels(dataset[index][0], image_size)
 
-    splits = [Split(range(len(dataset)), reader(dataset)) for dataset in opened]
+    splits = [Split(range(len(dataset)), reader(dataset), _labeller(dataset)) for dataset in opened]
     names = " / ".join(f"{option}={value}" for which in (train, val) for option, value in which.items())
     return *splits, f"images, central squares resized to {image_size}×{image_size}, {names}"
+
+
+def _labeller(dataset: Any) -> Callable[[int], str]:
+    """Names the class of an image without decoding it; torchvision's classes have several words for that."""
+    targets = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), [])
+    names = getattr(dataset, "classes", None)
+
+    def label(index: int) -> str:
+        target = int(targets[index]) if len(targets) else -1  # STL-10's unlabelled images have -1
+        return "" if target < 0 else str(names[target] if names else target)
+
+    return label
 
 
 def _torchvision(kind: type, train: dict, val: dict, image_size: int) -> Source:
@@ -240,21 +256,27 @@ def _folder(path: str, image_size: int) -> Source:
     held_out = [name for name in VALIDATION_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if held_out and os.path.isdir(os.path.join(root, "train")):
         train, val = _find_images(root, "train"), _find_images(root, held_out[0])
+        split_folders = 1
         how = f"subfolders train / {held_out[0]}"
     else:
         paths = _find_images(root)
         if len(paths) < 2:
             raise UserError(f"only one image in {root}: add another, one is needed to train and one to validate")
         train, val = _split_by_hash(paths)
+        split_folders = 0
         how = "split 90 % / 10 % by a hash of the path"
 
     def read(name: str) -> np.ndarray:
         with Image.open(os.path.join(root, name)) as image:
             return to_pixels(image, image_size)
 
+    def label(name: str) -> str:  # the images of a class lie in a folder of its name
+        folders = PurePath(name).parts[split_folders:-1]
+        return folders[0] if folders else ""
+
     how = f"images, central squares resized to {image_size}×{image_size}, {how}"
     stamps = [(name, _stamp(os.path.join(root, name))) for name in train + val]
-    return Source((root, len(train), stamps), lambda: (Split(train, read), Split(val, read), how))
+    return Source((root, len(train), stamps), lambda: (Split(train, read, label), Split(val, read, label), how))
 
 
 # --- decode once ----------------------------------------------------------------------------------------------------
@@ -299,12 +321,15 @@ def load(data: str, image_size: int) -> Data:
                     _decode(data, source, image_size, folder)
         train, val = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
         fields = json.loads(meta.read_text())
+        labels = tuple(np.load(folder / f"{split}_labels.npy") for split in ("train", "val"))
     except OSError as error:  # those of single images and downloads do not come this far
         raise UserError(
             f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
             "free space or mend permissions there, or set VQBENCH_CACHE to another folder"
         ) from error
-    return Data(data, train, val, fields["fingerprint"], fields["split"], tuple(fields["skipped"]))
+    classes = tuple(fields["classes"])
+    skipped = tuple(fields["skipped"])
+    return Data(data, train, val, fields["fingerprint"], fields["split"], skipped, classes, labels if classes else None)
 
 
 def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
@@ -320,26 +345,44 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
             "free some space, or set VQBENCH_CACHE to a folder on a larger disk"
         )
 
-    digest, skipped, counts = hashlib.sha256(), [], []
+    digest, skipped, counts, names = hashlib.sha256(), [], [], []
     try:
         with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for part, split in zip(("train", "val"), splits, strict=True):
+                before = len(skipped)
                 with atomic_path(folder / f"{part}.npy") as path:
                     blocks = _decode_blocks(data, split, pool, bar, skipped, limit=total / 100)
                     counts.append(_write_npy(path, blocks, image_size, digest))
+                unreadable = set(skipped[before:])
+                names.append([split.label(item) for item in split.items if str(item) not in unreadable])
         if 0 in counts:
             raise UserError(f"a split of {data} has no readable image ({_first(skipped)}): repair or replace them")
+        classes = _write_labels(folder, names)
         what = f"{name}: {counts[0]} train / {counts[1]} val {how}"
         with atomic_path(folder / "meta.json") as path:
-            path.write_text(json.dumps({"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped}))
+            fields = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped, "classes": classes}
+            path.write_text(json.dumps(fields))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if skipped:
         message = f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}"
         console.print(message, markup=False)
+
+
+def _write_labels(folder: Path, names: list[list[str]]) -> list[str]:
+    """Writes what class each image of both splits is of, and returns the classes: none unless every image has one and
+    there are several."""
+    classes = sorted({name for split in names for name in split})
+    if "" in classes or len(classes) < 2:
+        classes = []
+    places = {name: place for place, name in enumerate(classes)}
+    for part, split in zip(("train", "val"), names, strict=True):
+        with atomic_path(folder / f"{part}_labels.npy") as path:
+            np.save(path, np.array([places.get(name, -1) for name in split], dtype=np.int64))
+    return classes
 
 
 def _first(names: list[str]) -> str:

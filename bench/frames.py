@@ -62,6 +62,27 @@ METRICS: dict[str, Metric] = {
     "train_seconds": Metric("train s", ".0f", "lower"),
     "score_seconds": Metric("score s", ".0f", ""),
 }
+# Of priors, in frames of their own: see ``prior_frame``.
+PRIOR_METRICS: dict[str, Metric] = {
+    "coded_bits_per_token": Metric("bits per token", ".3f", "lower"),
+    "coded_bits_per_image": Metric("coded bits per image", ".0f", "lower"),
+    "coded_bits_per_pixel": Metric("coded bits per pixel", ".4f", "lower"),
+    "coded_bits_per_token_train": Metric("bits per token, training", ".3f", ""),
+    "coded_bits_per_token_independent": Metric("bits per token, independent", ".3f", ""),
+    "gfid": Metric("gFID", ".1f", "lower"),
+    "gfid_vgg16": Metric("gFID vgg16", ".1f", "lower"),
+    "gkid_vgg16": Metric("gKID vgg16", ".3f", "lower"),
+    "precision_vgg16": Metric("precision vgg16", ".2f", "higher"),
+    "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
+    "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
+    "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
+    "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
+    "sampling_speedup": Metric("times faster than whole passes", ".1f", "higher"),
+    "params_prior": Metric("parameters", ",.0f", "lower"),
+    "grids_seen": Metric("grids seen", ",.0f", ""),
+    "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
+    "train_seconds": Metric("train s", ".0f", "lower"),
+}
 CLOCKED = ("images_per_second_encode", "images_per_second_decode", "train_seconds")  # true of one machine only
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"

@@ -42,7 +42,9 @@ def match(config: Config, budget: str) -> Config:
     for depth in (config.depth, config.depth + 1, config.depth - 1, config.depth + 2):
         if depth < 1:
             continue
-        sized = _nearest_width(replace(config, depth=depth), COSTS[kind], amount)
+        deep = replace(config, depth=depth)
+        width = nearest_width(lambda width, deep=deep: COSTS[kind](replace(deep, width=width)), amount)
+        sized = replace(deep, width=width)
         error = abs(COSTS[kind](sized) / amount - 1)
         if error <= TOLERANCE:
             return sized
@@ -78,15 +80,15 @@ def _flops(config: Config) -> float:
 COSTS: dict[str, Callable[[Config], float]] = {"params": _params, "flops": _flops}
 
 
-def _nearest_width(config: Config, cost: Callable[[Config], float], amount: float) -> Config:
-    """``config`` at the width whose cost is nearest to ``amount``; cost must not fall as width grows."""
+def nearest_width(cost: Callable[[int], float], amount: float) -> int:
+    """The width whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows."""
     low, high = 1, 2
-    while high < WIDEST and cost(replace(config, width=high)) < amount:
+    while high < WIDEST and cost(high) < amount:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(replace(config, width=middle)) < amount else (low, middle)
-    return min((replace(config, width=width) for width in (low, high)), key=lambda sized: abs(cost(sized) - amount))
+        low, high = (middle, high) if cost(middle) < amount else (low, middle)
+    return min((low, high), key=lambda width: abs(cost(width) - amount))
 
 
 def step_seconds(config: Config) -> float:

@@ -9,6 +9,8 @@ fid                       Heusel et al. 2017, "GANs Trained by a Two Time-Scale 
 fid_vgg16, kid_vgg16      the same distance, and Bińkowski et al. 2018's, on mean-pooled VGG16 relu5_3 features (512-d)
 psnr, ssim                decibels; Wang et al. 2004, "Image Quality Assessment: From Error Visibility to ...", eq. 13
 grid_energy, grid_edges   how far a grid of patches shows in what was reconstructed wrongly; 0 dB is not at all
+gfid …, gkid …            the same between generated and real images
+precision, recall         Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric", eq. 2; k = 3, on VGG16
 sharpness                 how steep the reconstructions are beside the originals; 1 is as steep, less is blurred
 perplexity, usage         exp(entropy) and support of the codes over the whole evaluation set
 ========================  ==========================================================================================
@@ -17,7 +19,7 @@ perplexity, usage         exp(entropy) and support of the codes over the whole e
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from bench import weights
@@ -236,6 +239,63 @@ class KernelDistance:
         options = {"kid_subsets": subsets, "kid_subset_size": size, "rng_seed": KID_SEED, "verbose": False}
         first, second = torch.cat(self.features), torch.cat(other.features)
         return kid_features_to_metric(first, second, **options)[KEY_METRIC_KID_MEAN]
+
+
+PRECISION_NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, section 3
+
+
+class ImageSet:
+    """Features of one set of images, to be compared with those of another set: what is generated with what is real.
+
+    vgg: (N, 512) and inception: (N, 2048), or (0, 2048) where Inception's weights cannot be had; float32 on the CPU.
+    """
+
+    def __init__(self, vgg: Tensor, inception: Tensor):
+        self.vgg, self.inception = vgg, inception
+
+    @classmethod
+    @torch.inference_mode()
+    def of(
+        cls, batches: Iterable[Tensor], device: torch.device | str = "cpu", inception_path: Path | None = None
+    ) -> ImageSet:
+        """The features of uint8 (B, 3, H, W) ``batches``, each network run once per image, in float32."""
+        device = torch.device(device)
+        network, inception = perceptual("vgg", device), weights.inception(inception_path)
+        vgg, inceptions = [], [torch.zeros(0, 2048)]
+        for x in batches:
+            with _full_precision(device):
+                images = from_uint8(x.to(device))
+                vgg.append(_pool(network.features(images)).cpu().float())
+                if inception is not None:
+                    inceptions.append(inception.to(device)(images)[0].cpu().float())
+        return cls(torch.cat(vgg), torch.cat(inceptions))
+
+    def distances(self, real: ImageSet) -> dict[str, float]:
+        """How far this set, of generated images, is from a ``real`` one: ``gfid_vgg16``, ``gkid_vgg16``, ``gfid`` where
+        both have Inception's features, ``precision_vgg16`` (share of these images that lie within the real ones'
+        neighbourhoods) and ``recall_vgg16`` (the reverse). ValueError for sets of fewer than 4 images."""
+        if min(len(self.vgg), len(real.vgg)) <= PRECISION_NEIGHBOURS:
+            raise ValueError(f"sets of {len(self.vgg)} and {len(real.vgg)} images are too small to compare")
+        options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+        found = prc_features_to_metric(self.vgg, real.vgg, **options)
+        distances = {"gfid_vgg16": _statistics(self.vgg).distance(_statistics(real.vgg))}
+        if len(self.inception) and len(real.inception):
+            distances["gfid"] = _statistics(self.inception).distance(_statistics(real.inception))
+        kernels = KernelDistance(), KernelDistance()
+        for kernel, features in zip(kernels, (self.vgg, real.vgg), strict=True):
+            kernel.update(features)
+        return {
+            **distances,
+            "gkid_vgg16": kernels[0].distance(kernels[1]),
+            "precision_vgg16": found[KEY_METRIC_PRECISION],
+            "recall_vgg16": found[KEY_METRIC_RECALL],
+        }
+
+
+def _statistics(features: Tensor) -> FrechetStatistics:
+    statistics = FrechetStatistics(features.shape[1])
+    statistics.update(features)
+    return statistics
 
 
 def _check_count(n: int) -> None:

@@ -16,6 +16,7 @@ matplotlib.use("Agg")  # files only: never opens a window, needs no display
 sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
 
 GAP = 2  # white pixels between tiles
+PAIRS = 12  # samples beside their nearest training image
 
 
 def tile(rows: list[np.ndarray], scale: int) -> Image.Image:
@@ -32,19 +33,7 @@ def tile(rows: list[np.ndarray], scale: int) -> Image.Image:
 def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) -> None:
     """Saves originals, reconstructions and their absolute difference, a row each; x and x_hat (N, H, W, 3) uint8."""
     difference = np.abs(x.astype(np.int16) - x_hat.astype(np.int16)).astype(np.uint8)
-    sheet = tile([x, x_hat, difference], scale=max(1, 128 // x.shape[1]))
-    height = 11 * sheet.height / sheet.width
-    figure = Figure(figsize=(12, height + 0.4), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(sheet, interpolation="none")
-    axes.set_title(title, loc="left")
-    third = sheet.height / 3
-    axes.set_yticks([third / 2, 3 * third / 2, 5 * third / 2], ["original", "reconstruction", "|difference|"])
-    axes.tick_params(length=0)
-    axes.set_xticks([])
-    axes.grid(False)
-    sns.despine(ax=axes, left=True, bottom=True)
-    _save(figure, path)
+    _picture(path, [x, x_hat, difference], ["original", "reconstruction", "|difference|"], title, width=12)
 
 
 def curves(path: Path, history: list[dict[str, float]], codebook_size: int, title: str) -> None:
@@ -61,6 +50,54 @@ def curves(path: Path, history: list[dict[str, float]], codebook_size: int, titl
     right.axhline(codebook_size, color="0.5", linestyle=":", label=f"K = {codebook_size}")
     right.set(xlabel="step", ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
     right.legend(loc="lower right")
+    _save(figure, path)
+
+
+def samples(path: Path, images: np.ndarray, title: str) -> None:
+    """Saves generated images (N, H, W, 3) uint8 as a square of tiles."""
+    side = int(len(images) ** 0.5)
+    _picture(path, [images[i * side : (i + 1) * side] for i in range(side)], [], title, width=8)
+
+
+def neighbours(path: Path, images: np.ndarray, nearest: np.ndarray, title: str) -> None:
+    """Saves the first generated images and, below each, the training image nearest to it; (N, H, W, 3) uint8."""
+    _picture(path, [images[:PAIRS], nearest[:PAIRS]], ["sample", "nearest\ntraining image"], title, width=12)
+
+
+def codebook(path: Path, images: np.ndarray, title: str) -> None:
+    """Saves what each code of a one-code tokenizer decodes to, (K, H, W, 3) uint8, as a square of tiles."""
+    columns = int(np.ceil(len(images) ** 0.5))
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, dtype=np.uint8)
+    rows = np.split(np.concatenate([images, blank]), -(-len(images) // columns))
+    _picture(path, rows, [], title, width=10)
+
+
+def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, float], title: str) -> None:
+    """Saves a prior's bits per token against steps, with the validation rate and the floor it has to beat."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in history]
+    sns.lineplot(x=steps, y=[row["bits_per_token"] for row in history], ax=axes, label="training, with dropout")
+    floor, rate = metrics["coded_bits_per_token_independent"], metrics["coded_bits_per_token"]
+    axes.axhline(floor, color="0.5", linestyle=":", label=f"independent, validation: {floor:.2f}")
+    axes.axhline(rate, color="0.2", linestyle="--", label=f"validation: {rate:.2f}")
+    axes.set(xlabel="step", ylabel="bits per token", title=title)
+    axes.legend(loc="upper right")
+    _save(figure, path)
+
+
+def _picture(path: Path, rows: list[np.ndarray], words: list[str], title: str, width: float) -> None:
+    sheet = tile(rows, scale=max(1, 128 // rows[0].shape[1]))
+    figure = Figure(figsize=(width, 0.95 * width * sheet.height / sheet.width + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="none")
+    axes.set_title(title, loc="left")
+    places = [(i + 0.5) * sheet.height / len(words) for i in range(len(words))]
+    axes.set_yticks(places, words)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.grid(False)
+    sns.despine(ax=axes, left=True, bottom=True)
     _save(figure, path)
 
 

@@ -98,10 +98,10 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     bits = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {config['codebook_size']}"
     table = Table(title=bits, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("tokenizer, seed", no_wrap=True)
-    table.add_column("M\npar.", justify="right")
+    table.add_column("M\npar.", justify="right", no_wrap=True)
     for name, metric in shown.items():
         heading = SHORT.get(name, metric.label.replace(" ", "\n"))
-        table.add_column(f"{heading} {metric.arrow}", justify="right", no_wrap=True)
+        table.add_column(f"{heading}\n{metric.arrow}", justify="right", no_wrap=True)
 
     for (config, metrics), marked in zip(rows, off, strict=True):
         cells = [f"{(metrics['params_encoder'] + metrics['params_decoder']) / 1e6:.2f}"]

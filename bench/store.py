@@ -1,9 +1,9 @@
 """The run store: one folder per run, files are the truth.
 
-``results/runs/<run_id>/`` holds config.json, history.jsonl, metrics.json (written last: its presence *means* finished),
-tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few images and their
-reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint; failure.json if it
-failed.
+A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
+presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
+images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
+failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from .config import Config
 from .files import UserError, atomic_path
+from .prior_config import PriorConfig
 
 # How a run can end without scores.
 FAILURES = {
@@ -79,15 +80,25 @@ class Run:
         """The run's Config as a dict."""
         return self._read("config.json")["config"]
 
+    def codes(self) -> dict[str, Any]:
+        """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
+        return self._read("config.json")["codes"]
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Of a prior: the Config of its tokenizer as a dict."""
+        return self._read("config.json")["tokenizer"]
+
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine that the run was made with."""
         return self._read("config.json")["environment"]
 
     def metrics(self) -> dict[str, Any]:
-        """The scores, costs and reference scores of a finished run; ``params`` and ``flops`` are of both sides."""
+        """The scores, costs and reference scores of a finished run; a tokenizer's ``params`` and ``flops`` are of both
+        sides."""
         metrics = self._read("metrics.json")["metrics"]
-        metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
-        metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
+        if "params_encoder" in metrics:
+            metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
+            metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
         return metrics
 
     def protocol(self) -> dict[str, Any]:
@@ -130,7 +141,8 @@ class Run:
 
 
 class Store:
-    """All runs below ``root`` (``results`` by default), in ``runs/``; in ``studies/`` the studies they belong to."""
+    """All runs below ``root`` (``results`` by default): tokenizers in ``runs/``, priors in ``priors/``; in ``studies/``
+    the studies they belong to."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -144,8 +156,16 @@ class Store:
         return Run(self.root / "runs" / run_id)
 
     def runs(self) -> list[Run]:
-        """Every run that has been started, by name; other folders that may lie there are passed over."""
+        """Every tokenizer that has been started, by name; other folders that may lie there are passed over."""
         return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json")) if _is_ours(path)]
+
+    def prior(self, config: PriorConfig) -> Run:
+        """The folder of a prior, whether it exists yet or not."""
+        return Run(self.root / "priors" / config.run_id())
+
+    def priors(self) -> list[Run]:
+        """Every prior that has been started, by name."""
+        return [Run(path.parent) for path in sorted(self.root.glob("priors/*/config.json")) if _is_ours(path)]
 
     def studies(self) -> list[str]:
         """Names of all studies that have been planned here."""

@@ -1,13 +1,9 @@
 """Priors: causal, complete in what they see, equal step by step and at once, right about known distributions."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.files import UserError
 from bench.priors import LEARNED, PRIORS
 
 K, SIDE = 7, 4

@@ -19,9 +19,9 @@ BEFORE = 3  # what one horizontal convolution sees: its own pixel of the stack a
 class GatedLayer(nn.Module):
     """One layer of both stacks; pads above and to the left only, so that neither sees what comes later.
 
-    The vertical stack holds at row r what rows above r say, the horizontal one at (r, c) what they and the pixels to the
-    left say: between them everything before (r, c), without the blind spot of masked square kernels. Both stacks are
-    residual. (B, width, h, w) each.
+    The vertical stack holds at row r what rows above r say, the horizontal one at (r, c) what they and the pixels to
+    the left say: between them everything before (r, c), without the blind spot of masked square kernels. Both stacks
+    are residual. (B, width, h, w) each.
     """
 
     def __init__(self, width: int, dropout: float):
@@ -70,9 +70,7 @@ class PixelCNN(Prior):
     Models").
     """
 
-    def __init__(
-        self, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0
-    ):
+    def __init__(self, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0):
         super().__init__(codebook_size, grid_size, classes)
         self.embedding = nn.Embedding(codebook_size, width)
         self.label = nn.Embedding(max(classes, 1), width)

@@ -82,7 +82,8 @@ class Prior(nn.Module):
         if codes.shape[1:] != (self.grid_size, self.grid_size):
             grids = [f"{'×'.join(map(str, side))}" for side in (codes.shape[1:], (self.grid_size, self.grid_size))]
             raise UserError(f"the codes are grids of {grids[0]} and this prior is for {grids[1]}; train one for them")
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+        # not in training: there a GPU would have to be waited for
+        if not self.training and codes.numel() and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise UserError(
                 f"the codes reach {int(codes.max())} and this prior knows {self.codebook_size}; they are of another "
                 "tokenizer"
@@ -92,5 +93,7 @@ class Prior(nn.Module):
     def _check_labels(self, labels: Tensor | None, count: int) -> None:
         if (labels is None) == bool(self.classes):
             raise UserError(f"this prior has {self.classes} classes; labels were {'not ' * (labels is None)}given")
-        if labels is not None and (len(labels) != count or not 0 <= labels.min() <= labels.max() < self.classes):
+        if labels is None or self.training:
+            return
+        if len(labels) != count or not 0 <= labels.min() <= labels.max() < self.classes:
             raise UserError(f"there must be {count} labels from 0 to {self.classes - 1}, one for each grid")

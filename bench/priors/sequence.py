@@ -1,7 +1,7 @@
 """Priors that read the grid as a sequence: embed the code before, then layers that look back, then a softmax.
 
-The layers are what differs: recurrent, attention or Mamba-2. Each is a residual block on (B, tokens, width) with a state
-of its past: ``start(count)`` gives the empty one, and ``step(x, state)`` continues it by one token.
+The layers are what differs: recurrent, attention or Mamba-2. Each is a residual block on (B, tokens, width) with a
+state of its past: ``start(count)`` gives the empty one, and ``step(x, state)`` continues it by one token.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SequencePrior(Prior):
 
 
 class RecurrentLayer(nn.Module):
-    """Pre-norm LSTM (Hochreiter & Schmidhuber 1997), then SwiGLU: the row LSTM of PixelRNN read in plain raster order."""
+    """Pre-norm LSTM (Hochreiter & Schmidhuber 1997) over the codes in raster order, then SwiGLU."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -104,8 +104,9 @@ class CausalTransformerLayer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.heads = math.ceil(width / HEAD_DIM)
-        inner = self.heads * HEAD_DIM
+        self.heads = max(1, width // HEAD_DIM)
+        self.head_dim = math.ceil(width / self.heads)
+        inner = self.heads * self.head_dim
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
         self.out = zero_init(nn.Linear(inner, width))
@@ -118,17 +119,17 @@ class CausalTransformerLayer(nn.Module):
 
     def start(self, count: int) -> tuple[Tensor, Tensor]:
         """No keys and no values."""
-        empty = self.qkv.weight.new_zeros(count, self.heads, 0, HEAD_DIM)
+        empty = self.qkv.weight.new_zeros(count, self.heads, 0, self.head_dim)
         return empty, empty
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, 1, width) and (keys, values), each (B, heads, past, HEAD_DIM) → the same shape, and those with x's."""
+        """x (B, 1, width) and (keys, values), each (B, heads, past, head_dim) → the same shape, and those with x's."""
         q, k, v = self._qkv(x)
         keys, values = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
         return self._rest(x, F.scaled_dot_product_attention(q, keys, values)), (keys, values)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.out(attended.transpose(1, 2).flatten(2))

@@ -1,0 +1,66 @@
+"""Write the codes of a tokenizer's whole data set, once: what priors are trained on.
+
+    python -m bench.encode results/runs/RUN
+
+Into RUN/codes/ go train.npy and val.npy, (N, h, w) unsigned integers, and meta.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from .cli import guarded
+from .codes import encode, load_data
+from .files import UserError
+from .prior import find_tokenizer
+from .progress import stdout
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes."""
+
+    run: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """folders or ids of finished tokenizer runs"""
+    results: Path = Path("results")
+    """where ids are looked up, in runs/"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
+
+
+def work(arguments: list[str]) -> int:
+    """Parses the command line, encodes, and says where the codes are. Returns the exit code."""
+    options = tyro.cli(Options, args=arguments, prog="python -m bench.encode", description=__doc__)
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} is not available here; use --device cpu") from error
+    for name in options.run:
+        folder = find_tokenizer(name, options.results).folder
+        tokenizer = Tokenizer.from_run(folder, device)
+        known = (folder / "codes" / "meta.json").is_file()
+        codes = encode(folder, tokenizer, load_data(folder, tokenizer))
+        size = (codes.train.nbytes + codes.val.nbytes) / 1e6
+        stdout.print(
+            f"{'already encoded' if known else 'encoded'}: {folder / 'codes'}, {len(codes.train)} train / "
+            f"{len(codes.val)} val grids of {codes.grid_size}×{codes.grid_size} as {codes.train.dtype}, {size:.1f} MB",
+            soft_wrap=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
