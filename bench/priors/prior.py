@@ -47,7 +47,7 @@ class Prior(nn.Module):
         logits = self.logits(codes, labels).float()
         return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -72,8 +72,8 @@ class Prior(nn.Module):
             logits, state = self.step(position, before, state)
             logits = logits.float() / temperature
             if 0 < top_k < self.codebook_size:
-                least = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
+                likeliest = logits.topk(top_k)  # not a threshold: of equally likely codes some have to go
+                logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
             before = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
             drawn.append(before)
         return torch.stack(drawn, 1).view(n, self.grid_size, self.grid_size)
