@@ -26,13 +26,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
+from PIL.Image import Image
 
 from backbones import BACKBONES
 
 from .config import Config
 from .files import atomic_path
-from .frames import CLOCKED, METRICS, blocks, protocols, settings, summary
+from .frames import CLOCKED, METRICS, PRIOR_METRICS, blocks, protocols, settings, summary
 from .plots import tile
+from .priors import PRIORS
 from .store import FAILURES, Run
 
 WIDTH = 7.2  # inches: at this width a printed page keeps the text at its size
@@ -62,6 +64,7 @@ QUANTITIES = {"reconstruction": "reconstruction loss ↓", "lpips": "LPIPS loss 
 
 # The same for a backbone in every chart, whichever others stand beside it.
 PALETTE = dict(zip(sorted(BACKBONES), sns.color_palette("colorblind", len(BACKBONES)).as_hex(), strict=True))
+PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
 MARKERS = {name: "osD^vP*X"[i % 8] for i, name in enumerate(sorted(BACKBONES))}
 
 
@@ -94,23 +97,26 @@ class Drawing(NamedTuple):
     figure: Figure
 
 
-def draw(table: pd.DataFrame, folder: Path, importances: pd.DataFrame | None = None) -> list[Chart]:
+def draw(
+    table: pd.DataFrame, folder: Path, importances: pd.DataFrame | None = None, priors: pd.DataFrame | None = None
+) -> list[Chart]:
     """Draws what ``table`` (of ``bench.frames.frame``) can show into ``folder/NAME.png`` and ``NAME.svg``.
 
-    ``importances`` has one row per ``backbone`` and ``parameter`` with its ``importance``, which sums to 1 within a
-    backbone. Returns the charts in reading order; none for rows without scores. Equal rows give equal bytes. Raises
-    OSError where ``folder`` cannot be written.
+    ``priors`` (of ``bench.frames.prior_frame``) are those over the codes of ``table``. ``importances`` has one row per
+    ``backbone`` and ``parameter`` with its ``importance``, which sums to 1 within a backbone. Returns the charts in
+    reading order; none for rows without scores. Equal rows give equal bytes. Raises OSError where ``folder`` cannot be
+    written.
     """
     charts = []
     with matplotlib.rc_context(STYLE):
-        for drawing in _drawings(table.reset_index(drop=True), importances):
+        for drawing in _drawings(table.reset_index(drop=True), importances, priors):
             path = folder / f"{drawing.name}.png"
             _save(drawing, path)
             charts.append(Chart(drawing.name, drawing.title, drawing.caption, path))
     return charts
 
 
-def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None) -> Iterator[Drawing]:
+def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.DataFrame | None) -> Iterator[Drawing]:
     wide = _protocol_scopes(table)
     scopes = {"protocol": wide, "block": [block for scope in wide for block in _block_scopes(scope, len(wide))]}
     for chart, extent in CHARTS:
@@ -119,6 +125,9 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None) -> Iterator
                 title = f"{drawing.title}, {scope.title}" if scope.title else drawing.title
                 caption = f"{drawing.caption} {scope.note}"
                 yield Drawing(f"{drawing.name}{scope.suffix}", title, caption, drawing.figure)
+    for group in protocols(priors)[:1] if priors is not None else ():
+        yield from generation(group)
+        yield from samples(group)
     if importances is not None and len(importances):
         yield importance(importances)
 
@@ -385,9 +394,11 @@ def _plain_log(axis: Axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool) -> Figure:
+def _against(
+    name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: dict[str, dict[str, Any]] | None = None
+) -> Figure:
     """One axes per metric: runs as points against column ``name``, with ``means`` also their mean per backbone and
-    value, joined within each of ``lines``, and k-means on patches."""
+    value, joined within each of ``lines``, and k-means on patches. ``more``: further entries of the legend."""
     rows = pd.concat(lines)
     x, dodge = _positions(rows[name]), 0.0 if _is_number(rows[name]) else 0.12
     figure, panels = _panels(len(metrics))
@@ -399,7 +410,7 @@ def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bo
                 references = {"k-means on patches": REFERENCE}
         _scale_x(axes, rows[name], name)
         axes.set_ylabel(_label(metric))
-    _legend(figure, list(rows.backbone.unique()), references)
+    _legend(figure, list(rows.backbone.unique()), references | (more or {}))
     return figure
 
 
@@ -496,15 +507,86 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
 def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     """``rate_distortion``: metrics against bits per pixel; where K is swept, one line per grid size."""
     rows, fixed = controlled(scope.rows, list(BITS))
-    if rows.bits_per_pixel.nunique() < 2:
+    coded = rows[rows.coded_bits_per_pixel.notna()] if "coded_bits_per_pixel" in rows else rows.iloc[:0]
+    if rows.bits_per_pixel.nunique() < 2 and coded.empty:
         return
     per_grid = rows.groupby("grid_size").codebook_size.nunique().max() > 1
     lines = [line for _, line in rows.groupby("grid_size")] if per_grid else [rows]
     metrics = [metric for metric in _key_metrics(rows) if metric != "perplexity"]
-    figure = _against("bits_per_pixel", lines, metrics, means=True)
+    hollow = {"marker": "o", "color": "0.4", "markerfacecolor": "white", "linestyle": ":", "linewidth": 0.8}
+    more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else None
+    figure = _against("bits_per_pixel", lines, metrics, means=True, more=more)
+    if len(coded):
+        _entropy_coded(figure, coded, metrics)
     joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
     caption = f"{joined}; bands: ± standard deviation. {_counted(scope, rows, list(BITS), fixed)}"
+    if len(coded):
+        caption += " Hollow: the same at the rate of an entropy coder with the best prior trained over those codes."
     yield Drawing("rate_distortion", "Rate and distortion", caption, figure)
+
+
+def _entropy_coded(figure: Figure, rows: pd.DataFrame, metrics: list[str]) -> None:
+    """Adds to ``rate_distortion`` where each mean moves when codes are sent at the rate of their best prior."""
+    means = rows.groupby(["backbone", "bits_per_pixel"])[["coded_bits_per_pixel", *metrics]].mean().reset_index()
+    for axes, metric in zip(figure.axes, metrics, strict=True):
+        for _, row in means.iterrows():
+            look = _look(row.backbone)
+            at = [row.coded_bits_per_pixel, row.bits_per_pixel], [row[metric], row[metric]]
+            axes.plot(*at, color=look["color"], linewidth=0.8, linestyle=":", zorder=1)
+            axes.plot(*(ends[:1] for ends in at), linestyle="none", markersize=5, markerfacecolor="white", **look)
+        low, high = means.coded_bits_per_pixel.min(), axes.get_xticks().max()
+        axes.set_xlim(low / (high / low) ** 0.1, high * (high / low) ** 0.1)
+        ticks = [*axes.get_xticks(), *({low} if low < 0.8 * axes.get_xticks().min() else ())]
+        axes.set_xticks(sorted(ticks), [f"{tick:.3g}" for tick in sorted(ticks)])
+
+
+def generation(rows: pd.DataFrame) -> Iterator[Drawing]:
+    """``generation``: how far samples are from real images against what the prior makes of the codes, per backbone and
+    prior; where the grid is swept, its sizes are joined."""
+    metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
+    names = ["coded_bits_per_pixel", *metrics, *(f"{metric}_real" for metric in metrics)]
+    means = rows.groupby(["backbone", "prior", "grid_size", "codebook_size"])[names].mean().reset_index()
+    figure, panels = _panels(len(metrics))
+    rates = rows.coded_bits_per_pixel
+    for axes, metric in zip(panels, metrics, strict=True):
+        for (backbone, prior), line in means.groupby(["backbone", "prior"]):
+            look = {"color": _look(backbone)["color"], "marker": PRIOR_MARKERS.get(prior, "p")}
+            axes.plot(line.coded_bits_per_pixel, line[metric], markersize=5, linewidth=0.9, alpha=0.9, **look)
+        for backbone, height in means.groupby("backbone")[f"{metric}_real"].min().items():
+            axes.axhline(height, color=_look(backbone)["color"], linewidth=0.8, linestyle=":", zorder=0)
+        if rates.max() > 4 * rates.min():
+            axes.set_xscale("log")
+            _plain_log(axes.xaxis)
+        axes.set(xlabel="bits per pixel under the prior ↓", ylabel=f"{PRIOR_METRICS[metric].label} ↓")
+    looks = {name: {"color": _look(name)["color"], "linewidth": 3} for name in sorted(rows.backbone.unique())}
+    grey = {"color": "0.35", "linestyle": "none", "markersize": 5}
+    looks |= {name: {"marker": PRIOR_MARKERS.get(name, "p"), **grey} for name in sorted(rows.prior.unique())}
+    looks["real codes"] = {"color": "0.4", "linestyle": ":", "linewidth": 0.8}
+    _legend(figure, [], looks)
+    first = rows.iloc[0]
+    caption = f"{len(rows)} priors, means over seeds; {first.samples} samples each, at temperature "
+    caption += (
+        f"{first.temperature:g}, against all {first.protocol_count:.0f} validation images of {_show(first.data)} "
+    )
+    caption += (
+        f"at {first.image_size}×{first.image_size}. Lines join grid sizes. Dotted: training codes, decoded, which "
+    )
+    caption += "a perfect prior would reach, at the grid where they are best."
+    yield Drawing("generation", "Rate and generation", caption, figure)
+
+
+def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
+    """``samples``: a row of samples per prior and backbone, of the largest grid's lowest seed."""
+    rows = rows[rows.grid_size == rows.grid_size.max()].sort_values(["backbone", "prior", "seed"], kind="stable")
+    rows = rows.groupby(["backbone", "prior"]).head(1).sort_values("coded_bits_per_pixel").head(HUES)
+    kept = [(row, images) for _, row in rows.iterrows() if (images := _kept(row.folder, "x")) is not None]
+    if not kept:
+        return
+    labels = [f"{row.prior}\nover {row.backbone}\n{row.coded_bits_per_token:.2f} bits" for row, _ in kept]
+    picture = tile([images for _, images in kept], scale=max(1, 128 // kept[0][1].shape[1]))
+    caption = f"One prior per row, of seed {kept[0][0].seed}, at the grid of {kept[0][0].grid_size}×"
+    caption += f"{kept[0][0].grid_size} codes, lowest rate first; bits per token. Samples are not chosen."
+    yield Drawing("samples", "Samples", caption, _rows(picture, labels))
 
 
 def cost(scope: Scope) -> Iterator[Drawing]:
@@ -737,14 +819,7 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
         scores = [f"{METRICS[metric].label} {row[metric]:{METRICS[metric].form}}" for metric in metrics]
         labels.append("\n".join([row.backbone if by == "backbone" else f"{_label(by)} = {_show(row[by])}", *scores]))
     picture = tile([same[0][1], *(x_hat for _, _, x_hat in same)], scale=max(1, 128 // same[0][1].shape[1]))
-    figure = _figure(0.4 + min(0.83 * WIDTH * picture.height / picture.width, 1.2 * len(labels)))
-    axes = figure.subplots()
-    axes.imshow(picture)
-    axes.set_yticks((np.arange(len(labels)) + 0.5) * picture.height / len(labels), labels, fontsize=TEXT)
-    axes.tick_params(length=0)
-    axes.set_xticks([])
-    axes.grid(False)
-    sns.despine(ax=axes, left=True, bottom=True)
+    figure = _rows(picture, labels)
     caption = f"One run per row, the lowest seed{words}; scores are means over the whole validation set."
     if by in BITS:
         caption += " The bits of an image differ between rows."
@@ -753,11 +828,30 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
     yield Drawing(name, title, caption, figure)
 
 
+def _rows(picture: Image, labels: list[str]) -> Figure:
+    """A figure of ``picture``, rows of tiles with a label each."""
+    figure = _figure(0.4 + min(0.83 * WIDTH * picture.height / picture.width, 1.2 * len(labels)))
+    axes = figure.subplots()
+    axes.imshow(picture)
+    axes.set_yticks((np.arange(len(labels)) + 0.5) * picture.height / len(labels), labels, fontsize=TEXT)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.grid(False)
+    sns.despine(ax=axes, left=True, bottom=True)
+    return figure
+
+
 def _samples(folder: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Up to PICTURES images that a run kept and their reconstructions, (N, H, W, 3) uint8; None without them."""
+    pair = _kept(folder, "x"), _kept(folder, "x_hat")
+    return pair if all(images is not None for images in pair) else None
+
+
+def _kept(folder: str, name: str) -> np.ndarray | None:
+    """Up to PICTURES images of that name that a run kept, (N, H, W, 3) uint8; None without them."""
     try:
         with np.load(Path(folder) / "samples.npz") as arrays:
-            return arrays["x"][:PICTURES], arrays["x_hat"][:PICTURES]
+            return arrays[name][:PICTURES]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 

@@ -25,6 +25,8 @@ import torch
 
 from .config import Config
 from .files import UserError
+from .prior_config import PriorConfig
+from .prior_trial import run_prior
 from .store import Busy, NoSpace, Run, Store
 from .train import Diverged, Interrupted
 from .trial import environment, run_trial
@@ -50,14 +52,14 @@ Watch = Callable[[list[dict[str, float]]], str | None]
 
 
 def run_in_child(
-    config: Config,
+    config: Config | PriorConfig,
     store: Store,
     fid_weights: Path | None = None,
     threads: int | None = None,
     watch: Watch = lambda rows: None,
     timeout: float | None = None,
 ) -> Outcome:
-    """Runs one trial in a child process and tells how it ended.
+    """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
 
     ``watch`` is called a few times a second with the rows that the run's history gained since; when it returns
     "interrupted" or "pruned" the child is stopped and that is the outcome. After ``timeout`` seconds the outcome is
@@ -106,7 +108,7 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(config: Config, root: Path, fid_weights: Path | None, threads: int | None) -> NoReturn:
+def _child(config: Config | PriorConfig, root: Path, fid_weights: Path | None, threads: int | None) -> NoReturn:
     """The child's whole life. Never returns: the exit code tells the parent how it went."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
@@ -119,7 +121,10 @@ def _child(config: Config, root: Path, fid_weights: Path | None, threads: int | 
         torch.set_num_threads(threads)
     status = "finished"
     try:
-        run_trial(config, store, fid_weights)
+        if isinstance(config, PriorConfig):
+            run_prior(config, store.named(config.tokenizer), store, fid_weights)
+        else:
+            run_trial(config, store, fid_weights)
     except Busy:
         status = "busy"
     except NoSpace as error:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from .config import Config
+from .prior_config import PriorConfig
 from .store import Run
 
 
@@ -62,7 +63,7 @@ METRICS: dict[str, Metric] = {
     "train_seconds": Metric("train s", ".0f", "lower"),
     "score_seconds": Metric("score s", ".0f", ""),
 }
-# Of priors, in frames of their own: see ``prior_frame``.
+# Of priors, in frames of their own (``prior_frame``).
 PRIOR_METRICS: dict[str, Metric] = {
     "coded_bits_per_token": Metric("bits per token", ".3f", "lower"),
     "coded_bits_per_image": Metric("coded bits per image", ".0f", "lower"),
@@ -88,6 +89,7 @@ BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be 
 UNMATCHED = "†"
 
 CONFIG = tuple(field.name for field in fields(Config))
+PRIOR_CONFIG = tuple(field.name for field in fields(PriorConfig))
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
 # Config fields that say who ran, not what was set: never a setting whose values a table lists.
 IDENTITY = ("backbone", "seed", "device", "precision", "data", "image_size")
@@ -120,6 +122,36 @@ def _row(run: Run) -> dict[str, Any]:
         row |= run.metrics()
         row |= {f"protocol_{name}": value for name, value in run.protocol().items()}
     return row
+
+
+def prior_frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per prior: ``run_id``, ``status``, ``reason``, every PriorConfig field, those Config fields of its
+    tokenizer that PriorConfig does not have, every metric, ``tokenizer_digest``, ``protocol_*`` and ``folder``.
+
+    A prior that was not finished has missing metrics. Columns exist also when there are no rows.
+    """
+    rows = []
+    for run in runs:
+        row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **run.tokenizer(), **run.config()}
+        if run.finished:
+            protocol = run.protocol()
+            row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
+            row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}
+        rows.append({**row, "folder": str(run.folder)})
+    columns = ["run_id", "status", "reason", *PRIOR_CONFIG, *CONFIG, *PRIOR_METRICS, "folder"]
+    columns = list(dict.fromkeys(columns))
+    table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
+    numeric = [name for name in table if name in PRIOR_METRICS or name.endswith(("_real", "_shuffled"))]
+    table[numeric] = table[numeric].astype(float)
+    return table
+
+
+def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with what its codes cost under the best of ``priors`` over them: ``coded_bits_per_image`` and
+    ``coded_bits_per_pixel``, missing where there is none."""
+    names = ["coded_bits_per_image", "coded_bits_per_pixel"]
+    least = priors.groupby("tokenizer")[names].min().astype(float)
+    return table.join(least, on="run_id")
 
 
 def protocols(table: pd.DataFrame) -> list[pd.DataFrame]:

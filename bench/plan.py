@@ -27,6 +27,7 @@ from .config import Config, preset_settings
 from .files import UserError
 from .frames import METRICS, frame
 from .match import step_seconds
+from .prior_config import PriorConfig
 from .store import FAILURES, Run, Store
 
 DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
@@ -53,7 +54,8 @@ def read_space(stored: dict[str, Any]) -> Space:
 class Ablation:
     """Every backbone at every combination of the values in ``sweep``, once per seed.
 
-    ``settings`` are Config fields that all of it shares; they replace the preset's.
+    ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
+    over the codes of each of these tokenizers, with the tokenizer's seed.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Ablation:
     settings: dict[str, Any] = field(default_factory=dict)
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0, 1, 2)
+    priors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,20 @@ class AblationArguments(StudyArguments):
 
 
 @dataclass(frozen=True)
+class PriorStudyArguments(AblationArguments):
+    """What an ablation with priors takes."""
+
+    prior: tuple[str, ...] = ()
+    """priors to train over every tokenizer's codes"""
+    prior_parameters: int = PriorConfig.parameters
+    """parameters of each prior, by its width"""
+    prior_steps: int = PriorConfig.steps
+    """training steps of each prior"""
+    samples: int = PriorConfig.samples
+    """images to generate and score from each prior"""
+
+
+@dataclass(frozen=True)
 class SearchArguments(StudyArguments):
     """What a search takes."""
 
@@ -111,7 +128,7 @@ class SearchArguments(StudyArguments):
 def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
     if isinstance(study, Ablation):
-        base, values = AblationArguments, study.sweep
+        base, values = PriorStudyArguments if study.priors else AblationArguments, study.sweep
         flags = {name: Annotated[tuple[TYPES[name], ...], tyro.conf.arg(help="values to sweep")] for name in values}
     else:
         base, values = SearchArguments, {}
@@ -119,6 +136,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     kind = make_dataclass("Options", extra, bases=(base,), frozen=True)
     defaults = {**study.settings, **values, "backbone": study.backbones, "seeds": study.seeds}
+    defaults |= {"prior": study.priors} if getattr(study, "priors", ()) else {}
     options = parse(kind, arguments, f"python -m studies.{study.name}", description, **defaults)
     missing = weights.inception_missing() if options.fid_weights is None else ""
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
@@ -156,6 +174,26 @@ class Plan:
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
+
+    def priors(self) -> list[PriorConfig]:
+        """The priors over every tokenizer that is finished. Raises UserError when one of them cannot work."""
+        found = []
+        for cells in self.cells.values():
+            for cell in cells:
+                for prior in dict.fromkeys(getattr(self.options, "prior", ())):
+                    config = PriorConfig(
+                        tokenizer=cell.run.folder.name,
+                        prior=prior,
+                        parameters=self.options.prior_parameters,
+                        steps=self.options.prior_steps,
+                        samples=self.options.samples,
+                        precision=self.options.precision,
+                        device=self.options.device,
+                        seed=cell.params["seed"],
+                    )
+                    config.check()
+                    found += [config.resolved()] if cell.run.finished else []
+        return found
 
     @cached_property
     def name(self) -> str:
@@ -236,6 +274,10 @@ class Plan:
             counts = [str(status["finished"]), str(failed), str(len(configs))]
             table.add_row(backbone, shape, *counts, f"{seconds / 60:.1f} min")
         table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
+        if names := getattr(self.options, "prior", ()):
+            runs = [self.store.run(config) for config in self.priors()]
+            planned = len(names) * sum(map(len, self.cells.values()))
+            table.caption += f"; priors: {sum(run.finished for run in runs)} of {planned} finished"
         return table
 
     def _recorded(self, backbone: str) -> list[Run]:

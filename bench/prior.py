@@ -88,7 +88,7 @@ def work(arguments: list[str]) -> int:
     finished, failed = [], False
     for run, prior, seed in runs:
         config, store = options.config(run.folder.name, prior, seed), Store(run.folder.parent.parent)
-        known = store.prior(config).finished
+        known = store.run(config).finished
         try:
             made = run_prior(config, run, store, options.fid_weights, options.resume)
         except Diverged as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def run_prior(
     config.check()
     store.check_writable(200)
     identity = digest(tokenizer_run.folder)
-    run = store.prior(config)
+    run = store.run(config)
     if run.finished:
         made_with = run.protocol()["tokenizer"]
         if made_with != identity:
@@ -66,6 +67,8 @@ def run_prior(
             with peak_memory(config.device) as peak:
                 if twin is not None:
                     prior, seconds = load_prior(twin.folder, config.device)[0], twin.metrics()["train_seconds"]
+                    if config.prior in LEARNED:
+                        shutil.copy(twin.folder / "history.jsonl", run.folder)
                 else:
                     prior, seconds = train_prior(config, codes, run.folder, resume)
                 megabytes = peak()

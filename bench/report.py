@@ -18,6 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -33,16 +34,21 @@ from .frames import (
     BUDGETS,
     CLOCKED,
     CONFIG,
+    IDENTITY,
     METRICS,
+    PRIOR_CONFIG,
+    PRIOR_METRICS,
     UNMATCHED,
     blocks,
     differing,
     frame,
+    prior_frame,
     protocols,
     settings,
     summary,
     uneven,
     unmatched,
+    with_rates,
 )
 from .progress import Bar, say, stdout
 from .statistics import COMPARED, Verdict, backbone_verdicts, setting_verdicts
@@ -54,9 +60,17 @@ SCORES = ("fid", "fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "s
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
 RANKED = (*SCORES, *FIXED, *CLOCKED)  # dead codes are (1 − usage) · K
 ON_TERMINAL = ("psnr", "perplexity")  # beside the main metric
-MILLIONS = {"params": ".2f", "flops": ",.0f"}  # shown in millions, in this format
-HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{METRICS[name].label} M" for name in MILLIONS}}
+LABELS = METRICS | PRIOR_METRICS
+MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f"}  # shown in millions, in this format
+HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
+GENERATED = (
+    *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
+    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "nearest_val_psnr", "params_prior"),
+    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+)
 NONE = "–"
+# What may differ between priors over tokenizers of one backbone, beside the seed and who ran them
+_SET = [name for name in dict.fromkeys([*CONFIG, *PRIOR_CONFIG]) if name not in (*IDENTITY, "tokenizer", "prior")]
 
 
 class Selection(NamedTuple):
@@ -110,7 +124,8 @@ class Block(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores."""
+    """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
+    ``generation``: rankings of priors by title."""
 
     title: str
     facts: dict[str, str]
@@ -119,6 +134,7 @@ class Report(NamedTuple):
     unscored: Sheet
     runs: Sheet
     trained_on: str
+    generation: dict[str, Sheet]
 
 
 class Written(NamedTuple):
@@ -140,16 +156,23 @@ def write_report(names: Sequence[str] = (), results: Path = Path("results"), out
         raise UserError(f"{folder} is a file; name a folder with --out")
     with Bar("reading runs", len(selection.runs)) as bar:
         table = frame(_counted(selection.runs, bar))
-    report = contents(selection, table)
+    known = {run.folder.name for run in selection.runs}
+    priors = prior_frame(run for run in Store(selection.root).priors() if run.config()["tokenizer"] in known)
+    table = with_rates(table, priors) if len(priors) else table
+    report = contents(selection, table, priors)
     figures = []
     if report.blocks:
         say("drawing charts")
         most = protocols(table)[0]  # scores of several protocols do not mix
-        figures = charts.draw(table, folder / "plots", index.importances(most, charts.main_metric(most)))
+        importances = index.importances(most, charts.main_metric(most))
+        figures = charts.draw(table, folder / "plots", importances, priors)
     for old in (folder / "plots").glob("*.*"):
         if old.stem not in {chart.name for chart in figures} and not old.name.startswith("."):
             old.unlink(missing_ok=True)  # of an earlier report; hidden ones are being written by another worker
     write_data(table, folder)
+    if len(priors):
+        with atomic_path(folder / "priors.csv") as temporary:
+            priors.to_csv(temporary, index=False)
     for name, text in (("tables.md", markdown(report)), ("report.html", html(report, figures))):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -205,8 +228,9 @@ def _few(names: list[str]) -> str:
     return (", ".join(names[:BRIEF]) or "none") + (f" and {len(names) - BRIEF} more" if len(names) > BRIEF else "")
 
 
-def contents(selection: Selection, table: pd.DataFrame) -> Report:
-    """The report of ``selection``, whose frame is ``table``. Reads the runs' per-image scores for the verdicts."""
+def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame) -> Report:
+    """The report of ``selection``, whose frame is ``table``, and of the ``priors`` over it (of ``prior_frame``). Reads
+    the runs' per-image scores for the verdicts."""
     parts = list(blocks(table))
     unscored = table[table.status != "finished"]
     found = []
@@ -223,6 +247,7 @@ def contents(selection: Selection, table: pd.DataFrame) -> Report:
         unscored=failures(unscored),
         runs=run_list(table, parts),
         trained_on=_trained_on(table),
+        generation=dict(generation(priors)),
     )
 
 
@@ -285,6 +310,51 @@ def _references(block: pd.DataFrame, keys: list[str]) -> Iterator[list[Cell]]:
         first = group.iloc[0]
         known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
         yield [_cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys]
+
+
+def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
+    """A ranking of the priors over tokenizers that spend equal bits, scored by one protocol, with the rows that bound
+    them: mean ± standard deviation over seeds per backbone, setting and prior, the best in gFID first."""
+    finished = priors[priors.status == "finished"]
+    bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
+    for group in protocols(priors):
+        for amount, block in group.groupby(bits[group.index]):
+            main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
+            varied = block.groupby(["backbone", "prior"])[list(_SET)].nunique(dropna=False).max()
+            by = ["backbone", *varied.index[varied > 1], "prior"]
+            names = [name for name in GENERATED if name in block and block[name].notna().any()]
+            groups = block.groupby(by, dropna=False)
+            table = pd.concat(
+                [groups.size().rename("n"), groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1
+            )
+            table = table.reset_index().sort_values(main, kind="stable")
+            best = {name: _best(table[name], name) for name in names if name not in CLOCKED}
+            rows = [
+                [_cell(name, row[name]) for name in (*by, "n")]
+                + [_cell(name, row[name], row[f"{name}_std"], best.get(name)) for name in names]
+                for row in table.head(LIMIT).to_dict("records")
+            ]
+            references = []
+            for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
+                for backbone, own in block.groupby("backbone"):
+                    known = {"backbone": backbone, "prior": label}
+                    known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
+                    references.append([_cell(key, known.get(key)) for key in (*by, "n", *names)])
+            first = block.iloc[0]
+            floor = block.coded_bits_per_token_independent
+            notes = [
+                f"{first.samples} samples, temperature {first.temperature:g}, against all {first.protocol_count:.0f} "
+                f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
+                f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
+                f"{floor.max():.2f} bits per token.",
+                "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
+                "the same in random order within each grid. A prior that copies has a nearest training image much "
+                "nearer than validation images have.",
+            ]
+            title = f"{first.data} {first.image_size}×{first.image_size}, {amount:.0f} bits per image before coding"
+            yield title, Sheet([*by, "n", *names], rows, references, [*notes, *_cut(len(table))], main)
+    if len(unfinished := priors[priors.status != "finished"]):
+        yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
 
 
 def refusals(parts: list[pd.DataFrame]) -> Sheet:
@@ -351,12 +421,12 @@ def _text(value: Any, key: str = "") -> str:
         return "none" if pd.isna(value) else str(value)
     if key in MILLIONS:
         return f"{value / 1e6:{MILLIONS[key]}}"
-    return f"{value:{METRICS[key].form}}" if key in METRICS else f"{value:.10g}"
+    return f"{value:{LABELS[key].form}}" if key in LABELS else f"{value:.10g}"
 
 
 def _best(column: pd.Series, key: str) -> str | None:
     """The best value as shown; None where none is better or all are shown equal."""
-    better, known = METRICS[key].better, column.dropna()
+    better, known = LABELS[key].better, column.dropna()
     if not better or known.map(lambda value: _text(value, key)).nunique() < 2:
         return None
     return _text(known.min() if better == "lower" else known.max(), key)
@@ -375,7 +445,7 @@ def _short(value: Any) -> str:
 
 def heading(key: str) -> str:
     """What a column is called, with an arrow towards the better values."""
-    label, arrow = (METRICS[key].label, METRICS[key].arrow) if key in METRICS else (key, "")
+    label, arrow = (LABELS[key].label, LABELS[key].arrow) if key in LABELS else (key, "")
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
 
 
@@ -438,7 +508,7 @@ def html(report: Report, figures: Sequence[Chart]) -> str:
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pictures = [(chart, base64.b64encode(chart.path.read_bytes()).decode()) for chart in figures]
     template = page.get_template("report.html.jinja")
-    return template.render(report=report, pictures=pictures, heading=heading, METRICS=METRICS)
+    return template.render(report=report, pictures=pictures, heading=heading, METRICS=LABELS)
 
 
 def markdown(report: Report) -> str:
@@ -449,6 +519,8 @@ def markdown(report: Report) -> str:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
+    for title, sheet in report.generation.items():
+        parts += [f"## Generation: {_inline(title)}", _markdown(sheet)]
     for title, sheet in (("Not ranked against each other", report.refusals), ("Without scores", report.unscored)):
         parts += [f"## {title}", _markdown(sheet)] if sheet.rows else []
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -494,6 +566,8 @@ def show(report: Report) -> None:
         stdout.print(table)
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
+    for title, sheet in report.generation.items():
+        stdout.print(f"Generation, {title}: {len(sheet.rows)} rows; see the report.")
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))
         stdout.print(f"{len(report.blocks)} blocks are not ranked against each other: they differ in {names}.")

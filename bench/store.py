@@ -85,8 +85,8 @@ class Run:
         return self._read("config.json")["codes"]
 
     def tokenizer(self) -> dict[str, Any]:
-        """Of a prior: the Config of its tokenizer as a dict."""
-        return self._read("config.json")["tokenizer"]
+        """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
+        return self._read("config.json").get("tokenizer", {})
 
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine that the run was made with."""
@@ -147,21 +147,19 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
-    def run(self, config: Config) -> Run:
+    def run(self, config: Config | PriorConfig) -> Run:
         """The folder of ``config``, whether it exists yet or not."""
+        if isinstance(config, PriorConfig):
+            return Run(self.root / "priors" / config.run_id())
         return self.named(config.run_id())
 
     def named(self, run_id: str) -> Run:
-        """The folder of a run that goes by ``run_id``, whether it exists yet or not."""
+        """The folder of the tokenizer that goes by ``run_id``, whether it exists yet or not."""
         return Run(self.root / "runs" / run_id)
 
     def runs(self) -> list[Run]:
         """Every tokenizer that has been started, by name; other folders that may lie there are passed over."""
         return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json")) if _is_ours(path)]
-
-    def prior(self, config: PriorConfig) -> Run:
-        """The folder of a prior, whether it exists yet or not."""
-        return Run(self.root / "priors" / config.run_id())
 
     def priors(self) -> list[Run]:
         """Every prior that has been started, by name."""

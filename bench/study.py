@@ -28,9 +28,10 @@ from .child import Outcome, run_in_child
 from .cli import guarded
 from .config import Config
 from .files import UserError
-from .frames import METRICS
+from .frames import METRICS, PRIOR_METRICS
 from .index import Index, Study, Trial, default_url, report, suggest, without_password
 from .plan import Ablation, Plan, Search, parse_study, read_space
+from .prior_config import PriorConfig
 from .progress import Bar, say, stdout
 from .report import write_report
 from .store import FAILURES, Store
@@ -65,6 +66,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
             idle = False
             say(f"study {plan.name}: {missing} trials to run, {plan.options.workers} at a time")
             Workers(plan, index, missing).run()
+    idle &= not run_priors(plan)
     if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")
     failed = conclude(plan, index)
@@ -125,7 +127,63 @@ def conclude(plan: Plan, index: Index) -> bool:
             index.attach(open_study(plan, backbone, index), text, pictures)
     if plan.searching:
         return any(status[name] for name in FAILURES if name != "pruned")
-    return not all(cell.run.finished for cells in plan.cells.values() for cell in cells)
+    finished = all(cell.run.finished for cells in plan.cells.values() for cell in cells)
+    return not (finished and all(plan.store.run(config).finished for config in plan.priors()))
+
+
+def run_priors(plan: Plan) -> int:
+    """Trains what is missing of the study's priors, each in a process of its own, and returns how many that were.
+
+    Several commands may do so at once. Raises Interrupted after SIGINT or SIGTERM.
+    """
+    final = set() if getattr(plan.options, "retry_failed", False) else {*FAILURES}
+    missing = [config for config in plan.priors() if plan.store.run(config).status not in {"finished", *final}]
+    if not missing:
+        return 0
+    options, lock, done = plan.options, threading.Lock(), 0
+    say(f"study {plan.name}: {len(missing)} priors to train, {options.workers} at a time")
+    threads = max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else None
+
+    def work(config: PriorConfig) -> None:
+        nonlocal done
+        run, began, attempts = plan.store.run(config), time.monotonic(), 0
+        watch = lambda rows: "interrupted" if stop.is_set() else None  # noqa: E731
+        while not stop.is_set():
+            outcome = run_in_child(config, plan.store, options.fid_weights, threads, watch, options.trial_timeout)
+            if outcome.status == "blocked":
+                stop.set()
+                raise UserError(outcome.reason)
+            if outcome.status == "busy":  # another command has it
+                time.sleep(IDLE_SECONDS)
+                continue
+            attempts += 1
+            if attempts > RETRIES.get(outcome.status, 0):
+                break
+            run.forgive()
+        if stop.is_set():
+            return
+        with lock:
+            done += 1
+            bar.advance()
+            text = f"{outcome.status}: {outcome.reason}"
+            if run.finished:
+                scores, names = run.metrics(), ("coded_bits_per_token", "gfid_vgg16")
+                text = ", ".join(
+                    f"{PRIOR_METRICS[name].label} {scores[name]:{PRIOR_METRICS[name].form}}" for name in names
+                )
+            label = f"{config.prior} over {config.tokenizer}"
+            say(f"{done}/{len(missing)} {label}: {escape(text)} ({time.monotonic() - began:.0f} s)")
+
+    with (
+        interruptible() as stop,
+        Bar(f"priors of {plan.name}", len(missing)) as bar,
+        ThreadPoolExecutor(options.workers) as pool,
+    ):
+        for future in [pool.submit(work, config) for config in missing]:
+            future.result()
+        if stop.is_set():
+            raise Interrupted(f"stopped after {done} of {len(missing)} priors; the same command continues")
+    return len(missing)
 
 
 class Workers:

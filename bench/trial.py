@@ -18,7 +18,7 @@ from . import plots, weights
 from .config import Config
 from .costs import peak_memory, static_costs, throughput
 from .data import Data, load
-from .evaluate import kmeans_reference, protocol, score, score_untrained
+from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
 from .files import UserError, atomic_path, cache_dir
 from .metrics import from_uint8, to_uint8
 from .store import Run, Store
@@ -27,6 +27,7 @@ from .train import Diverged, train
 
 PACKAGES = ("torch", "torchvision", "timm", "lpips", "torch-fidelity", "torchmetrics", "numpy", "mamba-ssm")
 PICTURES = 12  # images in the reconstruction picture
+CODES = 1024  # of them, at most, in the picture of a codebook
 
 
 def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Data:
@@ -105,6 +106,8 @@ def finish(
         np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
     plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
+    if config.grid_size == 1:
+        plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     run.write(
         "metrics.json",
         {
@@ -129,6 +132,15 @@ def sample_reconstructions(tokenizer: Tokenizer, images: np.ndarray) -> tuple[np
     device = next(tokenizer.parameters()).device
     x_hat = tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
     return x, to_uint8(x_hat).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def codebook_images(tokenizer: Tokenizer) -> np.ndarray:
+    """All that a tokenizer with one code per image can show: its codes' images, (K, H, W, 3) uint8, at most CODES."""
+    device = next(tokenizer.parameters()).device
+    codes = torch.arange(min(CODES, tokenizer.config.codebook_size), device=device).view(-1, 1, 1)
+    images = torch.cat([to_uint8(tokenizer.decode(part)) for part in codes.split(EVAL_BATCH)])
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def environment() -> dict[str, Any]:

@@ -33,7 +33,7 @@ FLOORS = {
     "plots": 3,
     "trial": 3,
     "prior_trial": 3,
-    "child": 3,
+    "child": 4,
     "frames": 3,
     "statistics": 4,
     "charts": 4,

@@ -1,5 +1,6 @@
 """The report: what is bold, what is refused, what a page may hold, and that equal runs give equal bytes."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,13 +9,13 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from fabricate import fabricate, fabricate_failed, sweep
+from fabricate import fabricate, fabricate_failed, fabricate_prior, sweep
 from PIL import Image
 
 from bench import charts, index, report
 from bench.config import make_config
 from bench.files import UserError
-from bench.frames import CLOCKED, CONFIG, METRICS, blocks, frame
+from bench.frames import CLOCKED, CONFIG, METRICS, blocks, frame, prior_frame, with_rates
 from bench.report import LIMIT, NONE, contents, markdown, ranking, run_list, select, write_report
 from bench.store import Store
 
@@ -32,7 +33,7 @@ def store(tmp_path) -> Store:
 def sketched(monkeypatch):
     """One small picture in place of the charts, which have tests of their own."""
 
-    def draw(table, folder, importances=None):
+    def draw(table, folder, importances=None, priors=None):
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / "dot.png")
         return [charts.Chart("dot", "A dot", "One dot.", folder / "dot.png")]
@@ -43,7 +44,7 @@ def sketched(monkeypatch):
 
 def report_of(store, *names):
     selection = select(names, store.root)
-    return contents(selection, frame(selection.runs))
+    return contents(selection, frame(selection.runs), prior_frame(store.priors()))
 
 
 def ranked(store) -> report.Sheet:
@@ -368,3 +369,60 @@ def test_a_click_on_a_heading_sorts(store, sketched, tmp_path):
     assert log[2][2] == ["94.0", "98.0", "100.0", NONE]
     assert log[3][2] == ["cnn", "convnext", "mamba", "vit"]
     assert log[4][2] == ["vit", "mamba", "convnext", "cnn"]
+
+
+# -- priors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_priors(store):
+    """Two backbones × two grids × two seeds, with two priors each: the transformer is better everywhere."""
+    for name, grid, seed in itertools.product(("cnn", "vit"), (4, 8), (0, 1)):
+        over = fabricate(store, make_config(name, "smoke", grid_size=grid, seed=seed), 0.01 * seed)
+        fabricate_prior(store, over, "independent", 6.5, 140 + seed, seed)
+        fabricate_prior(store, over, "transformer", 4.0 + 0.2 * (name == "vit"), 80 + grid + seed, seed)
+    return store
+
+
+def test_priors_are_ranked_within_equal_bits(with_priors):
+    generation = report_of(with_priors).generation
+    assert list(generation) == [f"photos 32×32, {bits} bits per image before coding" for bits in (112, 448)]
+    for grid, sheet in zip((4, 8), generation.values(), strict=True):
+        assert sheet.order == "gfid_vgg16"
+        texts = [[cell.text for cell in row] for row in sheet.rows]
+        assert [row[:3] for row in texts] == [
+            ["cnn", "transformer", "2"],
+            ["vit", "transformer", "2"],
+            ["cnn", "independent", "2"],
+            ["vit", "independent", "2"],
+        ]
+        place = sheet.keys.index("gfid_vgg16")
+        assert [row[place] for row in texts] == [f"{80.5 + grid:.1f}"] * 2 + ["140.5"] * 2
+        rates = sheet.rows[0][sheet.keys.index("coded_bits_per_token")]
+        assert (rates.text, rates.best) == ("4.000", True)
+        names = [[cell.text for cell in row][:2] for row in sheet.references]
+        assert names == [[b, f"{kind} codes"] for kind in ("real", "shuffled") for b in ("cnn", "vit")]
+
+
+def test_the_entropy_coded_rate_joins_the_table(with_priors):
+    table = with_rates(frame(with_priors.runs()), prior_frame(with_priors.priors()))
+    expected = table.grid_size**2 * (4.0 + 0.2 * (table.backbone == "vit"))
+    assert list(table.coded_bits_per_image) == pytest.approx(list(expected))
+    assert (table.coded_bits_per_pixel < table.bits_per_pixel).all()
+    bare = with_rates(frame(with_priors.runs()), prior_frame([]))
+    assert bare.coded_bits_per_pixel.isna().all()
+
+
+def test_priors_reach_page_markdown_and_files(with_priors, tmp_path):
+    failed = fabricate_prior(with_priors, with_priors.runs()[0], "mamba", 4.0, 80.0)
+    (failed.folder / "metrics.json").unlink()
+    failed.fail("diverged", "not finite by step 3")
+    written = write_report((), with_priors.root, tmp_path)
+    assert {"generation", "samples", "rate_distortion"} <= {chart.name for chart in written.charts}
+    page = written.page.read_text()
+    assert 'id="generation"' in page
+    assert "Priors without scores" in page
+    assert "not finite by step 3" in page
+    assert "## Generation: photos 32×32, 112 bits per image" in (tmp_path / "tables.md").read_text()
+    assert len(pd.read_csv(tmp_path / "priors.csv")) == 17
+    assert "Hollow" in next(chart.caption for chart in written.charts if chart.name == "rate_distortion")

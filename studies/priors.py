@@ -1,0 +1,19 @@
+"""Rate against generation: every backbone at several grids, and every prior over the codes of each.
+
+    python -m studies.priors
+    python -m studies.priors --backbone convnext vit --grid-size 4 8 --prior independent transformer --preset smoke
+
+Backbones have as many parameters as each other, and so have priors. The report shows what each pair costs in bits and
+how far its images are from real ones.
+"""
+
+import sys
+
+from bench.plan import Ablation
+from bench.priors import PRIORS
+from bench.study import main
+
+STUDY = Ablation("priors", sweep={"grid_size": (4, 8, 16)}, priors=tuple(PRIORS))
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY, __doc__))
