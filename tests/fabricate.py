@@ -72,17 +72,16 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     return run
 
 
-def fabricate_prior(store: Store, over: Run, prior: str, bits: float, distance: float, seed: int = 0) -> Run:
+def fabricate_prior(store: Store, config: PriorConfig, bits: float, distance: float) -> Run:
     """A finished prior over the codes of a fabricated tokenizer: so many bits per token, at that gFID."""
-    tokenizer = over.config()
-    config = PriorConfig(tokenizer=over.folder.name, prior=prior, device="cpu", precision="fp32", seed=seed).resolved()
-    run = store.run(config)
+    config = config.resolved()
+    tokenizer, run = store.named(config.tokenizer).config(), store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
     codes = {"codebook_size": tokenizer["codebook_size"], "grid_size": tokenizer["grid_size"], "classes": []}
     about = {"config": asdict(config), "environment": MACHINE, "codes": codes, "tokenizer": tokenizer}
     run.write("config.json", about)
     tokens, pixels = tokenizer["grid_size"] ** 2, tokenizer["image_size"] ** 2
-    pixel = np.random.default_rng(seed).integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
+    pixel = np.random.default_rng(config.seed).integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez_compressed(run.folder / "samples.npz", x=pixel, codes=np.zeros((16, 1, 1), dtype=np.uint8))
     metrics = {
         **{"coded_bits_per_token": bits, "coded_bits_per_image": tokens * bits},
@@ -93,7 +92,7 @@ def fabricate_prior(store: Store, over: Run, prior: str, bits: float, distance: 
         **{"peak_memory_mb": 900.0, "grids_seen": 25_600, "gfid_vgg16_real": 50.0, "gfid_vgg16_shuffled": 150.0},
         **{"gkid_vgg16_real": 0.05, "gkid_vgg16_shuffled": 0.15},
     }
-    protocol = {"version": 1, "tokenizer": over.folder.name[-8:], "data": "photos", "fingerprint": "f" * 64}
+    protocol = {"version": 1, "tokenizer": config.tokenizer[-8:], "data": "photos", "fingerprint": "f" * 64}
     protocol |= {"split": "a / b", "count": 64, "samples": 512, "temperature": 1.0, "top_k": 0, "precision": "fp32"}
     protocol |= {"image_size": tokenizer["image_size"], "rounding": "uint8", "extractor_vgg16": "v", "device": "cpu"}
     run.write("metrics.json", {"metrics": metrics, "protocol": {**protocol, "extractor_inception": None}})

@@ -16,6 +16,7 @@ from bench import charts, index, report
 from bench.config import make_config
 from bench.files import UserError
 from bench.frames import CLOCKED, CONFIG, METRICS, blocks, frame, prior_frame, with_rates
+from bench.prior_config import PriorConfig
 from bench.report import LIMIT, NONE, contents, markdown, ranking, run_list, select, write_report
 from bench.store import Store
 
@@ -379,8 +380,11 @@ def with_priors(store):
     """Two backbones × two grids × two seeds, with two priors each: the transformer is better everywhere."""
     for name, grid, seed in itertools.product(("cnn", "vit"), (4, 8), (0, 1)):
         over = fabricate(store, make_config(name, "smoke", grid_size=grid, seed=seed), 0.01 * seed)
-        fabricate_prior(store, over, "independent", 6.5, 140 + seed, seed)
-        fabricate_prior(store, over, "transformer", 4.0 + 0.2 * (name == "vit"), 80 + grid + seed, seed)
+        for prior, bits, distance in (
+            ("independent", 6.5, 140),
+            ("transformer", 4.0 + 0.2 * (name == "vit"), 80 + grid),
+        ):
+            fabricate_prior(store, PriorConfig(over.folder.name, prior, seed=seed), bits, distance + seed)
     return store
 
 
@@ -414,7 +418,7 @@ def test_the_entropy_coded_rate_joins_the_table(with_priors):
 
 
 def test_priors_reach_page_markdown_and_files(with_priors, tmp_path):
-    failed = fabricate_prior(with_priors, with_priors.runs()[0], "mamba", 4.0, 80.0)
+    failed = fabricate_prior(with_priors, PriorConfig(with_priors.runs()[0].folder.name, "mamba"), 4.0, 80.0)
     (failed.folder / "metrics.json").unlink()
     failed.fail("diverged", "not finite by step 3")
     written = write_report((), with_priors.root, tmp_path)

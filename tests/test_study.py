@@ -1,5 +1,6 @@
 """Studies: every planned cell exactly once, whatever happens; files are the truth, Optuna an index of them."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from fabricate import fabricate, fabricate_failed
+from fabricate import fabricate, fabricate_failed, fabricate_prior
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
 
@@ -21,6 +22,7 @@ from bench.files import UserError
 from bench.frames import CONFIG, METRICS, frame
 from bench.index import Index, default_url
 from bench.plan import Ablation, Plan, Range, Search, parse_study
+from bench.prior_config import PriorConfig
 from bench.store import Store
 
 STUDIES = sorted(path.stem for path in (Path(__file__).parent.parent / "studies").glob("[a-z]*.py"))
@@ -39,9 +41,14 @@ class FakeChild:
         with self.lock:
             self.calls.append(config)
             ending = self.endings.pop(0) if self.endings else "finished"
-        if watch([{"step": config.steps // 2, "reconstruction": config.beta, "perplexity": 9.0}]) == "interrupted":
+        if (
+            watch([{"step": config.steps // 2, "reconstruction": getattr(config, "beta", 0.0), "perplexity": 9.0}])
+            == "interrupted"
+        ):
             return Outcome("interrupted")
-        if ending == "finished":
+        if ending == "finished" and isinstance(config, PriorConfig):
+            fabricate_prior(store, config, 5.0, 100.0)
+        elif ending == "finished":
             fabricate(store, config, quality=0.01 * config.beta)
         elif ending not in ("interrupted", "blocked"):
             fabricate_failed(store, config, ending)
@@ -550,3 +557,51 @@ def test_fields_without_a_default_may_be_searched(child, tmp_path):
     wide = Search("wide", {"width": Range(8, 16), "augment": ("none", "flip")}, backbones=("cnn",))
     assert start(wide, tmp_path, "--trials", "2") == 0
     assert all(8 <= config.width <= 16 for config in child.calls)
+
+
+# -- priors -----------------------------------------------------------------------------------------------------------
+
+GRIDS = Ablation("priors", sweep={"grid_size": (4, 8)}, backbones=("cnn",), seeds=(0,), priors=("rnn", "independent"))
+
+
+def test_priors_follow_their_tokenizers_once_each(child, tmp_path, capsys):
+    assert start(GRIDS, tmp_path, "--workers", "2", "--prior-steps", "77") == 0
+    kinds = [type(config).__name__ for config in child.calls]
+    assert kinds == ["Config"] * 2 + ["PriorConfig"] * 4
+    made = Counter((config.tokenizer, config.prior) for config in child.calls[2:])
+    tokenizers = [run.folder.name for run in Store(tmp_path).runs()]
+    assert made == {(name, prior): 1 for name in tokenizers for prior in GRIDS.priors}
+    assert {config.steps for config in child.calls if getattr(config, "prior", "") == "rnn"} == {77}
+    capsys.readouterr()
+    assert start(GRIDS, tmp_path, "--prior-steps", "77") == 0
+    assert len(child.calls) == 6
+    assert "nothing to do" in capsys.readouterr().err
+    assert start(GRIDS, tmp_path, "--prior-steps", "77", "--plan") == 0
+    assert "priors: 4 of 4 finished" in " ".join(capsys.readouterr().out.split())
+    assert start(GRIDS, tmp_path, "--prior-steps", "77", "--prior", "mamba") == 0
+    assert len(child.calls) == 8
+
+
+def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
+    child.endings = ["finished", "finished", "diverged"]
+    assert start(GRIDS, tmp_path) == 1
+    assert Counter(run.status for run in Store(tmp_path).priors()) == {"finished": 3, "diverged": 1}
+    assert "diverged: it diverged" in " ".join(capsys.readouterr().err.split())
+    assert start(GRIDS, tmp_path) == 1
+    assert len(child.calls) == 6
+    assert start(GRIDS, tmp_path, "--retry-failed") == 0
+    assert len(child.calls) == 7
+
+
+def test_interrupted_priors_go_on(child, tmp_path):
+    child.endings = ["finished", "finished", "finished", "interrupted"]
+
+    class Stop(threading.Event):
+        def is_set(self):
+            return len(child.calls) > 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "interruptible", lambda: contextlib.nullcontext(Stop()))
+        assert start(GRIDS, tmp_path) == 130
+    assert start(GRIDS, tmp_path) == 0
+    assert all(run.finished for run in Store(tmp_path).priors())
