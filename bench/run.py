@@ -18,6 +18,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from backbones import BACKBONES
+
 from . import weights
 from .cli import Arguments, guarded, parse
 from .config import Config
@@ -137,7 +139,7 @@ def next_command(options: RunArguments, runs: list[Run]) -> str:
     """The command that is most useful after this one."""
     words = ["python -m bench.run"]
     if len(options.backbone) == 1:
-        words += ["--backbone cnn convnext vit mamba bimamba"]
+        words += ["--backbone", *BACKBONES]
     else:
         words += ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]
     if options.preset != "cpu":
