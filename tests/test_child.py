@@ -39,7 +39,7 @@ def test_a_finished_trial(config, store):
     ("changes", "status", "word"),
     [
         ({"lr": 1e30, "grad_clip": 0.0, "precision": "fp32"}, "diverged", "--lr"),
-        ({"codebook_size": 2_000_000_000, "code_dim": 1024}, "out_of_memory", "allocate"),  # 8 TB, refused at once
+        ({"codebook_size": 10_000_000, "code_dim": 100_000}, "out_of_memory", "allocate"),  # 4 TB, refused at once
         ({"data": "folder:/nowhere"}, "refused", "/nowhere"),
     ],
 )

@@ -384,6 +384,7 @@ def test_uniform_codes_have_perplexity_k(size):
 
 
 def test_usage_counts_no_code_that_did_not_occur():
+    """Nothing starts full of zeros, which would count as code 0 (bug 10)."""
     codes = histogram(8, [[5, 5], [7, 5]], torch.empty(0, 2, 2, dtype=torch.int64))
     assert codes.counts.tolist() == [0, 0, 0, 0, 0, 3, 0, 1]
     assert (codes.usage(), codes.dead_codes()) == (0.25, 6)
