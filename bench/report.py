@@ -56,7 +56,10 @@ from .store import FAILURES, Run, Store
 
 LIMIT = 500  # rows of one table on the page
 BRIEF = 8  # rows, sentences or names where there is little room
-SCORES = ("fid", "fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity", "usage")
+SCORES = (
+    *("fid", "fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "sharpness", "grid_energy"),
+    *("grid_edges", "perplexity", "usage"),
+)
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
 RANKED = (*SCORES, *FIXED, *CLOCKED)  # dead codes are (1 − usage) · K
 ON_TERMINAL = ("psnr", "perplexity")  # beside the main metric

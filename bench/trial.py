@@ -14,6 +14,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from backbones.ssd import scan_backend
+
 from . import plots, weights
 from .config import Config
 from .costs import peak_memory, static_costs, throughput
@@ -25,7 +27,7 @@ from .store import Run, Store
 from .tokenizer import Tokenizer, parameter_count
 from .train import Diverged, train
 
-PACKAGES = ("torch", "torchvision", "timm", "lpips", "torch-fidelity", "torchmetrics", "numpy", "mamba-ssm")
+PACKAGES = ("torch", "torchvision", "timm", "lpips", "torch-fidelity", "torchmetrics", "numpy")
 PICTURES = 12  # images in the reconstruction picture
 CODES = 1024  # of them, at most, in the picture of a codebook
 
@@ -158,6 +160,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "threads": torch.get_num_threads(),
+        "scan": scan_backend(),
     }
 
 

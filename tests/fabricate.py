@@ -54,6 +54,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     metrics = {
         **scores,
         **{"fid_vgg16": 100 - 200 * shift, "kid_vgg16": 0.05 - 0.1 * shift},
+        **{"sharpness": 0.7, "grid_energy": 2.0, "grid_edges": 1.0, "grid_energy_init": 4.0, "grid_edges_init": 3.0},
         **{"perplexity": 0.4 * config.codebook_size, "usage": 0.9, "dead_codes": 0.1 * config.codebook_size},
         **{"tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config.image_size**2},
         **{"params_encoder": 400_000 + 1000 * config.width, "params_decoder": 450_000 + 1000 * config.width},
