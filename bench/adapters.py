@@ -167,10 +167,11 @@ class SimVQQuantizer(Quantizer):
     """Frozen codes times one learned matrix, so that every code moves whenever one does.
 
     Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". The frozen
-    codes are encoder outputs rather than Gaussian noise, and the matrix starts as the identity. Losses as in standard.
+    codes are encoder outputs rather than Gaussian noise, and the matrix starts as the identity. Losses as in standard,
+    and, which the paper does not have, the entropy penalty by ``entropy_weight``.
     """
 
-    settings = ("beta", "kmeans_init", "gradient")
+    settings = ("beta", "kmeans_init", "entropy_weight", "gradient")
 
     def __init__(
         self,
@@ -179,10 +180,11 @@ class SimVQQuantizer(Quantizer):
         *,
         beta: float = 0.25,
         kmeans_init: bool = False,
+        entropy_weight: float = 0.0,
         gradient: str = "straight_through",
     ):
         super().__init__(codebook_size, code_dim)
-        self.kmeans_init, self.pass_gradient = kmeans_init, GRADIENTS[gradient]
+        self.kmeans_init, self.entropy_weight, self.pass_gradient = kmeans_init, entropy_weight, GRADIENTS[gradient]
         self.codec = package().SimVQ(
             code_dim, codebook_size, rotation_trick=False, input_to_quantize_commit_loss_weight=beta
         )
@@ -197,7 +199,10 @@ class SimVQQuantizer(Quantizer):
         """Look-up and losses by the package, z_q by the same path as ``vectors``."""
         _, codes, loss = self.codec(tokens[None])
         chosen = self.vectors(codes[0]).detach()
-        return Quantized(self.pass_gradient(tokens, chosen), codes[0], loss, F.mse_loss(tokens.detach(), chosen))
+        distortion = F.mse_loss(tokens.detach(), chosen)
+        if self.training and self.entropy_weight:
+            loss = loss + self.entropy_weight * entropy_penalty(tokens, self.codec.codebook, distortion)
+        return Quantized(self.pass_gradient(tokens, chosen), codes[0], loss, distortion)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """Rows of the transformed codebook."""

@@ -32,7 +32,7 @@ from backbones import BACKBONES
 
 from .config import Config
 from .files import atomic_path
-from .frames import CLOCKED, METRICS, PRIOR_METRICS, blocks, protocols, settings, summary
+from .frames import CLOCKED, METRICS, PRIOR_METRICS, blocks, prior_settings, protocols, settings, summary
 from .plots import tile
 from .priors import PRIORS
 from .store import FAILURES, Run
@@ -126,8 +126,8 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.
                 caption = f"{drawing.caption} {scope.note}"
                 yield Drawing(f"{drawing.name}{scope.suffix}", title, caption, drawing.figure)
     for group in protocols(priors)[:1] if priors is not None else ():
-        yield from generation(group)
-        yield from samples(group)
+        yield from generation(_usual(group), len(group))
+        yield from samples(_usual(group))
     if importances is not None and len(importances):
         yield importance(importances)
 
@@ -528,19 +528,32 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
 def _entropy_coded(figure: Figure, rows: pd.DataFrame, metrics: list[str]) -> None:
     """Adds to ``rate_distortion`` where each mean moves when codes are sent at the rate of their best prior."""
     means = rows.groupby(["backbone", "bits_per_pixel"])[["coded_bits_per_pixel", *metrics]].mean().reset_index()
+    means = means[means.coded_bits_per_pixel > 0]  # one code in all takes none, and the axis is logarithmic
+    if means.empty:
+        return
     for axes, metric in zip(figure.axes, metrics, strict=True):
         for _, row in means.iterrows():
             look = _look(row.backbone)
             at = [row.coded_bits_per_pixel, row.bits_per_pixel], [row[metric], row[metric]]
             axes.plot(*at, color=look["color"], linewidth=0.8, linestyle=":", zorder=1)
             axes.plot(*(ends[:1] for ends in at), linestyle="none", markersize=5, markerfacecolor="white", **look)
-        low, high = means.coded_bits_per_pixel.min(), axes.get_xticks().max()
-        axes.set_xlim(low / (high / low) ** 0.1, high * (high / low) ** 0.1)
+        low = min(means.coded_bits_per_pixel.min(), axes.get_xticks().min())
+        high = max(means.coded_bits_per_pixel.max(), axes.get_xticks().max())
+        axes.set_xlim(low / (high / low) ** 0.1 / 1.05, high * (high / low) ** 0.1 * 1.05)
         ticks = [*axes.get_xticks(), *({low} if low < 0.8 * axes.get_xticks().min() else ())]
         axes.set_xticks(sorted(ticks), [f"{tick:.3g}" for tick in sorted(ticks)])
 
 
-def generation(rows: pd.DataFrame) -> Iterator[Drawing]:
+def _usual(priors: pd.DataFrame) -> pd.DataFrame:
+    """Of each kind of prior those with its most common settings, grid and K apart."""
+    names = [name for name in prior_settings(priors) if name not in BITS]
+    if not names:
+        return priors
+    settings_of = priors[names].astype(str).agg(" ".join, axis=1)
+    return priors[settings_of == settings_of.groupby(priors.prior).transform(lambda own: own.mode().iloc[0])]
+
+
+def generation(rows: pd.DataFrame, known: int) -> Iterator[Drawing]:
     """``generation``: how far samples are from real images against what the prior makes of the codes, per backbone and
     prior; where the grid is swept, its sizes are joined."""
     metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
@@ -564,7 +577,8 @@ def generation(rows: pd.DataFrame) -> Iterator[Drawing]:
     looks["real codes"] = {"color": "0.4", "linestyle": ":", "linewidth": 0.8}
     _legend(figure, [], looks)
     first = rows.iloc[0]
-    caption = f"{len(rows)} priors, means over seeds; {first.samples} samples each, at temperature "
+    count = f"{len(rows)} priors" if len(rows) == known else f"{len(rows)} of {known} priors, those with equal settings"
+    caption = f"{count}, means over seeds; {first.samples} samples each, at temperature "
     caption += (
         f"{first.temperature:g}, against all {first.protocol_count:.0f} validation images of {_show(first.data)} "
     )

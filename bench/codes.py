@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from .data import Data, eval_batches, load
 from .files import UserError, atomic_path, sha256_file
-from .metrics import from_uint8
+from .metrics import from_uint8, full_precision
 from .progress import Bar
 from .tokenizer import Tokenizer
 
@@ -92,7 +92,9 @@ def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> Non
             for flip in (False, True)[: 1 + mirror]:
                 for x in eval_batches(images, ENCODE_BATCH):
                     x = from_uint8(x.to(device))
-                    passes.append(tokenizer.encode(x.flip(-1) if flip else x).cpu().numpy().astype(kind))
+                    with full_precision(device):
+                        codes = tokenizer.encode(x.flip(-1) if flip else x)
+                    passes.append(codes.cpu().numpy().astype(kind))
                     bar.advance(len(x))
             with atomic_path(place / f"{split}.npy") as path:
                 np.save(path, np.concatenate(passes))

@@ -15,7 +15,7 @@ from . import weights
 from .config import PROTOCOL_VERSION, Config
 from .data import Data, batch_indices, eval_batches
 from .files import atomic_path, cache_dir
-from .metrics import Artefacts, CodeHistogram, Scores, from_uint8, to_uint8
+from .metrics import Artefacts, CodeHistogram, Scores, from_uint8, full_precision, to_uint8
 from .progress import Bar
 from .quantizers import nearest
 from .tokenizer import Tokenizer, to_device
@@ -50,9 +50,10 @@ def score(
     with Bar(label, len(images)) as bar:
         for x in eval_batches(images, EVAL_BATCH):
             x = x.to(device)
-            codes = codec.encode(from_uint8(x))
+            with full_precision(x.device):
+                codes = codec.encode(from_uint8(x))
+                x_hat = to_uint8(codec.decode(codes))
             histogram.update(codes)
-            x_hat = to_uint8(codec.decode(codes))
             scores.update(x, x_hat)
             artefacts.update(x, x_hat)
             bar.advance(len(x))

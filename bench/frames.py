@@ -77,13 +77,15 @@ PRIOR_METRICS: dict[str, Metric] = {
     "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
     "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
     "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
+    "copies": Metric("copies", ".2f", "lower"),
     "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
-    "sampling_speedup": Metric("times faster than whole passes", ".1f", "higher"),
+    "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
     "params_prior": Metric("parameters", ",.0f", "lower"),
     "grids_seen": Metric("grids seen", ",.0f", ""),
     "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
     "train_seconds": Metric("train s", ".0f", "lower"),
 }
+PRIOR_CLOCKED = ("images_per_second_sample", "sampling_speedup", "train_seconds")
 CLOCKED = ("images_per_second_encode", "images_per_second_decode", "train_seconds")  # true of one machine only
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
@@ -126,24 +128,40 @@ def _row(run: Run) -> dict[str, Any]:
 
 def prior_frame(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per prior: ``run_id``, ``status``, ``reason``, every PriorConfig field, those Config fields of its
-    tokenizer that PriorConfig does not have, every metric, ``tokenizer_digest``, ``protocol_*`` and ``folder``.
+    tokenizer that PriorConfig does not have, the others as ``tokenizer_FIELD``, every metric, ``tokenizer_digest``,
+    ``protocol_*``, ``processor``, ``threads`` and ``folder``.
 
     A prior that was not finished has missing metrics. Columns exist also when there are no rows.
     """
     rows = []
     for run in runs:
-        row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **run.tokenizer(), **run.config()}
+        over = {f"tokenizer_{name}" if name in PRIOR_CONFIG else name: own for name, own in run.tokenizer().items()}
+        row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **over, **run.config()}
+        row |= {name: run.environment().get(name) for name in ("processor", "threads")}
         if run.finished:
             protocol = run.protocol()
             row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
             row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}
         rows.append({**row, "folder": str(run.folder)})
-    columns = ["run_id", "status", "reason", *PRIOR_CONFIG, *CONFIG, *PRIOR_METRICS, "folder"]
-    columns = list(dict.fromkeys(columns))
+    fields_of_both = [f"tokenizer_{name}" if name in PRIOR_CONFIG else name for name in CONFIG]
+    columns = ["run_id", "status", "reason", *PRIOR_CONFIG, *fields_of_both, *PRIOR_METRICS, "processor", "threads"]
+    columns += ["folder"]
     table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
     numeric = [name for name in table if name in PRIOR_METRICS or name.endswith(("_real", "_shuffled"))]
     table[numeric] = table[numeric].astype(float)
     return table
+
+
+def prior_settings(priors: pd.DataFrame) -> list[str]:
+    """What was set differently among ``priors`` of one kind over tokenizers of one backbone, the seed apart."""
+    names = [name for name in CONFIG if name not in PRIOR_CONFIG]
+    names += [*PRIOR_CONFIG, *(f"tokenizer_{name}" for name in CONFIG if name in PRIOR_CONFIG)]
+    apart = {"tokenizer", "prior", *IDENTITY, *(f"tokenizer_{name}" for name in IDENTITY)}
+    names = [name for name in names if name not in apart]
+    if priors.empty:
+        return []
+    counts = priors.groupby(["backbone", "prior"])[names].nunique(dropna=False).max()
+    return list(counts.index[counts > 1])
 
 
 def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:

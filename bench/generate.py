@@ -18,14 +18,15 @@ from . import weights
 from .codes import Codes
 from .data import Data, eval_batches
 from .files import atomic_path, cache_dir
-from .metrics import ImageSet, to_uint8
+from .metrics import ImageSet, full_precision, to_uint8
 from .prior_config import PriorConfig
 from .priors import Prior
-from .priors.independent import Independent
+from .priors.independent import PSEUDOCOUNT, Independent
 from .progress import Bar
 from .tokenizer import Tokenizer, parameter_count
 
 BATCH = 64  # grids to score or decode at a time
+LOGITS = 1 << 25  # numbers to hold of them at once
 SAMPLE_BATCH = 256  # grids to sample at a time: one step is little work for each
 NEAREST_SIDE = 32  # pixels of the images among which neighbours are looked for
 NEAREST_IMAGES = 50_000  # of the training set, evenly spaced, at most
@@ -47,76 +48,87 @@ class Generated(NamedTuple):
 
 
 def score_prior(
-    prior: Prior, tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
+    prior: Prior,
+    tokenizer: Tokenizer,
+    codes: Codes,
+    data: Data,
+    config: PriorConfig,
+    known: dict[str, float],
+    fid_weights: Path | None,
 ) -> Generated:
     """Everything that is measured of a trained prior, in float32, on the validation set and ``config.samples`` images.
+    ``known``: what ``references`` gave.
 
-    ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes; ``*_train`` of as
-    many training codes, ``*_independent`` with the histogram of each position, the floor. ``g*``, ``precision_vgg16``
-    and ``recall_vgg16`` compare the samples with all validation images. ``nearest_train_psnr``: median PSNR of a sample
-    to its nearest training image; ``nearest_val_psnr`` the same for reconstructions of validation images, which cannot
-    be copies: a prior that copies is far above it.
+    ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
+    where the prior is conditioned on it; ``*_train`` of as many training codes, ``*_independent`` with the histogram of
+    each position, the floor. ``g*``, ``precision_vgg16`` and ``recall_vgg16`` compare the samples with all validation
+    images. ``nearest_train_psnr``: median PSNR of a sample to its nearest training image. ``copies``: share of samples
+    nearer to a training image than 95 % of reconstructed validation images, which cannot be copies, are; so 0.05 is
+    innocent.
     """
-    count, pixels = len(codes.val), tokenizer.config.image_size**2
-    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, count, dtype=int)
-    train_labels = codes.train_labels if prior.classes else None
-    val_labels = codes.val_labels if prior.classes else None
-    floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
-    floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
-    bits = rate(prior, codes.val, val_labels)
-    metrics = {
-        "coded_bits_per_token": bits,
-        "coded_bits_per_image": tokens * bits,
-        "coded_bits_per_pixel": tokens * bits / pixels,
-        "coded_bits_per_token_train": rate(
-            prior, codes.train[evenly], None if train_labels is None else train_labels[evenly]
-        ),
-        "coded_bits_per_token_independent": rate(floor, codes.val, None),
-        "params_prior": parameter_count(prior),
-    }
-    grids, seconds = draw(prior, config, train_labels)
-    metrics["images_per_second_sample"] = config.samples / seconds
-    metrics["sampling_speedup"] = speedup(prior, config)
-
-    samples = decode(tokenizer, grids, config.device)
+    device, pixels = torch.device(config.device), tokenizer.config.image_size**2
+    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.val), dtype=int)
+    labels = codes.train_labels if prior.classes else None
+    own = None if labels is None else labels[evenly]
+    with full_precision(device):
+        floor = Independent(codes.codebook_size, codes.grid_size).to(device)
+        floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(device))
+        bits = rate(prior, codes.val, codes.val_labels, labels)
+        metrics = {
+            "coded_bits_per_token": bits,
+            "coded_bits_per_image": tokens * bits,
+            "coded_bits_per_pixel": tokens * bits / pixels,
+            "coded_bits_per_token_train": rate(prior, codes.train[evenly], own, labels),
+            "coded_bits_per_token_independent": rate(floor, codes.val, None, None),
+            "params_prior": parameter_count(prior),
+            "sampling_speedup": speedup(prior, config),
+        }
+        began = time.monotonic()
+        grids = draw(prior, config, labels)
+        samples = decode(tokenizer, grids, config.device)
+        metrics["images_per_second_sample"] = config.samples / (time.monotonic() - began)
     real = real_features(data, config.device, fid_weights)
-    metrics |= ImageSet.of(_bar(samples, "scoring samples"), config.device, fid_weights).distances(real)
-    psnr, rows = nearest(samples, data.train, codes.grid_size, config.device)
-    reconstructed = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
+    metrics |= ImageSet.of(_bar(samples, "scoring samples"), device, fid_weights).distances(real)
+    psnr, rows = nearest(samples, data.train, config.device)
     metrics["nearest_train_psnr"] = float(psnr.median())
-    metrics["nearest_val_psnr"] = float(nearest(reconstructed, data.train, codes.grid_size, config.device)[0].median())
+    metrics["copies"] = float((psnr > known["nearest_val_psnr_95"]).float().mean())
     shown = samples[:SHOWN].permute(0, 2, 3, 1).numpy()
     return Generated(metrics, grids.numpy(), shown, data.train[rows[:SHOWN].numpy()])
 
 
 @torch.inference_mode()
-def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None) -> float:
-    """Mean −log₂ p of ``codes`` (N, h, w): bits per token."""
+def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_labels: np.ndarray | None) -> float:
+    """Mean −log₂ p of ``codes`` (N, h, w): bits per token. Where the prior is conditioned on their ``labels`` (N,),
+    these are coded too, with the frequencies of ``train_labels``."""
     device = next(iter(prior.state_dict().values())).device
+    count = max(1, min(BATCH, LOGITS // (codes[0].size * prior.codebook_size)))
     total = 0.0
-    for start in range(0, len(codes), BATCH):
-        grids = torch.from_numpy(codes[start : start + BATCH].astype(np.int64)).to(device)
-        given = None if labels is None else torch.from_numpy(labels[start : start + BATCH]).to(device)
+    for start in range(0, len(codes), count):
+        grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
+        given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
         total += float(prior.nll(grids, given).double().sum())
+    if prior.classes:
+        weights = np.bincount(train_labels, minlength=prior.classes) + PSEUDOCOUNT
+        total -= float(np.log(weights / weights.sum())[labels].sum())
     return total / codes.size / math.log(2)
 
 
-def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> tuple[Tensor, float]:
-    """``config.samples`` grids (n, h, w) int64 on the CPU, and the seconds that drawing took. Labels, if there are any,
-    are drawn as the training set has them."""
+def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> Tensor:
+    """``config.samples`` grids (n, h, w) int64 on the CPU. Labels, if there are any, are drawn as the training set has
+    them."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = None
     if train_labels is not None:
         picked = np.random.default_rng(config.seed).integers(0, len(train_labels), config.samples)
         labels = torch.from_numpy(train_labels[picked]).to(config.device)
-    drawn, began = [], time.monotonic()
+    drawn = []
     with Bar("sampling", config.samples) as bar:
         for start in range(0, config.samples, SAMPLE_BATCH):
             count = min(SAMPLE_BATCH, config.samples - start)
             given = None if labels is None else labels[start : start + count]
             drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given).cpu())
             bar.advance(count)
-    return torch.cat(drawn), time.monotonic() - began
+    return torch.cat(drawn)
 
 
 @torch.inference_mode()
@@ -124,14 +136,13 @@ def speedup(prior: Prior, config: PriorConfig) -> float:
     """How many times faster ``sample`` is than a forward pass over the whole grid for each of its positions."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = torch.zeros(TRIED, dtype=torch.int64, device=config.device) if prior.classes else None
-    seconds = []
     for _ in range(2):  # the first warms up
         began = time.monotonic()
         codes = prior.sample(TRIED, generator, labels=labels)
+        codes.cpu()  # waits for the device
         middle = time.monotonic()
-        float(prior.logits(codes, labels).sum())
-        seconds.append((middle - began, time.monotonic() - middle))
-    steps, whole = seconds[1]
+        prior.logits(codes, labels).sum().cpu()
+        steps, whole = middle - began, time.monotonic() - middle
     return codes[0].numel() * whole / steps
 
 
@@ -157,26 +168,36 @@ def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet
 def references(
     tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, folder: Path, fid_weights: Path | None
 ) -> dict[str, float]:
-    """What ``config.samples`` real training codes score, decoded: as they are, ``*_real``, which a perfect prior would
-    reach, and with the codes of each grid in random order, ``*_shuffled``. Kept in ``folder``."""
+    """What every prior over these codes is read against, computed once and kept in ``folder``.
+
+    ``*_real``: scores of real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with
+    the codes of each grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of
+    reconstructed validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
+    """
     path = folder / f"references-{config.samples}-{_inception(fid_weights)}.json"
-    if not path.exists():
-        rows = np.linspace(0, len(data.train) - 1, config.samples, dtype=int)
-        grids = torch.from_numpy(codes.train[rows].astype(np.int64))
-        order = torch.rand(grids.flatten(1).shape, generator=torch.Generator().manual_seed(0)).argsort(1)
-        sets = {"real": grids, "shuffled": grids.flatten(1).gather(1, order).view_as(grids)}
-        real, scores = real_features(data, config.device, fid_weights), {}
-        for name, chosen in sets.items():
-            images = _bar(decode(tokenizer, chosen, config.device), f"scoring {name} codes")
-            found = ImageSet.of(images, config.device, fid_weights).distances(real)
-            scores |= {f"{metric}_{name}": value for metric, value in found.items()}
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(scores, indent=1))
-    return json.loads(path.read_text())
+    if path.exists():
+        return json.loads(path.read_text())
+    count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
+    grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
+    shuffled = np.random.default_rng(0).permuted(grids.reshape(count, -1), axis=1).reshape(grids.shape)
+    real, found = real_features(data, config.device, fid_weights), {}
+    for name, chosen in {"real": grids, "shuffled": shuffled}.items():
+        with full_precision(torch.device(config.device)):
+            images = decode(tokenizer, torch.from_numpy(chosen), config.device)
+        scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
+        scores["nearest_train_psnr"] = float(nearest(images, data.train, config.device)[0].median())
+        found |= {f"{metric}_{name}": value for metric, value in scores.items()}
+    with full_precision(torch.device(config.device)):
+        images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
+    psnr = nearest(images, data.train, config.device)[0]
+    found |= {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
+    return found
 
 
 @torch.inference_mode()
-def nearest(images: Tensor, train: np.ndarray, grid_size: int, device: str) -> tuple[Tensor, Tensor]:
+def nearest(images: Tensor, train: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """PSNR (n,) in dB of uint8 ``images`` (n, 3, H, W) to their nearest training images, and the rows (n,) of those.
 
     Nearest in mean squared error, and scored, at 32×32 pixels (box-filtered) where images are larger; mirror images

@@ -76,7 +76,7 @@ def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
     _check_pair(x_hat, x)
     if min(x.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, not {tuple(x.shape[2:])}")
-    with _full_precision(x.device):
+    with full_precision(x.device):
         _, similarity = structural_similarity_index_measure(
             x_hat.float(), x.float(), data_range=255.0, sigma=1.5, reduction="none", return_full_image=True
         )
@@ -94,7 +94,7 @@ def _check_pair(x_hat: Tensor, x: Tensor) -> None:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 convolutions as written: no autocast, no TensorFloat-32, the same algorithm every time."""
     cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with torch.autocast(device.type, enabled=False), cudnn:
@@ -263,7 +263,7 @@ class ImageSet:
         network, inception = perceptual("vgg", device), weights.inception(inception_path)
         vgg, inceptions = [], [torch.zeros(0, 2048)]
         for x in batches:
-            with _full_precision(device):
+            with full_precision(device):
                 images = from_uint8(x.to(device))
                 vgg.append(_pool(network.features(images)).cpu().float())
                 if inception is not None:
@@ -442,7 +442,7 @@ class Scores:
         """Adds originals ``x`` and their reconstructions ``x_hat``: (B, 3, H, W) uint8 each, on any device."""
         x, x_hat = x.to(self.device), x_hat.to(self.device)
         scores = {"psnr": psnr(x_hat, x), "ssim": ssim(x_hat, x)}
-        with _full_precision(self.device):
+        with full_precision(self.device):
             pair = from_uint8(x_hat), from_uint8(x)
             scores["lpips_alex"] = self.alex(*pair)
             scores["lpips_vgg"], *vgg_features = self.vgg.distance_and_features(*pair)

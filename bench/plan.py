@@ -147,7 +147,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
             raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
     if not isinstance(study, Ablation) and (options.match or "").startswith("time:"):
         raise UserError(f"--match {options.match} would give each trial of a search other steps; match params or flops")
-    for name in ("backbone", "seeds", "metric", *values):
+    for name in ("backbone", "seeds", "metric", *values, *(("prior",) if getattr(study, "priors", ()) else ())):
         if not getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} needs at least one value")
     for name in ("workers", "trials", "timeout", "trial_timeout"):
@@ -174,6 +174,7 @@ class Plan:
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
+        self.priors()  # checks them before any tokenizer is trained
 
     def priors(self) -> list[PriorConfig]:
         """The priors over every tokenizer that is finished. Raises UserError when one of them cannot work."""
@@ -212,6 +213,10 @@ class Plan:
         if self.searching and self.seeds != self.study.seeds:  # a trial's value is the mean over them
             words.append("seeds=" + "+".join(map(str, self.seeds)))
         words += [f"match={self.options.match}"] if self.options.match else []
+        for name in ("prior_parameters", "prior_steps", "samples"):
+            usual_value = getattr(PriorConfig, name.removeprefix("prior_"))
+            if getattr(self.options, name, usual_value) != usual_value:
+                words.append(f"{name}={getattr(self.options, name)}")
         return re.sub(r"[^\w.=-]+", "_", "-".join(words))
 
     def header(self) -> dict[str, Any]:
@@ -277,7 +282,8 @@ class Plan:
         if names := getattr(self.options, "prior", ()):
             runs = [self.store.run(config) for config in self.priors()]
             planned = len(names) * sum(map(len, self.cells.values()))
-            table.caption += f"; priors: {sum(run.finished for run in runs)} of {planned} finished"
+            finished = sum(run.finished for run in runs)
+            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
         return table
 
     def _recorded(self, backbone: str) -> list[Run]:

@@ -33,14 +33,14 @@ from .train import Diverged
 # Metrics that the table shows, those of them that the runs have.
 COLUMNS = (
     *("coded_bits_per_token", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "images_per_second_sample", "train_seconds"),
+    *("precision_vgg16", "recall_vgg16", "copies", "images_per_second_sample", "train_seconds"),
 )
 SHORT = {  # headings, by lines
     "coded_bits_per_token": "bits/\ntoken",
     "coded_bits_per_pixel": "bits/\npixel",
     "precision_vgg16": "prec.\n",
     "recall_vgg16": "rec.\n",
-    "nearest_train_psnr": "near\ndB",
+    "copies": "copies\n",
     "images_per_second_sample": "draw\n/s",
     "train_seconds": "train\ns",
 }
@@ -114,6 +114,8 @@ def find_tokenizer(name: str, results: Path) -> Run:
         raise UserError(f"there is no tokenizer run {name!r}: {_known(results)}")
     if run.folder.parent.name == "priors":
         raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {_known(results)}")
+    if run.finished:
+        raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
     raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
 
 
@@ -123,13 +125,9 @@ def _known(results: Path) -> str:
 
 
 def result_table(runs: list[Run]) -> Table:
-    """One row per prior, and the floors and ceilings under them; the best of a column is bold."""
+    """One row per prior, and the floors and ceilings under them; the best over one tokenizer's codes is bold."""
     rows = [(run.config(), run.metrics()) for run in runs]
-    shown = {name: PRIOR_METRICS[name] for name in COLUMNS if name in rows[0][1]}
-    best = {}
-    for name, metric in shown.items():
-        if metric.better:
-            best[name] = (min if metric.better == "lower" else max)(metrics[name] for _, metrics in rows)
+    shown = {name: PRIOR_METRICS[name] for name in COLUMNS if all(name in metrics for _, metrics in rows)}
     several = len({config["tokenizer"] for config, _ in rows}) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.add_column("prior, seed", no_wrap=True)
@@ -141,8 +139,11 @@ def result_table(runs: list[Run]) -> Table:
         if several and (index == 0 or config["tokenizer"] != rows[index - 1][0]["tokenizer"]):
             table.add_row(f"[italic]{config['tokenizer']}[/]")
         cells = [f"{metrics['params_prior'] / 1e6:.2f}" if metrics["params_prior"] else "–"]
+        rivals = [other for its, other in rows if its["tokenizer"] == config["tokenizer"]]
         for name, metric in shown.items():
-            bold = len(rows) > 1 and metrics[name] == best.get(name)
+            values = [other[name] for other in rivals]
+            best = {"lower": min(values), "higher": max(values), "": None}[metric.better]
+            bold = len(rivals) > 1 and metrics[name] == best
             cells.append(f"[bold]{metrics[name]:{metric.form}}[/]" if bold else f"{metrics[name]:{metric.form}}")
         table.add_row(f"{config['prior']} {config['seed']}", *cells)
         last = index + 1 == len(rows) or rows[index + 1][0]["tokenizer"] != config["tokenizer"]
@@ -165,10 +166,11 @@ def protocol_line(run: Run) -> str:
         f"Protocol {protocol['version']}: {protocol['split']}; bits on the codes of all {protocol['count']} validation "
         f"images, where independent codes take {metrics['coded_bits_per_token_independent']:.2f} per token; "
         f"{protocol['samples']} samples ({how}) against those images at {side}×{side}: Fréchet and kernel distance, "
-        f"precision and recall on {protocol['extractor_vgg16']}; nearest is the median PSNR to a training image at "
-        f"32×32 or less ({metrics['nearest_val_psnr']:.1f} for reconstructed validation images: much more would be "
-        f"copying); sampling step by step is {metrics['sampling_speedup']:.1f} times as fast as whole passes. Real "
-        "codes are those of the training set, shuffled ones the same in random order within each grid."
+        f"precision and recall on {protocol['extractor_vgg16']}; copies are samples nearer to a training image, at "
+        "32×32 or less, than 95 % of reconstructed validation images are (0.05 is innocent; median PSNR "
+        f"{metrics['nearest_train_psnr']:.1f} dB, of those {metrics['nearest_val_psnr']:.1f}); sampling step by step "
+        f"is {metrics['sampling_speedup']:.1f} times as fast as whole passes. Real codes are those of the training set, "
+        "shuffled ones the same in random order within each grid."
     )
 
 

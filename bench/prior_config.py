@@ -15,7 +15,7 @@ from .files import UserError
 from .priors import LEARNED, PRIORS
 
 PRIOR_VERSION = 1  # how priors are trained and scored; raise it when the same config would give other numbers
-DEPTH = {"pixelcnn": 5, "rnn": 3, "transformer": 4, "mamba": 4}  # layers, unless given
+DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4}  # layers, unless given; pixelcnn has as many as see the whole grid
 SAMPLING = ("samples", "temperature", "top_k")  # fields that training knows nothing of
 
 
@@ -28,7 +28,8 @@ class PriorConfig:
     prior: str
     """pixelcnn, rnn, transformer, mamba, or independent, the floor: a histogram of the codes of each position"""
     depth: int | None = None
-    """layers; unless given 5 for pixelcnn, 4 for transformer and mamba, 3 for rnn"""
+    """layers; unless given 4 for transformer and mamba, 3 for rnn, and for pixelcnn, which sees 2 rows and columns
+    further with each, half the grid's side but at least 5"""
     parameters: int = 1_000_000
     """of the prior; its width is chosen so that it has so many, within 2 %"""
     dropout: float = 0.1
@@ -63,16 +64,15 @@ class PriorConfig:
     """weights, batches, dropout and samples follow from it"""
 
     def resolved(self) -> PriorConfig:
-        """The same config with every ``auto`` and open field replaced by what this machine and the prior give. What the
-        independent prior makes no use of, which is all of training, is at its default."""
+        """The same config with every ``auto`` replaced by what this machine gives. What the independent prior makes no
+        use of, which is all of training, is at its default."""
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         precision = self.precision if self.precision != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
-        depth = DEPTH.get(self.prior, 0) if self.depth is None else self.depth
-        config = replace(self, device=device, precision=precision, depth=depth)
+        config = replace(self, device=device, precision=precision)
         if self.prior not in LEARNED:
-            kept = ("tokenizer", "prior", *SAMPLING, "precision", "depth", "device", "seed")
+            kept = ("tokenizer", "prior", *SAMPLING, "precision", "device", "seed")
             unused = {field.name: field.default for field in fields(self) if field.name not in kept}
-            config = replace(config, **unused, precision="fp32", depth=0)
+            config = replace(config, **unused, precision="fp32")
         return config
 
     def run_id(self) -> str:

@@ -16,6 +16,7 @@ from .costs import peak_memory
 from .data import Data
 from .files import UserError, atomic_path
 from .generate import references, score_prior
+from .metrics import PRECISION_NEIGHBOURS
 from .prior_config import PRIOR_VERSION, PriorConfig
 from .priors import LEARNED, Prior
 from .store import Run, Store
@@ -23,6 +24,8 @@ from .tokenizer import Tokenizer
 from .train import Diverged
 from .train_prior import build, train_prior
 from .trial import environment
+
+MINIMUM_IMAGES = PRECISION_NEIGHBOURS + 1
 
 
 def run_prior(
@@ -52,6 +55,11 @@ def run_prior(
     if config.conditional and not data.classes:
         raise UserError(f"{data.name} has no classes to condition on; leave out --conditional")
     codes = encode(tokenizer_run.folder, tokenizer, data)
+    if min(len(data.val), len(data.train)) < MINIMUM_IMAGES:
+        raise UserError(
+            f"{data.name} has {len(data.train)} training and {len(data.val)} validation images; scoring generation "
+            f"needs at least {MINIMUM_IMAGES} of each"
+        )
     classes = len(codes.classes) if config.conditional else 0
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 
@@ -66,12 +74,13 @@ def run_prior(
         try:
             with peak_memory(config.device) as peak:
                 if twin is not None:
-                    prior, seconds = load_prior(twin.folder, config.device)[0], twin.metrics()["train_seconds"]
+                    prior, _ = load_prior(twin.folder, config.device)
+                    seconds, megabytes = (twin.metrics()[name] for name in ("train_seconds", "peak_memory_mb"))
                     if config.prior in LEARNED:
                         shutil.copy(twin.folder / "history.jsonl", run.folder)
                 else:
                     prior, seconds = train_prior(config, codes, run.folder, resume)
-                megabytes = peak()
+                    megabytes = peak()
         except Diverged as error:
             run.fail("diverged", str(error))
             raise
@@ -80,7 +89,11 @@ def run_prior(
 
 
 def _lends(other: Run, config: PriorConfig, identity: str) -> bool:
-    return other.finished and prior_config(other).trains_as(config) and other.protocol()["tokenizer"] == identity
+    if not other.finished:
+        return False
+    made = other.protocol()
+    current = (made["version"], made["tokenizer"]) == (PRIOR_VERSION, identity)
+    return current and prior_config(other).trains_as(config)
 
 
 def finish(
@@ -96,7 +109,7 @@ def finish(
     megabytes: float | None,
 ) -> None:
     """Scores a trained prior and writes everything a finished run holds, metrics.json last."""
-    generated = score_prior(prior, tokenizer, codes, data, config, fid_weights)
+    generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)
     with atomic_path(run.folder / "prior.safetensors") as temporary:
         safetensors.torch.save_model(prior, str(temporary))
     with atomic_path(run.folder / "samples.npz") as temporary:
@@ -147,7 +160,7 @@ def protocol(
 def prior_config(run: Run) -> PriorConfig:
     """The PriorConfig of a run."""
     stored = run.config()
-    return PriorConfig(**{field.name: stored[field.name] for field in fields(PriorConfig)})
+    return PriorConfig(**{field.name: stored[field.name] for field in fields(PriorConfig) if field.name in stored})
 
 
 def load_prior(folder: str | Path, device: str = "cpu") -> tuple[Prior, PriorConfig]:

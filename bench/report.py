@@ -34,15 +34,15 @@ from .frames import (
     BUDGETS,
     CLOCKED,
     CONFIG,
-    IDENTITY,
     METRICS,
-    PRIOR_CONFIG,
+    PRIOR_CLOCKED,
     PRIOR_METRICS,
     UNMATCHED,
     blocks,
     differing,
     frame,
     prior_frame,
+    prior_settings,
     protocols,
     settings,
     summary,
@@ -68,12 +68,10 @@ MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f"}  # shown in
 HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "nearest_val_psnr", "params_prior"),
+    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copies", "params_prior"),
     *("images_per_second_sample", "sampling_speedup", "train_seconds"),
 )
 NONE = "–"
-# What may differ between priors over tokenizers of one backbone, beside the seed and who ran them
-_SET = [name for name in dict.fromkeys([*CONFIG, *PRIOR_CONFIG]) if name not in (*IDENTITY, "tokenizer", "prior")]
 
 
 class Selection(NamedTuple):
@@ -128,7 +126,7 @@ class Block(NamedTuple):
 
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
-    ``generation``: rankings of priors by title."""
+    ``generation``: rankings of priors, with their titles."""
 
     title: str
     facts: dict[str, str]
@@ -137,7 +135,7 @@ class Report(NamedTuple):
     unscored: Sheet
     runs: Sheet
     trained_on: str
-    generation: dict[str, Sheet]
+    generation: list[tuple[str, Sheet]]
 
 
 class Written(NamedTuple):
@@ -250,7 +248,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame) ->
         unscored=failures(unscored),
         runs=run_list(table, parts),
         trained_on=_trained_on(table),
-        generation=dict(generation(priors)),
+        generation=list(generation(priors)),
     )
 
 
@@ -323,15 +321,16 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     for group in protocols(priors):
         for amount, block in group.groupby(bits[group.index]):
             main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
-            varied = block.groupby(["backbone", "prior"])[list(_SET)].nunique(dropna=False).max()
-            by = ["backbone", *varied.index[varied > 1], "prior"]
+            by = ["backbone", *prior_settings(block), "prior"]
             names = [name for name in GENERATED if name in block and block[name].notna().any()]
             groups = block.groupby(by, dropna=False)
             table = pd.concat(
                 [groups.size().rename("n"), groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1
             )
             table = table.reset_index().sort_values(main, kind="stable")
-            best = {name: _best(table[name], name) for name in names if name not in CLOCKED}
+            machines = block[["processor", "threads"]].drop_duplicates()
+            ranked = [name for name in names if name not in PRIOR_CLOCKED or len(machines) == 1]
+            best = {name: _best(table[name], name) for name in ranked}
             rows = [
                 [_cell(name, row[name]) for name in (*by, "n")]
                 + [_cell(name, row[name], row[f"{name}_std"], best.get(name)) for name in names]
@@ -345,16 +344,19 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
                     references.append([_cell(key, known.get(key)) for key in (*by, "n", *names)])
             first = block.iloc[0]
             floor = block.coded_bits_per_token_independent
+            how = f"{first.samples} samples, temperature {first.temperature:g}"
+            how += f", top {first.top_k}" if first.top_k else ""
             notes = [
-                f"{first.samples} samples, temperature {first.temperature:g}, against all {first.protocol_count:.0f} "
+                f"{how}, against all {first.protocol_count:.0f} "
                 f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
                 f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
                 f"{floor.max():.2f} bits per token.",
                 "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
-                "the same in random order within each grid. A prior that copies has a nearest training image much "
-                "nearer than validation images have.",
+                "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
+                "reconstructed validation images are; 0.05 is innocent.",
             ]
-            title = f"{first.data} {first.image_size}×{first.image_size}, {amount:.0f} bits per image before coding"
+            size = f"{first.image_size}×{first.image_size}"
+            title = f"{first.data} {size}, {amount:.0f} bits per image before coding, {how}"
             yield title, Sheet([*by, "n", *names], rows, references, [*notes, *_cut(len(table))], main)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
@@ -522,7 +524,7 @@ def markdown(report: Report) -> str:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
-    for title, sheet in report.generation.items():
+    for title, sheet in report.generation:
         parts += [f"## Generation: {_inline(title)}", _markdown(sheet)]
     for title, sheet in (("Not ranked against each other", report.refusals), ("Without scores", report.unscored)):
         parts += [f"## {title}", _markdown(sheet)] if sheet.rows else []
@@ -569,7 +571,7 @@ def show(report: Report) -> None:
         stdout.print(table)
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
-    for title, sheet in report.generation.items():
+    for title, sheet in report.generation:
         stdout.print(f"Generation, {title}: {len(sheet.rows)} rows; see the report.")
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))

@@ -145,13 +145,19 @@ def run_priors(plan: Plan) -> int:
     threads = max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else None
 
     def work(config: PriorConfig) -> None:
+        try:
+            attempt(config)
+        except BaseException:
+            stop.set()
+            raise
+
+    def attempt(config: PriorConfig) -> None:
         nonlocal done
         run, began, attempts = plan.store.run(config), time.monotonic(), 0
         watch = lambda rows: "interrupted" if stop.is_set() else None  # noqa: E731
         while not stop.is_set():
             outcome = run_in_child(config, plan.store, options.fid_weights, threads, watch, options.trial_timeout)
             if outcome.status == "blocked":
-                stop.set()
                 raise UserError(outcome.reason)
             if outcome.status == "busy":  # another command has it
                 time.sleep(IDLE_SECONDS)

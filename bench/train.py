@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def train(
     torch.manual_seed(config.seed)
     tokenizer = to_device(Tokenizer(config), config.device).train()
     optimizer = torch.optim.AdamW(parameter_groups(tokenizer, config.weight_decay), betas=(0.9, 0.95), fused=True)
-    average = AveragedModel(tokenizer, multi_avg_fn=moving_average(config.weight_ema))
+    average = averaged(tokenizer, config.weight_ema)
     lpips = perceptual(config.lpips_net, torch.device(config.device)) if config.lpips_weight else None
     autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
@@ -201,16 +201,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Update rule for AveragedModel: θ̄ ← γθ̄ + (1−γ)θ with γ = min(decay, (1+n)/(10+n)), so that the random first
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the weights: θ̄ ← γθ̄ + (1−γ)θ with γ = min(decay, (1+n)/(10+n)), so that the random first
     weights are soon forgotten."""
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def update(means: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        n = float(average.n_averaged)  # on the CPU; the one that is passed has been sent to the device
+        torch._foreach_lerp_(means, current, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return update
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average
 
 
 def step_seed(seed: int, step: int) -> int:

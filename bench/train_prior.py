@@ -13,22 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from .codes import Codes
 from .data import batch_indices
 from .files import UserError
 from .match import TOLERANCE, nearest_width
-from .prior_config import PriorConfig
+from .prior_config import DEPTH, PriorConfig
 from .priors import LEARNED, PRIORS, Prior
 from .progress import Bar
 from .tokenizer import parameter_count
 from .train import (
     Diverged,
     Interrupted,
+    averaged,
     interruptible,
     learning_rate,
-    moving_average,
     parameter_groups,
     restore,
     rewind,
@@ -40,7 +39,6 @@ from .train import (
 def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int) -> Prior:
     """The untrained prior of ``config`` for such codes, at the width, and if need be a neighbouring depth, at which it
     has ``config.parameters`` within 2 %. Raises UserError where no width does."""
-    config = config.resolved()
     if config.prior not in LEARNED:
         return PRIORS[config.prior](codebook_size, grid_size, classes)
 
@@ -51,8 +49,8 @@ def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int)
         with torch.device("meta"):
             return parameter_count(make(width, depth))
 
-    nearest = {}
-    for depth in (config.depth, config.depth + 1, config.depth - 1, config.depth + 2):
+    nearest, usual = {}, config.depth or DEPTH.get(config.prior) or max(5, grid_size // 2)
+    for depth in (usual, usual + 1, usual + 2, usual - 1):
         if depth < 1:
             continue
         width = nearest_width(lambda width, depth=depth: count(width, depth), config.parameters)
@@ -83,7 +81,7 @@ def train_prior(
         return prior.eval(), time.monotonic() - began
 
     optimizer = torch.optim.AdamW(parameter_groups(prior, config.weight_decay), betas=(0.9, 0.95), fused=True)
-    average = AveragedModel(prior, multi_avg_fn=moving_average(config.weight_ema))
+    average = averaged(prior, config.weight_ema)
     autocast = torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
     state = {"prior": prior, "optimizer": optimizer, "average": average}
     checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"

@@ -89,12 +89,25 @@ def fabricate_prior(store: Store, config: PriorConfig, bits: float, distance: fl
         **{"coded_bits_per_pixel": tokens * bits / pixels, "coded_bits_per_token_train": bits - 0.1},
         **{"coded_bits_per_token_independent": 6.5, "params_prior": 1_000_000, "images_per_second_sample": 100.0},
         **{"sampling_speedup": 4.0, "gfid_vgg16": distance, "gkid_vgg16": distance / 1000, "precision_vgg16": 0.5},
-        **{"recall_vgg16": 0.4, "nearest_train_psnr": 18.0, "nearest_val_psnr": 19.0, "train_seconds": 30.0},
+        **{
+            "recall_vgg16": 0.4,
+            "nearest_train_psnr": 18.0,
+            "nearest_val_psnr": 19.0,
+            "copies": 0.05,
+            "train_seconds": 30.0,
+        },
         **{"peak_memory_mb": 900.0, "grids_seen": 25_600, "gfid_vgg16_real": 50.0, "gfid_vgg16_shuffled": 150.0},
         **{"gkid_vgg16_real": 0.05, "gkid_vgg16_shuffled": 0.15},
     }
     protocol = {"version": 1, "tokenizer": config.tokenizer[-8:], "data": "photos", "fingerprint": "f" * 64}
-    protocol |= {"split": "a / b", "count": 64, "samples": 512, "temperature": 1.0, "top_k": 0, "precision": "fp32"}
+    protocol |= {
+        "split": "a / b",
+        "count": 64,
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "precision": "fp32",
+    }
     protocol |= {"image_size": tokenizer["image_size"], "rounding": "uint8", "extractor_vgg16": "v", "device": "cpu"}
     run.write("metrics.json", {"metrics": metrics, "protocol": {**protocol, "extractor_inception": None}})
     return run

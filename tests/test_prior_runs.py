@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from bench import encode, prior, run
+from bench import encode, prior, prior_trial, run
 from bench.child import run_in_child
 from bench.codes import digest, load_data
 from bench.codes import encode as encode_run
-from bench.generate import nearest
+from bench.generate import nearest, rate
 from bench.metrics import ImageSet, perceptual
 from bench.prior_config import PriorConfig
 from bench.prior_trial import load_prior
@@ -172,6 +172,14 @@ def test_classes_condition_the_prior(image_folder, tmp_path):
     assert loaded.sample(2, torch.Generator(), labels=torch.tensor([0, 1])).shape == (2, 4, 4)
 
 
+def test_the_class_is_coded_too():
+    """A conditional prior is told the class; an entropy coder would have to send it."""
+    codes, labels = np.zeros((6, 2, 2), dtype=np.uint8), np.array([0, 1, 0, 1, 0, 1])
+    given = rate(PRIORS["independent"](16, 2, 2).eval(), codes, labels, labels)
+    free = rate(PRIORS["independent"](16, 2).eval(), codes, None, None)
+    assert (free, given) == (pytest.approx(4), pytest.approx(4 + 1 / 4))
+
+
 def test_one_code_per_image(image_folder, tmp_path):
     """The whole way at 1×1: the codebook as a picture, and priors that can only be as good as a histogram."""
     results = tmp_path / "results"
@@ -247,6 +255,31 @@ def test_runs_that_are_no_tokenizers(results, capsys):
     assert "is unfinished; finish it with python -m bench.run first" in err
 
 
+def test_too_few_validation_images(image_folder, tmp_path, capsys):
+    folder, results = tmp_path / "few", tmp_path / "results"
+    folder.mkdir()
+    for path in sorted((image_folder / "train").iterdir())[:20]:
+        shutil.copy(path, folder)
+    arguments = [*TINY.split(), "--backbone", "cnn", "--data", f"folder:{folder}", "--results", str(results)]
+    assert run.main(arguments) == 0
+    capsys.readouterr()
+    assert command(results) == 2
+    assert "has 18 training and 2 validation images; scoring generation needs at least 4 of each" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (results / "priors").exists()
+
+
+def test_weights_of_another_version_are_not_lent(results, monkeypatch):
+    assert command(results, "--prior", "rnn") == 0
+    monkeypatch.setattr("bench.prior_trial.PRIOR_VERSION", 99)
+    trained = []
+    train_prior = prior_trial.train_prior
+    monkeypatch.setattr(prior_trial, "train_prior", lambda *args: trained.append(1) or train_prior(*args))
+    assert command(results, "--prior", "rnn", "--temperature", "0.5") == 0
+    assert trained
+
+
 def test_changed_images_are_noticed(results, capsys):
     folder = tokenizer_of(results).folder
     stored = json.loads((folder / "metrics.json").read_text())
@@ -262,7 +295,7 @@ def test_nearest_finds_copies_mirror_images_too():
     generator = np.random.default_rng(0)
     train = generator.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     images = torch.from_numpy(np.stack([train[7], train[21][:, ::-1], generator.integers(0, 256, (64, 64, 3))]))
-    psnr, rows = nearest(images.permute(0, 3, 1, 2).to(torch.uint8), train, 8, "cpu")
+    psnr, rows = nearest(images.permute(0, 3, 1, 2).to(torch.uint8), train, "cpu")
     assert rows[:2].tolist() == [7, 21]
     assert (psnr[:2] > 60).all()
     assert psnr[2] < 20

@@ -69,6 +69,21 @@ def test_each_position_sees_all_before_it_and_nothing_else(name):
         assert not reach[position:].any(), f"{name} sees the future at {position}"
 
 
+@pytest.mark.parametrize("grid_size", [8, 16])
+def test_pixelcnn_is_as_deep_as_the_grid_needs(grid_size):
+    """The last position sees every other, at the depth that it has unless told otherwise."""
+    prior = build_prior(PriorConfig("none", "pixelcnn", parameters=100_000), K, grid_size, 0).eval()
+    for parameter in prior.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(1, grid_size, grid_size, prior.position.shape[0], requires_grad=True)
+    prior.embedding = torch.nn.Module()
+    prior.embedding.forward = lambda codes: x
+    logits = prior.logits(torch.zeros(1, grid_size, grid_size, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(logits[0, -1, -1].sum(), x)
+    assert (gradient.abs().sum(-1).flatten() > 0).tolist() == [True] * (grid_size**2 - 1) + [False]
+
+
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("name", PRIORS)
 def test_step_by_step_equals_at_once(name, classes):
@@ -210,11 +225,11 @@ def test_a_known_entropy_is_reached(name, tmp_path):
         "none", name, depth=2, parameters=100_000, dropout=0.0, steps=STEPS.get(name, 500), device="cpu"
     )
     prior, _ = train_prior(config.resolved(), codes, tmp_path)
-    reached = rate(prior, codes.val, None)
+    reached = rate(prior, codes.val, None, None)
     assert entropy * 0.995 < reached < entropy * 1.03
     floor = PRIORS["independent"](STATES, 6)
     floor.fit(torch.from_numpy(train))
-    assert rate(floor, codes.val, None) > 1.3 * reached
+    assert rate(floor, codes.val, None, None) > 1.3 * reached
 
 
 @pytest.mark.parametrize("name", LEARNED)

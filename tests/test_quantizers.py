@@ -27,7 +27,7 @@ UNUSED = {  # settings that cannot apply to all, and why some have no use for th
     "beta": "fsq bounds its components, there is nothing to commit",
     "revive_after": "fsq and lfq have no codebook, simvq's is frozen, residual's two are short",
     "kmeans_init": "fsq and lfq have no codebook",
-    "entropy_weight": "fsq, simvq and residual get by without, as published",
+    "entropy_weight": "fsq and residual get by without",
     "gradient": "gumbel's is the soft choice's; fsq and lfq round, where the direction of a whole vector means nothing",
     "ema_decay": "for moving averages",
     "temperature": "for the soft choice",

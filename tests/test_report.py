@@ -389,8 +389,10 @@ def with_priors(store):
 
 
 def test_priors_are_ranked_within_equal_bits(with_priors):
-    generation = report_of(with_priors).generation
-    assert list(generation) == [f"photos 32×32, {bits} bits per image before coding" for bits in (112, 448)]
+    generation = dict(report_of(with_priors).generation)
+    assert list(generation) == [
+        f"photos 32×32, {bits} bits per image before coding, 512 samples, temperature 1" for bits in (112, 448)
+    ]
     for grid, sheet in zip((4, 8), generation.values(), strict=True):
         assert sheet.order == "gfid_vgg16"
         texts = [[cell.text for cell in row] for row in sheet.rows]
@@ -406,6 +408,28 @@ def test_priors_are_ranked_within_equal_bits(with_priors):
         assert (rates.text, rates.best) == ("4.000", True)
         names = [[cell.text for cell in row][:2] for row in sheet.references]
         assert names == [[b, f"{kind} codes"] for kind in ("real", "shuffled") for b in ("cnn", "vit")]
+
+
+def test_no_prior_is_averaged_with_others_or_lost(with_priors):
+    """Other ways of sampling have tables of their own; otherwise trained priors and tokenizers have rows."""
+    first = next(run for run in with_priors.runs() if run.config()["grid_size"] == 4).folder.name
+    fabricate_prior(with_priors, PriorConfig(first, "transformer", temperature=0.5), 4.0, 10.0)
+    fabricate_prior(with_priors, PriorConfig(first, "transformer", steps=9000), 3.0, 20.0)
+    longer = fabricate(with_priors, make_config("cnn", "smoke", grid_size=4, steps=9999))
+    fabricate_prior(with_priors, PriorConfig(longer.folder.name, "transformer"), 2.0, 30.0)
+    generation = report_of(with_priors).generation
+    assert sorted(len(sheet.rows) for _, sheet in generation) == [1, 4, 6]
+    sheet = next(sheet for _, sheet in generation if len(sheet.rows) == 6)
+    assert {"steps", "tokenizer_steps"} <= set(sheet.keys)
+    place = sheet.keys.index("gfid_vgg16")
+    assert [row[place].text for row in sheet.rows[:2]] == ["20.0", "30.0"]
+
+
+def test_rates_of_nothing_are_drawn_too(store, tmp_path):
+    """One code in all costs no bits, which a logarithmic axis has no place for."""
+    over = fabricate(store, make_config("cnn", "smoke", codebook_size=2))
+    fabricate_prior(store, PriorConfig(over.folder.name, "rnn"), 0.0, 30.0)
+    assert write_report((), store.root, tmp_path).charts
 
 
 def test_the_entropy_coded_rate_joins_the_table(with_priors):

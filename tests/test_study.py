@@ -577,7 +577,7 @@ def test_priors_follow_their_tokenizers_once_each(child, tmp_path, capsys):
     assert len(child.calls) == 6
     assert "nothing to do" in capsys.readouterr().err
     assert start(GRIDS, tmp_path, "--prior-steps", "77", "--plan") == 0
-    assert "priors: 4 of 4 finished" in " ".join(capsys.readouterr().out.split())
+    assert "priors, not in these minutes: 4 of 4 finished" in " ".join(capsys.readouterr().out.split())
     assert start(GRIDS, tmp_path, "--prior-steps", "77", "--prior", "mamba") == 0
     assert len(child.calls) == 8
 

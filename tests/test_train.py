@@ -229,14 +229,16 @@ def test_weight_decay_spares_what_is_no_weight(tiny, backbone):
 
 
 def test_weight_average_is_the_formula():
-    update = module.moving_average(0.9)
-    average, weights = [torch.zeros(1)], [torch.ones(1)]
-    expected = 0.0
-    for n in range(1, 60):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average, expected = module.averaged(model, 0.9), 0.0
+    for n in range(100):
+        with torch.no_grad():
+            model.weight.fill_(n)
+        average.update_parameters(model)
         decay = min(0.9, (1 + n) / (10 + n))
-        update(average, weights, torch.tensor(n))
-        expected = decay * expected + (1 - decay)
-        assert float(average[0]) == pytest.approx(expected, rel=1e-4)
+        expected = n if n == 0 else decay * expected + (1 - decay) * n
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_lowers_the_loss_for_every_quantizer(run, tiny, tmp_path):
