@@ -169,8 +169,8 @@ def protocol_line(run: Run) -> str:
         f"precision and recall on {protocol['extractor_vgg16']}; copies are samples nearer to a training image, at "
         "32×32 or less, than 95 % of reconstructed validation images are (0.05 is innocent; median PSNR "
         f"{metrics['nearest_train_psnr']:.1f} dB, of those {metrics['nearest_val_psnr']:.1f}); sampling step by step "
-        f"is {metrics['sampling_speedup']:.1f} times as fast as whole passes. Real codes are those of the training set, "
-        "shuffled ones the same in random order within each grid."
+        f"is {metrics['sampling_speedup']:.1f} times as fast as whole passes. Real codes are those of the training "
+        "set, shuffled ones the same in random order within each grid."
     )
 
 
