@@ -136,7 +136,7 @@ def protocol_line(run: Run) -> str:
 
 
 def next_command(options: RunArguments, runs: list[Run]) -> str:
-    """The command that is most useful after this one."""
+    """Where the picture is, and the commands that are most useful after this one."""
     words = ["python -m bench.run"]
     if len(options.backbone) == 1:
         words += ["--backbone", *BACKBONES]
@@ -146,7 +146,9 @@ def next_command(options: RunArguments, runs: list[Run]) -> str:
         words += ["--preset", options.preset]
     if options.data != "photos":
         words += ["--data", options.data]
-    return f"Picture: {runs[-1].folder / 'reconstructions.png'}\nNext: {' '.join(words)}"
+    folder = runs[-1].folder
+    lines = [f"Picture: {folder / 'reconstructions.png'}", f"Next: {' '.join(words)}"]
+    return "\n".join([*lines, f"Generate images: python -m bench.prior {folder}"])
 
 
 def size_table(configs: list[Config]) -> Table:

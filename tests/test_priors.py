@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import threading
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from bench.codes import Codes
 from bench.files import UserError
 from bench.generate import rate
-from bench.prior_config import PriorConfig
+from bench.prior_config import SAMPLING, PriorConfig
 from bench.priors import LEARNED, PRIORS
 from bench.train import Interrupted
 from bench.train_prior import build as build_prior
@@ -254,6 +255,42 @@ def test_resumed_it_ends_bit_equal(name, tmp_path, monkeypatch):
     for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
         assert one.equal(other)
     assert [json.loads(row)["step"] for row in (halved / "history.jsonl").read_text().splitlines()] == [*range(1, 9)]
+
+
+CHANGES = {
+    **{"prior": "transformer", "depth": 2, "parameters": 40_000, "dropout": 0.5, "conditional": True, "steps": 7},
+    **{"batch_size": 4, "lr": 1e-2, "warmup": 1, "weight_decay": 5.0, "grad_clip": 0.01, "weight_ema": 0.0},
+    **{"precision": "bf16", "seed": 1},
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(PriorConfig)])
+def test_every_setting_changes_something(field, tmp_path):
+    """Flags that are parsed and never used (bug 16): the identity always, the weights where training heeds it."""
+    config = PriorConfig(
+        "none", "rnn", depth=1, parameters=20_000, steps=6, batch_size=8, warmup=3, precision="fp32", device="cpu"
+    )
+    if field == "device":
+        return  # only where there is another
+    if field in (*SAMPLING, "tokenizer"):
+        changed = replace(config, **{field: "other" if field == "tokenizer" else 9})
+        assert changed.run_id() != config.run_id()
+        assert changed.trains_as(config) == (field in SAMPLING)
+        return
+    changed = replace(config, **{field: CHANGES[field]})
+    assert changed.run_id() != config.run_id()
+    assert not changed.trains_as(config)
+    generator = np.random.default_rng(0)
+    grids = [generator.integers(0, K, (64, 4, 4), dtype=np.uint8) for _ in range(2)]
+    codes = Codes(*grids, K, "0", ("a", "b"), *(generator.integers(0, 2, 64) for _ in range(2)))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one, _ = train_prior(config.resolved(), codes, tmp_path / "one")
+    other, _ = train_prior(changed.resolved(), codes, tmp_path / "other")
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() != other.keys() or any(
+        value.shape != other[name].shape or not value.equal(other[name]) for name, value in one.items()
+    )
 
 
 @pytest.mark.parametrize("name", LEARNED)
