@@ -144,6 +144,9 @@ def run_priors(plan: Plan) -> int:
     say(f"study {plan.name}: {len(missing)} priors to train, {options.workers} at a time")
     threads = max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else None
 
+    def watch(rows: list[dict[str, float]]) -> str | None:
+        return "interrupted" if stop.is_set() else None
+
     def work(config: PriorConfig) -> None:
         try:
             attempt(config)
@@ -154,7 +157,6 @@ def run_priors(plan: Plan) -> int:
     def attempt(config: PriorConfig) -> None:
         nonlocal done
         run, began, attempts = plan.store.run(config), time.monotonic(), 0
-        watch = lambda rows: "interrupted" if stop.is_set() else None  # noqa: E731
         while not stop.is_set():
             outcome = run_in_child(config, plan.store, options.fid_weights, threads, watch, options.trial_timeout)
             if outcome.status == "blocked":
