@@ -77,7 +77,7 @@ PRIOR_METRICS: dict[str, Metric] = {
     "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
     "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
     "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
-    "copies": Metric("copies", ".2f", "lower"),
+    "copies": Metric("copies", ".2f", ""),
     "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
     "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
     "params_prior": Metric("parameters", ",.0f", "lower"),
