@@ -404,6 +404,7 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     for name in overrides:
         _check_choice("setting", name, [field.name for field in fields(Config)])
     width, depth = PRESETS[preset]["size"]["cnn" if backbone.startswith("timm:") else backbone]
-    given = {name: value for name, value in overrides.items() if value not in (None, settings.get(name))}
+    usual = {field.name: field.default for field in fields(Config)} | settings  # command lines give every field
+    given = {name: value for name, value in overrides.items() if value not in (None, usual[name])}
     own = PRESETS[preset].get("own", {}).get(backbone, {})
     return Config(**{"backbone": backbone, "width": width, "depth": depth, **settings, **own, **given})

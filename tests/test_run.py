@@ -14,8 +14,10 @@ from fabricate import fabricate
 from PIL import Image
 from safetensors.torch import load_file
 
+from backbones import BACKBONES
 from bench import run, store, trial, weights
-from bench.config import Config, make_config
+from bench.cli import parse
+from bench.config import PRESETS, Config, make_config
 from bench.doctor import main as doctor
 from bench.files import cache_dir
 from bench.frames import frame, unmatched
@@ -274,3 +276,11 @@ def test_rows_at_another_budget_are_marked(tmp_path):
     assert marked("wider", params_encoder=900_000) == [False] * 3  # but as fast and as many FLOPs
     assert marked("other", params_encoder=900_000, flops_encode=3e8, train_seconds=90.0) == [False, False, True]
     assert list(unmatched(frame([fabricate(Store(tmp_path / "one"), configs[0])]))) == [False]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_same_from_the_command_line(preset):
+    """Command lines give every field, most of them at its default, and must not undo what a preset sets."""
+    arguments = ["--preset", preset, "--backbone", *BACKBONES, "--device", "cpu"]
+    options = parse(run.RunArguments, arguments, "run", "")
+    assert options.configs() == [make_config(name, preset, device="cpu") for name in BACKBONES]
