@@ -92,7 +92,6 @@ def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
 
 def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
     """Everything that must be equal for two scores to be comparable, beside the bits spent."""
-    fid = fid_weights is not None or not weights.inception_missing()
     return {
         "version": PROTOCOL_VERSION,
         "data": data.name,
@@ -106,7 +105,7 @@ def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any
         "precision": "fp32",
         "extractor_vgg16": f"LPIPS VGG16 relu5_3, mean-pooled, {weights.weights_digest('vgg')}",
         "extractor_alex": weights.weights_digest("alex"),
-        "extractor_inception": weights.weights_digest("inception") if fid else None,
+        "extractor_inception": weights.inception_digest(fid_weights),
         "device": device.partition(":")[0],
     }
 

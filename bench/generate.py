@@ -60,26 +60,22 @@ def score_prior(
     ``known``: what ``references`` gave.
 
     ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
-    where the prior is conditioned on it; ``*_train`` of as many training codes, ``*_independent`` with the histogram of
-    each position, the floor. ``g*``, ``precision_vgg16`` and ``recall_vgg16`` compare the samples with all validation
-    images. ``nearest_train_psnr``: median PSNR of a sample to its nearest training image. ``copies``: share of samples
-    nearer to a training image than 95 % of reconstructed validation images, which cannot be copies, are; so 0.05 is
-    innocent.
+    where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
+    ``recall_vgg16`` compare the samples with all validation images. ``nearest_train_psnr``: median PSNR of a sample to
+    its nearest training image. ``copies``: share of samples nearer to a training image than 95 % of reconstructed
+    validation images, which cannot be copies, are; so 0.05 is innocent.
     """
     device, pixels = torch.device(config.device), tokenizer.config.image_size**2
     tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.val), dtype=int)
     labels = codes.train_labels if prior.classes else None
     own = None if labels is None else labels[evenly]
     with full_precision(device):
-        floor = Independent(codes.codebook_size, codes.grid_size).to(device)
-        floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(device))
         bits = rate(prior, codes.val, codes.val_labels, labels)
         metrics = {
             "coded_bits_per_token": bits,
             "coded_bits_per_image": tokens * bits,
             "coded_bits_per_pixel": tokens * bits / pixels,
             "coded_bits_per_token_train": rate(prior, codes.train[evenly], own, labels),
-            "coded_bits_per_token_independent": rate(floor, codes.val, None, None),
             "params_prior": parameter_count(prior),
             "sampling_speedup": speedup(prior, config),
         }
@@ -154,7 +150,7 @@ def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
 
 def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
     """Features of the validation images: computed once for a data set, then cached."""
-    digests = f"{weights.weights_digest('vgg')}-{_inception(fid_weights)}"
+    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
     key = f"{data.fingerprint[:16]}-{digests}-{device.partition(':')[0]}"
     path = cache_dir() / "references" / f"features-{key}.npz"
     if not path.exists():
@@ -170,11 +166,12 @@ def references(
 ) -> dict[str, float]:
     """What every prior over these codes is read against, computed once and kept in ``folder``.
 
-    ``*_real``: scores of real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with
-    the codes of each grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of
-    reconstructed validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
+    ``coded_bits_per_token_independent``: the rate with the histogram of each position, the floor. ``*_real``: scores of
+    real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with the codes of each grid
+    in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed validation
+    images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
-    path = folder / f"references-{config.samples}-{_inception(fid_weights)}.json"
+    path = folder / f"references-{config.samples}-{weights.inception_digest(fid_weights) or 'none'}.json"
     if path.exists():
         return json.loads(path.read_text())
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
@@ -189,6 +186,9 @@ def references(
         found |= {f"{metric}_{name}": value for metric, value in scores.items()}
     with full_precision(torch.device(config.device)):
         images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
+    floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
+    floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
+    found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.val, None, None)
     psnr = nearest(images, data.train, config.device)[0]
     found |= {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
     with atomic_path(path) as temporary:
@@ -222,10 +222,6 @@ def nearest(images: Tensor, train: np.ndarray, device: str) -> tuple[Tensor, Ten
             rows = torch.where(closer, torch.from_numpy(part).to(rows.device)[row], rows)
     error = least.square() / queries.shape[1]
     return (20 * math.log10(255) - 10 * error.clamp_min(1e-3).log10()).cpu(), rows.cpu()
-
-
-def _inception(fid_weights: Path | None) -> str:
-    return weights.weights_digest("inception") if fid_weights or not weights.inception_missing() else "none"
 
 
 def _bar(images: Tensor | np.ndarray, label: str) -> Iterator[Tensor]:

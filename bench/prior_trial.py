@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
-from . import plots, weights
+from . import evaluate, plots
 from .codes import Codes, digest, encode, load_data
 from .costs import peak_memory
 from .data import Data
 from .files import UserError, atomic_path
 from .generate import references, score_prior
 from .metrics import PRECISION_NEIGHBOURS
-from .prior_config import PRIOR_VERSION, PriorConfig
+from .prior_config import PRIOR_VERSION, SAMPLING, PriorConfig
 from .priors import LEARNED, Prior
 from .store import Run, Store
 from .tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         kind = np.min_scalar_type(codes.codebook_size - 1)
         np.savez_compressed(temporary, codes=generated.codes.astype(kind), x=generated.images)
-    metrics = generated.metrics
+    metrics = {**generated.metrics, **known}
     title = (
         f"{config.prior} over {tokenizer.config.backbone}, {codes.grid_size}×{codes.grid_size} of {codes.codebook_size}"
     )
@@ -128,33 +128,16 @@ def finish(
     costs = {"train_seconds": seconds, "peak_memory_mb": megabytes, "grids_seen": steps}
     run.write(
         "metrics.json",
-        {"metrics": {**metrics, **known, **costs}, "protocol": protocol(config, tokenizer, codes, data, fid_weights)},
+        {"metrics": {**metrics, **costs}, "protocol": protocol(config, codes, data, fid_weights)},
     )
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def protocol(
-    config: PriorConfig, tokenizer: Tokenizer, codes: Codes, data: Data, fid_weights: Path | None
-) -> dict[str, Any]:
+def protocol(config: PriorConfig, codes: Codes, data: Data, fid_weights: Path | None) -> dict[str, Any]:
     """Everything that must be equal for the scores of two priors to be comparable, and the tokenizer's identity."""
-    fid = fid_weights is not None or not weights.inception_missing()
-    return {
-        "version": PRIOR_VERSION,
-        "tokenizer": codes.tokenizer,
-        "data": data.name,
-        "fingerprint": data.fingerprint,
-        "split": data.split,
-        "count": len(data.val),
-        "samples": config.samples,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "image_size": tokenizer.config.image_size,
-        "rounding": "clamped to [-1, 1], rounded to uint8",
-        "precision": "fp32",
-        "extractor_vgg16": f"LPIPS VGG16 relu5_3, mean-pooled, {weights.weights_digest('vgg')}",
-        "extractor_inception": weights.weights_digest("inception") if fid else None,
-        "device": config.device.partition(":")[0],
-    }
+    sampling = {name: getattr(config, name) for name in SAMPLING}
+    images = evaluate.protocol(data, config.device, fid_weights)
+    return {**images, "version": PRIOR_VERSION, "tokenizer": codes.tokenizer, **sampling}
 
 
 def prior_config(run: Run) -> PriorConfig:

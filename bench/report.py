@@ -314,52 +314,59 @@ def _references(block: pd.DataFrame, keys: list[str]) -> Iterator[list[Cell]]:
 
 
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
-    """A ranking of the priors over tokenizers that spend equal bits, scored by one protocol, with the rows that bound
-    them: mean ± standard deviation over seeds per backbone, setting and prior, the best in gFID first."""
+    """Title and ranking of each group of priors over tokenizers that spend equal bits, scored by one protocol; and the
+    priors without scores."""
     finished = priors[priors.status == "finished"]
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
     for group in protocols(priors):
         for amount, block in group.groupby(bits[group.index]):
-            main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
-            by = ["backbone", *prior_settings(block), "prior"]
-            names = [name for name in GENERATED if name in block and block[name].notna().any()]
-            groups = block.groupby(by, dropna=False)
-            table = pd.concat(
-                [groups.size().rename("n"), groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1
-            )
-            table = table.reset_index().sort_values(main, kind="stable")
-            machines = block[["processor", "threads"]].drop_duplicates()
-            ranked = [name for name in names if name not in PRIOR_CLOCKED or len(machines) == 1]
-            best = {name: _best(table[name], name) for name in ranked}
-            rows = [
-                [_cell(name, row[name]) for name in (*by, "n")]
-                + [_cell(name, row[name], row[f"{name}_std"], best.get(name)) for name in names]
-                for row in table.head(LIMIT).to_dict("records")
-            ]
-            references = []
-            for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
-                for backbone, own in block.groupby("backbone"):
-                    known = {"backbone": backbone, "prior": label}
-                    known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
-                    references.append([_cell(key, known.get(key)) for key in (*by, "n", *names)])
             first = block.iloc[0]
-            floor = block.coded_bits_per_token_independent
-            how = f"{first.samples} samples, temperature {first.temperature:g}"
-            how += f", top {first.top_k}" if first.top_k else ""
-            notes = [
-                f"{how}, against all {first.protocol_count:.0f} "
-                f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
-                f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
-                f"{floor.max():.2f} bits per token.",
-                "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
-                "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
-                "reconstructed validation images are; 0.05 is innocent.",
-            ]
             size = f"{first.image_size}×{first.image_size}"
-            title = f"{first.data} {size}, {amount:.0f} bits per image before coding, {how}"
-            yield title, Sheet([*by, "n", *names], rows, references, [*notes, *_cut(len(table))], main)
+            title = f"{first.data} {size}, {amount:.0f} bits per image before coding, {_sampling(first)}"
+            yield title, prior_ranking(block)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
+
+
+def prior_ranking(block: pd.DataFrame) -> Sheet:
+    """Mean ± standard deviation over seeds per backbone, setting and prior of ``block``, the best in gFID first, with
+    the rows that bound them."""
+    main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
+    by = ["backbone", *prior_settings(block), "prior"]
+    names = [name for name in GENERATED if name in block and block[name].notna().any()]
+    groups = block.groupby(by, dropna=False)
+    parts = [groups.size().rename("n"), groups[names].mean(), groups[names].std().add_suffix("_std")]
+    table = pd.concat(parts, axis=1).reset_index().sort_values(main, kind="stable")
+    machines = block[["processor", "threads"]].drop_duplicates()
+    ranked = [name for name in names if name not in PRIOR_CLOCKED or len(machines) == 1]
+    best = {name: _best(table[name], name) for name in ranked}
+    rows = [
+        [_cell(name, row[name]) for name in (*by, "n")]
+        + [_cell(name, row[name], row[f"{name}_std"], best.get(name)) for name in names]
+        for row in table.head(LIMIT).to_dict("records")
+    ]
+    references = []
+    for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
+        for backbone, own in block.groupby("backbone"):
+            known = {"backbone": backbone, "prior": label}
+            known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
+            references.append([_cell(key, known.get(key)) for key in (*by, "n", *names)])
+    first, floor = block.iloc[0], block.coded_bits_per_token_independent
+    notes = [
+        f"{_sampling(first)}, against all {first.protocol_count:.0f} "
+        f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
+        f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
+        f"{floor.max():.2f} bits per token.",
+        "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
+        "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
+        "reconstructed validation images are; 0.05 is innocent.",
+    ]
+    return Sheet([*by, "n", *names], rows, references, [*notes, *_cut(len(table))], main)
+
+
+def _sampling(prior: pd.Series) -> str:
+    how = f"{prior.samples} samples, temperature {prior.temperature:g}"
+    return how + (f", top {prior.top_k}" if prior.top_k else "")
 
 
 def refusals(parts: list[pd.DataFrame]) -> Sheet:

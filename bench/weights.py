@@ -76,6 +76,11 @@ def weights_digest(name: str) -> str:
     return DIGESTS[name][:12]
 
 
+def inception_digest(path: Path | None) -> str | None:
+    """Digest of Inception's weights, of the file at ``path`` if given; None where they cannot be had."""
+    return weights_digest("inception") if path is not None or not inception_missing() else None
+
+
 def status() -> list[Status]:
     """What is cached and sound, one row per file. Downloads nothing."""
     checks = [(net, trunk_path(net), _load_trunk) for net in TRUNKS]

@@ -135,6 +135,7 @@ def test_another_temperature_takes_the_same_weights(results, monkeypatch):
         assert (one["codes"] != other["codes"]).any()
 
 
+@pytest.mark.slow
 def test_a_child_process_runs_a_prior(results):
     config = PriorConfig(
         tokenizer_of(results).folder.name, "mamba", 1, 30_000, steps=4, batch_size=8, samples=8, device="cpu"

@@ -264,14 +264,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(PriorConfig)])
+@pytest.mark.parametrize("field", [field.name for field in fields(PriorConfig) if field.name != "device"])
 def test_every_setting_changes_something(field, tmp_path):
     """Flags that are parsed and never used (bug 16): the identity always, the weights where training heeds it."""
     config = PriorConfig(
         "none", "rnn", depth=1, parameters=20_000, steps=6, batch_size=8, warmup=3, precision="fp32", device="cpu"
     )
-    if field == "device":
-        return  # only where there is another
     if field in (*SAMPLING, "tokenizer"):
         changed = replace(config, **{field: "other" if field == "tokenizer" else 9})
         assert changed.run_id() != config.run_id()
