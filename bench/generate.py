@@ -168,8 +168,8 @@ def references(
 
     ``coded_bits_per_token_independent``: the rate with the histogram of each position, the floor. ``*_real``: scores of
     real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with the codes of each
-    grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed validation
-    images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
+    grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed
+    validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
     path = folder / f"references-{config.samples}-{weights.inception_digest(fid_weights) or 'none'}.json"
     if path.exists():
