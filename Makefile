@@ -9,7 +9,7 @@ MAMBA_SSM = .venv/bin/python -c "import sys, torch; sys.exit(torch.cuda.is_avail
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv/bin/python -m pip install --quiet \
 	--constraint constraints.txt --no-build-isolation --no-deps mamba-ssm
 
-.PHONY: run test lint
+.PHONY: run test lint mutants
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
@@ -29,3 +29,7 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Not a part of `test`: puts wrong versions of the code in place and sees whether a test notices; half an hour.
+mutants: .venv/installed-dev
+	.venv/bin/python -m tests.mutants

@@ -1,0 +1,307 @@
+"""Would a test notice? Puts wrong versions of the code in place, one at a time, and runs the tests that should fail.
+
+    python -m tests.mutants                      all of them; about half an hour on two cores
+    python -m tests.mutants --only statistics    those whose file, edit, tests or property contain the word
+    python -m tests.mutants --list               show them, run nothing
+
+The edits are data, in the ``.toml`` files beside this one: which file, what to find there (exactly once), what to put in
+its place, which tests should notice, and the property that those tests state. Each edit is made in a copy of the
+checkout, in a process of its own with an empty cache; processes are forked from one that has the libraries imported but
+nothing of the project. Before the edits, the same tests have to pass on the code as it is.
+
+killed: a named test failed. survived: all of them passed, so they do not state the property. inapplicable: the text to
+find is not there exactly once, or the edited code does not import. Exits with 1 when an edit survived or is
+inapplicable, or when a test fails without any edit. A full run writes its summary to ``tests/mutants.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+import platformdirs
+import pytest
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).parents[2]
+NOT_COPIED = (".git", ".venv", "*.egg-info", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs")
+# Imported once for all edits. Nothing of the project, so that each process imports it edited.
+LIBRARIES = (
+    *(
+        "torch",
+        "torchvision",
+        "timm",
+        "lpips",
+        "torch_fidelity",
+        "torchmetrics.functional.image",
+        "pandas",
+        "skimage.data",
+    ),
+    *(
+        "seaborn",
+        "matplotlib.pyplot",
+        "scipy.stats",
+        "optuna",
+        "optuna_dashboard",
+        "hypothesis",
+        "vector_quantize_pytorch",
+    ),
+    *(
+        "safetensors.torch",
+        "torch.utils.flop_counter",
+        "torch.optim.swa_utils",
+        "sklearn.ensemble",
+        "sqlalchemy",
+        "jinja2",
+    ),
+)
+SECONDS = 300.0  # after which the tests of an edit are stopped; an edit that makes them hang is noticed, too
+PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that no test was judged
+
+
+class Edit(NamedTuple):
+    """One wrong version: ``find`` becomes ``put`` in ``file``; one of ``tests`` must fail, since it ``states`` this."""
+
+    file: str
+    find: str
+    put: str
+    tests: tuple[str, ...]
+    states: str
+
+    def applied(self, root: Path) -> str | None:
+        """The text of the edited file; None unless ``find`` is there exactly once."""
+        path = root / self.file
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return text.replace(self.find, self.put) if text.count(self.find) == 1 else None
+
+
+def edits(folder: Path = Path(__file__).parent) -> list[Edit]:
+    """All edits below ``folder``, those of one file after another."""
+    found = []
+    for path in sorted(folder.glob("*.toml")):
+        for row in tomllib.loads(path.read_text(encoding="utf-8"))["edit"]:
+            found.append(Edit(**{**row, "tests": tuple(row["tests"])}))
+    return sorted(found, key=lambda edit: edit.file)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes."""
+
+    only: str = ""
+    """edits whose file, texts, tests or property contain this"""
+    workers: int = os.cpu_count() or 1
+    """edits to try at a time"""
+    list: bool = False
+    """show the edits and stop"""
+
+
+@dataclass
+class Job:
+    """Tests to run in one process, on the code as it is or with ``edit`` in place."""
+
+    tests: tuple[str, ...]
+    edit: Edit | None = None
+    outcome: str = ""
+    output: str = ""
+    process: multiprocessing.process.BaseProcess | None = None
+    place: Path | None = None
+    before: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+
+def main() -> int:
+    """The command line. Returns the exit code."""
+    options = tyro.cli(Options, prog="python -m tests.mutants", description=__doc__)
+    chosen = [edit for edit in edits() if any(options.only in text for text in (*edit[:3], *edit.tests, edit.states))]
+    console = Console(highlight=False, soft_wrap=True)
+    if options.list:
+        for edit in chosen:
+            console.print(
+                escape(f"{edit.file}: {edit.states}\n  - {edit.find}\n  + {edit.put}\n  {' '.join(edit.tests)}")
+            )
+        return 0
+    if not chosen:
+        console.print(f"no edit contains {options.only!r}; --list shows them")
+        return 2
+    began = time.monotonic()
+    jobs, healthy = run(chosen, ROOT, options.workers, console)
+    minutes = (time.monotonic() - began) / 60
+    counts = Counter(job.outcome for job in jobs)
+    counted = ", ".join(f"{counts[name]} {name}" for name in ("killed", "survived", "inapplicable"))
+    console.print(f"{len(jobs)} edits: {counted}; {minutes:.0f} min with {options.workers} workers")
+    if healthy and not options.only:
+        Path(__file__).parent.with_suffix(".md").write_text(summary(jobs, minutes, options.workers), encoding="utf-8")
+    return 0 if healthy and counts["killed"] == len(jobs) else 1
+
+
+def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple[list[Job], bool]:
+    """Tries ``chosen`` on copies of ``root``. Returns a job per edit with its outcome, and whether all tests pass
+    without any; where they do not, no edit is tried."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    keep = preload(root)  # noqa: F841  (torchvision's repair lives as long as its module)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        places = [Path(folder) / str(number) for number in range(workers)]
+        for place in places:
+            shutil.copytree(root, place / "checkout", ignore=shutil.ignore_patterns(*NOT_COPIED))
+        by_file: dict[str, list[str]] = {}
+        for test in dict.fromkeys(test for edit in chosen for test in edit.tests):
+            by_file.setdefault(test.partition("::")[0], []).append(test)
+        plain = [Job(tuple(tests)) for tests in by_file.values()]
+        for job in completed(plain, places, console, "tests on the code as it is"):
+            if job.outcome != "survived":
+                console.print(f"[red]without any edit[/] {escape(' '.join(job.tests))}:\n{escape(job.output)}")
+        if any(job.outcome != "survived" for job in plain):
+            return [], False
+        jobs = [Job(edit.tests, edit) for edit in chosen]
+        for job in completed(jobs, places, console, "edits"):
+            if job.outcome != "killed":
+                edit = job.edit
+                console.print(f"[red]{job.outcome}[/] {escape(f'{edit.file}: {edit.states}')}")
+                console.print(escape(f"  - {edit.find}\n  + {edit.put}\n  {' '.join(edit.tests)}"))
+            if job.outcome == "inapplicable":
+                console.print(escape(job.output))
+    return jobs, True
+
+
+def preload(root: Path) -> object:
+    """Imports LIBRARIES, those of them that are installed, and forgets what of the project that took."""
+    sys.path.insert(0, str(root))
+    repair = None
+    if (root / "backbones" / "torchvision_repair.py").is_file():
+        repair = importlib.import_module("backbones.torchvision_repair")
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("backbones", "bench", "studies", "tests")]:
+        del sys.modules[name]
+    sys.path.remove(str(root))
+    return repair
+
+
+def completed(jobs: list[Job], places: list[Path], console: Console, label: str) -> Iterator[Job]:
+    """Runs ``jobs``, one at a time in each of ``places``, and yields each as it ends."""
+    waiting, free, running = deque(jobs), list(places), []
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=len(jobs))
+        while waiting or running:
+            while waiting and free:
+                job = waiting.popleft()
+                if start(job, free[-1]):
+                    free.pop()
+                    running.append(job)
+                else:
+                    bar.advance(task)
+                    yield job
+            wait([job.process.sentinel for job in running], timeout=0.5)
+            for job in [job for job in running if not job.process.is_alive() or time.monotonic() - job.began > SECONDS]:
+                finish(job)
+                running.remove(job)
+                free.append(job.place)
+                bar.advance(task)
+                yield job
+
+
+def start(job: Job, place: Path) -> bool:
+    """Makes the edit of ``job`` in ``place`` and starts its tests there; False, with the outcome, if it cannot be."""
+    if job.edit is not None:
+        path = place / "checkout" / job.edit.file
+        text = job.edit.applied(place / "checkout")
+        if text is None:
+            job.outcome, job.output = "inapplicable", "  the text to find is not there exactly once"
+            return False
+        job.before = path.read_text(encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+    job.place, job.began = place, time.monotonic()
+    job.process = multiprocessing.get_context("fork").Process(target=judge, args=(job.tests, place))
+    job.process.start()
+    return True
+
+
+def judge(tests: tuple[str, ...], place: Path) -> None:
+    """In the child: runs ``tests`` on the checkout in ``place``. Its exit code is pytest's."""
+    os.setsid()
+    output = os.open(place / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    checkout, cache = str(place / "checkout"), place / "cache"
+    os.chdir(checkout)
+    sys.path.insert(0, checkout)
+    sys.dont_write_bytecode = True  # else a second edit in the same second, of the same size, would not be seen
+    os.environ |= {"PYTHONPATH": checkout, "PYTHONDONTWRITEBYTECODE": "1"}
+    weights = Path(os.environ.get("VQBENCH_CACHE") or platformdirs.user_cache_dir("vqbench")) / "weights"
+    os.environ["VQBENCH_CACHE"] = str(cache)
+    cache.mkdir()
+    if weights.is_dir():
+        (cache / "weights").symlink_to(weights)  # which no edit shall fetch again
+    options = ("-x", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", "--basetemp", str(place / "tmp"))
+    os._exit(int(pytest.main([*options, *(f"tests/{test}" for test in tests)])))
+
+
+def finish(job: Job) -> None:
+    """Ends the process of ``job``, reads its outcome, and takes its edit back."""
+    hung = job.process.is_alive()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.process.pid, signal.SIGKILL)  # and whatever its tests left running
+    job.process.join()
+    job.output = (job.place / "output.txt").read_text(errors="replace")[-3000:]
+    code = FAILED if hung else job.process.exitcode
+    job.outcome = {PASSED: "survived", FAILED: "killed"}.get(code, "inapplicable")
+    for leftover in ("cache", "tmp"):
+        shutil.rmtree(job.place / leftover, ignore_errors=True)
+    if job.edit is not None:
+        (job.place / "checkout" / job.edit.file).write_text(job.before, encoding="utf-8")
+
+
+def summary(jobs: Iterable[Job], minutes: float, workers: int) -> str:
+    """The page that a full run leaves behind."""
+    jobs = list(jobs)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    rows = []
+    for file in dict.fromkeys(job.edit.file for job in jobs):
+        counts = Counter(job.outcome for job in jobs if job.edit.file == file)
+        rows.append(f"| `{file}` | {sum(counts.values())} | {counts['killed']} | {counts['survived'] or '–'} |")
+    total = Counter(job.outcome for job in jobs)
+    lines = [
+        "# Wrong versions that the tests notice",
+        "",
+        f"`python -m tests.mutants` on {datetime.date.today()}, commit {commit.strip() or 'unknown'}: {len(jobs)} edits, "
+        f"{total['killed']} killed, {total['survived']} survived, {total['inapplicable']} inapplicable; "
+        f"{minutes:.0f} minutes with {workers} workers.",
+        "",
+        "The edits, what each breaks and the tests that say so are in the `.toml` files of [mutants](mutants).",
+        "",
+        "| file | edits | killed | survived |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
