@@ -4,8 +4,8 @@
     python -m tests.mutants --only statistics    those whose file, edit, tests or property contain the word
     python -m tests.mutants --list               show them, run nothing
 
-The edits are data, in the ``.toml`` files beside this one: which file, what to find there (exactly once), what to put in
-its place, which tests should notice, and the property that those tests state. Each edit is made in a copy of the
+The edits are data, in the ``.toml`` files beside this one: which file, what to find there (exactly once), what to put
+in its place, which tests should notice, and the property that those tests state. Each edit is made in a copy of the
 checkout, in a process of its own with an empty cache; processes are forked from one that has the libraries imported but
 nothing of the project. Before the edits, the same tests have to pass on the code as it is.
 
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -150,12 +150,10 @@ def main() -> int:
     began = time.monotonic()
     jobs, healthy = run(chosen, ROOT, options.workers, console)
     minutes = (time.monotonic() - began) / 60
-    counts = Counter(job.outcome for job in jobs)
-    counted = ", ".join(f"{counts[name]} {name}" for name in ("killed", "survived", "inapplicable"))
-    console.print(f"{len(jobs)} edits: {counted}; {minutes:.0f} min with {options.workers} workers")
+    console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
     if healthy and not options.only:
         Path(__file__).parent.with_suffix(".md").write_text(summary(jobs, minutes, options.workers), encoding="utf-8")
-    return 0 if healthy and counts["killed"] == len(jobs) else 1
+    return 0 if healthy and all(job.outcome == "killed" for job in jobs) else 1
 
 
 def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple[list[Job], bool]:
@@ -277,21 +275,24 @@ def finish(job: Job) -> None:
         (job.place / "checkout" / job.edit.file).write_text(job.before, encoding="utf-8")
 
 
-def summary(jobs: Iterable[Job], minutes: float, workers: int) -> str:
+def counted(jobs: list[Job]) -> str:
+    """How many of ``jobs`` ended in which way, in words."""
+    counts = Counter(job.outcome for job in jobs)
+    return ", ".join(f"{counts[name]} {name}" for name in ("killed", "survived", "inapplicable"))
+
+
+def summary(jobs: list[Job], minutes: float, workers: int) -> str:
     """The page that a full run leaves behind."""
-    jobs = list(jobs)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows = []
     for file in dict.fromkeys(job.edit.file for job in jobs):
         counts = Counter(job.outcome for job in jobs if job.edit.file == file)
         rows.append(f"| `{file}` | {sum(counts.values())} | {counts['killed']} | {counts['survived'] or '–'} |")
-    total = Counter(job.outcome for job in jobs)
     lines = [
         "# Wrong versions that the tests notice",
         "",
-        f"`python -m tests.mutants` on {datetime.date.today()}, commit {commit.strip() or 'unknown'}: {len(jobs)} edits, "
-        f"{total['killed']} killed, {total['survived']} survived, {total['inapplicable']} inapplicable; "
-        f"{minutes:.0f} minutes with {workers} workers.",
+        f"`python -m tests.mutants` on {datetime.date.today()}, commit {commit.strip()}: {len(jobs)} edits, "
+        f"{counted(jobs)}; {minutes:.0f} minutes with {workers} workers.",
         "",
         "The edits, what each breaks and the tests that say so are in the `.toml` files of [mutants](mutants).",
         "",
