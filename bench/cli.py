@@ -41,10 +41,12 @@ class Arguments(Config):
     """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps"""
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
+    given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
     def settings(self) -> dict[str, Any]:
-        """The Config fields that all runs share, as given; None means the preset's own."""
-        return {name: getattr(self, name) for name in _FIELDS if name not in ("backbone", "seed")}
+        """The Config fields that were given, which win over the preset whatever their value, and that all runs share.
+        ``given`` names them; the other fields hold the preset's values for --help alone."""
+        return {name: getattr(self, name) for name in _FIELDS if name in self.given - {"backbone", "seed"}}
 
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
         """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs."""
@@ -66,13 +68,15 @@ Parsed = TypeVar("Parsed", bound=Arguments)
 def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str, **defaults: Any) -> Parsed:
     """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
 
-    ``defaults`` replace those of ``kind`` and of the preset. Exits with code 2 on an unknown flag, as tyro does; raises
-    UserError on an unknown preset.
+    ``defaults`` replace those of ``kind`` and of the preset, and count as given. Exits with code 2 on an unknown flag,
+    as tyro does; raises UserError on an unknown preset.
     """
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")
-    default = kind(**{**preset_settings(preset), **defaults, "preset": preset})
+    flags = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
+    given = frozenset(name for name in _FIELDS if {name, f"no_{name}"} & flags or name in defaults)
+    default = kind(**{**preset_settings(preset), **defaults, "preset": preset, "given": given})
     return tyro.cli(kind, default=default, args=arguments, prog=prog, description=description)
 
 

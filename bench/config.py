@@ -395,7 +395,8 @@ def preset_settings(preset: str) -> dict[str, Any]:
 
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
-    """Config of ``backbone`` in ``preset``; ``overrides`` are Config fields, None meaning the preset's own value.
+    """Config of ``backbone`` in ``preset``. ``overrides`` are Config fields; whatever is given wins over the preset,
+    and None means the preset's own value.
 
     Raises UserError on an unknown backbone, preset or field.
     """
@@ -404,7 +405,6 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     for name in overrides:
         _check_choice("setting", name, [field.name for field in fields(Config)])
     width, depth = PRESETS[preset]["size"]["cnn" if backbone.startswith("timm:") else backbone]
-    usual = {field.name: field.default for field in fields(Config)} | settings  # command lines give every field
-    given = {name: value for name, value in overrides.items() if value not in (None, usual[name])}
+    given = {name: value for name, value in overrides.items() if value is not None}
     own = PRESETS[preset].get("own", {}).get(backbone, {})
     return Config(**{"backbone": backbone, "width": width, "depth": depth, **settings, **own, **given})

@@ -23,7 +23,7 @@ from backbones import BACKBONES
 
 from . import weights
 from .cli import Arguments, parse
-from .config import Config, preset_settings
+from .config import PRESETS, Config, preset_settings
 from .files import UserError
 from .frames import METRICS, frame
 from .match import step_seconds
@@ -200,10 +200,12 @@ class Plan:
     def name(self) -> str:
         """The study's name, its preset, and every setting that differs from what these two say."""
         usual = DEFAULTS | {**preset_settings(self.options.preset), **self.study.settings}
+        own = PRESETS[self.options.preset].get("own", {}).values()
+        uneven = {name for settings in own for name in settings} - {*self.study.settings}  # no value of them is usual
         machine = ("device", "precision", *self.swept)
         words = [self.study.name, self.options.preset]
         for name, value in self.options.settings().items():
-            if value == usual[name] or name in machine:
+            if name in machine or (value == usual[name] and name not in uneven):
                 continue
             if name == "data" and value.startswith("folder:"):
                 path = Path(value.removeprefix("folder:")).expanduser().resolve()
