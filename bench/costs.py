@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .tokenizer import Tokenizer, parameter_count
@@ -20,27 +23,35 @@ THROUGHPUT_BATCH = 64
 THROUGHPUT_SECONDS = 10.0  # after which nothing more is timed: large models on a CPU
 
 
-@torch.no_grad()
 def static_costs(tokenizer: Tokenizer) -> dict[str, int]:
-    """Parameters and FLOPs of either side, for one image. Leaves the tokenizer as it was.
-
-    A FLOP is one addition or multiplication of a convolution, matrix product or attention, as torch's FlopCounterMode
-    counts them; element-wise work and the codebook look-up (2·tokens·K·d) are left out.
-    """
-    config, device = tokenizer.config, next(tokenizer.parameters()).device
-    x = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-    z = torch.zeros(1, config.code_dim, config.grid_size, config.grid_size, device=device)
+    """Parameters of either side, and their FLOPs for one image (see ``flops``); nothing is computed on a device."""
+    config = tokenizer.config
+    x = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
+    z = torch.zeros(1, config.code_dim, config.grid_size, config.grid_size, device="meta")
     return {
         "params_encoder": parameter_count(tokenizer.encoder),
         "params_decoder": parameter_count(tokenizer.decoder),
-        "flops_encode": _flops(tokenizer.encoder, x),
-        "flops_decode": _flops(tokenizer.decoder, z),
+        "flops_encode": flops(tokenizer.encoder, x),
+        "flops_decode": flops(tokenizer.decoder, z),
     }
 
 
-def _flops(module: torch.nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(x)
+@torch.no_grad()
+def flops(module: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of one pass of ``module`` over ``inputs``; a multiplication with its addition is two.
+
+    Counted are convolutions, linear and recurrent layers, both products of attention (over all tokens, where it is
+    causal too) and the products of the Mamba-2 scan as ``ssd_scan`` makes them, in chunks of up to 64 tokens. Left out
+    are element-wise work, norms, softmax and running sums, and the look-ups of codes (2·tokens·K·d) and embeddings.
+
+    A function of shapes alone, on any machine: the pass runs on the meta device, where nothing is computed, and where
+    attention and scan are made of plain products instead of kernels that differ between devices and that torch's
+    FlopCounterMode does not know.
+    """
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    shapes = {name: tensor.to("meta") for name, tensor in tensors}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        functional_call(module, shapes, tuple(x.to("meta") for x in inputs))
     return counter.get_total_flops()
 
 

@@ -81,6 +81,7 @@ PRIOR_METRICS: dict[str, Metric] = {
     "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
     "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
     "params_prior": Metric("parameters", ",.0f", "lower"),
+    "flops_prior": Metric("FLOPs", ",.0f", "lower"),
     "grids_seen": Metric("grids seen", ",.0f", ""),
     "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
     "train_seconds": Metric("train s", ".0f", "lower"),

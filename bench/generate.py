@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import weights
 from .codes import Codes
+from .costs import flops
 from .data import Data, eval_batches
 from .files import atomic_path, cache_dir
 from .metrics import ImageSet, full_precision, to_uint8
@@ -77,6 +78,7 @@ def score_prior(
             "coded_bits_per_pixel": tokens * bits / pixels,
             "coded_bits_per_token_train": rate(prior, codes.train[evenly], own, labels),
             "params_prior": parameter_count(prior),
+            "flops_prior": whole_grid_flops(prior),
             "sampling_speedup": speedup(prior, config),
         }
         began = time.monotonic()
@@ -125,6 +127,12 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
             drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given).cpu())
             bar.advance(count)
     return torch.cat(drawn)
+
+
+def whole_grid_flops(prior: Prior) -> int:
+    """FLOPs (see ``costs.flops``) of the logits of one whole grid, as training and scoring compute them."""
+    codes = torch.zeros(1, prior.grid_size, prior.grid_size, dtype=torch.int64)
+    return flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
 
 
 @torch.inference_mode()

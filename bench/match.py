@@ -64,16 +64,20 @@ def _parse(budget: str) -> tuple[str, float]:
     return kind, float(number) * UNITS[unit]
 
 
+def _shapes(config: Config) -> Tokenizer:
+    with torch.device("meta"):
+        return Tokenizer(replace(config, pretrained=False))
+
+
 @cache
 def _params(config: Config) -> float:
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config)
+    tokenizer = _shapes(config)
     return parameter_count(tokenizer.encoder) + parameter_count(tokenizer.decoder)
 
 
 @cache
 def _flops(config: Config) -> float:
-    costs = static_costs(Tokenizer(config).eval())
+    costs = static_costs(_shapes(config))
     return costs["flops_encode"] + costs["flops_decode"]
 
 

@@ -87,7 +87,12 @@ def fabricate_prior(store: Store, config: PriorConfig, bits: float, distance: fl
     metrics = {
         **{"coded_bits_per_token": bits, "coded_bits_per_image": tokens * bits},
         **{"coded_bits_per_pixel": tokens * bits / pixels, "coded_bits_per_token_train": bits - 0.1},
-        **{"coded_bits_per_token_independent": 6.5, "params_prior": 1_000_000, "images_per_second_sample": 100.0},
+        **{
+            "coded_bits_per_token_independent": 6.5,
+            "params_prior": 1_000_000,
+            "flops_prior": 10**8,
+            "images_per_second_sample": 100.0,
+        },
         **{"sampling_speedup": 4.0, "gfid_vgg16": distance, "gkid_vgg16": distance / 1000, "precision_vgg16": 0.5},
         **{
             "recall_vgg16": 0.4,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from backbones import BACKBONES
 from bench import run, store, trial, weights
 from bench.cli import parse
-from bench.config import PRESETS, Config, make_config
+from bench.config import PRESETS, PROTOCOL_VERSION, Config, make_config
 from bench.doctor import main as doctor
 from bench.files import cache_dir
 from bench.frames import frame, unmatched
@@ -61,7 +61,7 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert code == 0
     assert "cnn ema 0" in out
     assert "k-means on patches" in out
-    assert "Protocol 1" in out
+    assert f"Protocol {PROTOCOL_VERSION}" in out
     assert "24 validation images" in out
     assert "Next: python -m bench.run --backbone cnn convnext" in out
     assert "finished" in err

@@ -29,6 +29,10 @@ class Prior(nn.Module):
         """
         raise NotImplementedError
 
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``logits``."""
+        return self.logits(codes, labels)
+
     def start(self, labels: Tensor | None, count: int) -> Any:
         """What ``step`` knows before the first code of ``count`` grids."""
         raise NotImplementedError
