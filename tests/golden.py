@@ -1,0 +1,106 @@
+"""What a few steps give: the numbers of golden.json, which hold a protocol version to its word.
+
+    python -m tests.golden      computes them anew and writes them, after PROTOCOL_VERSION or PRIOR_VERSION was raised
+
+Two training steps and a scoring of every backbone (with ``ema``), of every quantizer (with ``cnn``) and of a run with
+all losses; two steps and a scoring of every prior. All in float32 on the CPU, on crops of one photograph.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backbones import BACKBONES
+from bench.codes import Codes
+from bench.config import PROTOCOL_VERSION, Config, make_config
+from bench.data import photographs
+from bench.evaluate import PatchKMeans, score
+from bench.generate import rate
+from bench.metrics import ImageSet
+from bench.prior_config import PRIOR_VERSION, PriorConfig
+from bench.priors import PRIORS
+from bench.quantizers import QUANTIZERS
+from bench.train import train
+from bench.train_prior import train_prior
+
+PATH = Path(__file__).with_suffix(".json")
+Values = dict[str, float]
+ON_CPU = {"precision": "fp32", "device": "cpu", "steps": 2, "batch_size": 8, "warmup": 1}
+SMALL = {**ON_CPU, "width": 24, "depth": 2, "codebook_size": 64, "code_dim": 4, "lpips_weight": 0.0}
+ALL_LOSSES = {"lpips_weight": 0.1, "gan_weight": 0.5, "gan_start": 0.0, "gan_ramp": 0.0, "gan_width": 8}
+REGULARISED = {"lecam_weight": 0.1, "r1_weight": 0.1, "entropy_weight": 0.1, "reconstruction": "l1", "augment": "blog"}
+
+
+def images(count: int) -> np.ndarray:
+    """The first ``count`` crops of 32×32 of a photograph, row by row: (count, 32, 32, 3) uint8."""
+    rows = photographs()["astronaut"][:256, :256].reshape(8, 32, 8, 32, 3).swapaxes(1, 2)
+    return np.ascontiguousarray(rows.reshape(64, 32, 32, 3)[:count])
+
+
+def history(folder: str) -> Values:
+    """What the last step logged, without the clock."""
+    row = json.loads((Path(folder) / "history.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in row.items() if name not in ("seconds", "step")}
+
+
+def tokenizer(config: Config) -> Values:
+    """Two steps of training, then the scores of eight images."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained, _ = train(config.resolved(), images(64), Path(folder))
+        logged = history(folder)
+    scores, _ = score(trained, config.codebook_size, images(16)[8:], "cpu", None, "golden")
+    return {**logged, **{f"{name} scored": value for name, value in scores.items()}}
+
+
+def reference() -> Values:
+    """The scores of k-means on patches."""
+    scores, _ = score(PatchKMeans(images(64), 4, 16, "cpu"), 16, images(16), "cpu", None, "golden")
+    return scores
+
+
+def generated() -> Values:
+    """Distances between two sets of images, as samples of priors are scored."""
+    first, second = (ImageSet.of([torch.from_numpy(part).permute(0, 3, 1, 2)]) for part in np.split(images(48), 2))
+    return first.distances(second)
+
+
+def prior(name: str) -> Values:
+    """Two steps of training on the codes of images by k-means, then the rate of others."""
+    codec = PatchKMeans(images(64), 4, 16, "cpu")
+    pixels = torch.from_numpy(images(64)).permute(0, 3, 1, 2) / 127.5 - 1
+    grids = codec.encode(pixels).numpy().astype(np.uint8)
+    codes = Codes(grids[:48], grids[48:], 16, "golden", (), None, None)
+    config = PriorConfig("golden", name, depth=2, parameters=30_000, dropout=0.0, **ON_CPU).resolved()
+    with tempfile.TemporaryDirectory() as folder:
+        trained, _ = train_prior(config, codes, Path(folder))
+        logged = history(folder) if name != "independent" else {}
+    return {**logged, "bits_per_token scored": rate(trained, codes.val, None, None)}
+
+
+CASES: dict[str, Callable[[], Values]] = {
+    **{f"{name} ema": partial(tokenizer, make_config(name, "smoke", **SMALL)) for name in BACKBONES},
+    **{f"cnn {name}": partial(tokenizer, make_config("cnn", "smoke", quantizer=name, **SMALL)) for name in QUANTIZERS},
+    "cnn all losses": partial(tokenizer, make_config("cnn", "smoke", **{**SMALL, **ALL_LOSSES, **REGULARISED})),
+    "k-means": reference,
+    "generated": generated,
+    **{f"prior {name}": partial(prior, name) for name in PRIORS},
+}
+
+
+def versions() -> dict[str, int | str]:
+    """What the numbers may change with: raised by hand, or another torch."""
+    return {"PROTOCOL_VERSION": PROTOCOL_VERSION, "PRIOR_VERSION": PRIOR_VERSION, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {name: compute() for name, compute in CASES.items()}
+    PATH.write_text(json.dumps({"versions": versions(), "values": found}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {len(found)} cases to {PATH}")
