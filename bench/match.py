@@ -103,7 +103,7 @@ def step_seconds(config: Config) -> float:
     """
     usual = {field.name: field.default for field in fields(Config) if field.name in TIMELESS}
     config = replace(config.resolved(), **usual, steps=TIMED_STEPS)
-    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor()
+    device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     machine = [device, torch.get_num_threads()]
     key = hashlib.sha256(json.dumps([asdict(config), machine], sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / "speeds" / f"{key}.json"

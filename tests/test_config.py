@@ -66,6 +66,21 @@ def test_without_flags_a_command_line_is_the_preset(preset):
         assert asdict(config) == {**settings, "backbone": config.backbone, "width": width, "depth": depth}
 
 
+def test_every_backbone_and_seed_is_one_config():
+    configs = command_line("--preset", "smoke", "--backbone", "cnn", "vit", "--seeds", "3", "5")
+    assert [(config.backbone, config.seed) for config in configs] == [("cnn", 3), ("cnn", 5), ("vit", 3), ("vit", 5)]
+
+
+def test_an_image_has_grid_size_squared_tokens():
+    assert [make_config("cnn", grid_size=side).tokens for side in (1, 4, 16)] == [1, 16, 256]
+
+
+def test_help_shows_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        command_line("--preset", "blog256", "--help")
+    assert "(default: 8192)" in capsys.readouterr().out  # of codebook_size
+
+
 @pytest.mark.parametrize("words", [["--no-final-conv"], ["--no_final_conv"], ["--final-conv"]])
 def test_switches_count_as_given_under_either_name(words, monkeypatch):
     monkeypatch.setitem(PRESETS["smoke"], "final_conv", True)

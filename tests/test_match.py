@@ -1,8 +1,11 @@
 """Matched budgets: every backbone at the same parameters, FLOPs or time."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from test_config import OTHER
 
 from backbones import BACKBONES
 from bench import match as module
@@ -10,7 +13,7 @@ from bench import run
 from bench.config import make_config
 from bench.costs import static_costs
 from bench.files import UserError
-from bench.match import TOLERANCE, match, step_seconds
+from bench.match import TOLERANCE, WIDEST, match, nearest_width, step_seconds
 from bench.plan import Ablation, Plan, parse_study
 from bench.tokenizer import Tokenizer
 
@@ -31,6 +34,13 @@ def test_budgets_are_met_within_two_percent(backbone, budget):
     assert replace(config, width=before.width, depth=before.depth) == before  # nothing else changed
 
 
+def test_parameters_of_either_side_are_its_own():
+    tokenizer = Tokenizer(make_config("vit", quantizer="standard"))
+    costs = static_costs(tokenizer)
+    for side in ("encoder", "decoder"):
+        assert costs[f"params_{side}"] == sum(p.numel() for p in getattr(tokenizer, side).parameters())
+
+
 def test_matching_is_repeatable_and_grows_with_the_budget():
     config = make_config("vit")
     assert match(config, "params:2M") == match(config, "params:2M")
@@ -47,6 +57,78 @@ def test_time_sets_the_steps(tiny, tmp_path, monkeypatch):
     config = match(tiny, "time:2min")
     assert config.steps == round(120 / seconds)
     assert replace(config, steps=tiny.steps) == tiny
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Training whose steps take 10 s in the first quarter and 2 s afterwards; gives the configs that were timed."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    configs = []
+
+    def train(config, images, folder):
+        assert images.shape[1:] == (config.image_size, config.image_size, 3)
+        configs.append(config)
+        steps = np.arange(config.steps)
+        seconds = np.where(steps < config.steps // 4, 10.0, 2.0).cumsum()
+        rows = [json.dumps({"step": int(step) + 1, "seconds": seconds[step]}) for step in steps]
+        (folder / "history.jsonl").write_text("\n".join(rows))
+
+    monkeypatch.setattr(module, "train", train)
+    return configs
+
+
+def test_a_step_is_timed_after_it_has_warmed_up(tiny, timed):
+    assert step_seconds(tiny) == pytest.approx(2.0)
+    assert match(tiny, "time:1min").steps == 30
+    assert match(tiny, "time:60s").steps == 30
+    assert match(tiny, "time:0.1s").steps == 1
+    assert len(timed) == 1  # and remembered
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_costs_time_is_timed_anew(tiny, timed, monkeypatch, name):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    base = replace(tiny, precision="fp32", backbone="convnext")
+    step_seconds(base)
+    step_seconds(replace(base, **{name: OTHER[name]}))
+    free = {"data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed", "steps"}
+    assert len(timed) == (1 if name in free else 2)
+
+
+def test_another_machine_times_anew(tiny, timed, monkeypatch):
+    step_seconds(tiny)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    step_seconds(tiny)
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    step_seconds(tiny)
+    assert len(timed) == 3
+
+
+def test_the_nearest_width_is_the_nearest():
+    for amount in (1, 9, 10, 90.5, 2000, 10**9):
+        found = nearest_width(lambda width: width**2, amount)
+        widths = range(1, 2 * WIDEST)
+        assert found == min(widths, key=lambda width: abs(width**2 - amount)) or found == WIDEST < amount**0.5
+
+
+def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
+    """Its own first, then one more, one fewer, two more."""
+    tried = []
+
+    def cost(config):
+        tried.append(config.depth)
+        return 1000 * config.depth  # whatever the width
+
+    monkeypatch.setitem(module.COSTS, "params", cost)
+    config = replace(make_config("vit"), depth=4)
+    assert match(config, "params:3k").depth == 3
+    assert list(dict.fromkeys(tried)) == [4, 5, 3]
+    assert match(config, "params:6k").depth == 6
+    with pytest.raises(UserError, match="the nearest is 6,000 at width"):
+        match(config, "params:7k")
+    assert match(config, "params:4.07k").depth == 4  # within 2 %
+    with pytest.raises(UserError):
+        match(config, "params:4.09k")
 
 
 @pytest.mark.parametrize(
