@@ -148,6 +148,8 @@ def main() -> int:
         console.print(f"no edit contains {options.only!r}; --list shows them")
         return 2
     began = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers: threads of one would wait for the other
+    _kept = preload()
     jobs, healthy = run(chosen, ROOT, options.workers, console)
     minutes = (time.monotonic() - began) / 60
     console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
@@ -159,8 +161,6 @@ def main() -> int:
 def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple[list[Job], bool]:
     """Tries ``chosen`` on copies of ``root``. Returns a job per edit with its outcome, and whether all tests pass
     without any; where they do not, no edit is tried."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    keep = preload(root)  # noqa: F841  (torchvision's repair lives as long as its module)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         places = [Path(folder) / str(number) for number in range(workers)]
         for place in places:
@@ -185,18 +185,15 @@ def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple
     return jobs, True
 
 
-def preload(root: Path) -> object:
-    """Imports LIBRARIES, those of them that are installed, and forgets what of the project that took."""
-    sys.path.insert(0, str(root))
-    repair = None
-    if (root / "backbones" / "torchvision_repair.py").is_file():
-        repair = importlib.import_module("backbones.torchvision_repair")
+def preload() -> object:
+    """Imports LIBRARIES, those of them that are installed, and forgets what of the project that took. Returns what has
+    to be kept: torchvision's missing operators live as long as the module that defines them."""
+    repair = importlib.import_module("backbones.torchvision_repair")
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("backbones", "bench", "studies", "tests")]:
         del sys.modules[name]
-    sys.path.remove(str(root))
     return repair
 
 

@@ -1,0 +1,92 @@
+"""The edits of ``tests/mutants`` fit the code as it is, and what tries them tells killed from survived."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.__main__ import Edit, edits
+
+ROOT = Path(__file__).parent.parent
+EDITS = edits()
+
+
+def named_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+KNOWN = {path.name: named_in(path) for path in Path(__file__).parent.glob("test_*.py")}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=[f"{edit.file}: {edit.states}" for edit in EDITS])
+def test_an_edit_applies_once_and_names_tests_that_exist(edit):
+    text = edit.applied(ROOT)
+    assert text is not None, f"{edit.find!r} is not in {edit.file} exactly once: find its new place"
+    assert edit.put != edit.find
+    ast.parse(text)
+    assert edit.tests
+    for test in edit.tests:
+        file, _, name = test.partition("::")
+        assert name.partition("[")[0] in KNOWN.get(file, set()), f"there is no {test}"
+
+
+def test_there_are_many_edits_and_no_two_are_the_same():
+    assert len(EDITS) >= 250
+    assert len({edit[:3] for edit in EDITS}) == len(EDITS)
+
+
+def test_every_source_file_with_logic_is_edited():
+    """A new file is on the list, too."""
+    files = {str(path.relative_to(ROOT)) for folder in ("bench", "backbones") for path in (ROOT / folder).rglob("*.py")}
+    bare = {"bench/__init__.py", "bench/priors/__init__.py"}
+    assert files - bare - {edit.file for edit in EDITS} == set()
+
+
+def test_the_page_of_promises_names_tests_that_exist():
+    """And all seventeen bugs of public code have theirs."""
+    page = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert named
+    for file, name in named:
+        assert file in KNOWN, file
+        assert not name or name in KNOWN[file], f"{file}::{name}"
+    bugs = re.findall(r"^\| (\d+) \|.*`test_\w+\.py::test_\w+`.*\|$", page, re.M)
+    assert [int(number) for number in bugs] == list(range(1, 18))
+
+
+def test_outcomes_are_told_apart(tmp_path):
+    """On a project of two functions, one of them untested, from a process that has imported little."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "arithmetic.py").write_text("def double(x):\n    return 2 * x\n\ndef half(x):\n    return x / 2\n")
+    (tmp_path / "tests/test_doubling.py").write_text(
+        "from arithmetic import double\n\ndef test_double():\n    assert double(3) == 6\n"
+        "\ndef test_wrong():\n    assert double(3) == 7\n"
+    )
+    test = ("test_doubling.py::test_double",)
+    tried = [
+        Edit("arithmetic.py", "2 * x", "3 * x", test, "killed"),
+        Edit("arithmetic.py", "x / 2", "x / 3", test, "survived"),
+        Edit("arithmetic.py", "x", "y", test, "inapplicable"),  # occurs several times
+        Edit("arithmetic.py", "2 * x", "2 *", test, "inapplicable"),  # does not import
+        Edit("arithmetic.py", "2 * x", "2 - x", test, "killed"),  # the edits before it were taken back
+    ]
+    program = (
+        "import json, sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "from tests.mutants.__main__ import Edit, run\n"
+        "tried = [Edit(*row) for row in json.loads(sys.argv[2])]\n"
+        "jobs, healthy = run(tried, Path(sys.argv[1]), 2, Console(stderr=True))\n"
+        "print(json.dumps([healthy, {job.edit.find + job.edit.put: job.outcome for job in jobs}]))"
+    )
+
+    def outcomes(rows):
+        command = [sys.executable, "-c", program, str(tmp_path), json.dumps(rows)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert outcomes(tried) == [True, {edit.find + edit.put: edit.states for edit in tried}]
+    assert outcomes([tried[0]._replace(tests=("test_doubling.py::test_wrong",))]) == [False, {}]
