@@ -27,6 +27,7 @@ from backbones.layers import (
     token_head,
 )
 from backbones.mamba import BidirectionalMambaBlock, MambaBlock
+from backbones.ssd import Mamba2
 from bench import train
 from bench.config import PRESETS, make_config
 from bench.files import UserError
@@ -320,6 +321,50 @@ def test_token_side_starts_as_patches_positions_and_head(name):
     tokens = z.flatten(2).mT @ decoder.embed.weight.T + decoder.embed.bias + decoder.position
     painted = decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4))
     torch.testing.assert_close(decoder(z), painted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_side_is_its_parts_in_order(name):
+    """Positions go in before the blocks, which follow one another; then the head."""
+    encoder, decoder = map(awaken, build(name, 4, depth=2, attention=1))
+    x, z = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, D, 4, 4)
+    tokens = encoder.patchify(x).flatten(2).mT + encoder.position
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(encoder(x), encoder.head(tokens).mT.reshape(2, D, 4, 4), **CLOSE)
+    tokens = decoder.embed(z.flatten(2).mT) + decoder.position
+    for block in decoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(decoder(z), decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4)), **CLOSE)
+
+
+@every
+def test_a_backbone_is_made_of_its_own_blocks(name):
+    """Of one kind on either side, but for the hybrid's two."""
+    kinds = {
+        **{"cnn": {ResidualBlock}, "convnext": {NeXtformerBlock}, "vit": {TransformerBlock}, "mamba": {MambaBlock}},
+        **{"bimamba": {BidirectionalMambaBlock}, "hybrid": {BidirectionalMambaBlock, TransformerBlock}},
+    }
+    encoder, decoder = build(name, 4, depth=2)
+    for side in (decoder,) if name in TIMM else (encoder, decoder):
+        layers = side.blocks if name in TOKENS else [layer for layer in side.layers if type(layer) in BLOCKS]
+        assert {type(layer) for layer in layers} == kinds.get(name, {ResidualBlock})
+
+
+@pytest.mark.parametrize("name", ["mamba", "bimamba", "hybrid"])
+def test_mamba_layers_have_states_and_heads_of_32(name):
+    for side in build(name, 4):
+        layers = [part for part in side.modules() if isinstance(part, Mamba2)]
+        assert layers
+        assert {(layer.d_state, layer.headdim, layer.d_inner) for layer in layers} == {(32, 32, 2 * WIDTH)}
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_where_nothing_is_halved_a_cell_sees_its_neighbours(name):
+    encoder, decoder = build(name, SIZE)
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, SIZE, SIZE, requires_grad=True)
+    assert support(torch.autograd.grad(encoder(x)[0, :, 9, 5].sum(), x)[0]) == (3, 3)
+    assert support(torch.autograd.grad(decoder(z)[0, :, 9, 5].sum(), z)[0]) == (3, 3)
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -758,6 +803,20 @@ def test_timm_encoder_couples_no_images_once_it_is_scored():
     encoder.eval()
     x = torch.randn(3, 3, SIZE, SIZE)
     torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_s_features_are_normed_and_projected(name):
+    """Pixel by pixel over the channels, and orthogonally."""
+    encoder, _ = build(name, 4, size=64)
+    encoder.eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = encoder.features(x * encoder.scale + encoder.shift)[0]
+    norm, projection = encoder.head[-2:]
+    weight = projection.weight[:, :, 0, 0]
+    expected = normed(norm, features.movedim(1, -1)) @ weight.T
+    torch.testing.assert_close(encoder(x), expected.movedim(-1, 1), **CLOSE)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(D), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("failing", ["operator torchvision::nms does not exist", "out of disk", ""])

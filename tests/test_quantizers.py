@@ -590,7 +590,8 @@ def test_the_state_is_all_there_is(name):
     options = {"revive_after": 1} if name in users("revive_after") else {}
     quantizer = make(name, **options)
     quantizer.initialise(grid())
-    quantizer(grid())
+    for _ in range(K):
+        quantizer(grid(batch=1, side=1))  # which leaves most codes idle, for the next step to revive
     torch.manual_seed(9)
     other = QUANTIZERS[name](K, D, **options)
     other.load_state_dict(quantizer.state_dict())
@@ -730,6 +731,19 @@ def test_ema_follows_its_formula_step_by_step(name, ema_decay):
     assert size.min() < 0.96
 
 
+def test_ema_smoothing_lifts_small_sizes_and_keeps_the_total():
+    """In float64, and with one token among K codes: otherwise it would be lost in rounding."""
+    quantizer = make("ema", ema_decay=0.1).double()
+    before = quantizer.codebook.clone()
+    token = torch.ones(1, D).double()
+    quantizer.learn(token, torch.tensor([3]), torch.eye(K)[3].double())
+    sizes = torch.full((K,), 0.1).double() + 0.9 * torch.eye(K)[3]
+    smoothed = (sizes + 1e-5) / (sizes.sum() + K * 1e-5) * sizes.sum()
+    torch.testing.assert_close(smoothed.sum(), sizes.sum())
+    sums = 0.1 * before + 0.9 * torch.eye(K)[3][:, None] * token
+    torch.testing.assert_close(quantizer.codebook, sums / smoothed[:, None], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["ema", "ema_l2"])
 def test_ema_first_step_has_its_closed_form(name):
     quantizer, z = make(name, ema_decay=0.9), grid()
@@ -820,12 +834,22 @@ def test_first_codes_by_kmeans_are_ten_rounds_from_random_tokens():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("by_kmeans", [False, True])
+@pytest.mark.parametrize("count", [8, 200])
+def test_first_codes_on_the_sphere_lie_there(count, by_kmeans):
+    normalise = QUANTIZERS["l2"](1, 1).normalise
+    found = first_codes(normalise(torch.randn(count, D)), K, by_kmeans, normalise)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(K))
+
+
 def test_kmeans_round_is_the_means_of_the_cells():
     tokens, start = torch.randn(100, D), 0.3 * torch.randn(6, D)
     codes = torch.cdist(tokens, start).argmin(1)
     assert len(codes.unique()) == 6
     expected = torch.stack([tokens[codes == k].mean(0) for k in range(6)])
     torch.testing.assert_close(kmeans(tokens, start, rounds=1), expected)
+    lone = torch.full((1, D), 30.0)  # a cell of its own
+    torch.testing.assert_close(kmeans(torch.cat([tokens, lone]), torch.cat([start, lone - 1]), rounds=1)[6:], lone)
 
 
 def test_kmeans_restarts_an_empty_cluster_at_a_token():
@@ -1038,11 +1062,17 @@ def test_factorised_codes_are_a_small_code_dim(tiny):
 
 @every
 def test_float32_whatever_the_autocast(name):
-    z = grid().bfloat16()
-    plain = make(name)(z.float())
-    with torch.autocast("cpu", torch.bfloat16):
+    """Of tokens and codes so near one another that bfloat16 would confuse them."""
+    z = (1 + 0.1 * grid()).bfloat16()
+    outs = []
+    for enabled in (False, True):
         quantizer = make(name)
-        out = quantizer(z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.manual_seed(2)
+            quantizer.initialise(z if enabled else z.float())
+            outs.append(quantizer(z if enabled else z.float()))
+    plain, out = outs
+    with torch.autocast("cpu", torch.bfloat16):
         assert quantizer.lookup(out.codes).dtype == torch.float32
         quantizer.initialise(z)
     assert out.z_q.dtype == out.loss.dtype == torch.float32

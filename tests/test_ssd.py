@@ -480,7 +480,7 @@ class FakeKernel:
         return (y, state) if return_final_states else y
 
 
-@pytest.mark.parametrize("module", [small_layer, lambda: InTwoPieces(small_layer())], ids=["whole", "in two pieces"])
+@pytest.mark.parametrize("module", [small_layer, lambda: InTwoPieces(small_layer())], ids=["whole", "pieces"])
 def test_with_the_kernel_a_layer_is_what_it_is_without(module):
     """Signs, steps, skip and states are handed over as mamba-ssm wants them."""
     kernel, layer, u = FakeKernel(), module(), torch.randn(BATCH, 20, 12)
