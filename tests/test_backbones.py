@@ -44,6 +44,12 @@ GRIDS = (1, 4, 8, 16)
 SIZE, D, WIDTH = 32, 6, 32
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def build(name: str, grid: int, depth: int = 1, size: int = SIZE, **options):
     torch.manual_seed(0)
     chosen = backbone(name)

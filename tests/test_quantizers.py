@@ -53,6 +53,12 @@ with_codebook = having("revive_after")
 SPHERICAL = ("l2", "ema_l2")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def make(name: str, **options):
     torch.manual_seed(0)
     return QUANTIZERS[name](K, D, **options)
@@ -555,6 +561,16 @@ def test_gumbel_is_torch_s_gumbel_softmax(monkeypatch):
     (hard @ e * flat(weights)).sum().backward()
     torch.testing.assert_close(flat(z.grad), x.grad, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(quantizer.codebook.grad, e.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_gumbel_is_finite_where_every_token_sits_on_a_code():
+    quantizer = make("gumbel")
+    z = quantizer.codebook.detach()[:4].T.reshape(1, D, 2, 2).clone().requires_grad_()
+    out = quantizer(z)
+    (out.z_q.sum() + out.loss).backward()
+    assert out.codes.flatten().tolist() == [0, 1, 2, 3]
+    assert z.grad.isfinite().all()
+    assert quantizer.codebook.grad.isfinite().all()
 
 
 def test_gumbel_samples_its_posterior_and_argmax_is_nearest():
@@ -1088,6 +1104,15 @@ def test_one_token(name):
     assert out.codes.shape == (1, 1, 1)
     assert out.z_q.isfinite().all()
     assert math.isfinite(float(out.loss.detach()))
+
+
+@pytest.mark.parametrize("kmeans_init", [False, True])
+@pytest.mark.parametrize("name", users("kmeans_init"))
+def test_one_number_starts_a_codebook(name, kmeans_init):
+    """One token of one component has no spread to jitter by."""
+    quantizer = QUANTIZERS[name](K, 1, kmeans_init=kmeans_init)
+    quantizer.initialise(torch.randn(1, 1, 1, 1))
+    assert quantizer.lookup(torch.arange(K).view(1, 1, K)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*users("revive_after"), "simvq"])

@@ -23,6 +23,12 @@ from backbones.ssd import Mamba2, RMSNormGated, fast_scan, scan_backend, ssd_sca
 BATCH, HEADS, HEAD_DIM, STATE_DIM = 2, 4, 3, 5
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def recurrence(x, dt, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]:
     """The definition: S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t ⊗ B_t and y_t = S_t C_t + D x_t, for every head."""
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
