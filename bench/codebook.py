@@ -133,7 +133,8 @@ def first_codes(
     k-means would have nothing to do there."""
     order = torch.randperm(len(tokens), device=tokens.device)
     vectors = tokens[order.repeat(-(-codebook_size // len(order)))[:codebook_size]].clone()
-    vectors[len(order) :] += 0.01 * tokens.std() * torch.randn_like(vectors[len(order) :])
+    spread = tokens.std(correction=min(1, tokens.numel() - 1))  # of a single number 0, not NaN
+    vectors[len(order) :] += 0.01 * spread * torch.randn_like(vectors[len(order) :])
     vectors = normalise(vectors)
     return kmeans(tokens, vectors, normalise) if by_kmeans and len(tokens) > codebook_size else vectors
 

@@ -1,15 +1,33 @@
 """Contracts that every backbone keeps, at every grid; and the bugs that public backbones shipped."""
 
+import importlib
 import json
+import runpy
+import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
-from backbones import BACKBONES, backbone, users
-from backbones.layers import TransformerBlock, downsamplings, patches, pyramid
+from backbones import BACKBONES, backbone, timm_encoder, torchvision_repair, users
+from backbones.cnn import ResidualBlock
+from backbones.convnext import NeXtformerBlock
+from backbones.layers import (
+    GridTransformer,
+    TransformerBlock,
+    blocks,
+    downsamplings,
+    mlp,
+    orthogonal,
+    patches,
+    pyramid,
+    token_head,
+)
 from backbones.mamba import BidirectionalMambaBlock, MambaBlock
+from backbones.ssd import Mamba2
 from bench import train
 from bench.config import PRESETS, make_config
 from bench.files import UserError
@@ -24,6 +42,12 @@ TOKENS = ("vit", "mamba", "bimamba", "hybrid")
 every = pytest.mark.parametrize("name", [*BACKBONES, *TIMM])
 GRIDS = (1, 4, 8, 16)
 SIZE, D, WIDTH = 32, 6, 32
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 def build(name: str, grid: int, depth: int = 1, size: int = SIZE, **options):
@@ -118,6 +142,310 @@ def test_residual_is_added_once(block):
     torch.testing.assert_close(block(WIDTH)(x), x)
 
 
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def swiglu(layer, x: torch.Tensor) -> torch.Tensor:
+    return (F.silu(x @ layer.fc1_g.weight.T) * (x @ layer.fc1_x.weight.T)) @ layer.fc2.weight.T
+
+
+def normed(norm, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def residual_block(block, x: torch.Tensor) -> torch.Tensor:
+    first, second = block.branch[1], block.branch[3]
+    y = F.conv2d(x.clamp(min=0), first.weight, first.bias, padding=1)
+    return x + F.conv2d(y.clamp(min=0), second.weight, second.bias, padding=1)
+
+
+def nextformer_block(block, x: torch.Tensor) -> torch.Tensor:
+    padded = F.pad(normed(block.norm1, x.movedim(1, -1)).movedim(-1, 1), (3, 3, 3, 3))
+    windows = padded.unfold(2, 7, 1).unfold(3, 7, 1)  # every channel on its own
+    weight, bias = block.depthwise.weight[:, 0, None, None], block.depthwise.bias[:, None, None]
+    x = x + (windows * weight).sum((-1, -2)) + bias
+    return x + swiglu(block.mlp, normed(block.norm2, x.movedim(1, -1))).movedim(-1, 1)
+
+
+def transformer_block(block, x: torch.Tensor) -> torch.Tensor:
+    tokens = normed(block.norm1, x)
+    q, k, v = (block.attention.qkv(tokens)).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (-1, 32)).transpose(1, 2) for t in (q, k, v))  # heads of 32
+    mixed = ((q @ k.mT) / 32**0.5).softmax(-1) @ v
+    x = x + block.attention.proj(mixed.transpose(1, 2).flatten(2))
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+def mamba_block(block, x: torch.Tensor) -> torch.Tensor:
+    x = x + block.mixer(normed(block.norm1, x))
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+def bidirectional_block(block, x: torch.Tensor) -> torch.Tensor:
+    tokens, last_to_first = normed(block.norm1, x), list(reversed(range(x.shape[1])))
+    forward, backward = block.forward_mixer(tokens), block.backward_mixer(tokens[:, last_to_first])[:, last_to_first]
+    x = x + forward + backward
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+BLOCKS = {
+    ResidualBlock: (residual_block, (2, 48, 5, 6)),
+    NeXtformerBlock: (nextformer_block, (2, 48, 8, 9)),
+    TransformerBlock: (transformer_block, (2, 7, 48)),  # two heads
+    MambaBlock: (mamba_block, (2, 7, 48)),
+    BidirectionalMambaBlock: (bidirectional_block, (2, 7, 48)),
+}
+every_block = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+
+
+@every_block
+def test_block_is_its_definition_and_so_are_its_gradients(kind):
+    """Written out in plain operations, in float64; the residuals are added once (bug 7)."""
+    definition, shape = BLOCKS[kind]
+    torch.manual_seed(0)
+    block = awaken(kind(48)).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms, too, do something
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *block.parameters())
+    weights = torch.randn(shape, dtype=torch.float64)
+    found, expected = block(x), definition(block, x)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@every_block
+def test_every_block_starts_as_the_identity(kind):
+    _, shape = BLOCKS[kind]
+    x = torch.randn(shape)
+    torch.testing.assert_close(kind(48)(x), x)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(32, 88), (48, 128), (96, 256), (100, 264)])
+def test_swiglu_has_as_many_parameters_as_the_usual_two_layers(width, hidden):
+    """8 width², but for rounding to eights."""
+    layer = mlp(width)
+    assert layer.fc1_g.weight.shape == layer.fc1_x.weight.shape == layer.fc2.weight.T.shape == (hidden, width)
+    assert parameter_count(layer) == pytest.approx(8 * width**2, rel=0.05)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (32, 1), (48, 2), (96, 3), (100, 4)])
+def test_attention_has_heads_of_32(width, heads):
+    attention = TransformerBlock(width).attention
+    assert (attention.num_heads, attention.head_dim) == (heads, 32)
+
+
+def test_blocks_share_the_depth_and_earlier_kinds_get_more():
+    kinds = [lambda width: ("a", width), lambda width: ("b", width), lambda width: ("c", width)]
+    shares = ["".join(kind for kind, _ in blocks(kinds, 8, depth)) for depth in range(7)]
+    assert shares == ["", "a", "ab", "abc", "aabc", "aabbc", "aabbcc"]
+
+
+def test_token_head_widens_four_times():
+    head = token_head(8, 5)
+    x = torch.randn(3, 8)
+    hidden = (normed(head[0], x) @ head[1].weight.T + head[1].bias).tanh()
+    assert hidden.shape == (3, 32)
+    torch.testing.assert_close(head(x), hidden @ head[3].weight.T + head[3].bias)
+
+
+# ------------------------------------------------------------------------------------------------------------- skeleton
+
+
+@pytest.mark.parametrize(("channels", "out"), [(3, 8), (16, 8), (8, 8)])
+def test_orthogonal_layers_keep_what_they_can_of_the_signal(channels, out):
+    """As many orthonormal rows or columns as there can be; nothing is added."""
+    layer = orthogonal(torch.nn.Sequential(torch.nn.Conv2d(channels, out, 2, stride=2)))[0]
+    matrix = layer.weight.flatten(1)
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+    assert not layer.bias.any()
+
+
+def layout(side: torch.nn.Module) -> list[str]:
+    """Kinds of a pyramid's layers, and the channels that they lead to."""
+    found = []
+    for layer in side.layers:
+        convolution = next((part for part in layer.modules() if isinstance(part, torch.nn.Conv2d)), None)
+        channels = convolution.out_channels if convolution is not None else ""
+        found.append(f"{type(layer).__name__} {channels}".strip())
+    return found
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_pyramid_has_its_blocks_at_every_level_and_attention_next_to_the_codes(name):
+    block, norm = {"cnn": ("ResidualBlock", "ReLU"), "convnext": ("NeXtformerBlock", "LayerNorm2d")}[name]
+    chosen, sizes = backbone(name), (32, 8, D, 48, 2, 3)
+    assert layout(chosen.Encoder(*sizes)) == [
+        *("Downsample 24", f"{block} 24", f"{block} 24"),
+        *("Downsample 48", f"{block} 48", f"{block} 48"),
+        *("GridTransformer", norm, f"Conv2d {D}"),
+    ]
+    assert layout(chosen.Decoder(*sizes)) == [
+        *("Conv2d 48", "GridTransformer", f"{block} 48", f"{block} 48"),
+        *("Upsample 96", f"{block} 24", f"{block} 24"),  # four cells of 24
+        *(norm, "Upsample 12"),
+    ]
+    assert layout(chosen.Encoder(8, 8, D, 48, 1)) == ["Conv2d 48", f"{block} 48", norm, f"Conv2d {D}"]
+    assert layout(chosen.Decoder(8, 8, D, 48, 1)) == ["Conv2d 48", f"{block} 48", norm, "Sequential 3"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+@pytest.mark.parametrize("grid", [32, 8])
+def test_pyramid_s_skeleton_is_orthogonal(name, grid):
+    """All convolutions between the blocks, but for the one that makes pixels."""
+    encoder, decoder = build(name, grid)
+    skeleton = [layer for side in (encoder.layers, decoder.layers[:-1]) for layer in side]
+    convolutions = [
+        part
+        for layer in skeleton
+        if type(layer) not in BLOCKS
+        for part in layer.modules()
+        if isinstance(part, torch.nn.Conv2d)
+    ]
+    assert len(convolutions) == 2 * downsamplings(SIZE, grid) + 1 + 2 * (grid == SIZE)
+    for convolution in convolutions:
+        matrix = convolution.weight.flatten(1)
+        gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+        torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+        assert not convolution.bias.any()
+    last = decoder.layers[-1][0].weight.flatten(1)
+    assert not torch.allclose(last @ last.T, torch.eye(len(last)), atol=0.1)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_side_starts_as_patches_positions_and_head(name):
+    """In that order, whatever the depth: all blocks start as the identity."""
+    encoder, decoder = build(name, 4, depth=3, attention=1)
+    x, z = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, D, 4, 4)
+    tokens = encoder.patchify(x).flatten(2).mT + encoder.position
+    torch.testing.assert_close(encoder(x), encoder.head(tokens).mT.reshape(2, D, 4, 4), **CLOSE)
+    tokens = z.flatten(2).mT @ decoder.embed.weight.T + decoder.embed.bias + decoder.position
+    painted = decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4))
+    torch.testing.assert_close(decoder(z), painted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_side_is_its_parts_in_order(name):
+    """Positions go in before the blocks, which follow one another; then the head."""
+    encoder, decoder = map(awaken, build(name, 4, depth=2, attention=1))
+    x, z = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, D, 4, 4)
+    tokens = encoder.patchify(x).flatten(2).mT + encoder.position
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(encoder(x), encoder.head(tokens).mT.reshape(2, D, 4, 4), **CLOSE)
+    tokens = decoder.embed(z.flatten(2).mT) + decoder.position
+    for block in decoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(decoder(z), decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4)), **CLOSE)
+
+
+@every
+def test_a_backbone_is_made_of_its_own_blocks(name):
+    """Of one kind on either side, but for the hybrid's two."""
+    kinds = {
+        **{"cnn": {ResidualBlock}, "convnext": {NeXtformerBlock}, "vit": {TransformerBlock}, "mamba": {MambaBlock}},
+        **{"bimamba": {BidirectionalMambaBlock}, "hybrid": {BidirectionalMambaBlock, TransformerBlock}},
+    }
+    encoder, decoder = build(name, 4, depth=2)
+    for side in (decoder,) if name in TIMM else (encoder, decoder):
+        layers = side.blocks if name in TOKENS else [layer for layer in side.layers if type(layer) in BLOCKS]
+        assert {type(layer) for layer in layers} == kinds.get(name, {ResidualBlock})
+
+
+@pytest.mark.parametrize("name", ["mamba", "bimamba", "hybrid"])
+def test_mamba_layers_have_states_and_heads_of_32(name):
+    for side in build(name, 4):
+        layers = [part for part in side.modules() if isinstance(part, Mamba2)]
+        assert layers
+        assert {(layer.d_state, layer.headdim, layer.d_inner) for layer in layers} == {(32, 32, 2 * WIDTH)}
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_where_nothing_is_halved_a_cell_sees_its_neighbours(name):
+    encoder, decoder = build(name, SIZE)
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, SIZE, SIZE, requires_grad=True)
+    assert support(torch.autograd.grad(encoder(x)[0, :, 9, 5].sum(), x)[0]) == (3, 3)
+    assert support(torch.autograd.grad(decoder(z)[0, :, 9, 5].sum(), z)[0]) == (3, 3)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_attention_of_tokens_stands_next_to_the_codes(name):
+    plain, more = build(name, 4, depth=2), build(name, 4, depth=2, attention=2)
+    (encoder, decoder), (longer_encoder, longer_decoder) = (
+        [[type(block) for block in side.blocks] for side in sides] for sides in (plain, more)
+    )
+    assert len(encoder) == len(decoder) == 2
+    assert longer_encoder == encoder + 2 * [TransformerBlock]
+    assert longer_decoder == 2 * [TransformerBlock] + decoder
+
+
+def test_a_fresh_grid_transformer_adds_positions_alone():
+    """Row by row: a pixel's position is that of its token."""
+    layer = GridTransformer(WIDTH, 4, 2)
+    x = torch.randn(2, WIDTH, 4, 4)
+    torch.testing.assert_close(layer(x), x + layer.position.T.view(1, WIDTH, 4, 4), **CLOSE)
+    wide = torch.randn(1, WIDTH, 2, 8)  # another shape of as many
+    torch.testing.assert_close(layer(wide), wide + layer.position.T.view(1, WIDTH, 2, 8), **CLOSE)
+
+
+def test_a_grid_transformer_is_one_block_after_another_on_its_pixels():
+    layer = awaken(GridTransformer(WIDTH, 4, 2))
+    x = torch.randn(2, WIDTH, 4, 4)
+    tokens = torch.stack([x[:, :, i // 4, i % 4] + layer.position[i] for i in range(16)], 1)
+    expected = transformer_block(layer.blocks[1], transformer_block(layer.blocks[0], tokens))
+    torch.testing.assert_close(layer(x).flatten(2).mT, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "cnn"])
+def test_positions_start_small_and_differ(name):
+    """Deviating by 0.02, as in ViT."""
+    for side in build(name, 32, attention=1):
+        position = next(value.detach() for key, value in side.named_parameters() if "position" in key)
+        assert position.shape == (1024, WIDTH)
+        assert float(position.std()) == pytest.approx(0.02, rel=0.05)  # of 32,768 numbers
+        assert abs(float(position.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_cell_is_made_of_its_patch_and_paints_it(name):
+    """Blocks start as the identity, so that nothing else reaches it: rows stay rows, columns columns."""
+    encoder, decoder = build(name, 4)
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, 4, 4, requires_grad=True)
+    blur = 2 if name in ("cnn", "convnext") else 0  # pixels that the last convolution adds on each side
+    for row, column in ((1, 2), (2, 1)):
+        seen = torch.autograd.grad(encoder(x)[0, :, row, column].sum(), x)[0]
+        mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        mask[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = True
+        assert torch.equal(seen[0].abs().sum(0) > 0, mask)
+        mask[8 * row - blur : 8 * row + 8 + blur, 8 * column - blur : 8 * column + 8 + blur] = True
+        for pixel in ((8 * row, 8 * column), (8 * row + 7, 8 * column + 7)):
+            source = torch.autograd.grad(decoder(z)[0, :, pixel[0], pixel[1]].abs().sum(), z)[0]
+            assert source[0, :, row, column].any()
+        painted = (decoder(z + F.one_hot(torch.tensor(4 * row + column), 16).view(4, 4)) - decoder(z))[0].abs().sum(0)
+        assert not (painted > 1e-6)[~mask].any()
+        assert (painted > 1e-6)[mask].float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_mamba_reads_in_raster_order_and_the_others_both_ways(name):
+    """A cell of mamba sees the patches above it and those to its left, on either side of the codes (bugs 7 and 8)."""
+    encoder, decoder = map(awaken, build(name, 4))
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, 4, 4, requires_grad=True)
+    for cell in (0, 6, 9):
+        row, column = divmod(cell, 4)
+        expected = torch.arange(16) <= cell if name == "mamba" else torch.ones(16, dtype=torch.bool)
+        seen = torch.autograd.grad(encoder(x)[0, :, row, column].sum(), x)[0].abs().sum((0, 1))
+        assert torch.equal(seen.unflatten(0, (4, 8)).unflatten(2, (4, 8)).sum((1, 3)).flatten() > 0, expected)
+        pixel = decoder(z)[0, :, 8 * row + 3, 8 * column + 5].sum()
+        seen = torch.autograd.grad(pixel, z)[0].abs().sum((0, 1)).flatten()
+        assert torch.equal(seen > 0, expected)
+
+
 @every
 def test_last_layer_makes_the_pixels(name):
     _, decoder = build(name, 4)
@@ -200,6 +528,7 @@ def test_pyramid_never_grows_towards_the_image():
     assert pyramid(96, 0) == pyramid(96, 1) == [96]
     assert pyramid(96, 3) == [24, 48, 96]
     assert pyramid(96, 6) == [24, 24, 24, 24, 48, 96]
+    assert pyramid(100, 4) == [32, 32, 56, 100]  # rounded up, but for the grid's own
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -438,6 +767,91 @@ def test_timm_map_of_the_grid_s_stride_or_the_nearest(name, size, grid, stride, 
     assert all(parameter.grad is not None for parameter in encoder.parameters())  # nothing behind the map is kept
 
 
+@pytest.mark.parametrize(
+    ("strides", "stride", "level"),
+    [
+        ([2, 4, 8, 16], 8, 2),
+        ([4, 8, 8, 16], 8, 2),  # of equal ones the deepest
+        ([4, 16], 8, 0),  # of two equally near the finer
+        ([2, 16], 8, 1),
+        ([16, 32], 2, 0),
+        ([3, 12, 16], 4, 2),  # only powers of two
+    ],
+)
+def test_timm_s_nearest_map(strides, stride, level, monkeypatch):
+    """Its index is timm's own, which need not start at 0."""
+    info = SimpleNamespace(out_indices=[10 + i for i in range(len(strides))], reduction=lambda: strides)
+    maps = [torch.zeros(1, 3, 48 // stride, 48 // stride) for stride in strides]
+    monkeypatch.setattr(timm_encoder, "feature_maps", lambda *_: (SimpleNamespace(feature_info=info), maps))
+    assert timm_encoder.nearest_level("any", 48, stride) == 10 + level
+
+
+def test_timm_s_maps_must_cover_the_image(monkeypatch):
+    info = SimpleNamespace(out_indices=[0, 1, 2], reduction=lambda: [4, 8, 8])
+    maps = [torch.zeros(1, 3, 7, 8), torch.zeros(1, 3, 3, 3), torch.zeros(1, 3, 4, 5)]
+    monkeypatch.setattr(timm_encoder, "feature_maps", lambda *_: (SimpleNamespace(feature_info=info), maps))
+    with pytest.raises(ValueError, match="divides 32×32 images into no such grid"):
+        timm_encoder.nearest_level("any", 32, 8)
+
+
+def test_a_fresh_timm_encoder_has_seen_nothing():
+    """The blank image that asks for its shapes leaves BatchNorm's statistics alone, and it trains."""
+    encoder, _ = build("timm:test_resnet", 4)
+    norms = [part for part in encoder.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(part.training and not part.num_batches_tracked and not part.running_mean.any() for part in norms)
+    assert not {"scale", "shift"} & encoder.state_dict().keys()  # they follow from the model's name
+
+
+def test_timm_encoder_couples_no_images_once_it_is_scored():
+    encoder, _ = build("timm:test_resnet", 4)
+    encoder(torch.randn(4, 3, SIZE, SIZE))
+    encoder.eval()
+    x = torch.randn(3, 3, SIZE, SIZE)
+    torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_s_features_are_normed_and_projected(name):
+    """Pixel by pixel over the channels, and orthogonally."""
+    encoder, _ = build(name, 4, size=64)
+    encoder.eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = encoder.features(x * encoder.scale + encoder.shift)[0]
+    norm, projection = encoder.head[-2:]
+    weight = projection.weight[:, :, 0, 0]
+    expected = normed(norm, features.movedim(1, -1)) @ weight.T
+    torch.testing.assert_close(encoder(x), expected.movedim(-1, 1), **CLOSE)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(D), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("failing", ["operator torchvision::nms does not exist", "out of disk", ""])
+def test_torchvision_is_repaired_after_that_very_error_alone(failing, monkeypatch):
+    """Its operators are declared, what the failed import left is forgotten, and it is imported again."""
+    log = []
+
+    def import_module(name: str) -> None:
+        log.append(f"import {name}")
+        if failing and len(log) == 1:
+            sys.modules["torchvision.half"] = None
+            raise RuntimeError(failing)
+        assert "torchvision.half" not in sys.modules
+
+    library = SimpleNamespace(define=lambda schema: log.append(schema.partition("(")[0]))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(torch.library, "Library", lambda name, kind: log.append(f"{kind} {name}") or library)
+    if failing == "out of disk":
+        with pytest.raises(RuntimeError, match="out of disk"):
+            runpy.run_path(torchvision_repair.__file__)
+        assert len(log) == 1
+        return
+    found = runpy.run_path(torchvision_repair.__file__)
+    assert found["REPAIRED"] == bool(failing)
+    assert log == ["import torchvision", *(["DEF torchvision", "nms", "qnms", "import torchvision"] if failing else [])]
+    assert (found["_LIBRARY"] is library) == bool(failing)  # kept alive
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "vit_tiny_patch16_224"])
 def test_timm_features_are_the_model_s_own(name):
     """Of images normalised as timm's transforms do it: (pixel in [0, 1] − mean) / std."""
@@ -538,7 +952,7 @@ def test_timm_position_embeddings_do_not_decay():
 
 def test_timm_encoder_trains_and_resumes_to_the_bit(tiny, images, tmp_path, monkeypatch):
     """BatchNorm's running statistics are part of the state, and those that are scored have moved."""
-    config = replace(tiny, backbone="timm:test_resnet", steps=6).resolved()
+    config = replace(tiny, backbone="timm:test_resnet", steps=6, precision="fp32").resolved()
 
     def run(folder: str):
         (tmp_path / folder).mkdir(exist_ok=True)

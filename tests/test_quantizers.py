@@ -2,10 +2,14 @@
 
 import math
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench import codebook as parts
 from bench.adapters import fsq_levels, residual_sizes
-from bench.codebook import entropy_penalty, kmeans, nearest, rotate
+from bench.codebook import entropy_penalty, first_codes, kmeans, nearest, rotate, straight_through
 from bench.config import Config, make_config
 from bench.data import eval_batches, load
 from bench.files import UserError
@@ -47,6 +51,12 @@ def having(setting: str):
 every = pytest.mark.parametrize("name", QUANTIZERS)
 with_codebook = having("revive_after")
 SPHERICAL = ("l2", "ema_l2")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 def make(name: str, **options):
@@ -98,6 +108,56 @@ def test_nearest_never_holds_all_distances(blocks):
 
 
 @every
+def test_every_cell_keeps_its_place(name):
+    """In grids of any shape: the image, row and column of a code are those of its token, which it depends on alone."""
+    quantizer, z = make(name).eval(), torch.randn(2, D, 3, 5)
+    quantizer.initialise(grid(batch=6))
+    out = quantizer(z)
+    assert out.codes.shape == (2, 3, 5)
+    assert out.codes.unique().numel() > 3
+    torch.testing.assert_close(quantizer.lookup(out.codes), out.z_q, atol=1e-6, rtol=1e-6)
+    for image, row, column in ((0, 0, 4), (0, 2, 1), (1, 1, 3), (1, 2, 0)):
+        alone = quantizer(z[image, :, row, column].view(1, D, 1, 1))
+        assert int(alone.codes) == int(out.codes[image, row, column])
+        torch.testing.assert_close(out.z_q[image, :, row, column], alone.z_q.flatten(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["standard", "ema", "l2", "ema_l2", "gumbel", "simvq"])
+def test_the_code_is_the_nearest_one(name):
+    quantizer = make(name).eval()
+    quantizer.initialise(grid(batch=6))
+    tokens = flat(grid())
+    tokens = F.normalize(tokens, dim=1) if name in SPHERICAL else tokens
+    distances = torch.cdist(tokens.double(), everything(quantizer).double())
+    assert torch.equal(quantizer(grid()).codes.flatten(), distances.argmin(1))
+
+
+def test_lfq_s_code_is_the_signs():
+    quantizer = make("lfq").eval()
+    expected = quantizer.project_out(quantizer.project_in(flat(grid())).sign())
+    torch.testing.assert_close(flat(quantizer(grid()).z_q), expected)
+
+
+def test_fsq_s_code_is_the_nearest_level_of_every_component():
+    quantizer = make("fsq").eval()
+    half = torch.tensor([(level - 1) * 1.001 / 2 for level in fsq_levels(K)])  # all even at this K
+    bounded = (quantizer.project_in(flat(grid())) + (0.5 / half).atanh()).tanh() * half - 0.5
+    expected = quantizer.project_out(bounded.round() / (torch.tensor(fsq_levels(K)) // 2))
+    torch.testing.assert_close(flat(quantizer(grid()).z_q), expected)
+
+
+def test_residual_s_code_is_a_pair_whatever_the_two_sizes():
+    quantizer = QUANTIZERS["residual"](12, D).eval()
+    quantizer.initialise(grid(batch=6))
+    first, second = (stage.codebook for stage in quantizer.codec.layers)
+    assert (len(first), len(second)) == (4, 3)
+    pairs = quantizer.lookup(torch.arange(12).view(1, 1, 12))[0, :, 0].T
+    torch.testing.assert_close(pairs, (first[:, None] + second).flatten(0, 1))
+    out = quantizer(grid())
+    torch.testing.assert_close(quantizer.lookup(out.codes), out.z_q, atol=1e-6, rtol=1e-6)
+
+
+@every
 def test_shapes_ranges_and_types(name):
     out = make(name)(grid())
     assert out.z_q.shape == (3, D, 4, 4)
@@ -106,6 +166,7 @@ def test_shapes_ranges_and_types(name):
     assert out.codes.dtype == torch.int64
     assert 0 <= out.codes.min() <= out.codes.max() < K
     assert out.loss.ndim == out.distortion.ndim == 0
+    assert not out.distortion.requires_grad  # it is for the log
 
 
 @every
@@ -150,6 +211,17 @@ def test_output_depends_on_the_codes_alone(name):
 
 
 # ------------------------------------------------------------------------------------------------------------- gradient
+
+
+def test_straight_through_is_the_code_with_the_token_s_gradient():
+    tokens, chosen, weights = torch.randn(3, 20, D).unbind()
+    tokens.requires_grad_()
+    chosen.requires_grad_()
+    out = straight_through(tokens, chosen)
+    torch.testing.assert_close(out, chosen)
+    (out * weights).sum().backward()
+    assert torch.equal(tokens.grad, weights)
+    assert chosen.grad is None
 
 
 @pytest.mark.parametrize("name", ["standard", "ema", "simvq", "residual"])
@@ -271,13 +343,56 @@ def test_commitment_gradient_is_proportional_to_beta(name):
     torch.testing.assert_close(gradients[1], 4 * gradients[0])
 
 
-@pytest.mark.parametrize("name", ["standard", "simvq"])
-def test_loss_is_equation_3(name):
-    quantizer, z = make(name, beta=0.3), grid()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [("standard", 1.3), ("l2", 1.3), ("simvq", 1.3), ("ema", 0.3), ("ema_l2", 0.3), ("gumbel", 0.3)],
+)
+def test_loss_is_equation_3_or_its_commitment_alone(name, terms, training):
+    """The codebook's term where it learns by that gradient, and β times the commitment (bugs 1 and 2)."""
+    quantizer, z = make(name, beta=0.3).train(training), grid()
+    before = everything(quantizer)
     out = quantizer(z)
-    distance = (z - quantizer.lookup(out.codes)).square().mean()
-    torch.testing.assert_close(out.loss, 1.3 * distance)
+    tokens = F.normalize(flat(z), dim=1) if name in SPHERICAL else flat(z)
+    distance = (tokens - before[out.codes.flatten()]).square().mean()
+    torch.testing.assert_close(out.loss, terms * distance)
     torch.testing.assert_close(out.distortion, distance)
+
+
+@pytest.mark.parametrize("name", ["standard", "simvq"])
+def test_either_term_pulls_its_own_side_alone(name):
+    """The codebook's moves no token, the commitment no code: each has its closed form."""
+    quantizer, z = make(name, beta=0.3), grid().requires_grad_()
+    before = everything(quantizer).requires_grad_()
+    out = quantizer(z)
+    out.loss.backward()
+    tokens, chosen = flat(z.detach()), before[out.codes.flatten()]
+    torch.testing.assert_close(flat(z.grad), 0.3 * 2 * (tokens - chosen.detach()) / tokens.numel())
+    (chosen - tokens).square().mean().backward()
+    pull = before.grad  # on each code
+    expected = pull if name == "standard" else pull.T @ quantizer.codec.frozen_codebook
+    torch.testing.assert_close(codebook_parameter(quantizer).grad, expected)
+
+
+def test_gumbel_has_no_codebook_loss():
+    quantizer = make("gumbel")
+    assert not torch.autograd.grad(quantizer(grid().requires_grad_()).loss, quantizer.codebook, allow_unused=True)[0]
+
+
+def test_lfq_commits_the_components_to_their_signs():
+    quantizer, z = make("lfq", beta=0.3), grid().requires_grad_()
+    out = quantizer(z)
+    scalars = quantizer.project_in(flat(z))
+    expected = 0.3 * (scalars - scalars.detach().sign()).square().mean()
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (out.loss, expected)))
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq"])
+def test_distortion_is_measured_between_tokens(name):
+    """Not between the components, which the log could not compare with other quantizers."""
+    out = make(name)(grid())
+    torch.testing.assert_close(out.distortion, (grid() - out.z_q.detach()).square().mean())
 
 
 def test_residual_commits_either_stage():
@@ -368,6 +483,45 @@ def test_entropy_weight_scales_what_training_adds(name, monkeypatch):
     make(name, entropy_weight=1.0).eval()(grid())
 
 
+def test_entropy_penalty_holds_the_variance():
+    variance = torch.tensor(0.5, requires_grad=True)
+    entropy_penalty(torch.randn(20, D, requires_grad=True), torch.randn(8, D), variance).backward()
+    assert variance.grad is None
+
+
+@having("entropy_weight")
+def test_entropy_penalty_is_of_the_tokens_that_compete_for_the_codes(name):
+    """With the variance that they have about their codes; its gradient reaches the encoder. Codes as they were before
+    this step."""
+    outs, gradients = [], []
+    for weight in (0.0, 0.7):
+        quantizer, z = make(name, entropy_weight=weight), grid().requires_grad_()
+        before = everything(quantizer)
+        torch.manual_seed(3)  # gumbel's noise
+        outs.append(quantizer(z))
+        gradients.append(torch.autograd.grad(outs[-1].loss, z)[0])
+    x = grid().requires_grad_()
+    tokens = F.normalize(flat(x), dim=1) if name in SPHERICAL else flat(x)
+    codes = before
+    if name == "lfq":
+        tokens, codes = quantizer.project_in(tokens), torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)
+    chosen = tokens.sign() if name == "lfq" else before[outs[0].codes.flatten()]
+    variance = float((tokens - chosen).detach().square().mean())
+    penalty = dense_penalty(tokens.double(), codes.detach().double(), variance).float()
+    torch.testing.assert_close(outs[1].loss - outs[0].loss, 0.7 * penalty, atol=1e-5, rtol=1e-4)
+    expected = torch.autograd.grad(0.7 * penalty, x)[0]
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(outs[1].distortion, outs[0].distortion)
+
+
+@every
+def test_entropy_weight_left_open_is_the_quantizer_s_own(name, tiny):
+    config = replace(tiny, quantizer=name)
+    assert config.resolved().entropy_weight == {"lfq": 0.1, "simvq": 0.02}.get(name, 0)
+    if name in users("entropy_weight"):
+        assert Tokenizer(config).quantizer.entropy_weight == config.resolved().entropy_weight
+
+
 @having("entropy_weight")
 def test_entropy_penalty_spreads_the_codes(name):
     """Tokens that have nothing else to do but lower it come to use more codes, more evenly."""
@@ -409,6 +563,17 @@ def test_gumbel_is_torch_s_gumbel_softmax(monkeypatch):
     torch.testing.assert_close(quantizer.codebook.grad, e.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_gumbel_is_finite_where_every_token_sits_on_a_code():
+    quantizer = make("gumbel")
+    quantizer.replace(torch.ones(K, dtype=torch.bool), torch.arange(K)[:, None].expand(K, D).float())  # exact squares
+    z = quantizer.codebook.detach()[:4].T.reshape(1, D, 2, 2).clone().requires_grad_()
+    out = quantizer(z)
+    (out.z_q.sum() + out.loss).backward()
+    assert out.codes.flatten().tolist() == [0, 1, 2, 3]
+    assert z.grad.isfinite().all()
+    assert quantizer.codebook.grad.isfinite().all()
+
+
 def test_gumbel_samples_its_posterior_and_argmax_is_nearest():
     quantizer = make("gumbel")
     token = torch.randn(D)
@@ -427,6 +592,8 @@ def test_gumbel_samples_its_posterior_and_argmax_is_nearest():
 def test_eval_mode_changes_nothing(name):
     """Statistics that move during evaluation leak the validation set into the codebook (bug 5)."""
     quantizer = make(name, **({"revive_after": 1} if name in users("revive_after") else {})).eval()
+    if name in users("revive_after"):
+        quantizer.idle.fill_(10**6)  # in training all codes would be replaced
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     for _ in range(3):
         quantizer(grid())
@@ -440,7 +607,8 @@ def test_the_state_is_all_there_is(name):
     options = {"revive_after": 1} if name in users("revive_after") else {}
     quantizer = make(name, **options)
     quantizer.initialise(grid())
-    quantizer(grid())
+    for _ in range(K):
+        quantizer(grid(batch=1, side=1))  # which leaves most codes idle, for the next step to revive
     torch.manual_seed(9)
     other = QUANTIZERS[name](K, D, **options)
     other.load_state_dict(quantizer.state_dict())
@@ -484,6 +652,62 @@ def test_training_mode_revives_dead_codes_and_they_stay(name):
 
 
 @with_codebook
+def test_idle_counts_the_tokens_since_a_code_was_chosen(name):
+    """From nothing, not from a buffer that says that all are in use, or none (bug 10)."""
+    quantizer, idle = make(name), [0] * K
+    for step in range(6):
+        codes = quantizer(grid(batch=1, side=2) + step).codes.flatten().tolist()
+        idle = [0 if code in codes else tokens + len(codes) for code, tokens in enumerate(idle)]
+        assert quantizer.idle.tolist() == idle
+    assert len(set(idle)) > 2
+
+
+@with_codebook
+@pytest.mark.parametrize("revive_after", [0, 3])
+def test_a_code_is_revived_once_its_patience_is_over(name, revive_after):
+    """At revive_after·K missed tokens, not one sooner; then it sits on a token, with all of its patience before it."""
+    quantizer, z = make(name, revive_after=revive_after), grid() + 3
+    far = torch.full((K, D), -50.0) + torch.eye(K, D)  # no token chooses one of these
+    quantizer.replace(torch.arange(K) > 0, far)
+    quantizer.idle.copy_(torch.tensor([0, 3 * K, 3 * K - 1] + [0] * (K - 3)))
+    out = quantizer(z)
+    homes = torch.cdist(quantizer.normalise(quantizer.codebook.detach()), quantizer.normalise(flat(z))).min(1).values
+    moved = homes[1:] < 1  # a moving average has taken one step more
+    assert moved.tolist() == [revive_after > 0] + [False] * (K - 2)
+    assert quantizer.idle[2] == 3 * K - 1 + 48
+    assert quantizer.idle[1] == (0 if 1 in out.codes else 48 if revive_after else 3 * K + 48)
+    if revive_after and name != "gumbel":  # which samples
+        assert 1 in out.codes  # revived before the look-up
+
+
+@pytest.mark.parametrize("name", ["ema", "ema_l2"])
+def test_a_code_revived_after_a_long_time_stays_among_the_tokens(name):
+    """By then its running size has faded far below one; kept, it would blow the average up (bug 5)."""
+    quantizer, z = make(name, revive_after=30, ema_decay=0.5), grid() + 3
+    quantizer.replace(torch.arange(K) > 0, torch.full((K, D), -50.0))
+    for _ in range(10):
+        assert float(quantizer(z).codes.max()) == 0
+    assert float(quantizer.cluster_size[1:].max()) == pytest.approx(0.5**10)
+    tokens = quantizer.normalise(flat(z))
+    for _ in range(3):
+        quantizer(z)
+        assert (quantizer.codebook[1:] > tokens.amin(0) - 1e-3).all()
+        assert (quantizer.codebook[1:] < tokens.amax(0) + 1e-3).all()
+
+
+@with_codebook
+def test_revived_codes_sit_on_tokens_of_their_own(name):
+    """Drawn at random, not one for all."""
+    quantizer, z = make(name, revive_after=1), grid() + 3
+    quantizer.idle.fill_(K)
+    quantizer._revive(quantizer.normalise(flat(z)))
+    revived = quantizer.normalise(quantizer.codebook.detach())
+    assert torch.cdist(revived, quantizer.normalise(flat(z))).min(1).values.max() < 5e-3
+    assert revived.unique(dim=0).shape[0] > K / 2
+    assert not quantizer.idle.any()
+
+
+@with_codebook
 def test_patience_is_counted_in_tokens(name):
     """With one code per image a step has fewer tokens than there are codes: unused in a step is not dead."""
     quantizer = make(name, revive_after=10)
@@ -503,6 +727,38 @@ def test_ema_revival_resets_the_running_sums():
     tokens = torch.zeros(4, D)
     quantizer.learn(tokens, torch.zeros(4, dtype=torch.int64), torch.eye(K)[0] * 4)  # nothing chose code 3
     torch.testing.assert_close(quantizer.codebook[3], torch.full((D,), 7.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("ema_decay", [0.1, 0.99])
+@pytest.mark.parametrize("name", ["ema", "ema_l2"])
+def test_ema_follows_its_formula_step_by_step(name, ema_decay):
+    """In float64: N ← γN + (1−γ)n, S ← γS + (1−γ)s, e = S / N, smoothed; codes that nothing chooses among them."""
+    quantizer = make(name, ema_decay=ema_decay)
+    size, total = torch.ones(K).double(), quantizer.codebook.double()
+    for step in range(5):
+        z = grid() + step / 2
+        codes = quantizer(z).codes.flatten()
+        one_hot = F.one_hot(codes, K).double()
+        size = ema_decay * size + (1 - ema_decay) * one_hot.sum(0)
+        total = ema_decay * total + (1 - ema_decay) * one_hot.T @ quantizer.normalise(flat(z)).double()
+        torch.testing.assert_close(quantizer.cluster_size.double(), size, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(quantizer.cluster_sum.double(), total, atol=1e-6, rtol=1e-4)
+        smoothed = (size + 1e-5) / (size.sum() + K * 1e-5) * size.sum()
+        torch.testing.assert_close(quantizer.codebook.double(), total / smoothed[:, None], atol=1e-5, rtol=1e-3)
+    assert size.min() < 0.96
+
+
+def test_ema_smoothing_lifts_small_sizes_and_keeps_the_total():
+    """In float64, and with one token among K codes: otherwise it would be lost in rounding."""
+    quantizer = make("ema", ema_decay=0.1).double()
+    before = quantizer.codebook.clone()
+    token = torch.ones(1, D).double()
+    quantizer.learn(token, torch.tensor([3]), torch.eye(K)[3].double())
+    sizes = torch.full((K,), 0.1).double() + 0.9 * torch.eye(K)[3]
+    smoothed = (sizes + 1e-5) / (sizes.sum() + K * 1e-5) * sizes.sum()
+    torch.testing.assert_close(smoothed.sum(), sizes.sum())
+    sums = 0.1 * before + 0.9 * torch.eye(K)[3][:, None] * token
+    torch.testing.assert_close(quantizer.codebook, sums / smoothed[:, None], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["ema", "ema_l2"])
@@ -556,6 +812,84 @@ def test_codebook_starts_at_tokens(name):
     codebook = quantizer.normalise(quantizer.codebook.detach())
     assert torch.cdist(codebook, tokens).min(1).values.max() < 5e-3
     assert codebook.unique(dim=0).shape[0] == K
+
+
+@with_codebook
+def test_starting_forgets_what_came_before(name):
+    """Idle times, and a moving average's sums, which stand for one token each."""
+    quantizer = make(name)
+    quantizer(grid())
+    assert quantizer.idle.any()
+    quantizer.initialise(grid(batch=4))
+    assert not quantizer.idle.any()
+    if name in users("ema_decay"):
+        assert torch.equal(quantizer.cluster_size, torch.ones(K))
+        assert torch.equal(quantizer.cluster_sum, quantizer.codebook)
+
+
+def test_first_codes_are_different_tokens_or_repeat_them_with_jitter():
+    tokens = 10 + 3 * torch.randn(40, D)
+    found = first_codes(tokens, 40, by_kmeans=False)
+    assert torch.equal(found.sort(0).values, tokens.sort(0).values)  # each once
+    assert not torch.equal(found, tokens)  # in random order
+    found = first_codes(tokens[:8], 20, by_kmeans=True)
+    assert found.unique(dim=0).shape[0] == 20
+    assert torch.equal(found[:8].sort(0).values, tokens[:8].sort(0).values)
+    away = torch.cdist(found[8:].double(), tokens[:8].double()).min(1).values
+    per_component = float(away.square().mean().div(D).sqrt())
+    assert per_component == pytest.approx(0.01 * float(tokens[:8].std()), rel=0.4)
+
+
+def test_first_codes_by_kmeans_are_ten_rounds_from_random_tokens():
+    tokens = torch.randn(200, D)
+    torch.manual_seed(0)
+    found = first_codes(tokens, K, by_kmeans=True)
+    torch.manual_seed(0)
+    expected = first_codes(tokens, K, by_kmeans=False)
+    for _ in range(10):
+        expected = kmeans(tokens, expected, rounds=1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("by_kmeans", [False, True])
+@pytest.mark.parametrize("count", [8, 200])
+def test_first_codes_on_the_sphere_lie_there(count, by_kmeans):
+    normalise = QUANTIZERS["l2"](1, 1).normalise
+    found = first_codes(normalise(torch.randn(count, D)), K, by_kmeans, normalise)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(K))
+
+
+def test_kmeans_round_is_the_means_of_the_cells():
+    tokens, start = torch.randn(100, D), 0.3 * torch.randn(6, D)
+    codes = torch.cdist(tokens, start).argmin(1)
+    assert len(codes.unique()) == 6
+    expected = torch.stack([tokens[codes == k].mean(0) for k in range(6)])
+    torch.testing.assert_close(kmeans(tokens, start, rounds=1), expected)
+    lone = torch.full((1, D), 30.0)  # a cell of its own
+    torch.testing.assert_close(kmeans(torch.cat([tokens, lone]), torch.cat([start, lone - 1]), rounds=1)[6:], lone)
+
+
+def test_kmeans_restarts_an_empty_cluster_at_a_token():
+    tokens = torch.randn(50, D)
+    found = kmeans(tokens, torch.cat([tokens[:2], torch.full((5, D), 900.0)]), rounds=1)
+    restarted = torch.cdist(found[2:], tokens)
+    assert restarted.min(1).values.max() < 5e-3
+    assert len(restarted.argmin(1).unique()) > 2
+
+
+@pytest.mark.parametrize("name", ["standard", "l2", "ema", "ema_l2", "gumbel", "simvq"])
+def test_kmeans_start_ends_at_the_means_of_its_cells(name):
+    """On the sphere at their directions."""
+    quantizer, z = make(name, kmeans_init=True), 0.05 * grid(batch=20)
+    z += 3 * torch.randn(20, D, 1, 1)  # twenty clusters, soon found
+    quantizer.initialise(z)
+    found = everything(quantizer)
+    tokens = flat(z)
+    tokens = F.normalize(tokens, dim=1) if name in SPHERICAL else tokens
+    codes = torch.cdist(tokens, found).argmin(1)
+    means = torch.stack([tokens[codes == k].mean(0) for k in range(K)])
+    means = F.normalize(means, dim=1) if name in SPHERICAL else means
+    torch.testing.assert_close(found, means, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -745,11 +1079,17 @@ def test_factorised_codes_are_a_small_code_dim(tiny):
 
 @every
 def test_float32_whatever_the_autocast(name):
-    z = grid().bfloat16()
-    plain = make(name)(z.float())
-    with torch.autocast("cpu", torch.bfloat16):
+    """Of tokens and codes so near one another that bfloat16 would confuse them."""
+    z = (1 + 0.1 * grid()).bfloat16()
+    outs = []
+    for enabled in (False, True):
         quantizer = make(name)
-        out = quantizer(z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.manual_seed(2)
+            quantizer.initialise(z if enabled else z.float())
+            outs.append(quantizer(z if enabled else z.float()))
+    plain, out = outs
+    with torch.autocast("cpu", torch.bfloat16):
         assert quantizer.lookup(out.codes).dtype == torch.float32
         quantizer.initialise(z)
     assert out.z_q.dtype == out.loss.dtype == torch.float32
@@ -765,6 +1105,15 @@ def test_one_token(name):
     assert out.codes.shape == (1, 1, 1)
     assert out.z_q.isfinite().all()
     assert math.isfinite(float(out.loss.detach()))
+
+
+@pytest.mark.parametrize("kmeans_init", [False, True])
+@pytest.mark.parametrize("name", users("kmeans_init"))
+def test_one_number_starts_a_codebook(name, kmeans_init):
+    """One token of one component has no spread to jitter by."""
+    quantizer = QUANTIZERS[name](K, 1, kmeans_init=kmeans_init)
+    quantizer.initialise(torch.randn(1, 1, 1, 1))
+    assert quantizer.lookup(torch.arange(K).view(1, 1, K)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*users("revive_after"), "simvq"])
@@ -791,7 +1140,8 @@ def test_standard_codebook_learns_without_commitment():
 def test_codes_stay_in_use_without_revival(name, tmp_path):
     """What the three promise. On the photographs that it was trained on; 600 steps of seeds 0 and 1 gave 0.96 to 1.00,
     150 steps as little as 0.5. Elsewhere usage is lower for every quantizer: fewer images, other content."""
-    config = make_config("cnn", "smoke", quantizer=name, steps=600, lpips_weight=0.0, device="cpu").resolved()
+    settings = {"steps": 600, "lpips_weight": 0.0, "device": "cpu", "precision": "fp32"}
+    config = make_config("cnn", "smoke", quantizer=name, **settings).resolved()
     images = load(config.data, config.image_size).train
     tokenizer, _ = train(config, images, tmp_path)
     histogram = CodeHistogram(config.codebook_size)
@@ -801,6 +1151,110 @@ def test_codes_stay_in_use_without_revival(name, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- many processes
+
+
+class Processes:
+    """Two processes as two threads, whose collective calls meet at a barrier."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.barrier, self.rank, self.shared = threading.Barrier(2, timeout=20), threading.local(), [None, None]
+        self.calls = [0, 0]
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(dist, "get_rank", lambda: self.rank.value)
+        monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
+        monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.copy_(self.gathered(tensor)[src]))
+
+    def gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.calls[self.rank.value] += 1
+        self.shared[self.rank.value] = tensor.clone()
+        self.barrier.wait()
+        found = list(self.shared)
+        self.barrier.wait()
+        return found
+
+    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+        assert op == dist.ReduceOp.SUM
+        tensor.copy_(sum(self.gathered(tensor)))
+
+    def run(self, work: Callable) -> list:
+        """``work(rank)`` of both."""
+
+        def process(rank: int):
+            self.rank.value = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()  # the other would wait for this one
+                raise
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(process, range(2)))
+
+
+@pytest.fixture
+def processes(monkeypatch) -> Processes:
+    return Processes(monkeypatch)
+
+
+def trained(name: str, z: torch.Tensor, **options):
+    """A quantizer after a few steps on ``z`` and its neighbourhood."""
+    quantizer = QUANTIZERS[name](K, D, **options)
+    start = torch.linspace(-2, 2, K)[:, None] * torch.arange(1, D + 1).roll(1)
+    with torch.no_grad():
+        if name == "residual":
+            for number, stage in enumerate(quantizer.codec.layers):
+                for codes in (stage._codebook.embed, stage._codebook.embed_avg):
+                    codes.copy_(start[number::4])
+        else:
+            quantizer.replace(torch.ones(K, dtype=torch.bool), start)
+    for step in range(4):
+        quantizer(z + step / 4)
+    return quantizer
+
+
+@pytest.mark.parametrize("name", ["standard", "l2", "ema", "ema_l2", "residual"])
+def test_two_processes_are_one_with_the_whole_batch(name, monkeypatch):
+    """Running sums, idle times and the codebook's moves, of half a batch each (bug 5: synchronisation)."""
+    z = grid(batch=6)
+    options = {"ema_decay": 0.8} if name in users("ema_decay") else {}
+    whole = trained(name, z, **options).state_dict()
+    with monkeypatch.context() as patch:
+        states = Processes(patch).run(lambda rank: trained(name, z[3 * rank :][:3], **options).state_dict())
+    assert whole.keys() == states[0].keys()
+    for state in states:
+        for key, value in whole.items():
+            torch.testing.assert_close(state[key], value, msg=key, atol=1e-5, rtol=1e-4)
+
+
+@with_codebook
+def test_two_processes_revive_the_same_codes_at_the_same_places(name, processes):
+    """Each could only offer its own tokens (bug 5: synchronisation)."""
+    z = grid(batch=6) + 3
+    z[3:] += 5  # the second's are elsewhere
+
+    def work(rank: int) -> dict:
+        quantizer = trained(name, z[3 * rank :][:3], revive_after=1)
+        quantizer.idle.fill_(K)
+        quantizer(z[3 * rank :][:3])
+        return quantizer.state_dict()
+
+    first, second = processes.run(work)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_mean_gradient_of_two_processes_entropy_penalties_is_that_of_the_whole_batch(monkeypatch):
+    x, e = torch.randn(60, D, requires_grad=True), torch.randn(K, D)
+    expected = torch.autograd.grad(entropy_penalty(x, e, torch.tensor(0.5)), x)[0]
+
+    def work(rank: int) -> torch.Tensor:
+        mine = x.detach()[30 * rank :][:30].requires_grad_()
+        return torch.autograd.grad(entropy_penalty(mine, e, torch.tensor(0.5)), mine)[0]
+
+    with monkeypatch.context() as patch:
+        halves = Processes(patch).run(work)
+    torch.testing.assert_close(torch.cat(halves) / 2, expected)
 
 
 def _two_processes(rank: int, folder: str, name: str) -> None:
