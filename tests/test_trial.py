@@ -463,12 +463,12 @@ def test_each_iteration_of_patch_kmeans_lowers_the_distortion(images, monkeypatc
 
 
 def test_patch_kmeans_sees_no_more_patches_than_it_says_and_any_number_of_codes(monkeypatch):
-    monkeypatch.setattr(evaluate, "KMEANS_PATCHES", 32)
+    monkeypatch.setattr(evaluate, "KMEANS_PATCHES", 40)
     seen = []
     nearest = evaluate.nearest
     monkeypatch.setattr(evaluate, "nearest", lambda a, b: seen.append((len(a), len(b))) or nearest(a, b))
     PatchKMeans(flat(*range(100)), 4, 5, "cpu")
-    assert set(seen) == {(32, 5)}
+    assert set(seen) == {(40, 5)}  # of three images, 48
     assert len(PatchKMeans(flat(7), 4, 20, "cpu").centroids) == 20  # more codes than patches
 
 
