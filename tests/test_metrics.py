@@ -409,10 +409,12 @@ class ToyInception(torch.nn.Module):
 def test_inception_sees_the_pixels_of_samples(monkeypatch):
     """Integers, as it takes them: floats in [-1, 1] are for VGG16."""
     trunk("vgg")
-    monkeypatch.setattr(weights, "inception", lambda path: ToyInception(2048))
+    asked = []
+    monkeypatch.setattr(weights, "inception", lambda path: asked.append(path) or ToyInception(2048))
     x, _ = photographs(5, 10)
     x = x[..., :32, :32]
-    found = ImageSet.of(x.split(2))
+    found = ImageSet.of(x.split(2), "cpu", "path")
+    assert asked == ["path"]
     assert torch.equal(found.inception, x.flatten(1)[:, :2048].float())
     with torch.no_grad():
         expected = trunk("vgg").features(from_uint8(x))[-1].mean((2, 3))

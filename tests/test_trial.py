@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -234,12 +235,20 @@ def test_the_picture_of_a_codebook_shows_every_code_in_order(monkeypatch):
 
 
 def test_a_codebook_is_pictured_where_one_code_is_an_image(images, tiny, store, monkeypatch):
-    config = replace(tiny, grid_size=1, width=8, precision="fp32").resolved()
+    """And the time that scoring takes is that of scoring alone."""
+    config, now = replace(tiny, grid_size=1, width=8, precision="fp32").resolved(), [100.0]
+
+    def wait(seconds, found):
+        now[0] += seconds
+        return found
+
     run = begun(store, config)
-    monkeypatch.setattr(trial, "score", lambda *_: ({"psnr": 20.0}, {"psnr": np.zeros(24)}))
-    monkeypatch.setattr(trial, "throughput", lambda tokenizer: {})
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(trial, "score", lambda *_: wait(4.5, ({"psnr": 20.0}, {"psnr": np.zeros(24)})))
+    monkeypatch.setattr(trial, "throughput", lambda tokenizer: wait(9, {}))
     finish(run, greys(config), images, {}, None, {})
     assert (run.folder / "codebook.png").exists()
+    assert run.metrics()["score_seconds"] == 4.5
 
 
 def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny, store, monkeypatch, tmp_path):
@@ -259,6 +268,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     monkeypatch.setattr(trial, "kmeans_reference", lambda *arguments: {"psnr": arguments})
     monkeypatch.setattr(trial, "score_untrained", lambda *arguments: {"grid_edges_init": arguments})
     monkeypatch.setattr(trial, "finish", lambda *arguments: seen.update(finish=arguments))
+    monkeypatch.setattr(trial, "peak_memory", lambda device: nullcontext(lambda: 12.5 if device == "cpu" else 0))
     monkeypatch.setattr(trial, "prepare", lambda *arguments: seen.update(prepare=arguments) or trial_data)
     assert run_trial(config, store, tmp_path, resume=False) == run
     assert seen["prepare"] == (config, store, tmp_path)
@@ -267,7 +277,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert given == [run, "tokenizer", trial_data, {"psnr": (trial_data, 8, 32, "cpu", tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.val)
-    assert measured["train_seconds"] == 5.0
+    assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
 def test_the_environment_says_what_a_number_may_depend_on():
@@ -486,7 +496,9 @@ def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_da
     """Data, grid, K, kind of device, Inception's weights and both versions: each alone asks for another."""
     computed = []
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda *_: None)
-    monkeypatch.setattr(evaluate, "score", lambda *_: (computed.append(0) or {"psnr": float(len(computed))}, {}))
+    monkeypatch.setattr(
+        evaluate, "score", lambda *given: (computed.append(given) or {"psnr": float(len(computed))}, {})
+    )
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
     arguments = [trial_data, 4, 16, "cpu", None]
     first = kmeans_reference(*arguments)
@@ -496,6 +508,10 @@ def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_da
         changed = [*arguments[:place], value, *arguments[place + 1 :]]
         count = len(computed)
         assert kmeans_reference(*changed) == kmeans_reference(*changed) == {"psnr": count + 1.0}
+        data, _, codebook_size, device, fid_weights = changed
+        assert computed[-1][1] == codebook_size
+        assert computed[-1][2] is data.val
+        assert computed[-1][3:5] == (device, fid_weights)
     for version in ("REFERENCE_VERSION", "PROTOCOL_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, version, 99)
@@ -558,6 +574,13 @@ def test_scores_are_of_the_whole_set_and_not_of_its_batches(images, monkeypatch)
     assert found["grid_edges"] == pytest.approx(artefacts.grid_edges(4), abs=1e-3)
     assert found["grid_energy"] == pytest.approx(artefacts.grid_energy(4), abs=1e-3)
     assert found["grid_edges"] != pytest.approx(artefacts.grid_edges(8), abs=0.1)
+
+
+def test_inceptions_weights_are_looked_for_where_they_are_said_to_be(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(weights, "inception", lambda path: asked.append(path))
+    score(Greys(4, 3), 3, flat(0, 255), "cpu", tmp_path, "")
+    assert asked == [tmp_path]
 
 
 def test_scoring_is_in_float32_whatever_surrounds_it(images):
@@ -641,10 +664,11 @@ def test_what_makes_scores_incomparable_changes_the_protocol_and_nothing_else_do
 
 
 def test_run_id_covers_every_setting(tiny):
-    ids = {tiny.run_id()}
-    for name, value in {**CHANGES, "image_size": 64, "data": "cifar10", "device": "cuda", "pretrained": True}.items():
-        ids.add(replace(tiny, **{name: value}).run_id())
-    assert len(ids) >= len(CHANGES)  # precision auto may be bf16 already
+    """One id for each change, and the same one for other spellings of the same."""
+    base = replace(tiny, precision="fp32")
+    changes = {**CHANGES, "image_size": 64, "data": "cifar10", "device": "cuda", "pretrained": True}
+    ids = {name: replace(base, **{name: value}).run_id() for name, value in changes.items()}
+    assert len({base.run_id(), *ids.values()}) == len(changes) + 1
     assert replace(tiny, data="folder:a/../b").run_id() == replace(tiny, data="folder:b").run_id()
 
 
