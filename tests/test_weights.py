@@ -99,12 +99,13 @@ def test_digest_depends_on_names_and_values_only(state, tmp_path):
     assert weights.content_digest(state | {name: tensor + 1e-3}) != digest
 
 
-def test_digest_tells_shapes_and_types_apart():
+def test_digest_tells_names_shapes_and_types_apart():
     """Equal bytes in the same order are not equal weights."""
     tensors = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32)]
     tensors += [torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).flip(0)]
     assert len({weights.content_digest({"a": tensor}) for tensor in tensors}) == len(tensors)
     assert weights.content_digest({"a": tensors[0].T}) == weights.content_digest({"a": tensors[1]})  # not of strides
+    assert weights.content_digest({"a": tensors[0]}) != weights.content_digest({"b": tensors[0]})
     pair = {"a": tensors[0], "b": tensors[3]}
     assert weights.content_digest(pair) != weights.content_digest({"a": tensors[3], "b": tensors[0]})
 
