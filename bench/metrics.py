@@ -267,7 +267,7 @@ class ImageSet:
                 images = from_uint8(x.to(device))
                 vgg.append(_pool(network.features(images)).cpu().float())
                 if inception is not None:
-                    inceptions.append(inception.to(device)(images)[0].cpu().float())
+                    inceptions.append(inception.to(device)(x.to(device))[0].cpu().float())  # which takes uint8
         return cls(torch.cat(vgg), torch.cat(inceptions))
 
     def distances(self, real: ImageSet) -> dict[str, float]:

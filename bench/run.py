@@ -42,7 +42,7 @@ class RunArguments(Arguments):
     """show backbones, parameters, FLOPs and tokens at these settings, and stop"""
 
 
-# Metrics that the table shows, those of them that the runs have.
+# Metrics that the table shows, those of them that all of the runs have.
 COLUMNS = (
     *("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
@@ -91,7 +91,7 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     rows = [(run.config(), run.metrics()) for run in runs]
     off = unmatched(frame(runs))
     config, metrics = rows[0]
-    shown = {name: METRICS[name] for name in COLUMNS if name in metrics}
+    shown = {name: METRICS[name] for name in COLUMNS if all(name in metrics for _, metrics in rows)}
     best = {
         name: (min if metric.better == "lower" else max)(metrics[name] for _, metrics in rows)
         for name, metric in shown.items()

@@ -16,6 +16,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from bench import metrics, weights
 from bench.files import UserError, sha256_file
@@ -23,9 +24,11 @@ from bench.metrics import (
     Artefacts,
     CodeHistogram,
     FrechetStatistics,
+    ImageSet,
     KernelDistance,
     Scores,
     from_uint8,
+    full_precision,
     psnr,
     ssim,
     to_uint8,
@@ -83,6 +86,7 @@ def test_to_uint8_clamps_and_rounds():
 
 
 def test_psnr_and_ssim_agree_with_skimage():
+    """(bug 11)"""
     x, x_hat = photographs(6, 0)
     pairs = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(x, x_hat, strict=True)]
     expected = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs]
@@ -99,6 +103,51 @@ def test_identical_images_score_the_cap_and_one():
     x, _ = photographs(2, 1)
     assert psnr(x, x).tolist() == [100.0, 100.0]
     torch.testing.assert_close(ssim(x, x), torch.ones(2))
+
+
+@given(error=st.integers(1, 255), share=st.integers(1, 64))
+@settings(max_examples=25, deadline=None)
+def test_psnr_is_that_of_each_image_in_closed_form(error, share):
+    """An error in so many of 64 pixels; the other image of the batch is perfect and has no part in it."""
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    x_hat = x.clone()
+    x_hat[0].view(3, 64)[:, :share] = error
+    expected = 20 * math.log10(255 / error) + 10 * math.log10(64 / share)
+    assert psnr(x_hat, x).tolist() == pytest.approx([expected, 100.0], abs=1e-4)
+    assert psnr(x, x_hat).tolist() == psnr(x_hat, x).tolist()
+
+
+def test_ssim_looks_at_whole_windows_only():
+    """In an image of one window it is Wang's eq. 13, written out; flips and a transposition change nothing."""
+    x, x_hat = (images[:1, :, 20:31, 30:41] for images in photographs(1, 9))
+    places = torch.arange(11, dtype=torch.float64) - 5
+    bell = torch.exp(-places.square() / (2 * 1.5**2))
+    window = torch.outer(bell, bell) / bell.sum() ** 2
+
+    def mean(values):
+        return (values * window).sum((1, 2))
+
+    a, b = x_hat[0].double(), x[0].double()
+    variances, covariance = mean(a * a) - mean(a) ** 2 + mean(b * b) - mean(b) ** 2, mean(a * b) - mean(a) * mean(b)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    by_hand = (2 * mean(a) * mean(b) + c1) * (2 * covariance + c2)
+    by_hand /= (mean(a) ** 2 + mean(b) ** 2 + c1) * (variances + c2)
+    assert ssim(x_hat, x).item() == pytest.approx(by_hand.mean().item(), abs=1e-4)
+    x, x_hat = photographs(2, 9)
+    for change in (lambda y: y.flip(2), lambda y: y.flip(3), lambda y: y.mT):
+        torch.testing.assert_close(ssim(change(x_hat), change(x)), ssim(x_hat, x), atol=1e-5, rtol=0)
+
+
+def test_full_precision_has_no_autocast_and_no_tensorfloat32_and_ends():
+    convolution, x = torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4)
+    flags = torch.backends.cudnn
+    before = flags.enabled, flags.deterministic, flags.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_precision(CPU):
+            assert convolution(x).dtype == torch.float32
+            assert (flags.enabled, flags.deterministic, flags.allow_tf32) == (True, True, False)
+        assert convolution(x).dtype == torch.bfloat16
+    assert (flags.enabled, flags.deterministic, flags.allow_tf32) == before
 
 
 def test_scores_of_images_take_uint8_of_equal_shape():
@@ -133,7 +182,22 @@ def test_lpips_values_and_gradients_equal_the_package(perceptual):
     assert (gradient - expected).norm() < 1e-2 * expected.norm()  # rounding may tip a max-pooling the other way
 
 
+def test_lpips_is_a_distance_between_the_directions_of_features(perceptual):
+    """Written out: squared differences of unit vectors, weighted by channel, averaged over places, summed over layers.
+    Of each image by itself; the order of a pair plays no part."""
+    x_hat, x = torch.rand(2, 2, 3, 32, 40, generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
+    with torch.no_grad():
+        expected = torch.zeros(2)
+        for a, b, head in zip(perceptual.features(x_hat), perceptual.features(x), perceptual.heads, strict=True):
+            a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+            expected += ((a - b) ** 2 * head.view(1, -1, 1, 1)).sum(1).flatten(1).mean(1)
+        for pair in ((x_hat, x), (x, x_hat)):
+            torch.testing.assert_close(perceptual(*pair), expected, atol=1e-5, rtol=0)
+        assert perceptual(x, x).tolist() == [0, 0]
+
+
 def test_lpips_gradient_is_finite_where_the_package_gives_nan(perceptual):
+    """No square root without an eps (bug 12)."""
     x = torch.zeros(1, 3, 32, 32)
     for x_hat in (x.clone(), x + 0.5):
         x_hat.requires_grad_()
@@ -232,6 +296,151 @@ def test_frechet_statistics_stream_merge_and_ignore_order():
     for other in (statistics(features, 3), statistics(features.flip(0)), merged):
         for found, expected in zip(other.moments(), (mean, covariance), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_frechet_distance_is_symmetric_and_moves_with_neither_set_alone(seed):
+    """Also where the covariances do not commute: shifted together nothing changes, shifted apart by v adds |v|²."""
+    first, second = np.random.default_rng(seed).normal(size=(2, 30, 4))
+    second = second @ np.random.default_rng(seed + 1).normal(size=(4, 4))
+    first -= first.mean(0) - second.mean(0)  # equal means, so that a shift adds exactly its square
+    distance = statistics(first).distance(statistics(second))
+    shift = np.array([3.0, -1, 0, 2])
+    assert statistics(second).distance(statistics(first)) == pytest.approx(distance, abs=1e-6)
+    assert statistics(first + shift).distance(statistics(second + shift)) == pytest.approx(distance, abs=1e-6)
+    assert statistics(first + shift).distance(statistics(second)) == pytest.approx(distance + 14, abs=1e-6)
+    assert statistics(first).distance(statistics(first)) == pytest.approx(0, abs=1e-6)
+
+
+def kernel(features, batch=4):
+    result = KernelDistance()
+    for part in torch.as_tensor(features).split(batch):
+        result.update(part)
+    return result
+
+
+def test_kernel_distance_of_equal_sizes_is_the_unbiased_mmd_of_all_vectors():
+    """Summed pair by pair (Bińkowski et al. 2018, eq. 4), no vector with itself."""
+    x, y = np.random.default_rng(0).normal(size=(2, 7, 3))
+    y += 0.5
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(7) for j in range(7)]
+    within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (7 * 6)
+    between = sum(k(x[i], y[j]) for i, j in pairs) / 49
+    assert kernel(x).distance(kernel(y)) == pytest.approx(within - 2 * between, rel=1e-5)
+    assert kernel(x).distance(kernel(x[::-1].copy(), 3)) == pytest.approx(kernel(x).distance(kernel(x)), rel=1e-4)
+
+
+def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets():
+    """100 draws as large as the smaller set, of both: no set is cut to its first vectors."""
+    x, y = torch.randn(14, 3, generator=torch.Generator().manual_seed(0)).split([9, 5])
+    for a, b in ((x, y), (y, x)):
+        options = {"kid_subset_size": 5, "verbose": False}  # and torch-fidelity's own number of subsets and seed
+        expected = kid_features_to_metric(a, b, **options)[KEY_METRIC_KID_MEAN]
+        assert kernel(a).distance(kernel(b)) == pytest.approx(expected, rel=1e-6)
+
+
+def image_set(vgg, inception=None):
+    return ImageSet(
+        torch.as_tensor(vgg).float(), torch.zeros(0, 4) if inception is None else torch.as_tensor(inception)
+    )
+
+
+def test_precision_asks_of_the_made_and_recall_of_the_real():
+    """Two real clusters, of which one is made: all that is made is real, half of what is real is made."""
+    cluster = np.random.default_rng(0).uniform(size=(12, 2))
+    both = np.concatenate([cluster, cluster + 100])
+    one = image_set(cluster + np.random.default_rng(1).uniform(-1e-3, 1e-3, (12, 2)))
+    found = one.distances(image_set(both))
+    assert (found["precision_vgg16"], found["recall_vgg16"]) == (1, 0.5)
+    found = image_set(both).distances(one)
+    assert (found["precision_vgg16"], found["recall_vgg16"]) == (0.5, 1)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_precision_and_recall_are_the_definition(seed):
+    """Kynkäänniemi et al. 2019, eq. 2: within the distance of some vector to its third nearest in the same set."""
+    made, real = np.random.default_rng(seed).normal(size=(2, 15, 2)).astype(np.float32)
+    real = real[:11] * 2
+
+    def covered(points, by):
+        radii = np.sort(np.linalg.norm(by[:, None] - by[None], axis=-1), axis=1)[:, 3]  # its own distance comes first
+        return (np.linalg.norm(points[:, None] - by[None], axis=-1) <= radii).any(1).mean()
+
+    found = image_set(made).distances(image_set(real))
+    assert found["precision_vgg16"] == pytest.approx(covered(made, real))
+    assert found["recall_vgg16"] == pytest.approx(covered(real, made))
+
+
+def test_sets_of_images_are_compared_on_both_networks_where_both_have_features():
+    rng = np.random.default_rng(3)
+    vgg, other = rng.normal(size=(2, 8, 3))
+    deep, deeper = gaussian(8, [0.0, 0, 0, 0], [1, 2, 3, 4], rng), gaussian(8, [3.0, 0, 0, 4], [1, 2, 3, 4], rng)
+    found = image_set(vgg, deep).distances(image_set(other, deeper))
+    assert found["gfid"] == pytest.approx(25, rel=1e-5)
+    assert found["gfid_vgg16"] == pytest.approx(
+        statistics(torch.tensor(vgg)).distance(statistics(torch.tensor(other))), rel=1e-4
+    )
+    assert found["gkid_vgg16"] == pytest.approx(kernel(vgg).distance(kernel(other)), rel=1e-4)
+    names = {"gfid_vgg16", "gkid_vgg16", "precision_vgg16", "recall_vgg16"}
+    for pair in ((image_set(vgg, deep), image_set(other)), (image_set(vgg), image_set(other, deeper))):
+        assert pair[0].distances(pair[1]).keys() == names  # no FID against nothing
+    with pytest.raises(ValueError, match="3 and 8 images are too small"):
+        image_set(vgg[:3]).distances(image_set(other))
+
+
+class ToyInception(torch.nn.Module):
+    """Like torch-fidelity's it takes uint8 and nothing else: the first ``size`` numbers of every image."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return (images.flatten(1)[:, : self.size].float(),)
+
+
+def test_inception_sees_the_pixels_of_samples(monkeypatch):
+    """Integers, as it takes them: floats in [-1, 1] are for VGG16."""
+    trunk("vgg")
+    asked = []
+    monkeypatch.setattr(weights, "inception", lambda path: asked.append(path) or ToyInception(2048))
+    x, _ = photographs(5, 10)
+    x = x[..., :32, :32]
+    found = ImageSet.of(x.split(2), "cpu", "path")
+    assert asked == ["path"]
+    assert torch.equal(found.inception, x.flatten(1)[:, :2048].float())
+    with torch.no_grad():
+        expected = trunk("vgg").features(from_uint8(x))[-1].mean((2, 3))
+    torch.testing.assert_close(found.vgg, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fid_is_of_inception_and_fid_vgg16_of_vgg16(monkeypatch):
+    trunk("vgg")
+    asked = []
+    monkeypatch.setattr(weights, "inception", lambda path: asked.append(path) or ToyInception(3))
+    x, x_hat = photographs(6, 11)
+    x, x_hat = x[..., :32, :32], x_hat[..., :32, :32]
+    scores = Scores("cpu", "path")
+    scores.inception_statistics = FrechetStatistics(3), FrechetStatistics(3)
+    scores.update(x[:4], x_hat[:4])
+    scores.update(x[4:], x_hat[4:])
+    first, second = (statistics(images[:, 0, 0, :3].double()) for images in (x_hat, x))
+    assert scores.result()["fid"] == pytest.approx(first.distance(second), rel=1e-6)
+    for found, expected in zip(scores.inception_statistics, (first, second), strict=True):
+        assert torch.equal(found.total, expected.total)  # reconstructions, originals
+    features = [trunk("vgg").features(from_uint8(images))[-1].mean((2, 3)) for images in (x_hat, x)]
+    first, second = map(statistics, features)
+    assert scores.result()["fid_vgg16"] == pytest.approx(first.distance(second), rel=1e-3)
+    for found, expected in zip(scores.vgg_statistics, (first, second), strict=True):
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-4, atol=1e-4)
+    assert asked == ["path"]
 
 
 def test_set_distances_need_two_samples():
@@ -371,6 +580,7 @@ def histogram(codebook_size, *batches):
 
 
 def test_perplexity_is_that_of_the_set_and_not_a_mean_over_batches():
+    """(bug 9)"""
     batches = [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
     assert histogram(8, *batches).perplexity() == pytest.approx(4)
     assert np.mean([histogram(8, batch).perplexity() for batch in batches]) == pytest.approx(1)
@@ -389,6 +599,20 @@ def test_usage_counts_no_code_that_did_not_occur():
     assert codes.counts.tolist() == [0, 0, 0, 0, 0, 3, 0, 1]
     assert (codes.usage(), codes.dead_codes()) == (0.25, 6)
     assert codes.perplexity() == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+
+
+@given(codes=st.lists(st.integers(0, 11), min_size=1, max_size=60), batch=st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_what_codes_say_is_a_matter_of_how_often_each_occurs(codes, batch):
+    """Perplexity, usage and dead codes by counting, whatever the batches and the order (bugs 9, 10)."""
+    counts = np.array([codes.count(code) for code in range(12)])
+    found = histogram(12, *torch.tensor(codes).split(batch))
+    entropy = -sum(n / len(codes) * math.log(n / len(codes)) for n in counts if n)
+    assert found.counts.tolist() == counts.tolist()
+    assert found.perplexity() == pytest.approx(math.exp(entropy))
+    assert found.dead_codes() == (counts == 0).sum()
+    assert found.usage() == pytest.approx((counts > 0).mean())
+    assert histogram(12, codes[::-1]).perplexity() == pytest.approx(found.perplexity())
 
 
 @pytest.mark.parametrize("codes", [[-1, 0], [0, 8], [0.0, 1.0]])

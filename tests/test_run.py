@@ -6,23 +6,28 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from fabricate import fabricate
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 
 from backbones import BACKBONES
-from bench import run, store, trial, weights
+from bench import doctor as doctor_module
+from bench import encode, run, store, trial, weights
 from bench.cli import parse
 from bench.config import PRESETS, PROTOCOL_VERSION, Config, make_config
 from bench.doctor import main as doctor
 from bench.files import cache_dir
 from bench.frames import frame, unmatched
+from bench.metrics import from_uint8
 from bench.quantizers import QUANTIZERS
 from bench.store import Store
+from bench.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -70,26 +75,32 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "already finished" in err
 
 
-def test_several_backbones_and_seeds(trial_data, command):
-    code, out, _ = command("--backbone", "cnn", "vit", "--seeds", "0", "3", *TINY)
-    assert code == 0
-    for label in ("cnn ema 0", "cnn ema 3", "vit ema 0", "vit ema 3"):
-        assert label in out
+def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
+    """All asked for with what the command line gave; one that diverges is shown, and the others go on."""
+    asked = []
 
-
-def test_a_diverged_run_is_shown_and_the_others_go_on(trial_data, command, monkeypatch):
-    real = trial.train
-
-    def train(config, *rest):
-        if config.backbone == "cnn":
+    def run_trial(config, results, fid_weights, resume):
+        asked.append((config.backbone, config.seed, config.steps, fid_weights, resume))
+        if (config.backbone, config.seed) == ("cnn", 3):
             raise run.Diverged("loss or gradient not finite by step 1; try --lr below 0.1")
-        return real(config, *rest)
+        return fabricate(results, config)
 
-    monkeypatch.setattr(trial, "train", train)
-    code, out, _ = command("--backbone", "cnn", "vit", *TINY)
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    several = ("--backbone", "cnn", "vit", *TINY, "--no-resume", "--fid-weights", "file")
+    code, out, err = command(*several, "--seeds", "0")
+    assert code == 0
+    assert err.count("finished: ") == 2
+    assert "already" not in err
+    code, out, err = command(*several, "--seeds", "0", "3")
     assert code == 1
-    assert "diverged" in out
-    assert "vit ema 0" in out
+    assert err.count("already finished: ") == 2
+    rows = [("cnn", 0), ("vit", 0), ("cnn", 0), ("cnn", 3), ("vit", 0), ("vit", 3)]
+    assert asked == [(*row, 3, Path("file"), False) for row in rows]
+    for label in ("cnn ema 0", "vit ema 0", "vit ema 3"):
+        assert label in out
+    (line,) = (line for line in out.splitlines() if "cnn ema 3" in line)
+    assert "diverged" in line
+    assert "try --lr below 0.1" in err.replace("\n", " ")
 
 
 def test_list_shows_sizes_and_trains_nothing(command, monkeypatch):
@@ -215,6 +226,60 @@ def test_weights_without_network(command, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").glob("weights/*.safetensors"))
 
 
+CHECKED = {"python", "device", "precision", "torchvision", "mamba scan", "weights alex", "cache", "results"}
+
+
+def checked(tmp_path, monkeypatch, *rows: weights.Status, free: float = 50) -> dict[str, doctor_module.Check]:
+    """What the doctor finds with these weight files and so many gigabytes free."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "status", lambda: list(rows))
+    usage = shutil._ntuple_diskusage(10**12, 10**12, int(free * 2**30))
+    monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda path: usage)
+    return {check.name: check for check in doctor_module.checks(tmp_path / "results")}
+
+
+def test_doctor_tells_what_is_needed_from_what_is_not(tmp_path, monkeypatch):
+    """Sound is good; damaged is broken, needed or not; what a run would fetch, or can do without, is a note."""
+    path = tmp_path / "file"
+    for name in ("alex", "vgg", "inception"):
+        for cached, ok, good in ((True, True, True), (True, False, False), (False, False, None)):
+            row = weights.Status(name, cached, path, "abc", ok)
+            check = checked(tmp_path, monkeypatch, row)[f"weights {name}"]
+            assert check.good is good
+            assert bool(check.fix) is not bool(good)
+    assert (
+        "next run fetches"
+        in checked(tmp_path, monkeypatch, weights.Status("alex", False, path, "", False))["weights alex"].fix
+    )
+    assert "--fid-weights" in check.fix
+    assert checked(tmp_path, monkeypatch, weights.Status("alex", True, path, "abc", True)).keys() == CHECKED
+
+
+@pytest.mark.parametrize(("free", "good"), [(1.9, False), (2.0, True), (50, True)])
+def test_doctor_wants_two_gigabytes(tmp_path, monkeypatch, free, good):
+    found = checked(tmp_path, monkeypatch, free=free)
+    assert found["cache"].good is found["results"].good is good
+    assert f"{free:.0f} GB free" in found["cache"].found
+
+
+def test_doctor_finds_a_results_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "results").write_text("")
+    found = checked(tmp_path, monkeypatch)
+    assert found["results"].good is False
+    assert found["cache"].good is True
+
+
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (None, 0), (False, 1)])
+def test_doctor_fails_only_for_what_is_broken(monkeypatch, capsys, good, code):
+    found = [doctor_module.Check("one", True, "here", "unneeded"), doctor_module.Check("two", good, "there", "mend it")]
+    monkeypatch.setattr(doctor_module, "checks", lambda results: iter(found))
+    assert doctor() == code
+    out = capsys.readouterr().out
+    assert ("mend it" in out) is not bool(good)
+    assert "unneeded" not in out
+    assert {True: "ok", None: "note", False: "broken"}[good] in out
+
+
 def test_doctor_names_what_is_missing_and_how_to_mend_it(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
@@ -276,6 +341,159 @@ def test_rows_at_another_budget_are_marked(tmp_path):
     assert marked("wider", params_encoder=900_000) == [False] * 3  # but as fast and as many FLOPs
     assert marked("other", params_encoder=900_000, flops_encode=3e8, train_seconds=90.0) == [False, False, True]
     assert list(unmatched(frame([fabricate(Store(tmp_path / "one"), configs[0])]))) == [False]
+
+
+def columns(table) -> dict[str, list[str]]:
+    """Heading, in one line → cells, in rich's markup."""
+    return {" ".join(str(column.header).split()): list(column.cells) for column in table.columns}
+
+
+ARROWS = {
+    "FID vgg16 ↓": "fid_vgg16",
+    "LPIPS alex ↓": "lpips_alex",
+    "LPIPS vgg ↓": "lpips_vgg",
+    "train s ↓": "train_seconds",
+}
+ARROWS |= {"PSNR dB ↑": "psnr", "SSIM ↑": "ssim", "perp. ↑": "perplexity"}
+ARROWS |= {"enc. /s ↑": "images_per_second_encode", "dec. /s ↑": "images_per_second_decode"}
+FORMS = {"fid_vgg16": ".1f", "lpips_alex": ".3f", "lpips_vgg": ".3f", "psnr": ".2f", "ssim": ".3f"}
+
+
+def test_the_best_of_a_column_is_the_lowest_or_highest_as_its_arrow_says(tmp_path):
+    """Every column by itself: two runs take turns at having more."""
+    for low, high in ((0, 1), (1, 0)):
+        runs = []
+        for number, more in ((0, low), (1, high)):
+            config = make_config(("cnn", "vit")[number], "smoke", device="cpu")
+            values = dict.fromkeys(ARROWS.values(), 7.0 + more)
+            runs.append(fabricate(Store(tmp_path / f"{low}"), config, **values))
+        found = columns(run.result_table(runs, []))
+        assert found.keys() == {"tokenizer, seed", "M par.", *ARROWS}
+        for heading, name in ARROWS.items():
+            first = (low > high) == (heading[-1] == "↑")  # the first row has ``low`` more, the second ``high``
+            assert [cell.startswith("[bold]") for cell in found[heading][:2]] == [first, not first], heading
+            form = FORMS.get(name, ".0f")
+            shown = [cell.removeprefix("[bold]").removesuffix("[/]") for cell in found[heading][:2]]
+            assert shown == [f"{7 + low:{form}}", f"{7 + high:{form}}"]
+
+
+def test_equals_are_bold_together_and_a_single_run_never_is(tmp_path):
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    runs = [fabricate(Store(tmp_path), config, psnr=value) for config, value in zip(configs, (9, 9, 8), strict=True)]
+    assert columns(run.result_table(runs, []))["PSNR dB ↑"][:3] == ["[bold]9.00[/]", "[bold]9.00[/]", "8.00"]
+    assert not any("bold" in cell for cells in columns(run.result_table(runs[:1], [])).values() for cell in cells)
+
+
+def test_a_row_is_that_runs_and_the_last_that_of_the_reference(tmp_path):
+    names = ("cnn", "vit")
+    configs = [make_config(name, "smoke", device="cpu", seed=seed) for name, seed in zip(names, (0, 3), strict=True)]
+    sizes = {"params_encoder": 1_500_000, "params_decoder": 250_000, "psnr_kmeans": 3.25, "lpips_alex_kmeans": 0.875}
+    runs = [fabricate(Store(tmp_path), config, **sizes) for config in configs]
+    diverged = replace(configs[0], backbone="mamba", seed=5)
+    table = run.result_table(runs, [(diverged, "it diverged")])
+    found = columns(table)
+    assert found["tokenizer, seed"] == ["cnn ema 0", "vit ema 3", "mamba ema 5", "k-means on patches"]
+    assert found["M par."] == ["1.75", "1.75", "[red]diverged[/]", "–"]
+    assert found["PSNR dB ↑"][-1] == "3.25"
+    assert found["LPIPS alex ↓"][-1] == "0.875"
+    assert found["FID vgg16 ↓"][-1] == "–"  # no reference has it here
+    assert table.title == "112 bits per image: 16 codes of K = 128"
+    assert table.caption is None
+
+
+def test_a_metric_that_not_all_runs_have_is_no_column(tmp_path):
+    """A run that was scored with Inception beside one without."""
+    runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
+    for chosen in (runs[:1], runs[1:]):
+        assert "FID ↓" not in columns(run.result_table(chosen, []))
+    stored = runs[0]._read("metrics.json")
+    stored["metrics"]["fid"] = 12.5
+    runs[0].write("metrics.json", stored)
+    assert columns(run.result_table(runs[:1], []))["FID ↓"][0] == "12.5"
+    for chosen in (runs, runs[::-1]):
+        assert "FID ↓" not in columns(run.result_table(chosen, []))
+
+
+def test_rows_at_another_budget_carry_a_mark_and_a_caption(tmp_path):
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    even = {"params_encoder": 400_000, "params_decoder": 400_000, "flops_encode": 1e8, "flops_decode": 1e8}
+    even |= {"train_seconds": 60.0}
+    off = {"params_encoder": 900_000, "flops_encode": 3e8, "train_seconds": 90.0}
+    runs = [fabricate(Store(tmp_path), config, **even) for config in configs[:2]]
+    runs.append(fabricate(Store(tmp_path), configs[2], **(even | off)))
+    table = run.result_table(runs, [])
+    assert columns(table)["tokenizer, seed"][:3] == ["cnn ema 0", "vit ema 0", "mamba ema 0 †"]
+    assert "--match" in table.caption
+
+
+def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    config = make_config("cnn", "smoke", device="cpu")
+    protocol = {"version": 7, "split": "these / those", "count": 321, "skipped": 0, "image_size": 48}
+    protocol |= {"extractor_vgg16": "layer digest", "rounding": "rounded", "precision": "fp64"}
+    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    for words in ("Protocol 7: these / those; scored on all 321 validation", "48×48", "layer digest", "fp64, rounded"):
+        assert words in line
+    assert line.endswith("No FID: no network")
+    assert "unreadable" not in line
+    protocol |= {"skipped": 4, "extractor_inception": "abc"}
+    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    assert "these / those (4 unreadable files skipped);" in line
+    assert "No FID" not in line
+
+
+def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
+    def suggested(*arguments):
+        options = parse(run.RunArguments, [*arguments, "--device", "cpu"], "run", "")
+        runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
+        picture, command, generate = run.next_command(options, runs).splitlines()
+        assert picture == f"Picture: {runs[-1].folder / 'reconstructions.png'}"
+        assert generate == f"Generate images: python -m bench.prior {runs[-1].folder}"
+        return command.removeprefix("Next: python -m bench.run ")
+
+    assert suggested("--backbone", "vit") == f"--backbone {' '.join(BACKBONES)}"
+    several = ("--backbone", "cnn", "vit", "--seeds", "0", "1")
+    assert suggested(*several) == "--backbone cnn vit --seeds 0 1 2"
+    given = suggested(*several, "--preset", "smoke", "--data", "cifar10")
+    assert given == "--backbone cnn vit --seeds 0 1 2 --preset smoke --data cifar10"
+
+
+def test_list_shows_each_size_in_its_own_column(monkeypatch):
+    counted = {"params_encoder": 1_230_000, "params_decoder": 4_560_000, "flops_encode": 7e6, "flops_decode": 89e6}
+    monkeypatch.setattr(run, "static_costs", lambda tokenizer: counted)
+    config = make_config("vit", "smoke", device="cpu")
+    found = columns(run.size_table([config, replace(config, depth=1)]))
+    shown = {"encoder M": "1.23", "decoder M": "4.56", "encode MFLOP": "7", "decode MFLOP": "89", "tokens": "4×4"}
+    shown |= {"backbone": "vit", "width": str(config.width)}
+    assert found == {**{name: [value] * 2 for name, value in shown.items()}, "depth": [str(config.depth), "1"]}
+
+
+def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, monkeypatch, capsys):
+    config = replace(make_config("cnn", "smoke", device="cpu", codebook_size=300), width=16, depth=1, augment="none")
+    folder = fabricate(Store(tmp_path), config).folder
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(config.resolved())
+    tokenizer.quantizer.initialise(tokenizer.encoder(torch.rand(8, 3, 32, 32) * 2 - 1))
+    save_model(tokenizer, str(folder / "tokenizer.safetensors"))
+    asked = []
+    monkeypatch.setattr(encode, "load_data", lambda *arguments: asked.append(arguments[0]) or images)
+    monkeypatch.setattr(encode.stdout, "print", lambda text, **_: print(text))
+    assert encode.main([str(folder), "--device", "cpu"]) == 0
+    assert asked == [folder.resolve()]
+    out = capsys.readouterr().out
+    assert out.startswith(f"encoded: {folder.resolve() / 'codes'}, 48 train / 24 val grids of 4×4 as uint16, 0.0 MB")
+    for split in ("train", "val"):
+        x = from_uint8(torch.from_numpy(getattr(images, split)).permute(0, 3, 1, 2))
+        codes = np.load(folder / "codes" / f"{split}.npy")
+        assert (codes == tokenizer.eval().encode(x).numpy()).mean() > 0.99  # rounding may tip a tie
+        assert len(np.unique(codes)) > 1
+    assert encode.main([folder.name, "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("already encoded: ")
+
+
+def test_encode_refuses_a_device_that_is_not_there(tmp_path, capsys):
+    assert encode.main(["run", "--results", str(tmp_path), "--device", "cuda:77"]) == 2
+    assert "device 'cuda:77' is not available here; use --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -99,6 +99,45 @@ def test_digest_depends_on_names_and_values_only(state, tmp_path):
     assert weights.content_digest(state | {name: tensor + 1e-3}) != digest
 
 
+def test_digest_tells_names_shapes_and_types_apart():
+    """Equal bytes in the same order are not equal weights."""
+    tensors = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32)]
+    tensors += [torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).flip(0)]
+    assert len({weights.content_digest({"a": tensor}) for tensor in tensors}) == len(tensors)
+    assert weights.content_digest({"a": tensors[0].T}) == weights.content_digest({"a": tensors[1]})  # not of strides
+    assert weights.content_digest({"a": tensors[0]}) != weights.content_digest({"b": tensors[0]})
+    pair = {"a": tensors[0], "b": tensors[3]}
+    assert weights.content_digest(pair) != weights.content_digest({"a": tensors[3], "b": tensors[0]})
+
+
+def test_a_digest_in_a_protocol_is_that_of_its_own_file(tmp_path, monkeypatch):
+    """Inception's is known where a file is given or at hand, and None where it cannot be had."""
+    for name in ("alex", "vgg", "inception"):
+        assert weights.DIGESTS[name].startswith(weights.weights_digest(name))
+    assert len({weights.weights_digest(name) for name in weights.DIGESTS}) == 3
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    assert weights.inception_digest(None) is None
+    assert weights.inception_digest(tmp_path) == weights.weights_digest("inception")
+    monkeypatch.setattr(weights, "inception_missing", lambda: "")
+    assert weights.inception_digest(None) == weights.weights_digest("inception")
+
+
+def test_networks_have_the_pinned_convolutions_in_order(state):
+    """From the image down: each convolution its own kernel and bias."""
+    convolutions = [m for m in weights.lpips_network("alex").net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 5
+    for k, layer in enumerate(convolutions):
+        assert torch.equal(layer.weight, state[f"conv{k}.weight"])
+        assert torch.equal(layer.bias, state[f"conv{k}.bias"])
+        assert layer.weight.dtype == torch.float32
+
+
+def test_files_are_looked_for_in_the_cache_under_their_own_names(folder):
+    assert weights.trunk_path("alex") == folder / "alexnet.safetensors"
+    assert weights.trunk_path("vgg") == folder / "vgg16.safetensors"
+    assert weights.inception_path() == folder / "weights-inception-2015-12-05-6726825d.pth"
+
+
 def test_altered_file_is_refused(state, folder):
     path = folder / "alexnet.safetensors"
     save_file(state, path)
@@ -174,6 +213,9 @@ def test_checkpoint_becomes_oihw(checkpoint, tmp_path):
     assert found["conv0.weight"][4, 3, 1, 2] == kernel[1, 2, 3, 4]
     assert found["head0.weight"].shape == (1, 4, 1, 1)
     assert sorted(found) == ["conv0.bias", "conv0.weight", "head0.weight"]
+    np.testing.assert_array_equal(found["conv0.weight"], np.einsum("hwio->oihw", kernel))
+    np.testing.assert_array_equal(found["head0.weight"][0, :, 0, 0], kernel[0, 0, :, 0])
+    assert found["conv0.bias"].tolist() == [1] * 5
 
 
 def test_workers_that_start_together_fetch_once(checkpoint, folder, tmp_path, monkeypatch):
@@ -251,6 +293,8 @@ def test_inception_download_is_kept_only_with_the_right_digest(folder, monkeypat
     monkeypatch.setitem(weights.DIGESTS, "inception", prefix(b"a portal's login page"))
     assert weights.inception_missing() == ""
     assert [path.name for path in folder.iterdir()] == ["weights-inception-2015-12-05-6726825d.pth"]
+    assert weights.status()[-1][:2] == ("inception", True)
+    assert weights.status()[-1].ok
     weights._download_inception.cache_clear()
     monkeypatch.delattr(weights, "urlopen")  # from now on the cached file is used
     assert weights.inception_missing() == ""
