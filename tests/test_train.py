@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from watched import Crash, Toy, Watch, adamw, checkpoint, rows, same, tensors
 
 from bench import train as module
@@ -652,7 +651,8 @@ def test_kmeans_init_starts_nearer_to_the_tokens(watch, tiny):
 def test_entropy_weight_scales_the_penalty(watch, tiny):
     config = replace(tiny, quantizer="standard", steps=1)
     plain, once, twice = (
-        watch.train(replace(config, entropy_weight=weight), f"{weight}").rows[0]["quantizer"] for weight in (0, 0.1, 0.2)
+        watch.train(replace(config, entropy_weight=weight), f"{weight}").rows[0]["quantizer"]
+        for weight in (0, 0.1, 0.2)
     )
     assert once < plain  # the penalty is negative
     assert twice - plain == pytest.approx(2 * (once - plain), rel=1e-4)
@@ -687,6 +687,7 @@ def test_first_weights_follow_from_the_seed(watch, tiny, seed):
     assert all(torch.equal(a, b) for a, b in zip(first, drawn, strict=True))
 
 
+# A value for each setting that is not the one of ``tiny``.
 CHANGES = {
     "backbone": "convnext",
     "width": 24,
@@ -737,14 +738,79 @@ CHANGES = {
 }
 
 
-def test_every_setting_is_in_the_table_of_changes():
-    assert CHANGES.keys() == {field.name for field in fields(Config)}
+# What each setting does, and in which direction: the tests that say so.
+PROPERTIES = {
+    "backbone": "test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "width": "test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "depth": "test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "patch_overlap": "test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "final_conv": "test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "attention": "test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "pretrained": "test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "quantizer": "test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "data": "test_trial.py::test_data_and_image_size_reach_the_loader",
+    "image_size": "test_train.py::test_image_size_changes_the_model",
+    "grid_size": "test_tokenizer.py::test_codes_are_a_grid_of_integers",
+    "codebook_size": "test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "code_dim": "test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "beta": "test_train.py::test_beta_scales_the_commitment_alone",
+    "ema_decay": "test_train.py::test_ema_decay_sets_what_remains_of_the_running_sums",
+    "kmeans_init": "test_train.py::test_kmeans_init_starts_nearer_to_the_tokens",
+    "entropy_weight": "test_train.py::test_entropy_weight_scales_the_penalty",
+    "gradient": "test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "temperature": "test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "revive_after": "test_train.py::test_codes_are_reset_after_revive_after_and_never_with_0",
+    "reconstruction": "test_train.py::test_gradients_are_those_of_the_step_s_own_loss",
+    "lpips_weight": "test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
+    "lpips_net": "test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
+    "gan_weight": "test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
+    "gan_start": "test_gan.py::test_gan_start_and_warmup_set_the_steps_at_which_things_begin",
+    "gan_ramp": "test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
+    "gan_warmup": "test_gan.py::test_gan_start_and_warmup_set_the_steps_at_which_things_begin",
+    "gan_loss": "test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_adaptive": "test_gan.py::test_an_adaptive_adversary_pulls_as_hard_as_the_fidelity_does",
+    "gan_lr": "test_gan.py::test_the_discriminator_is_updated_by_adamw_at_its_share_of_the_rate",
+    "gan_width": "test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_layers": "test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_norm": "test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "lecam_weight": "test_gan.py::test_regularisers_scale_their_own_gradient_alone",
+    "r1_weight": "test_gan.py::test_regularisers_scale_their_own_gradient_alone",
+    "steps": "test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
+    "batch_size": "test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
+    "lr": "test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "warmup": "test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "weight_decay": "test_train.py::test_weight_decay_shrinks_matrices_by_rate_times_decay",
+    "grad_clip": "test_train.py::test_grad_clip_bounds_the_norm_of_all_gradients_together",
+    "weight_ema": "test_train.py::test_only_the_average_s_weights_are_returned",
+    "augment": "test_train.py::test_every_step_trains_on_its_own_batch",
+    "precision": "test_train.py::test_precision_is_that_of_encoder_and_decoder_from_the_first_codes_on",
+    "device": "test_train.py::test_images_and_model_are_sent_to_the_device",
+    "seed": "test_train.py::test_first_weights_follow_from_the_seed",
+}
+
+
+def test_every_setting_is_in_both_tables_and_its_property_is_tested():
+    """The tests that are named exist, under that name."""
+    names = {field.name for field in fields(Config)}
+    assert CHANGES.keys() == names
+    assert PROPERTIES.keys() == names
+    folder = Path(__file__).parent
+    for file in {test.partition("::")[0] for test in PROPERTIES.values()}:
+        tree = ast.parse((folder / file).read_text(encoding="utf-8"))
+        there = {f"{file}::{part.name}" for part in tree.body if isinstance(part, ast.FunctionDef)}
+        assert {test for test in PROPERTIES.values() if test.startswith(file)} <= there
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Config, dict[str, torch.Tensor]]:
+    """Weights that a config gave, so that none is trained twice."""
+    return {}
 
 
 @pytest.mark.parametrize("name", [name for name, value in CHANGES.items() if value is not None])
-def test_every_setting_changes_the_result(watch, tiny, name):
+def test_every_setting_changes_the_result(watch, tiny, known, name):
     """Flags that are parsed and never used (bug 16)."""
-    base = replace(tiny, precision="fp32", codebook_size=64 if name == "revive_after" else 16)
+    base = replace(tiny, codebook_size=64 if name == "revive_after" else 16)
     if name == "temperature":
         base = replace(base, quantizer="gumbel")
     if name == "lpips_net":
@@ -754,8 +820,10 @@ def test_every_setting_changes_the_result(watch, tiny, name):
     if name.startswith(("gan_", "lecam_", "r1_")):
         base = replace(base, gan_weight=0.5, gan_start=0.3, gan_warmup=0.2, gan_ramp=0.2, gan_width=8, gan_layers=2)
     changed = replace(base, **{name: CHANGES[name]})
-    a, b = (watch.train(config, key).weights for key, config in (("a", base), ("b", changed)))
-    assert {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()} or not equal(a, b)
+    for config in {base, changed} - known.keys():
+        known[config] = watch.train(config, config.run_id(), checkpoint_seconds=math.inf).weights
+    a, b = known[base], known[changed]
+    assert {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()} or not same(a, b)
 
 
 def test_image_size_changes_the_model(tiny):
@@ -764,5 +832,3 @@ def test_image_size_changes_the_model(tiny):
         for size in (32, 64)
     ]
     assert sizes == [(1, 3, 32, 32), (1, 3, 64, 64)]
-
-
