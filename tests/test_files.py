@@ -39,9 +39,14 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     path = tmp_path / "file.json"
     path.write_text("old")
-    with pytest.raises(type(failure)), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise failure
+
+    def stop_half_way():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        stop_half_way()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

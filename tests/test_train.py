@@ -452,6 +452,9 @@ def test_images_and_model_are_sent_to_the_device(watch, tiny, toys, monkeypatch)
 # ------------------------------------------------------------------------------------------------------------- the log
 
 
+advance = module.Bar.advance
+
+
 def entropy_exp(codes: list[torch.Tensor]) -> float:
     """Perplexity, by numpy."""
     counts = np.unique(torch.cat([each.flatten() for each in codes]).numpy(), return_counts=True)[1]
@@ -533,6 +536,15 @@ def test_the_bar_counts_every_step_and_names_the_run(watch, tiny, toys, monkeypa
     assert (second.start, second.done, second.total) == (5, 12, 12)
     assert len(second.figures) == 7
     assert all(figures.endswith("  8 images/s") for figures in first.figures + second.figures)
+
+
+def test_the_bar_counts_steps_not_rows(watch, tiny, toys, monkeypatch):
+    """A run of 400 steps logs every second."""
+    moved = []
+    monkeypatch.setattr(module.Bar, "advance", lambda self, count, figures: moved.append(count) or advance(self, count))
+    with pytest.raises(Crash):
+        watch.train(replace(tiny, steps=400, batch_size=1), crash_at=7)
+    assert moved == [2, 2, 2]
 
 
 def test_figures_of_the_bar():
