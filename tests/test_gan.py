@@ -330,8 +330,8 @@ def written_out(config, images):
                 terms["lecam"] = (logits_real - mean_fake).clamp(0).square().mean()
                 terms["lecam"] = terms["lecam"] + (mean_real - logits_fake).clamp(0).square().mean()
                 total = total + config.lecam_weight * terms["lecam"]
-                mean_real = 0.99 * mean_real + 0.01 * float(logits_real.mean())
-                mean_fake = 0.99 * mean_fake + 0.01 * float(logits_fake.mean())
+                mean_real = 0.99 * mean_real + 0.01 * float(logits_real.detach().mean())
+                mean_fake = 0.99 * mean_fake + 0.01 * float(logits_fake.detach().mean())
             if config.r1_weight:
                 slope = torch.autograd.grad(logits_real.sum(), real, create_graph=True)[0]
                 terms["r1"] = slope.square().sum((1, 2, 3)).mean() / 2
@@ -357,7 +357,7 @@ def apply(optimizer, parameters, gradients, rate, clip, terms):
 ALGORITHMS = {
     "all of it": {
         **{"lpips_weight": 0.3, "gan_weight": 0.7, "lecam_weight": 0.4, "r1_weight": 0.2, "reconstruction": "l1"},
-        **{"grad_clip": 0.05, "gan_lr": 0.6, "weight_ema": 0.6, "weight_decay": 0.3, "warmup": 4, "gan_loss": "hinge"},
+        **{"grad_clip": 0.05, "gan_lr": 0.6, "weight_ema": 0.2, "weight_decay": 0.3, "warmup": 4, "gan_loss": "hinge"},
     },
     "a plain adversary": {
         **{"gan_weight": 0.2, "gan_adaptive": False, "gan_loss": "nonsaturating", "gan_norm": "spectral"},
@@ -480,7 +480,7 @@ def test_the_adaptive_scale_is_the_ratio_with_lpips_and_without_the_quantizer_s_
     asked = []
 
     def ratio(fidelity, adversarial, layer):
-        asked.append((float(fidelity), layer.shape))
+        asked.append((float(fidelity.detach()), layer.shape))
         return adaptive_weight(fidelity, adversarial, layer)
 
     monkeypatch.setattr(module, "adaptive_weight", ratio)
