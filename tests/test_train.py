@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from watched import Crash, Toy, Watch, adamw, checkpoint, rows, same, tensors
 
 from bench import train as module
