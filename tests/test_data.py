@@ -104,8 +104,10 @@ def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_
 def test_flat_crops_are_redrawn(small_photos, monkeypatch):
     photo = noise(64, 400, 3)
     photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
+    photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
     monkeypatch.setattr(data, "photographs", lambda: {"bordered": photo})
     loaded = load("photos", 16)
+    assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= data.PHOTO_CONTRAST
     for images in (loaded.train, loaded.val):
         assert not any(data._is_flat(image) for image in images)
     monkeypatch.setattr(data, "photographs", lambda: {"constant": np.full_like(photo, 7)})
@@ -455,9 +457,10 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1)))  # the same size
     longer = image.read_bytes() + b"more"
     assert decoded_anew(lambda: (image.write_bytes(longer), os.utime(image, ns=(0, status.st_mtime_ns + 1))))
+    assert decoded_anew(lambda: (folder / "train" / "bee").rename(folder / "train" / "cat"))  # in the same order
     assert decoded_anew(lambda: image.rename(folder / "train" / "ant" / "99.png"))
-    assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "bee" / "99.png"))
-    assert decoded_anew(lambda: (folder / "train" / "bee" / "99.png").rename(folder / "val" / "bee" / "99.png"))
+    assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "cat" / "99.png"))
+    assert decoded_anew(lambda: (folder / "train" / "cat" / "99.png").rename(folder / "val" / "bee" / "99.png"))
     assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").unlink())
     assert decoded_anew(lambda: monkeypatch.setattr(data, "DECODING_VERSION", data.DECODING_VERSION + 1))
 
@@ -544,18 +547,19 @@ def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
 def test_fashion_mnist_through_torchvision(cache):
     raw = cache / "torchvision" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
+    given = {"train": [3, 0, 4, 4, 1], "t10k": [9, 1, 3]}
     for name, count in (("train", 5), ("t10k", 3)):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(
             struct.pack(">4i", 0x803, count, 28, 28) + noise(count, 28, 28).tobytes()
         )
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(range(count)))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(given[name]))
     loaded = load("fashion_mnist", 28)
     assert (len(loaded.train), len(loaded.val)) == (5, 3)
     assert np.array_equal(loaded.train, np.repeat(noise(5, 28, 28)[..., None], 3, axis=3))
     assert loaded.split.startswith("fashion_mnist: 5 train / 3 val images, central squares resized to 28×28, ")
-    names = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")  # as the data set's authors number them
-    for labels, count in zip(loaded.labels, (5, 3), strict=True):
-        assert [loaded.classes[label] for label in labels] == list(names[:count])
+    names = {0: "T-shirt/top", 1: "Trouser", 3: "Dress", 4: "Coat", 9: "Ankle boot"}  # as its authors number them
+    for labels, numbers in zip(loaded.labels, given.values(), strict=True):
+        assert [loaded.classes[label] for label in labels] == [names[number] for number in numbers]
 
 
 @pytest.mark.parametrize("name", [name for name in data.DATASETS if name != "photos"])
