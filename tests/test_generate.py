@@ -139,7 +139,8 @@ def test_labels_are_coded_with_the_frequencies_of_the_training_set():
     assert rate(prior, codes, labels, train_labels) == pytest.approx(free - np.log2(p[labels]).mean() / SIDE**2)
 
 
-def test_a_prior_is_told_the_label_of_each_grid():
+def test_a_prior_is_told_the_label_of_each_grid(monkeypatch):
+    monkeypatch.setattr(generate, "BATCH", 4)
     codes, labels = random_codes(9, 1), np.arange(9) % 3
     prior, seen = Recorder(codes, classes=3).eval(), []
     logits = prior.logits

@@ -503,7 +503,7 @@ def test_without_resuming_training_begins_anew(tmp_path, steps_taken):
 class Toy(Prior):
     """One probability per code and nothing else; remembers what it was given, in which state it was, and its losses."""
 
-    slope, seconds = 1.0, 0.0
+    slope, offset = 1.0, 0.0
 
     def __init__(self, *shape: int):
         super().__init__(*shape)
@@ -515,7 +515,7 @@ class Toy(Prior):
         call = SimpleNamespace(codes=codes.clone(), labels=labels, random=random, training=self.training)
         call.autocast = torch.is_autocast_enabled("cpu")
         self.calls.append(call)
-        loss = -self.slope * self.table.log_softmax(0)[codes]
+        loss = self.offset - self.slope * self.table.log_softmax(0)[codes]
         self.losses.append(loss.mean().item())
         self.clock()
         return loss
@@ -672,9 +672,10 @@ def test_precision_is_that_of_autocast(toy, tmp_path, precision):
     assert {call.autocast for call in run.model.calls} == {precision == "bf16"}
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_what_is_not_finite_ends_the_run(toy, tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr(Toy, "slope", wrong)
+@pytest.mark.parametrize(("part", "wrong"), [("slope", math.nan), ("slope", 1e38), ("offset", math.inf)])
+def test_what_is_not_finite_ends_the_run(toy, tmp_path, monkeypatch, part, wrong):
+    """Neither a loss without a finite gradient nor a gradient without a finite loss passes."""
+    monkeypatch.setattr(Toy, part, wrong)
     with pytest.raises(Diverged, match=r"by step 1; try --lr below 0\.003"):
         toy(toy_codes(), tmp_path)
     assert not (tmp_path / "history.jsonl").read_text()
