@@ -89,15 +89,19 @@ def test_photo_crops_are_the_same_on_every_machine(small_photos):
 
 
 def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
+    assert (data.PHOTO_TRAIN, data.PHOTO_VAL) == (4096, 512)
+    monkeypatch.setattr(data, "PHOTO_TRAIN", 90)
+    monkeypatch.setattr(data, "PHOTO_VAL", 45)
     first = load("photos", 64)
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
     second = load("photos", 64)
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.val, second.val)
-    assert first.train.shape == (data.PHOTO_TRAIN, 64, 64, 3)
+    assert first.train.shape == (90, 64, 64, 3)
     assert first.train.dtype == np.uint8
     assert isinstance(first.train, np.memmap)
-    assert first.split == "photos: 4096 train / 512 val crops of 64×64, left 75 % / right 25 %"
+    assert first.split == "photos: 90 train / 45 val crops of 64×64, left 75 % / right 25 %"
+    assert len(first.classes) == 9
     assert min(image.std(axis=(0, 1)).max() for image in first.val) >= data.PHOTO_CONTRAST
 
 

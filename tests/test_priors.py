@@ -412,7 +412,7 @@ def test_a_known_entropy_is_reached(name, tmp_path):
     val, entropy = markov(2_000, 6, generator)
     codes = Codes(train.astype(np.uint8), val.astype(np.uint8), STATES, "0", (), None, None)
     config = PriorConfig(
-        "none", name, depth=2, parameters=100_000, dropout=0.0, steps=STEPS.get(name, 500), device="cpu"
+        *("none", name, 2, 100_000), dropout=0.0, steps=STEPS.get(name, 500), precision="fp32", device="cpu"
     )
     prior, _ = train_prior(config.resolved(), codes, tmp_path)
     reached = rate(prior, codes.val, None, None)
