@@ -6,6 +6,7 @@ The tokenizer, its codes and the scores are made up, so a run takes no time.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -99,6 +100,7 @@ def world(tmp_path, monkeypatch, tiny) -> World:
     }
     for name, value in replaced.items():
         monkeypatch.setattr(prior_trial, name, value)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a busy disk takes seconds
     for name in PICTURES:
         monkeypatch.setattr(f"bench.plots.{name}", lambda path, *rest: path.touch())
     return made
