@@ -20,7 +20,7 @@ from .costs import flops
 from .data import Data, eval_batches
 from .files import atomic_path, cache_dir
 from .metrics import ImageSet, full_precision, to_uint8
-from .prior_config import PriorConfig
+from .prior_config import PRIOR_VERSION, PriorConfig
 from .priors import Prior
 from .priors.independent import PSEUDOCOUNT, Independent
 from .progress import Bar
@@ -179,7 +179,9 @@ def references(
     grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed
     validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
-    path = folder / f"references-{config.samples}-{weights.inception_digest(fid_weights) or 'none'}.json"
+    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
+    key = f"v{PRIOR_VERSION}-{config.samples}-{digests}-{config.device.partition(':')[0]}"
+    path = folder / f"references-{key}.json"
     if path.exists():
         return json.loads(path.read_text())
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall

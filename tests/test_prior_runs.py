@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from bench import encode, prior, prior_trial, run
+from bench import encode, prior, run
 from bench.child import run_in_child
 from bench.codes import digest, load_data
 from bench.codes import encode as encode_run
@@ -254,31 +254,6 @@ def test_runs_that_are_no_tokenizers(results, capsys):
     assert f"there is no tokenizer run 'nothing': {results} has {folder.name}" in err
     assert "is the run of a prior" in err
     assert "is unfinished; finish it with python -m bench.run first" in err
-
-
-def test_too_few_validation_images(image_folder, tmp_path, capsys):
-    folder, results = tmp_path / "few", tmp_path / "results"
-    folder.mkdir()
-    for path in sorted((image_folder / "train").iterdir())[:20]:
-        shutil.copy(path, folder)
-    arguments = [*TINY.split(), "--backbone", "cnn", "--data", f"folder:{folder}", "--results", str(results)]
-    assert run.main(arguments) == 0
-    capsys.readouterr()
-    assert command(results) == 2
-    assert "has 18 training and 2 validation images; scoring generation needs at least 4 of each" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert not (results / "priors").exists()
-
-
-def test_weights_of_another_version_are_not_lent(results, monkeypatch):
-    assert command(results, "--prior", "rnn") == 0
-    monkeypatch.setattr("bench.prior_trial.PRIOR_VERSION", 99)
-    trained = []
-    train_prior = prior_trial.train_prior
-    monkeypatch.setattr(prior_trial, "train_prior", lambda *args: trained.append(1) or train_prior(*args))
-    assert command(results, "--prior", "rnn", "--temperature", "0.5") == 0
-    assert trained
 
 
 def test_changed_images_are_noticed(results, capsys):
