@@ -105,10 +105,12 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
 
 def test_scores_per_image_that_are_not_there_are_none(run):
     assert run.per_image() == {}
-    np.savez(run.folder / "per_image.npz", psnr=np.arange(3.0))
-    assert list(run.per_image()["psnr"]) == [0, 1, 2]
-    for damage in (b"", b"PK\x03\x04torn", b"noise"):
-        (run.folder / "per_image.npz").write_bytes(damage)
+    path = run.folder / "per_image.npz"
+    np.savez_compressed(path, psnr=np.arange(100.0))
+    assert list(run.per_image()["psnr"]) == list(range(100))
+    whole = path.read_bytes()
+    for damage in (b"", b"noise", whole[:-30], whole[:100] + b"\xff" * 20 + whole[120:]):
+        path.write_bytes(damage)
         assert run.per_image() == {}
 
 
