@@ -124,7 +124,9 @@ def test_reports_are_few_and_at_the_same_steps_however_the_rows_come(steps):
     assert report(trial, rows, config, after=steps) == steps
 
 
-@pytest.mark.parametrize(("others", "step", "pruned"), [(5, 300, True), (4, 300, False), (5, 99, False), (5, 100, True)])
+@pytest.mark.parametrize(
+    ("others", "step", "pruned"), [(5, 300, True), (4, 300, False), (5, 99, False), (5, 100, True)]
+)
 def test_a_trial_is_given_up_after_a_third_of_the_steps_and_five_others(indexed, others, step, pruned):
     study = indexed.open("one", ("lpips_vgg",), steps=300)
     for number in range(others):
@@ -134,7 +136,7 @@ def test_a_trial_is_given_up_after_a_third_of_the_steps_and_five_others(indexed,
     for loss in (0.5, 2.0):
         trial = taken(indexed, study, {"beta": loss})
         trial.report(loss, step)
-        assert trial.should_prune() == (pruned and loss > 1)
+        assert trial.should_prune() == (loss > 1 and pruned == 1)
 
 
 # -- who takes what ---------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_waiting_trials_are_taken_once_in_their_order(indexed):
     assert indexed.claim(study, set()) is None
     assert (indexed.running(study, set()), indexed.running(study, {"a"}), indexed.running(study, {"x"})) == (4, 2, 0)
     assert indexed.waiting(study, set()) == 0
-    assert indexed.states(study) == dict.fromkeys("abc", {"RUNNING"})
+    assert indexed.states(study) == {run_id: {"RUNNING"} for run_id in "abc"}
 
 
 def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):

@@ -16,7 +16,7 @@ from bench.frames import frame
 from bench.plan import Ablation, Plan, Range, Search, estimates, parse_study, read_space
 from bench.prior_config import PriorConfig
 from bench.priors import PRIORS
-from bench.store import FAILURES, Store
+from bench.store import FAILURES
 
 SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))
 SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_dim": Range(4, 32)}
@@ -96,7 +96,7 @@ def test_no_config_of_a_plan_is_unchecked(tmp_path):
         Search("search", {"grid_size": (3, 4)}, backbones=("cnn",)),
         Ablation("priors", {}, backbones=("cnn",), priors=("rnn", "magic")),
     ):
-        with pytest.raises(UserError, match="3|magic"):
+        with pytest.raises(UserError, match=r"3|magic"):
             planned(study, tmp_path)
 
 
@@ -187,7 +187,7 @@ def counts(found: Plan, monkeypatch) -> dict[str, list[str]]:
     """Backbone → cells × seeds, finished, failed, to run and minutes, at one second a step."""
     monkeypatch.setattr(plan, "step_seconds", lambda config: 1.0)
     columns = [list(column.cells) for column in found.table().columns]
-    return {row[0]: row[1:] for row in zip(*columns, strict=True)}
+    return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
 
 
 def test_a_plans_table_counts_cells_and_prices_what_is_missing(tmp_path, monkeypatch):
@@ -248,10 +248,6 @@ def test_an_ablation_sweeps_what_its_docstring_says(name):
     study = importlib.import_module(f"studies.{name}").STUDY
     assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
     assert study.priors == (tuple(PRIORS) if name == "priors" else ())
-    defaults = {field: getattr(Config, field) for field in study.sweep}
-    preset = make_config("cnn", "celeba64") if name == "celeba_sweep" else make_config("cnn", "cpu")
-    for field, values in study.sweep.items():  # the value that is used elsewhere is among them
-        assert {defaults[field], getattr(preset, field)} & set(values) or name == "codebook_size"
 
 
 def test_the_search_is_over_what_its_docstring_says():

@@ -78,9 +78,8 @@ def test_a_failing_write_leaves_the_file_as_it_was(run):
 
 
 def test_only_one_has_a_run_and_an_error_gives_it_free(run):
-    with run.locked():
-        with pytest.raises(Busy, match="another process"), Run(run.folder).locked():
-            pass
+    with run.locked(), pytest.raises(Busy, match="another process"), Run(run.folder).locked():
+        pass
     with pytest.raises(ZeroDivisionError), run.locked():
         1 / 0  # noqa: B018
     with Run(run.folder).locked():
@@ -126,7 +125,7 @@ def test_a_study_only_grows(store):
     assert (found["name"], found["kind"], found["metrics"]) == ("beta", "ablation", ["fid"])
     store.extend_study("alpha", HEADER, {})
     assert store.studies() == ["alpha", "beta"]
-    with pytest.raises(UserError, match="no study 'gamma' .* known studies: alpha, beta"):
+    with pytest.raises(UserError, match=r"no study 'gamma' .* known studies: alpha, beta"):
         store.study("gamma")
 
 
@@ -159,9 +158,10 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_study_whole(store, monkeypat
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", torn)
-        store.extend_study("beta", HEADER, {"b": {}})
+        with pytest.raises(KeyboardInterrupt):
+            store.extend_study("beta", HEADER, {"b": {}})
     assert store.study("beta")["runs"] == {"a": {}}
     assert store.studies() == ["beta"]
     store.extend_study("beta", HEADER, {"b": {}})  # and the lock was given free
