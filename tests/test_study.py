@@ -560,13 +560,17 @@ def test_fields_without_a_default_may_be_searched(child, tmp_path):
 
 
 def test_a_worker_takes_from_the_backbone_that_has_had_fewest(child, tmp_path):
-    """However far a study comes, its backbones come equally far; and seed 0 of all cells before seed 1."""
-    assert start(BETA, tmp_path, "--seeds", "0", "1") == 0
-    assert [config.backbone for config in child.calls] == ["cnn", "vit"] * 4
-    assert [config.seed for config in child.calls] == [0] * 4 + [1] * 4
+    """However far a study comes, its backbones come equally far."""
+    assert start(BETA, tmp_path, "--beta", "0.25", "--seeds", "0", "1") == 0
+    assert [(config.backbone, config.seed) for config in child.calls] == [
+        ("cnn", 0),
+        ("vit", 0),
+        ("cnn", 1),
+        ("vit", 1),
+    ]
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(1, None), (2, 4), (3, 2), (99, 1)])
+@pytest.mark.parametrize(("workers", "threads"), [(1, None), (3, 2)])
 def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads):
     found = []
 
@@ -618,21 +622,17 @@ def test_a_study_ends_with_1_as_long_as_a_planned_run_has_no_scores(child, tmp_p
     child.endings = ["finished", "diverged"]
     assert start(BETA, tmp_path) == 1
     assert start(BETA, tmp_path, "--plan") == 0
-    assert start(BETA, tmp_path, "--backbone", "cnn") == 1 - all(
-        run.finished for run in Store(tmp_path).runs() if run.config()["backbone"] == "cnn"
-    )
     child.endings = []
     assert start(BETA, tmp_path, "--retry-failed") == 0
-    assert start(BETA, tmp_path) == 0
 
 
 def test_a_study_that_is_extended_keeps_what_it_lists(child, tmp_path):
     """Its file lists every run with its backbone and values, those of earlier commands included."""
     start(BETA, tmp_path, "--backbone", "cnn")
-    start(BETA, tmp_path, "--backbone", "vit", "--seeds", "1")
+    start(BETA, tmp_path, "--backbone", "vit", "--beta", "4.0", "--seeds", "1")
     record = Store(tmp_path).study("beta-smoke")
     rows = sorted((row["backbone"], row["beta"], row["seed"]) for row in record["runs"].values())
-    assert rows == [("cnn", 0.25, 0), ("cnn", 1.0, 0), ("vit", 0.25, 1), ("vit", 1.0, 1)]
+    assert rows == [("cnn", 0.25, 0), ("cnn", 1.0, 0), ("vit", 4.0, 1)]
     for run_id, row in record["runs"].items():
         config = Store(tmp_path).named(run_id).config()
         assert {name: config[name] for name in row} == row
