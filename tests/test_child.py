@@ -188,13 +188,15 @@ def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
     def deaf(run):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (run.folder / "history.jsonl").write_text('{"step": 1}\n')
-        time.sleep(60)
+        time.sleep(20)
+        (run.folder / "late").write_text("")
 
     trial(deaf)
     monkeypatch.setattr(child, "GRACE_SECONDS", 0.1)
-    outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: "interrupted" if rows else None)
-    assert outcome.status == "interrupted"
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store, watch=lambda rows: "interrupted" if rows else None).status == "interrupted"
     assert not multiprocessing.active_children()
+    assert not (store.run(config).folder / "late").exists()
 
 
 def test_rows_are_given_once_and_only_when_whole(store):
@@ -206,6 +208,8 @@ def test_rows_are_given_once_and_only_when_whole(store):
     assert child._new_rows(run, 0) == ROWS
     assert child._new_rows(run, 2) == ROWS[2:]
     assert child._new_rows(run, 3) == []
+    (run.folder / "history.jsonl").write_text(text)
+    assert child._new_rows(run, 2) == ROWS[2:]
 
 
 def test_exit_codes_tell_endings_apart():

@@ -282,17 +282,11 @@ def test_priors_are_ranked_by_inceptions_distance_only_where_all_have_it():
 
 
 def test_a_priors_row_averages_its_seeds_and_bounds_are_averages_too():
-    fast = {"images_per_second_sample": 9.0}
     rows = [
-        {
-            "seed": s,
-            "gfid_vgg16": v,
-            "gfid_vgg16_real": r,
-            "gfid_vgg16_shuffled": 2 * v,
-            "images_per_second_sample": 9.0,
-        }
-        for s, v, r in ((0, 80.0, 50.0), (1, 90.0, 54.0))
+        {"seed": seed, "gfid_vgg16": value, "gfid_vgg16_real": real, "gfid_vgg16_shuffled": 2 * value}
+        for seed, value, real in ((0, 80.0, 50.0), (1, 90.0, 54.0))
     ]
+    rows = [row | {"images_per_second_sample": 9.0} for row in rows]
     table = prior_rows(*rows, {"prior": "mamba", "gfid_vgg16": 60.0, "images_per_second_sample": 5.0, "threads": 8})
     ((_, sheet),) = generation(table)
     place = list(sheet.keys).index("gfid_vgg16")
