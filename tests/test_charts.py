@@ -416,6 +416,8 @@ def test_only_the_same_images_are_shown_side_by_side(tmp_path):
     (runs[1].folder / "samples.npz").write_bytes(b"PK torn")
     (drawing,) = charts.reconstructions(scope(frame(runs)))
     assert len(drawing.figure.axes[0].get_yticklabels()) == 2
+    (runs[1].folder / "samples.npz").write_bytes(b"")
+    assert charts._samples(str(runs[1].folder)) is None
 
 
 def test_few_learning_curves_are_read_of_many_runs(tmp_path, monkeypatch):
