@@ -586,17 +586,22 @@ def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads)
     assert found == [(threads, 77.0)] * 2  # a tokenizer and a prior
 
 
-def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path):
+def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, monkeypatch):
     """And the pruner sees the curve of the first seed alone."""
+
+    class Curves(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            watch([{"step": config.steps - 10 * (1 + config.seed), "reconstruction": 5.0, "perplexity": 9.0}])
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    curves = Curves(["diverged", "finished", "finished"])
+    monkeypatch.setattr(study, "run_in_child", curves)
     alone = Search("search", SPACE, backbones=("cnn",))
-    child.endings = ["diverged", "finished", "finished"]
     assert start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1") == 1
-    assert [config.seed for config in child.calls] == [0, 0, 1]
+    assert [config.seed for config in curves.calls] == [0, 0, 1]
     (one,) = optuna_studies(tmp_path).values()
     assert [trial.state.name for trial in one.trials] == ["FAIL", "COMPLETE"]
-    first = child.calls[1]
-    reported = [trial.intermediate_values for trial in one.trials][1]
-    assert reported == {first.steps // 2: pytest.approx(first.beta)}
+    assert [trial.intermediate_values for trial in one.trials] == [{curves.calls[0].steps - 10: 5.0}] * 2
 
 
 def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
