@@ -633,11 +633,11 @@ def test_a_study_ends_with_1_as_long_as_a_planned_run_has_no_scores(child, tmp_p
 
 def test_a_study_that_is_extended_keeps_what_it_lists(child, tmp_path):
     """Its file lists every run with its backbone and values, those of earlier commands included."""
-    start(BETA, tmp_path, "--backbone", "cnn")
+    start(BETA, tmp_path, "--beta", "0.25")
     start(BETA, tmp_path, "--backbone", "vit", "--beta", "4.0", "--seeds", "1")
     record = Store(tmp_path).study("beta-smoke")
     rows = sorted((row["backbone"], row["beta"], row["seed"]) for row in record["runs"].values())
-    assert rows == [("cnn", 0.25, 0), ("cnn", 1.0, 0), ("vit", 4.0, 1)]
+    assert rows == [("cnn", 0.25, 0), ("vit", 0.25, 0), ("vit", 4.0, 1)]
     for run_id, row in record["runs"].items():
         config = Store(tmp_path).named(run_id).config()
         assert {name: config[name] for name in row} == row
