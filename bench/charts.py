@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -866,7 +867,7 @@ def _kept(folder: str, name: str) -> np.ndarray | None:
     try:
         with np.load(Path(folder) / "samples.npz") as arrays:
             return arrays[name][:PICTURES]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
 
 

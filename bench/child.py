@@ -70,11 +70,12 @@ def run_in_child(
     killed_before = _memory_kills()
     context = _context()
     child = context.Process(target=_child, args=(config, store.root, fid_weights, threads), daemon=False)
-    began, seen, asked = time.monotonic(), 0, None
+    began, seen, asked, alive = time.monotonic(), 0, None, True
     child.start()
     try:
-        while child.is_alive() and asked is None:
+        while alive and asked is None:
             wait([child.sentinel], POLL_SECONDS)
+            alive = child.is_alive()  # asked first: what it wrote last is read once more
             rows = _new_rows(run, seen)
             seen = rows[-1]["step"] if rows else seen
             asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)

@@ -7,6 +7,7 @@ Each backbone has a study of its own, so that nobody is pruned by another backbo
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import warnings
@@ -320,7 +321,7 @@ def report(trial: Trial, rows: list[dict[str, float]], config: Config, after: in
     that the pruner's better is a smaller loss. Returns the last step reported; does nothing for a trial that another
     worker has taken for dead.
     """
-    every = max(1, config.steps // MAX_REPORTS)
+    every = math.ceil(config.steps / MAX_REPORTS)
     sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     for row in rows:
         if row["step"] // every > after // every:

@@ -20,12 +20,13 @@ from backbones import BACKBONES
 from bench import charts
 from bench.charts import Scope, controlled, draw, main_metric, pareto
 from bench.config import make_config
-from bench.frames import METRICS, frame
+from bench.frames import METRICS, frame, prior_frame
 from bench.store import Store
 
 # A warning of matplotlib, NumPy or pandas is a failure.
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
+PRIOR_EXTRA = ("gfid_vgg16_real", "gkid_vgg16_real", "protocol_count")
 FIVE = ("cnn", "convnext", "vit", "mamba", "bimamba")
 
 
@@ -149,6 +150,84 @@ def test_heat_maps_and_rate_distortion_show_means(store):
     (drawing,) = charts.rate_distortion(scope(table, "codebook_size"))
     np.testing.assert_allclose(lines(drawing.figure.axes[0])[charts.PALETTE["vit"]], means["vit"])
     np.testing.assert_allclose(drawing.figure.axes[0].get_xticks(), [96 / 1024, 112 / 1024])
+
+
+@pytest.mark.parametrize(("metric", "best"), [("lpips_vgg", 0.2), ("psnr", 22.0)])
+def test_the_best_place_of_a_heat_map_is_the_yellow_one(metric, best):
+    """Where less is better the least, where more is better the most."""
+    values = {"lpips_vgg": (0.2, 0.3, 0.4, 0.5), "psnr": (19.0, 20.0, 21.0, 22.0)}[metric]
+    cells = itertools.product(("cnn", "vit"), (0.25, 1.0))
+    rows = [
+        {"backbone": name, "beta": beta, "seed": 0, "status": "finished", "lpips_weight": 0.0, metric: value}
+        for (name, beta), value in zip(cells, values, strict=True)
+    ]
+    (drawing,) = charts.heatmaps(scope(pd.DataFrame(rows, columns=frame([]).columns), "beta"))
+    mesh = drawing.figure.axes[0].collections[0]
+    mesh.update_scalarmappable()
+    red, _, blue = np.array([colour[:3] for colour in mesh.get_facecolors()]).T
+    assert mesh.get_array().ravel()[np.argmax(red - blue)] == best
+
+
+def test_the_bold_curve_is_the_mean_of_the_finished_seeds(tmp_path):
+    """Thin: one per run; the run that failed is in no mean."""
+    store = Store(tmp_path)
+    losses = {0: (1.0, 0.5), 1: (3.0, 0.25), 2: (9.0, 9.0)}
+    for seed, loss in losses.items():
+        config = make_config("cnn", "smoke", seed=seed)
+        run = fabricate(store, config) if seed < 2 else fabricate_failed(store, config)
+        rows = [{"step": s, "reconstruction": v, "perplexity": 3.0} for s, v in zip((10, 20), loss, strict=True)]
+        (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    drawn = [line for line in drawing.figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    bold = max(drawn, key=lambda line: line.get_linewidth())
+    assert list(bold.get_ydata()) == [2.0, 0.375]
+    assert list(bold.get_xdata()) == [10, 20]
+    thin = sorted(tuple(line.get_ydata()) for line in drawn if line is not bold)
+    assert thin == sorted(losses.values())
+
+
+def test_a_bar_of_importance_is_its_share_and_the_largest_is_on_top():
+    shares = pd.DataFrame(
+        [("cnn", "beta", 0.2), ("cnn", "lr", 0.8), ("vit", "beta", 0.3), ("vit", "lr", 0.7)],
+        columns=["backbone", "parameter", "importance"],
+    )
+    axes = charts.importance(shares).figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["learning rate", "β"]
+    assert axes.yaxis_inverted()
+    widths = {(round(bar.get_y() + bar.get_height() / 2), bar.get_facecolor()): bar.get_width() for bar in axes.patches}
+    assert sorted(width for (place, _), width in widths.items() if place == 0) == [0.7, 0.8]
+    assert sorted(width for (place, _), width in widths.items() if place == 1) == [0.2, 0.3]
+
+
+def test_a_gallery_shows_each_runs_own_reconstructions_of_its_lowest_seed(tmp_path):
+    store = Store(tmp_path)
+    for number, (name, seed) in enumerate(itertools.product(("cnn", "vit"), (1, 0))):
+        run = fabricate(store, make_config(name, "smoke", seed=seed))
+        x = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+        np.savez(run.folder / "samples.npz", x=x, x_hat=x + 50 * number + 50)
+    (drawing,) = charts.reconstructions(scope(frame(store.runs())))
+    picture = np.asarray(drawing.figure.axes[0].images[0].get_array())
+    third = len(picture) // 3
+    assert [int(picture[third * row + third // 2, 4, 0]) for row in range(3)] == [0, 100, 200]
+    labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
+    assert labels == ["original", "cnn", "vit"]
+
+
+def test_generation_is_drawn_at_each_priors_mean_rate_and_distance():
+    rows = [
+        {"backbone": "cnn", "prior": prior, "grid_size": grid, "codebook_size": 64, "seed": seed, "samples": 512}
+        | {"coded_bits_per_pixel": rate + 0.01 * seed, "gfid_vgg16": distance + seed, "gfid_vgg16_real": 40.0 + grid}
+        | {"gkid_vgg16_real": 0.1, "temperature": 1.0, "protocol_count": 64, "data": "photos", "image_size": 32}
+        for prior, grid, rate, distance in (("rnn", 4, 0.1, 80.0), ("rnn", 8, 0.4, 60.0), ("mamba", 4, 0.2, 70.0))
+        for seed in (0, 1)
+    ]
+    (drawing,) = charts.generation(pd.DataFrame(rows, columns=[*prior_frame([]).columns, *PRIOR_EXTRA]), 6)
+    (axes,) = drawing.figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("bits per pixel under the prior ↓", "gFID vgg16 ↓")
+    shown = {line.get_marker(): line.get_xydata().round(6).tolist() for line in axes.get_lines()}
+    assert shown[charts.PRIOR_MARKERS["rnn"]] == [[0.105, 80.5], [0.405, 60.5]]
+    assert shown[charts.PRIOR_MARKERS["mamba"]] == [[0.205, 70.5]]
+    assert {y for _, y in shown["None"]} == {44.0}  # real codes, at the grid where they are best
 
 
 def test_equal_tables_give_equal_bytes(store, tmp_path):
@@ -337,6 +416,8 @@ def test_only_the_same_images_are_shown_side_by_side(tmp_path):
     (runs[1].folder / "samples.npz").write_bytes(b"PK torn")
     (drawing,) = charts.reconstructions(scope(frame(runs)))
     assert len(drawing.figure.axes[0].get_yticklabels()) == 2
+    (runs[1].folder / "samples.npz").write_bytes(b"")
+    assert charts._samples(str(runs[1].folder)) is None
 
 
 def test_few_learning_curves_are_read_of_many_runs(tmp_path, monkeypatch):

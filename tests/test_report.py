@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -13,11 +15,27 @@ from fabricate import fabricate, fabricate_failed, fabricate_prior, sweep
 from PIL import Image
 
 from bench import charts, index, report
-from bench.config import make_config
+from bench.config import Config, make_config
 from bench.files import UserError
 from bench.frames import CLOCKED, CONFIG, METRICS, blocks, frame, prior_frame, with_rates
 from bench.prior_config import PriorConfig
-from bench.report import LIMIT, NONE, contents, markdown, ranking, run_list, select, write_report
+from bench.report import (
+    LIMIT,
+    NONE,
+    RANKED,
+    Selection,
+    contents,
+    generation,
+    heading,
+    markdown,
+    ranking,
+    refusals,
+    run_list,
+    select,
+    verdict_list,
+    write_report,
+)
+from bench.statistics import Verdict
 from bench.store import Store
 
 EFFECTS = {"cnn": 0.0, "vit": 0.03}
@@ -55,9 +73,30 @@ def ranked(store) -> report.Sheet:
     return ranking(block, table[table.status == "diverged"])
 
 
+def made(*runs: tuple[Config, dict], status="finished") -> pd.DataFrame:
+    """A frame of runs without folders: (Config, metrics or other columns) each."""
+    rows = []
+    for number, (config, values) in enumerate(runs):
+        bits = config.grid_size**2 * math.log2(config.codebook_size)
+        row = {"run_id": f"run{number}", "status": status, "reason": "", **asdict(config), "folder": "nowhere"}
+        row |= {"processor": "x", "threads": 2, "tokens": config.grid_size**2, "bits_per_image": bits}
+        if status == "finished":
+            row |= {"protocol_data": "photos", "protocol_count": 64, "protocol_fingerprint": "f" * 64}
+            row |= {"params": 1e6, "flops": 1e8, "train_seconds": 30.0}
+        rows.append({**row, "bits_per_pixel": bits / config.image_size**2, **values})
+    columns = dict.fromkeys([*frame([]).columns, *(name for row in rows for name in row)])
+    table = pd.DataFrame(rows, columns=list(columns))
+    numeric = [name for name in table if name in METRICS or name.endswith("_kmeans")]
+    return table.astype(dict.fromkeys(numeric, float))
+
+
+def smoke(backbone="cnn", **settings) -> Config:
+    return make_config(backbone, "smoke", **settings)
+
+
 def cells(sheet, key) -> dict:
     """First column → the cell of ``key``, for every row of ``sheet``."""
-    return {row[0].text: row[list(sheet.keys).index(key)] for row in sheet.rows}
+    return {row[0].text.removesuffix(" †"): row[list(sheet.keys).index(key)] for row in sheet.rows}
 
 
 def bold(sheet, key) -> set[str]:
@@ -82,27 +121,183 @@ def test_ties_as_shown_are_all_marked(store):
     assert bold(ranked(store), "psnr") == {"cnn", "vit"}
 
 
-def test_clocks_of_different_machines_are_not_ranked(store):
-    runs = [fabricate(store, make_config(backbone, "smoke")) for backbone in ("cnn", "vit")]
-    assert all(bold(ranked(store), name) == {"cnn"} for name in CLOCKED)
-    changed = json.loads((runs[0].folder / "config.json").read_text())
-    changed["environment"]["threads"] = 64
-    runs[0].write("config.json", changed)
-    sheet = ranked(store)
+@pytest.mark.parametrize("machine", [{"threads": 64}, {"processor": "y"}])
+def test_clocks_of_different_machines_are_not_ranked(machine):
+    scores = {"lpips_alex": 0.3, "params": 1e6} | dict.fromkeys(CLOCKED, 10.0)
+    other = {name: 2 * value for name, value in scores.items()}
+    failed = made((smoke(), {}), status="diverged")[:0]
+    sheet = ranking(made((smoke(), scores), (smoke("vit"), other)), failed)
+    assert {name: bold(sheet, name) for name in CLOCKED} == {
+        "train_seconds": {"cnn"},
+        "images_per_second_encode": {"vit"},
+        "images_per_second_decode": {"vit"},
+    }
+    sheet = ranking(made((smoke(), scores), (smoke("vit"), other | machine)), failed)
     assert all(bold(sheet, name) == set() for name in CLOCKED)
     assert bold(sheet, "params") == {"cnn"}
     assert any("2 different machines" in note and METRICS["train_seconds"].label in note for note in sheet.notes)
 
 
-def test_spread_needs_two_seeds(store):
-    fabricate(store, make_config("cnn", "smoke"))
-    assert cells(ranked(store), "psnr")["cnn"].spread == ""
-    assert not any("±" in cell.text + cell.spread for row in ranked(store).rows for cell in row)
-    fabricate(store, make_config("cnn", "smoke", seed=1), noise=0.01)
-    cell, table = cells(ranked(store), "psnr")["cnn"], frame(store.runs())
-    assert cell.text == f"{table.psnr.mean():.2f}"
-    assert cell.spread == f"± {table.psnr.std():.2f}"
-    assert cells(ranked(store), "params")["cnn"].spread == ""
+def test_a_cell_is_the_mean_over_seeds_and_their_sample_deviation():
+    """One seed has no deviation; what follows from the settings has none either; parameters are in millions."""
+    values = [20.0, 21.0, 25.0]
+    runs = [(smoke(seed=seed), {"psnr": psnr, "params": 1_230_000}) for seed, psnr in enumerate(values)]
+    sheet = ranking(made(*runs), made()[:0])
+    assert cells(sheet, "psnr")["cnn"][:3] == ("22.00", "± 2.65", 22.0)
+    assert cells(sheet, "params")["cnn"][:2] == ("1.23", "")
+    assert [cells(sheet, name)["cnn"].text for name in ("n", "failed")] == ["3", "0"]
+    alone = ranking(made(runs[0]), made()[:0])
+    assert not any("±" in cell.text + cell.spread for row in alone.rows for cell in row)
+
+
+HIGHER = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
+
+
+def test_the_best_mean_of_every_column_is_marked_and_that_of_the_main_metric_comes_first():
+    """Three backbones score 100, 200 and 300, in millions where a column is: the largest is best in some."""
+    scale = {"params": 1e6, "flops": 1e6}
+    names = [name for name in RANKED if name not in ("bits_per_image", "lpips_alex", "lpips_vgg")]
+    values = {"cnn": 200.0, "vit": 300.0, "mamba": 100.0}
+    rows = [(smoke(who), {name: v * scale.get(name, 1) for name in names}) for who, v in values.items()]
+    sheet = ranking(made(*rows), made()[:0])
+    for name in names:
+        expected = {"vit"} if name in HIGHER else set() if name == "sharpness" else {"mamba"}
+        assert bold(sheet, name) == expected, name
+    assert sheet.order == "psnr"  # no LPIPS was scored
+    assert list(cells(sheet, "n")) == ["vit", "cnn", "mamba"]
+    with_lpips = [(config, {"psnr": scores["psnr"], "lpips_vgg": scores["psnr"]}) for config, scores in rows]
+    sheet = ranking(made(*with_lpips), made()[:0])
+    assert sheet.order == "lpips_vgg"
+    assert list(cells(sheet, "n")) == ["mamba", "cnn", "vit"]
+
+
+def test_kmeans_stands_below_with_the_scores_of_its_own_grid_and_k():
+    """Under the columns of the scores that it is the reference of, and never among what is ranked."""
+    runs = [
+        (smoke(grid_size=4, codebook_size=256), {"psnr": 20.0, "psnr_kmeans": 18.0, "lpips_vgg_kmeans": 0.5}),
+        (smoke(grid_size=8, codebook_size=4), {"psnr": 21.0, "psnr_kmeans": 17.0, "lpips_vgg_kmeans": 0.6}),
+    ]
+    runs = [(config, {**scores, "lpips_vgg": 0.7}) for config, scores in runs]
+    sheet = ranking(made(*runs), made()[:0])
+    keys = ["backbone", "grid_size", "codebook_size", "bits_per_image", "psnr", "lpips_vgg", "params"]
+    places = [list(sheet.keys).index(key) if key in sheet.keys else None for key in keys]
+    found = [[row[i].text if i is not None else NONE for i in places] for row in sheet.references]
+    assert found == [
+        ["k-means on patches", "4", "256", "128", "18.00", "0.500", NONE],
+        ["k-means on patches", "8", "4", "128", "17.00", "0.600", NONE],
+    ]
+    assert [row[0].text for row in sheet.rows] == ["cnn", "cnn"]
+
+
+def test_headings_point_to_the_better():
+    arrows = {"psnr": "↑", "lpips_vgg": "↓", "sharpness": "", "precision_vgg16": "↑", "gfid": "↓", "copies": ""}
+    assert {key: re.sub("[^↑↓]", "", heading(key)) for key in arrows} == arrows
+    assert heading("params") == "parameters M\u00a0↓"
+    assert heading("beta") == "beta"
+
+
+def test_a_refusal_gives_each_fields_value_and_that_of_the_first_block():
+    """(bug 17)"""
+    first, second = made((smoke(), {})), made((smoke(), {"protocol_count": 99}))
+    third = made((smoke(codebook_size=256), {}))
+    assert [[cell.text for cell in row] for row in refusals([first, second, third]).rows] == [
+        ["2", "count", "99", "64"],
+        ["3", "bits_per_image", "128", "112"],
+    ]
+    assert refusals([first]).rows == []
+
+
+def test_a_verdict_is_listed_with_its_signs_and_named_better():
+    one = Verdict("psnr", "cnn", "vit", "", 5, -0.5, (-0.75, -0.25), (-0.6, -0.4), 0.012, "vit")
+    none = replace(one, better=None)
+    few = Verdict("psnr", "cnn", "vit", "", 2, 0.5, None, None, None, None)
+    texts = [[cell.text for cell in row] for row in verdict_list([one, none, few]).rows]
+    seeds, images = "−0.750 to −0.250", "−0.600 to −0.400"
+    assert texts[0] == ["PSNR dB", "cnn", "vit", "", "5", "−0.500", seeds, images, "0.012", "vit better"]
+    assert texts[1][-1] == "not distinguishable"
+    assert texts[2] == ["PSNR dB", "cnn", "vit", "", "2", "+0.500", NONE, NONE, NONE, "too few seeds"]
+
+
+def test_the_facts_count_every_run_once(tmp_path):
+    configs = (smoke(), smoke(seed=1), smoke("vit", beta=1.0), smoke("vit"))
+    done = made(*((config, {"psnr": 20.0}) for config in configs))
+    rest = [made((smoke(seed=seed), {}), status=status) for seed, status in ((2, "pruned"), (3, "unfinished"))]
+    table = pd.concat([done, *rest], ignore_index=True)
+    study = {"kind": "ablation", "runs": {letter: {} for letter in "abcdefgh"}}
+    facts = contents(Selection("beta", [], tmp_path, study), table, prior_frame([])).facts
+    assert facts["runs"] == "4 finished, 1 pruned, 1 unfinished, 2 planned but not started"
+    assert (facts["backbones"], facts["swept"], facts["seeds"]) == ("cnn, vit", "beta 0.25, 1", "0, 1, 2, 3")
+
+
+def test_only_a_metric_that_some_run_was_trained_on_is_flattered():
+    def said(**settings) -> str:
+        notes = ranking(made((smoke(**settings), {"psnr": 20.0})), made()[:0]).notes
+        return " ".join(note for note in notes if "trained on" in note)
+
+    assert said(lpips_weight=0.0) == ""
+    assert "trained on LPIPS alex, which" in said()
+    assert "trained on LPIPS vgg, which" in said(lpips_net="vgg")
+
+
+# -- rankings of priors, without folders
+
+
+def prior_rows(*rows: dict) -> pd.DataFrame:
+    """A frame of finished priors."""
+    usual = {"status": "finished", "tokenizer": "t", "backbone": "cnn", "grid_size": 4, "codebook_size": 128}
+    usual |= {"image_size": 32, "data": "photos", "samples": 512, "temperature": 1.0, "top_k": 0, "seed": 0}
+    usual |= {"protocol_count": 64, "protocol_extractor_vgg16": "v", "processor": "x", "threads": 2}
+    usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_token_independent": 6.5, "prior": "rnn"}
+    columns = dict.fromkeys([*prior_frame([]).columns, *usual, *(name for row in rows for name in row)])
+    return pd.DataFrame([usual | row for row in rows], columns=list(columns))
+
+
+def test_priors_of_equal_bits_are_ranked_by_how_far_their_images_are():
+    """(bug 17) 4×4 codes of K = 256 and 8×8 of K = 4 share a table, 4×4 of K = 128 does not."""
+    rows = [
+        {"grid_size": 4, "codebook_size": 256, "gfid_vgg16": 80.0, "precision_vgg16": 0.3, "coded_bits_per_token": 5.0},
+        {"grid_size": 8, "codebook_size": 4, "gfid_vgg16": 70.0, "precision_vgg16": 0.6, "coded_bits_per_token": 1.0},
+        {"grid_size": 4, "codebook_size": 128, "gfid_vgg16": 60.0},
+    ]
+    tables = dict(generation(prior_rows(*rows)))
+    assert [title.split(",")[1].strip() for title in tables] == [
+        f"{n} bits per image before coding" for n in (112, 128)
+    ]
+    sheet = list(tables.values())[1]
+    assert [row[list(sheet.keys).index("gfid_vgg16")].text for row in sheet.rows] == ["70.0", "80.0"]
+    best = {key: [cell.text for cell in column if cell.best] for key, column in zip(sheet.keys, zip(*sheet.rows))}  # noqa: B905
+    assert (best["gfid_vgg16"], best["precision_vgg16"], best["coded_bits_per_token"]) == (
+        ["70.0"],
+        ["0.60"],
+        ["1.000"],
+    )
+
+
+def test_priors_are_ranked_by_inceptions_distance_only_where_all_have_it():
+    rows = [{"prior": "rnn", "gfid_vgg16": 80.0, "gfid": 10.0}, {"prior": "mamba", "gfid_vgg16": 70.0, "gfid": 20.0}]
+    ((_, sheet),) = generation(prior_rows(*rows))
+    assert (sheet.order, [row[1].text for row in sheet.rows]) == ("gfid", ["rnn", "mamba"])
+    ((_, sheet),) = generation(prior_rows(rows[0], rows[1] | {"gfid": math.nan}))
+    assert (sheet.order, [row[1].text for row in sheet.rows]) == ("gfid_vgg16", ["mamba", "rnn"])
+
+
+def test_a_priors_row_averages_its_seeds_and_bounds_are_averages_too():
+    rows = [
+        {"seed": seed, "gfid_vgg16": value, "gfid_vgg16_real": real, "gfid_vgg16_shuffled": 2 * value}
+        for seed, value, real in ((0, 80.0, 50.0), (1, 90.0, 54.0))
+    ]
+    rows = [row | {"images_per_second_sample": 9.0} for row in rows]
+    table = prior_rows(*rows, {"prior": "mamba", "gfid_vgg16": 60.0, "images_per_second_sample": 5.0, "threads": 8})
+    ((_, sheet),) = generation(table)
+    place = list(sheet.keys).index("gfid_vgg16")
+    found = {row[1].text: (row[place].text, row[place].spread) for row in sheet.rows}
+    assert found == {"rnn": ("85.0", "± 7.1"), "mamba": ("60.0", "")}
+    bounds = {row[1].text: row[place].text for row in sheet.references}
+    assert bounds == {"real codes": "52.0", "shuffled codes": "170.0"}
+    clock = list(sheet.keys).index("images_per_second_sample")
+    assert not any(row[clock].best for row in sheet.rows)  # of two machines
+    ((_, sheet),) = generation(table.assign(threads=2))
+    assert [row[1].text for row in sheet.rows if row[clock].best] == ["rnn"]
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

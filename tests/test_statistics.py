@@ -126,6 +126,50 @@ def test_image_interval_is_the_bootstrap_of_averaged_image_differences(tmp_path)
     assert verdict.image_interval == pytest.approx(expected, abs=0.15 * error)
 
 
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_interval_and_p_are_scipys_for_any_differences(count):
+    for draw in range(20):
+        differences = np.random.default_rng([count, draw]).normal(draw / 20, 1, count)
+        expected = stats.ttest_1samp(differences, 0)
+        interval, p = statistics._paired_t(differences)
+        assert p == pytest.approx(expected.pvalue, rel=1e-9)
+        assert interval == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+
+
+def test_holms_adjustment_is_that_of_statsmodels_for_any_p_values():
+    """In any order, with ties, and never above 1 nor below what was given."""
+    generator = np.random.default_rng(0)
+    for count in (1, 2, 3, 6, 20):
+        p = np.round(generator.beta(0.5, 2, count), 2)
+        assert statistics._holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert statistics._holm([]) == []
+
+
+@pytest.mark.parametrize(("p", "found"), [(0.049, True), (0.051, False), (0.024, True), (0.1, False)])
+def test_a_verdict_is_an_adjusted_p_below_five_percent(p, found):
+    """Five seeds whose mean difference is just so many standard errors; the interval leaves out 0 at the same point."""
+    noise = np.array([0.3, -0.1, 0.2, -0.5, 0.1])
+    shift = stats.sem(noise) * stats.t.isf(p / 2, 4)
+    scores = [(make_config("cnn", "smoke", seed=seed), 0.5) for seed in range(5)]
+    scores += [(make_config("vit", "smoke", seed=seed), 0.5 + noise[seed] + shift) for seed in range(5)]
+    verdict = only(backbone_verdicts(rows(scores)))
+    assert verdict.p == pytest.approx(p)
+    assert verdict.better == ("cnn" if found else None)
+    assert (verdict.interval[1] < 0) == found
+
+
+def test_intervals_over_images_do_not_depend_on_who_else_is_compared():
+    """All comparisons see the same resampled images, and the same ones each time."""
+    one, other = np.random.default_rng(0).normal(size=(2, 64))
+    alone = statistics._image_intervals({5: one})[5]
+    together = statistics._image_intervals({5: one, 7: other, 9: one + 3, 11: -one})
+    assert alone == statistics._image_intervals({5: one})[5]
+    assert together[5] == pytest.approx(alone)
+    assert together[9] == pytest.approx((alone[0] + 3, alone[1] + 3))
+    assert alone[0] < one.mean() < alone[1]
+    assert statistics._image_intervals({}) == {}
+
+
 # -- symmetries -------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +190,20 @@ def test_swapping_the_names_swaps_the_signs_and_nothing_else(tmp_path):
 
 
 # -- right about effects ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("lpips_alex", "lower"), ("fid", "lower"), ("psnr", "higher"), ("perplexity", "higher"), ("usage", "higher")],
+)
+def test_the_better_is_who_scores_better(metric, better):
+    """By a difference that is the same in every seed, in each direction."""
+    for gap, order in ((-0.1, "lower"), (0.1, "higher")):
+        table = block(("cnn",)).rename(columns={"lpips_alex": metric})
+        table = pd.concat([table, table.assign(backbone="vit", **{metric: table[metric] + gap})], ignore_index=True)
+        verdict = only(backbone_verdicts(table, [metric]))
+        assert verdict.difference == pytest.approx(-gap)
+        assert verdict.better == ("vit" if order == better else "cnn")
 
 
 def test_known_effects_give_the_right_words(tmp_path):
@@ -208,21 +266,33 @@ def found_something(table: pd.DataFrame) -> bool:
     return any(v.better for v in backbone_verdicts(table))
 
 
-@pytest.mark.parametrize("draws", [150, pytest.param(1000, marks=pytest.mark.slow)])
-def test_without_an_effect_false_verdicts_stay_below_the_level(draws):
-    """Four equal backbones, three seeds, two betas: six comparisons a draw, one false verdict is a failure."""
+def test_without_an_effect_a_family_is_wrong_at_the_level_or_less():
+    """Four equal sides, three seeds: six comparisons a draw, one false verdict is a failure."""
+    draws, false = 300, 0
+    for scores in np.random.default_rng(0).normal(size=(draws, 4, 3)):
+        pairs = itertools.combinations(scores, 2)
+        false += min(statistics._holm([statistics._paired_t(a - b)[1] for a, b in pairs])) < 0.05
+    assert 0 < false <= stats.binom.ppf(0.999, draws, 0.05)  # none would mean that the level is far from used
+
+
+@pytest.mark.slow
+def test_without_an_effect_false_verdicts_stay_below_the_level():
+    """The same through tables of four equal backbones with two betas, which are averaged."""
+    draws = 1000
     false = sum(found_something(block(FOUR, range(3), (0.25, 1.0), draw=draw)) for draw in range(draws))
-    assert false <= stats.binom.ppf(0.999, draws, 0.05)
-    assert false > 0  # else the level would be far from used
+    assert 0 < false <= stats.binom.ppf(0.999, draws, 0.05)
 
 
-def test_a_real_effect_is_found_in_most_draws():
-    draws = 60
-    effects = {"convnext": -0.02}  # two standard deviations of one run
+def test_a_real_effect_is_found_as_often_as_a_t_test_finds_it():
+    """Of two standard deviations of one run, at five seeds: the power is that of the noncentral t distribution."""
+    draws, effects = 60, {"convnext": -0.02}
+    far = 0.02 / (0.01 * np.sqrt(2 / 5))
+    power = stats.nct.sf(stats.t.isf(0.025, 4), 4, far)
     verdicts = [
         v for draw in range(draws) for v in backbone_verdicts(block(("cnn", "convnext"), effects=effects, draw=draw))
     ]
-    assert sum(v.better == "convnext" for v in verdicts) > 0.6 * draws
+    low, high = stats.binom.interval(0.99, draws, power)
+    assert low <= sum(v.better == "convnext" for v in verdicts) <= high
     assert not any(v.better == "cnn" for v in verdicts)
 
 
@@ -311,6 +381,22 @@ def test_swept_sizes_are_paired_at_equal_budgets():
     assert verdict.within == "over M parameters 1.02"
     same(replace(only(backbone_verdicts(table)), within=verdict.within), verdict)
     assert only(setting_verdicts(both)).a == "width=999"
+
+
+@pytest.mark.parametrize(("ratio", "shared"), [(1.0, 5), (1.05, 5), (1.09, 5), (1.12, 0), (1.2, 0), (1.4, 0)])
+def test_models_more_than_a_tenth_apart_are_no_pair(ratio, shared):
+    """vit at ``ratio`` times the parameters of the smaller cnn; another cnn is three times as large."""
+    table = block(noise=0.001).assign(width=lambda t: 64)
+    table["params"] = 1e6 * np.where(table.backbone == "vit", ratio, 1.0)
+    large = block(("cnn",)).assign(width=999, params=3e6)
+    (verdict,) = backbone_verdicts(pd.concat([table, large], ignore_index=True))
+    assert verdict.n == shared
+
+
+def test_a_sentence_lists_few_values_and_gives_the_range_of_many():
+    few, many = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0), (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
+    assert only(backbone_verdicts(block(betas=few))).within == "over beta 0.25, 0.5, 1, 2, 3, 4"
+    assert only(backbone_verdicts(block(betas=many))).within == "over beta 0.25 to 8 (7 values)"
 
 
 # -- degenerate cases -------------------------------------------------------------------------------------------------

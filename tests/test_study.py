@@ -559,6 +559,91 @@ def test_fields_without_a_default_may_be_searched(child, tmp_path):
     assert all(8 <= config.width <= 16 for config in child.calls)
 
 
+def test_a_worker_takes_from_the_backbone_that_has_had_fewest(child, tmp_path):
+    """However far a study comes, its backbones come equally far."""
+    assert start(BETA, tmp_path, "--beta", "0.25", "--seeds", "0", "1") == 0
+    assert [(config.backbone, config.seed) for config in child.calls] == [
+        ("cnn", 0),
+        ("vit", 0),
+        ("cnn", 1),
+        ("vit", 1),
+    ]
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, None), (3, 2)])
+def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads):
+    found = []
+
+    class Counting(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            found.append((threads, timeout))
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    monkeypatch.setattr(study, "run_in_child", Counting())
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    one = Ablation("one", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("independent",))
+    assert start(one, tmp_path, "--workers", str(workers), "--trial-timeout", "77") == 0
+    assert found == [(threads, 77.0)] * 2  # a tokenizer and a prior
+
+
+def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, monkeypatch):
+    """And the pruner sees the curve of the first seed alone."""
+
+    class Curves(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            watch([{"step": config.steps - 10 * (1 + config.seed), "reconstruction": 5.0, "perplexity": 9.0}])
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    curves = Curves(["diverged", "finished", "finished"])
+    monkeypatch.setattr(study, "run_in_child", curves)
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1") == 1
+    assert [config.seed for config in curves.calls] == [0, 0, 1]
+    (one,) = optuna_studies(tmp_path).values()
+    assert [trial.state.name for trial in one.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.intermediate_values for trial in one.trials] == [{curves.calls[0].steps - 10: 5.0}] * 2
+
+
+def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
+    """Its worker was taken for dead and was not: no attempt is counted, and what it finished is taken over."""
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+
+    class Busy(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            self.calls.append(config)
+            if len(self.calls) < 5:
+                return Outcome("busy")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    busy = Busy()
+    study.run_in_child = busy  # the fixture puts the real one back
+    assert start(one, tmp_path) == 0
+    assert len(busy.calls) == 5
+    assert states(tmp_path) == {"COMPLETE": 1}
+
+
+def test_a_study_ends_with_1_as_long_as_a_planned_run_has_no_scores(child, tmp_path):
+    child.endings = ["finished", "diverged"]
+    assert start(BETA, tmp_path) == 1
+    assert start(BETA, tmp_path, "--plan") == 0
+    child.endings = []
+    assert start(BETA, tmp_path, "--retry-failed") == 0
+
+
+def test_a_study_that_is_extended_keeps_what_it_lists(child, tmp_path):
+    """Its file lists every run with its backbone and values, those of earlier commands included."""
+    start(BETA, tmp_path, "--beta", "0.25")
+    start(BETA, tmp_path, "--backbone", "vit", "--beta", "4.0", "--seeds", "1")
+    record = Store(tmp_path).study("beta-smoke")
+    rows = sorted((row["backbone"], row["beta"], row["seed"]) for row in record["runs"].values())
+    assert rows == [("cnn", 0.25, 0), ("vit", 0.25, 0), ("vit", 4.0, 1)]
+    for run_id, row in record["runs"].items():
+        config = Store(tmp_path).named(run_id).config()
+        assert {name: config[name] for name in row} == row
+    assert (record["kind"], record["sweep"], record["metrics"]) == ("ablation", ["beta"], ["lpips_vgg"])
+
+
 # -- priors -----------------------------------------------------------------------------------------------------------
 
 GRIDS = Ablation("priors", sweep={"grid_size": (4, 8)}, backbones=("cnn",), seeds=(0,), priors=("rnn", "independent"))
