@@ -215,8 +215,12 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of the global generator in one step; distinct for every (seed, step) that fits 31 and 32 bits."""
-    return (seed << 32) | step
+    """Seed of the global generator in one step; distinct for every (seed, step) that fits 31 and 32 bits.
+
+    The CPU's generator takes the low 32 bits alone, so the seed is in those too, multiplied by 2³² over the golden
+    ratio: steps of one seed do not meet those of another.
+    """
+    return (seed << 32) | (step ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
 
 
 @torch.no_grad()

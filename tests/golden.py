@@ -32,7 +32,7 @@ from bench.train_prior import train_prior
 
 PATH = Path(__file__).with_suffix(".json")
 Values = dict[str, float]
-ON_CPU = {"precision": "fp32", "device": "cpu", "steps": 2, "batch_size": 8, "warmup": 1}
+ON_CPU = {"precision": "fp32", "device": "cpu", "seed": 1, "steps": 2, "batch_size": 8, "warmup": 1}
 SMALL = {**ON_CPU, "width": 24, "depth": 2, "codebook_size": 64, "code_dim": 4, "lpips_weight": 0.0}
 ALL_LOSSES = {"lpips_weight": 0.1, "gan_weight": 0.5, "gan_start": 0.0, "gan_ramp": 0.0, "gan_width": 8}
 REGULARISED = {"lecam_weight": 0.1, "r1_weight": 0.1, "entropy_weight": 0.1, "reconstruction": "l1", "augment": "blog"}
@@ -77,7 +77,7 @@ def prior(name: str) -> Values:
     pixels = torch.from_numpy(images(64)).permute(0, 3, 1, 2) / 127.5 - 1
     grids = codec.encode(pixels).numpy().astype(np.uint8)
     codes = Codes(grids[:48], grids[48:], 16, "golden", (), None, None)
-    config = PriorConfig("golden", name, depth=2, parameters=30_000, dropout=0.0, **ON_CPU).resolved()
+    config = PriorConfig("golden", name, depth=2, parameters=30_000, **ON_CPU).resolved()
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = train_prior(config, codes, Path(folder))
         logged = history(folder) if name != "independent" else {}

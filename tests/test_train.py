@@ -279,6 +279,13 @@ def test_step_seeds_never_meet():
     assert max(found) < 2**63
 
 
+def test_no_two_seeds_share_the_draws_of_a_step():
+    """On the CPU too, whose generator forgets all but 32 bits of what it is given."""
+    places = [(seed, step) for seed in range(20) for step in range(100)]
+    draws = [torch.rand(2, generator=torch.Generator().manual_seed(step_seed(*place))) for place in places]
+    assert len({tuple(pair.tolist()) for pair in draws}) == len(places)
+
+
 def test_gradients_are_those_of_the_step_s_own_loss(watch, tiny, toys):
     """Of mean squared or absolute error between colour and image, in closed form. Colours beyond [-1, 1] have one,
     what was accumulated before is gone, and norms above 1 are not clipped by 0."""
