@@ -212,6 +212,17 @@ def test_files_are_the_truth(child, tmp_path):
     assert lost.finished
 
 
+def test_a_failed_cell_that_was_finished_elsewhere_is_recorded_as_finished(child, tmp_path):
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+    child.endings = ["diverged"]
+    assert start(one, tmp_path) == 1
+    fabricate(Store(tmp_path), child.calls[0])
+    for _ in range(2):  # once
+        assert start(one, tmp_path) == 0
+        assert states(tmp_path) == {"FAIL": 1, "COMPLETE": 1}
+    assert len(child.calls) == 1
+
+
 def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
     monkeypatch.setattr(index, "GRACE_SECONDS", 1)
@@ -602,6 +613,14 @@ def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, m
     (one,) = optuna_studies(tmp_path).values()
     assert [trial.state.name for trial in one.trials] == ["FAIL", "COMPLETE"]
     assert [trial.intermediate_values for trial in one.trials] == [{curves.calls[0].steps - 10: 5.0}] * 2
+
+
+def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
+    """However often it is planned: waiting ones are part of its budget."""
+    words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials", "3"]
+    what, one = Plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
+    assert [study.queue(what, "cnn", one) for _ in range(2)] == [3, 3]
+    assert states(tmp_path) == {"WAITING": 3}
 
 
 def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
