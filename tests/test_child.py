@@ -200,17 +200,23 @@ def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
 
 
 def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(trial, store, monkeypatch):
-    trial(finishing)
     read, looks, seen = child._new_rows, [], []
+
+    def work(run):
+        while not (run.folder / "looked").exists():
+            time.sleep(0.01)
+        finishing(run)
 
     def look(run, after):
         looks.append(after)
         if len(looks) > 1:
             return read(run, after)
+        (run.folder / "looked").write_text("")
         for process in multiprocessing.active_children():
             process.join()  # all that it writes it writes after this look
         return []
 
+    trial(work)
     monkeypatch.setattr(child, "_new_rows", look)
     outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: seen.extend(rows))
     assert (outcome.status, seen) == ("finished", ROWS)
