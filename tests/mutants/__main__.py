@@ -247,7 +247,7 @@ def judge(tests: tuple[str, ...], place: Path) -> None:
     os.chdir(checkout)
     sys.path.insert(0, checkout)
     sys.dont_write_bytecode = True  # else a second edit in the same second, of the same size, would not be seen
-    os.environ |= {"PYTHONPATH": checkout, "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"PYTHONPATH": checkout, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     weights = Path(os.environ.get("VQBENCH_CACHE") or platformdirs.user_cache_dir("vqbench")) / "weights"
     os.environ["VQBENCH_CACHE"] = str(cache)
     cache.mkdir()
