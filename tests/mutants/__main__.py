@@ -44,7 +44,8 @@ import pytest
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.progress import Bar
 
 ROOT = Path(__file__).parents[2]
 NOT_COPIED = (".git", ".venv", "*.egg-info", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs")
@@ -169,13 +170,13 @@ def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple
         for test in dict.fromkeys(test for edit in chosen for test in edit.tests):
             by_file.setdefault(test.partition("::")[0], []).append(test)
         plain = [Job(tuple(tests)) for tests in by_file.values()]
-        for job in completed(plain, places, console, "tests on the code as it is"):
+        for job in completed(plain, places, "tests on the code as it is"):
             if job.outcome != "survived":
                 console.print(f"[red]without any edit[/] {escape(' '.join(job.tests))}:\n{escape(job.output)}")
         if any(job.outcome != "survived" for job in plain):
             return [], False
         jobs = [Job(edit.tests, edit) for edit in chosen]
-        for job in completed(jobs, places, console, "edits"):
+        for job in completed(jobs, places, "edits"):
             if job.outcome != "killed":
                 edit = job.edit
                 console.print(f"[red]{job.outcome}[/] {escape(f'{edit.file}: {edit.states}')}")
@@ -186,7 +187,7 @@ def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple
 
 
 def preload() -> object:
-    """Imports LIBRARIES, those of them that are installed, and forgets what of the project that took. Returns what has
+    """Imports LIBRARIES, those of them that are installed, and forgets what of the project was imported. Returns what has
     to be kept: torchvision's missing operators live as long as the module that defines them."""
     repair = importlib.import_module("backbones.torchvision_repair")
     for name in LIBRARIES:
@@ -197,12 +198,10 @@ def preload() -> object:
     return repair
 
 
-def completed(jobs: list[Job], places: list[Path], console: Console, label: str) -> Iterator[Job]:
+def completed(jobs: list[Job], places: list[Path], label: str) -> Iterator[Job]:
     """Runs ``jobs``, one at a time in each of ``places``, and yields each as it ends."""
     waiting, free, running = deque(jobs), list(places), []
-    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=len(jobs))
+    with Bar(label, len(jobs)) as bar:
         while waiting or running:
             while waiting and free:
                 job = waiting.popleft()
@@ -210,14 +209,14 @@ def completed(jobs: list[Job], places: list[Path], console: Console, label: str)
                     free.pop()
                     running.append(job)
                 else:
-                    bar.advance(task)
+                    bar.advance()
                     yield job
             wait([job.process.sentinel for job in running], timeout=0.5)
             for job in [job for job in running if not job.process.is_alive() or time.monotonic() - job.began > SECONDS]:
                 finish(job)
                 running.remove(job)
                 free.append(job.place)
-                bar.advance(task)
+                bar.advance()
                 yield job
 
 
