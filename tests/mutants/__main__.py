@@ -187,8 +187,8 @@ def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple
 
 
 def preload() -> object:
-    """Imports LIBRARIES, those of them that are installed, and forgets what of the project was imported. Returns what has
-    to be kept: torchvision's missing operators live as long as the module that defines them."""
+    """Imports LIBRARIES, those of them that are installed, and forgets what of the project was imported. Returns what
+    has to be kept: torchvision's missing operators live as long as the module that defines them."""
     repair = importlib.import_module("backbones.torchvision_repair")
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
