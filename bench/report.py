@@ -64,12 +64,8 @@ FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not t
 RANKED = (*SCORES, *FIXED, *CLOCKED)  # dead codes are (1 − usage) · K
 ON_TERMINAL = ("psnr", "perplexity")  # beside the main metric
 LABELS = METRICS | PRIOR_METRICS
-MILLIONS = {
-    "params": ".2f",
-    "flops": ",.0f",
-    "params_prior": ".2f",
-    "flops_prior": ",.0f",
-}  # shown in millions, in this format
+# Shown in millions, in this format.
+MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}
 HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
