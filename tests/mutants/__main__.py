@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
@@ -152,6 +153,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers: threads of one would wait for the other
     _kept = preload()
     jobs, healthy = run(chosen, ROOT, options.workers, console)
+    gc.unfreeze()
     minutes = (time.monotonic() - began) / 60
     console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
     if healthy and not options.only:
@@ -195,6 +197,8 @@ def preload() -> object:
             importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("backbones", "bench", "studies", "tests")]:
         del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # else every process would look through all of this again: most of the time of a quick test
     return repair
 
 
@@ -252,7 +256,17 @@ def judge(tests: tuple[str, ...], place: Path) -> None:
     cache.mkdir()
     if weights.is_dir():
         (cache / "weights").symlink_to(weights)  # which no edit shall fetch again
-    options = ("-x", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", "--basetemp", str(place / "tmp"))
+    options = (
+        "-x",
+        "-q",
+        "-m",
+        "slow or not slow",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        str(place / "tmp"),
+    )
     os._exit(int(pytest.main([*options, *(f"tests/{test}" for test in tests)])))
 
 
