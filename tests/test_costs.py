@@ -72,6 +72,25 @@ def test_throughput_gives_up_after_ten_seconds(timed):
     assert [side for side, _ in calls] == ["codes", "encode", "decode", "decode"]
 
 
+@pytest.mark.parametrize(("device", "seconds"), [("cuda", 5), ("cuda:1", 5), ("cpu", 1)])
+def test_work_on_a_gpu_is_timed_until_the_gpu_has_done_it(monkeypatch, device, seconds):
+    """The call returns after a second; a GPU is busy for four more, which only a synchronisation waits for."""
+    now, waited = [0.0], []
+
+    def work():
+        now[0] += 1
+
+    def synchronize(device):
+        now[0] += 4
+        waited.append(device)
+
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(costs, "THROUGHPUT_SECONDS", 100)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert costs._best_seconds(work, torch.device(device)) == seconds
+    assert waited == ([torch.device(device)] * 4 if device != "cpu" else [])
+
+
 def test_each_side_is_counted_by_itself():
     """Weights: of the encoder 3·2, of the decoder 2·3·9; at 4×4 pixels each takes a multiplication and an addition.
     What the codebook holds is neither's."""

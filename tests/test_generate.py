@@ -344,6 +344,30 @@ def test_speed_is_counted_from_the_first_code_to_the_last_image(monkeypatch):
     assert speedup(Slow(train, classes=2).eval(), config()) == 8
 
 
+def test_sampling_ends_when_the_device_has_sampled(monkeypatch):
+    """A device that works on after a call returns: 3 s for the samples, 6 s for their logits, waited for by ``cpu``."""
+    now, pending = [0.0], [0.0]
+    monkeypatch.setattr(generate, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Late(torch.Tensor):
+        def cpu(self):
+            now[0], pending[0] = now[0] + pending[0], 0.0
+            return super().cpu()
+
+    class Queue:
+        classes = 0
+
+        def sample(self, n, generator, labels=None):
+            pending[0] += 3
+            return torch.zeros(n, SIDE, SIDE, dtype=torch.int64).as_subclass(Late)
+
+        def logits(self, codes, labels=None):
+            pending[0] += 6
+            return torch.zeros(*codes.shape, K).as_subclass(Late)
+
+    assert speedup(Queue(), config()) == SIDE**2 * 6 / 3
+
+
 # -- references -------------------------------------------------------------------------------------------------------
 
 

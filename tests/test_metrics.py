@@ -229,13 +229,13 @@ def test_lpips_refuses_what_is_not_an_image(perceptual):
     perceptual(small, small)
     with pytest.raises(ValueError, match="pixels a side"):
         perceptual(small[..., 1:], small[..., 1:])
-    beyond = x + torch.linspace(0, 1.5, 64)
-    for pair in ((beyond, x), (x, beyond)):
-        with torch.no_grad(), pytest.raises(ValueError, match=r"not \[0, 1\.5\]"):
-            perceptual(*pair)
-        with pytest.raises(ValueError, match=r"not \[0, 1\.5\]"):
-            perceptual.distance_and_features(*pair)
-        perceptual(*pair)  # where gradients are recorded, nothing waits for a check
+    for beyond, found in ((x + torch.linspace(0, 1.5, 64), r"0, 1\.5"), (x - torch.linspace(0, 1.5, 64), r"-1\.5, 0")):
+        for pair in ((beyond, x), (x, beyond)):
+            with torch.no_grad(), pytest.raises(ValueError, match=rf"not \[{found}\]"):
+                perceptual(*pair)
+            with pytest.raises(ValueError, match=rf"not \[{found}\]"):
+                perceptual.distance_and_features(*pair)
+            perceptual(*pair)  # where gradients are recorded, nothing waits for a check
 
 
 def test_lpips_first_made_during_evaluation_can_train():

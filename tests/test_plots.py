@@ -100,6 +100,18 @@ def test_curves_are_the_columns_of_the_history(figures):
     assert lines(figures[1].axes[0])["lpips"] == [0.5] * 3
 
 
+def test_a_loss_that_is_zero_has_no_line_where_the_axis_is_logarithmic(figures):
+    """FSQ's quantizer has none, and an entry in the legend without a line would look like a mistake."""
+    history = [
+        {"step": k, "reconstruction": 8 / k, "quantizer": 0.0, "lpips": k - 1, "perplexity": 9, "codes_used": 9}
+        for k in (1, 2)
+    ]
+    plots.curves(None, history, 64, "")
+    left, _ = figures[0].axes
+    assert lines(left) == {"reconstruction": [8, 4]}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["reconstruction"]
+
+
 def test_a_priors_curve_has_the_floor_and_the_validation_rate(figures):
     history = [{"step": k, "bits_per_token": 9 - k} for k in (1, 2)]
     metrics = {"coded_bits_per_token": 6.5, "coded_bits_per_token_independent": 8.25}

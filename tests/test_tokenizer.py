@@ -197,6 +197,20 @@ def test_an_unfinished_run_gives_none(finished):
         Tokenizer.from_run(folder)
 
 
+def test_weights_that_are_not_those_of_the_config_are_refused(finished):
+    """Neither one too few, which would leave a random one in place, nor one too many."""
+    folder, tokenizer = finished
+    state = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
+    name = next(iter(dict(tokenizer.encoder.named_parameters(prefix="encoder"))))
+    few = {key: value for key, value in state.items() if key != name}
+    for other in (few, state | {"encoder.more": torch.zeros(1)}):
+        safetensors.torch.save_file(other, folder / "tokenizer.safetensors")
+        with pytest.raises(RuntimeError, match=f"{name}|encoder.more"):
+            Tokenizer.from_run(folder)
+    safetensors.torch.save_file(state, folder / "tokenizer.safetensors")
+    Tokenizer.from_run(folder)
+
+
 def test_a_finished_run_needs_no_weights_of_others(finished, monkeypatch):
     """A pretrained encoder is not fetched again; the config still says that it was."""
     folder, _ = finished

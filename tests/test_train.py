@@ -580,6 +580,16 @@ def test_the_codebook_starts_at_codes_of_enough_training_images(watch, tiny, toy
         assert found <= photos
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_codebook_starts_at_the_images_that_its_seed_trains_on_first(watch, tiny, toys, seed):
+    """Repetitions of a run that began at the same images would differ by less than chance makes them."""
+    watch.train(replace(tiny, codebook_size=64, augment="none", seed=seed, steps=1))
+    (given,) = toys[-1].quantizer.given
+    expected = [batch(watch.images, seed, step, 8, "none", "cpu") for step in range(4)]
+    assert torch.equal(given, torch.cat(expected))
+    assert torch.equal(given[:8], toys[-1].seen[0][0])
+
+
 @pytest.mark.parametrize("quantizer", ["standard", "ema"])
 def test_first_codes_are_outputs_of_the_encoder(watch, tiny, quantizer):
     """Of images in the range and order of training, without augmentation."""

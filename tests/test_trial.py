@@ -280,6 +280,17 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
+def test_every_network_that_scores_is_looked_for_before_training(tiny, store, monkeypatch, tmp_path):
+    """Also Inception's where the user has its file: one that is absent or damaged is told before hours are spent."""
+    asked = []
+    monkeypatch.setattr(weights, "trunk_state", asked.append)
+    monkeypatch.setattr(weights, "inception", lambda path: asked.append(path))
+    monkeypatch.setattr(trial, "load", lambda data, image_size: (data, image_size))
+    config = tiny.resolved()
+    assert trial.prepare(config, store, tmp_path / "inception.pth") == (config.data, config.image_size)
+    assert asked == ["alex", "vgg", tmp_path / "inception.pth"]
+
+
 def test_the_environment_says_what_a_number_may_depend_on():
     found = trial.environment()
     assert found["versions"]["torch"] == torch.__version__

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 import warnings
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
@@ -283,6 +284,21 @@ def test_inception_is_none_where_it_cannot_be_had_and_tried_once(folder, monkeyp
     assert "no route to host" in weights.inception_missing()
     assert str(folder) in weights.inception_missing()
     assert attempts == [5]
+
+
+def test_an_inception_download_that_breaks_off_is_a_reason_and_leaves_nothing(folder, monkeypatch):
+    """http.client's own errors are no OSErrors."""
+
+    class Torn(Response):
+        def read(self, size=-1):
+            if block := super().read(4):
+                return block
+            raise IncompleteRead(b"", 96)
+
+    monkeypatch.setattr(weights, "urlopen", lambda url, timeout: Torn(b"some"))
+    assert "could not be downloaded (IncompleteRead" in weights.inception_missing()
+    assert weights.inception() is None
+    assert list(folder.iterdir()) == []
 
 
 def test_inception_download_is_kept_only_with_the_right_digest(folder, monkeypatch):
