@@ -40,12 +40,12 @@ class World:
         (self.tokenizer.folder / "config.json").write_text("{}")
         (self.tokenizer.folder / "metrics.json").write_text("{}")
         self.tiny, self.trained, self.scored, self.diverges = tiny, [], [], False
-        self.count, self.classes = 12, ("a", "b", "c")
+        self.count, self.training, self.classes = 12, None, ("a", "b", "c")
 
     @property
     def data(self) -> Data:
         images = np.zeros((self.count, 8, 8, 3), dtype=np.uint8)
-        return Data("toy", images, images, "f" * 64, "toy split", ("broken.png",), self.classes)
+        return Data("toy", images[: self.training], images, "f" * 64, "toy split", ("broken.png",), self.classes)
 
     def codes(self) -> Codes:
         generator = np.random.default_rng(0)
@@ -196,6 +196,13 @@ def test_four_images_of_each_split_are_needed(world, count):
         assert world.run().finished
         return
     with pytest.raises(UserError, match="3 training and 3 validation images; scoring generation needs at least 4"):
+        world.run()
+    assert not (world.store.root / "priors").exists()
+
+
+def test_three_training_images_do_not_suffice_however_many_validate(world):
+    world.training = 3
+    with pytest.raises(UserError, match="3 training and 12 validation images; scoring generation needs at least 4"):
         world.run()
     assert not (world.store.root / "priors").exists()
 
