@@ -240,6 +240,12 @@ def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):
     }
 
 
+def test_a_search_over_two_seeds_is_priced_at_two_runs_a_trial(tmp_path, monkeypatch):
+    study = Search("search", {"beta": Range(0.1, 4.0)}, backbones=("cnn",), seeds=(0, 1))
+    found = planned(study, tmp_path, "--trials", "3", "--steps", "60")
+    assert counts(found, monkeypatch) == {"cnn": ["3 × 2", "0", "0", "6", "6.0 min"]}
+
+
 # -- the studies ------------------------------------------------------------------------------------------------------
 
 ALL = tuple(BACKBONES)

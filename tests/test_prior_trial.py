@@ -294,6 +294,25 @@ def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
     assert "2 in the table" in capsys.readouterr().out
 
 
+def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, monkeypatch, capsys):
+    def begin_then_finish(config, run, store, fid_weights, resume):
+        made = store.run(config)
+        if not made.folder.is_dir():
+            made.folder.mkdir(parents=True)
+            raise Diverged("too steep")
+        made.write("metrics.json", {})
+        return made
+
+    monkeypatch.setattr(prior, "run_prior", begin_then_finish)
+    monkeypatch.setattr(prior, "result_table", lambda runs: "")
+    monkeypatch.setattr(prior, "protocol_line", lambda run: "")
+    ends = []
+    for _ in range(3):
+        code = prior.main([str(world.tokenizer.folder), "--prior", "rnn", "--device", "cpu"])
+        ends.append((code, "already finished" in capsys.readouterr().err))
+    assert ends == [(1, False), (0, False), (0, True)]
+
+
 def row(tokenizer: str, name: str, seed: int = 0, **metrics: float) -> SimpleNamespace:
     usual = {
         **{"coded_bits_per_token": 3.0, "coded_bits_per_pixel": 0.1, "gfid_vgg16": 9.0, "gkid_vgg16": 0.5},
