@@ -283,7 +283,7 @@ class Plan:
         table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
         if names := getattr(self.options, "prior", ()):
             runs = [self.store.run(config) for config in self.priors()]
-            planned = len(names) * sum(map(len, self.cells.values()))
+            planned = len(dict.fromkeys(names)) * sum(map(len, self.cells.values()))
             finished = sum(run.finished for run in runs)
             table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
         return table

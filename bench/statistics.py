@@ -117,9 +117,10 @@ def backbone_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) ->
     What is paired: runs with equal seed and equal swept settings (``frames.settings``). Width and depth do not mean the
     same in two backbones: where they were swept, models of equal budget are paired, parameters within 10 %. The scores
     of a seed are averaged over the settings that both backbones have *in every counted seed*. When runs are missing,
-    the counted seeds and settings are the complete rectangle with the most pairs of runs, one with at least FEWEST
-    seeds before any other. Everything outside it is ignored. Runs that differ in precision or device alone are averaged
-    into one, so that they do not count as further evidence. Missing scores are left out.
+    the counted seeds and settings are the complete rectangle with the most pairs of runs, of equally many the one with
+    most seeds, and one with at least FEWEST seeds before any other. Everything outside it is ignored. Runs that differ
+    in precision or device alone are averaged into one, so that they do not count as further evidence. Missing scores
+    are left out.
 
     The rule: ``a`` is better than ``b`` only if the Holm-adjusted p-value of the paired t test over seeds is below 0.05
     *and*, where there are scores per image, the bootstrap interval over images (Efron & Tibshirani 1993, ch. 13) lies

@@ -364,6 +364,7 @@ def test_many_blocks_are_cut_to_the_largest(tmp_path, monkeypatch):
     made = draw(frame(store.runs()), tmp_path / "charts")
     assert [chart.name for chart in made] == [f"cost_{bits}bits" for bits in (48, 80, 96)]
     assert all("1 smaller blocks of other bits per image are not drawn." in chart.caption for chart in made)
+    assert all("photos, 64 validation images of 32×32. 1 smaller" in chart.caption for chart in made)
 
 
 def test_times_of_two_machines_are_left_out(tmp_path):

@@ -84,6 +84,15 @@ def test_metrics_with_difference_change_and_direction(store, diff):
     assert {name: opposite.get(word, word) for name, word in words_on_b(out).items()} == turned
 
 
+def test_scores_that_are_shown_alike_are_called_equal(store, diff):
+    """A word that the two numbers beside it do not bear out would be read as a mistake, or as a result."""
+    a, b = (fabricate(store, smoke(name), psnr=psnr) for name, psnr in (("cnn", 20.001), ("vit", 20.004)))
+    for pair in ((a, b), (b, a)):
+        assert [line(diff(*pair)[1], "PSNR dB ↑")[at] for at in (1, 2, -1)] == ["20.00", "20.00", "equal"]
+    b = fabricate(store, smoke("vit"), psnr=20.006)
+    assert line(diff(a, b)[1], "PSNR dB ↑")[-1] == "better"
+
+
 def test_the_share_of_images_is_counted(store, diff):
     a, b = fabricate(store, smoke()), fabricate(store, smoke("vit"))
     base = np.linspace(0.2, 0.4, 64)

@@ -138,6 +138,26 @@ def test_priors_are_planned_over_finished_tokenizers_with_their_seeds(tmp_path):
     assert {(one.parameters, one.steps) for one in priors if one.prior == "rnn"} == {(5000, 77)}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_priors_are_trained_in_the_precision_of_the_command_line(tmp_path, precision):
+    """Whichever this machine would choose by itself."""
+    study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path, "--precision", precision)
+    ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
+    assert [one.precision for one in found.priors()] == [precision]
+
+
+def test_a_prior_that_is_named_twice_is_planned_once(tmp_path):
+    study = Ablation("p", {"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path, "--prior", "rnn", "independent", "rnn")
+    for cell in found.cells["cnn"]:
+        ended(found, found.configs("cnn", cell.params)[0], "finished")
+    for config in found.priors():
+        ended(found, config, "finished")
+    assert len(found.priors()) == 4
+    assert found.table().caption.endswith("4 of 4 finished")
+
+
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +238,12 @@ def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):
         "cnn": ["5 × 1", "1", "2", "2", "2.0 min"],
         "vit": ["5 × 1", "0", "0", "5", "5.0 min"],
     }
+
+
+def test_a_search_over_two_seeds_is_priced_at_two_runs_a_trial(tmp_path, monkeypatch):
+    study = Search("search", {"beta": Range(0.1, 4.0)}, backbones=("cnn",), seeds=(0, 1))
+    found = planned(study, tmp_path, "--trials", "3", "--steps", "60")
+    assert counts(found, monkeypatch) == {"cnn": ["3 × 2", "0", "0", "6", "6.0 min"]}
 
 
 # -- the studies ------------------------------------------------------------------------------------------------------

@@ -40,12 +40,12 @@ class World:
         (self.tokenizer.folder / "config.json").write_text("{}")
         (self.tokenizer.folder / "metrics.json").write_text("{}")
         self.tiny, self.trained, self.scored, self.diverges = tiny, [], [], False
-        self.count, self.classes = 12, ("a", "b", "c")
+        self.count, self.training, self.classes = 12, None, ("a", "b", "c")
 
     @property
     def data(self) -> Data:
         images = np.zeros((self.count, 8, 8, 3), dtype=np.uint8)
-        return Data("toy", images, images, "f" * 64, "toy split", ("broken.png",), self.classes)
+        return Data("toy", images[: self.training], images, "f" * 64, "toy split", ("broken.png",), self.classes)
 
     def codes(self) -> Codes:
         generator = np.random.default_rng(0)
@@ -200,6 +200,13 @@ def test_four_images_of_each_split_are_needed(world, count):
     assert not (world.store.root / "priors").exists()
 
 
+def test_three_training_images_do_not_suffice_however_many_validate(world):
+    world.training = 3
+    with pytest.raises(UserError, match="3 training and 12 validation images; scoring generation needs at least 4"):
+        world.run()
+    assert not (world.store.root / "priors").exists()
+
+
 def test_without_classes_nothing_can_be_conditioned(world):
     world.classes = ()
     with pytest.raises(UserError, match="has no classes to condition on"):
@@ -285,6 +292,25 @@ def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
     expected = [(name, seed) for name in ("rnn", "mamba") for seed in (3, 5)]
     assert asked == [(NAME, name, seed, root, Path("file"), False) for name, seed in expected]
     assert "2 in the table" in capsys.readouterr().out
+
+
+def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, monkeypatch, capsys):
+    def begin_then_finish(config, run, store, fid_weights, resume):
+        made = store.run(config)
+        if not made.folder.is_dir():
+            made.folder.mkdir(parents=True)
+            raise Diverged("too steep")
+        made.write("metrics.json", {})
+        return made
+
+    monkeypatch.setattr(prior, "run_prior", begin_then_finish)
+    monkeypatch.setattr(prior, "result_table", lambda runs: "")
+    monkeypatch.setattr(prior, "protocol_line", lambda run: "")
+    ends = []
+    for _ in range(3):
+        code = prior.main([str(world.tokenizer.folder), "--prior", "rnn", "--device", "cpu"])
+        ends.append((code, "already finished" in capsys.readouterr().err))
+    assert ends == [(1, False), (0, False), (0, True)]
 
 
 def row(tokenizer: str, name: str, seed: int = 0, **metrics: float) -> SimpleNamespace:

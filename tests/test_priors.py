@@ -160,6 +160,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(name):
         prior.nll(grids(2, 8))
     with pytest.raises(UserError, match=f"this prior knows {K}; they are of another tokenizer"):
         prior.nll(grids(2) + 1)
+    with pytest.raises(UserError, match="they are of another tokenizer"):
+        prior.nll(grids(2) - K)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="temperature is"):
             prior.sample(1, torch.Generator(), temperature)

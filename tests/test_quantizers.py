@@ -38,6 +38,15 @@ UNUSED = {  # settings that cannot apply to all, and why some have no use for th
 }
 
 
+NEEDLESS = {  # by whom, where all others have to heed them
+    "beta": {"fsq"},
+    "revive_after": {"fsq", "lfq", "simvq", "residual"},
+    "kmeans_init": {"fsq", "lfq"},
+    "entropy_weight": {"fsq", "residual"},
+    "gradient": {"gumbel", "fsq", "lfq"},
+}
+
+
 def users(setting: str) -> list[str]:
     """Quantizers that heed a field of Config."""
     return [name for name, kind in QUANTIZERS.items() if setting in kind.settings]
@@ -977,6 +986,20 @@ def test_residual_stages_start_at_their_own_inputs():
         tokens = tokens - stage.codebook[nearest(tokens, stage.codebook)]
 
 
+def test_residual_stages_ask_for_as_many_first_codes_as_they_have(monkeypatch):
+    """Of unequal stages too: centroids of a larger codebook, cut to the smaller one, would leave inputs without any."""
+    asked = []
+
+    def first(tokens, codebook_size, by_kmeans):
+        asked.append((codebook_size, by_kmeans))
+        return tokens[:codebook_size]
+
+    monkeypatch.setattr("bench.adapters.first_codes", first)
+    quantizer = QUANTIZERS["residual"](12, D, kmeans_init=True)
+    quantizer.initialise(grid())
+    assert asked == [(4, True), (3, True)]
+
+
 # ---------------------------------------------------------------------------------------------------------- the package
 
 
@@ -1058,6 +1081,11 @@ def test_a_setting_without_effect_is_refused(name, setting, tiny):
     else:
         with pytest.raises(UserError, match=f"{setting} is {value}, of which quantizer '{name}' makes no use"):
             config.check()
+
+
+@pytest.mark.parametrize(("setting", "without"), NEEDLESS.items())
+def test_a_setting_is_heeded_by_all_but_those_that_have_no_use_for_it(setting, without):
+    assert {*QUANTIZERS} - {*users(setting)} == without
 
 
 def test_every_field_of_a_quantizer_is_one_of_config():

@@ -273,6 +273,21 @@ def test_priors_of_equal_bits_are_ranked_by_how_far_their_images_are():
     )
 
 
+def test_real_and_shuffled_codes_are_those_of_the_backbone_in_their_row():
+    rows = [
+        {"backbone": name, "prior": prior, "gfid_vgg16": value + 30, "gfid_vgg16_real": value}
+        | {"gfid_vgg16_shuffled": 2 * value}
+        for name, value in (("cnn", 40.0), ("vit", 60.0))
+        for prior in ("rnn", "mamba")
+    ]
+    ((_, sheet),) = generation(prior_rows(*rows))
+    places = [list(sheet.keys).index(key) for key in ("backbone", "prior", "gfid_vgg16")]
+    assert [[row[at].text for at in places] for row in sheet.references] == [
+        *(["cnn", "real codes", "40.0"], ["vit", "real codes", "60.0"]),
+        *(["cnn", "shuffled codes", "80.0"], ["vit", "shuffled codes", "120.0"]),
+    ]
+
+
 def test_priors_are_ranked_by_inceptions_distance_only_where_all_have_it():
     rows = [{"prior": "rnn", "gfid_vgg16": 80.0, "gfid": 10.0}, {"prior": "mamba", "gfid_vgg16": 70.0, "gfid": 20.0}]
     ((_, sheet),) = generation(prior_rows(*rows))

@@ -103,6 +103,21 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
     assert "try --lr below 0.1" in err.replace("\n", " ")
 
 
+def test_a_run_that_was_only_begun_is_not_said_to_be_finished_already(command, monkeypatch):
+    def run_trial(config, results, fid_weights, resume):
+        begun = results.run(config).folder
+        if not begun.is_dir():
+            begun.mkdir(parents=True)
+            (begun / "config.json").touch()
+            raise run.Diverged("too steep")
+        return fabricate(results, config)
+
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    ends = [command("--backbone", "cnn", *TINY) for _ in range(3)]
+    assert [code for code, _, _ in ends] == [1, 0, 0]
+    assert ["already finished" in said for _, _, said in ends] == [False, False, True]
+
+
 def test_list_shows_sizes_and_trains_nothing(command, monkeypatch):
     monkeypatch.setattr(trial, "train", None)
     code, out, _ = command("--list", "--backbone", "cnn", "convnext", "vit", "mamba", "bimamba", "--preset", "smoke")

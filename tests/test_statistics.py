@@ -350,6 +350,16 @@ def test_missing_runs_leave_a_complete_rectangle():
     same(verdict, only(backbone_verdicts(full[full.seed < 4])))
 
 
+@pytest.mark.parametrize("lost", [0.25, 0.5, 1.0])
+def test_of_rectangles_of_equal_size_the_one_with_more_seeds_counts(lost):
+    """4 seeds of 3 settings and 6 of 2 are 12 pairs each; wherever the runs are missing, seeds are the evidence."""
+    full = block(seeds=range(6), betas=(0.25, 0.5, 1.0))
+    gone = (full.backbone == "vit") & (full.beta == lost) & (full.seed > 3)
+    verdict = only(backbone_verdicts(full[~gone]))
+    assert verdict.n == 6
+    same(verdict, only(backbone_verdicts(full[full.beta != lost])))
+
+
 def test_fewer_settings_rather_than_too_few_seeds():
     full = block(seeds=range(FEWEST), betas=(0.25, 0.5, 1.0))
     gone = (full.backbone == "vit") & (full.beta > 0.25) & (full.seed == 0)

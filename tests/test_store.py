@@ -96,8 +96,9 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
     assert store.runs() == store.priors() == []  # without a config.json they were not started
     for one in (config, prior):
         store.run(one).write("config.json", {"config": {}, "environment": {}})
-    (store.root / "runs" / "alien").mkdir()
-    (store.root / "runs" / "alien" / "config.json").write_text('{"config": {}}')
+    for folder in ("runs", "priors"):
+        (store.root / folder / "alien").mkdir()
+        (store.root / folder / "alien" / "config.json").write_text('{"config": {}}')
     assert store.runs() == [store.run(config)]
     assert store.priors() == [store.run(prior)]
 
