@@ -49,10 +49,15 @@ class Arguments(Config):
         return {name: getattr(self, name) for name in _FIELDS if name in self.given - {"backbone", "seed"}}
 
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
-        """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs."""
-        config = make_config(backbone, self.preset, **{**self.settings(), **settings, "seed": seed})
+        """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs. Raises
+        UserError on a budget for what was given."""
+        settings = {**self.settings(), **settings}
+        config = make_config(backbone, self.preset, **settings, seed=seed)
         if self.match is None:
             return config
+        for name in ("steps",) if self.match.startswith("time:") else ("width", "depth"):
+            if settings.get(name) is not None:
+                raise UserError(f"{name} is {settings[name]}, and --match {self.match} sets it; leave out one of them")
         config.check()  # before a model of it is built
         return match(config, self.match)
 

@@ -165,7 +165,7 @@ def config() -> Config:
 
 
 def test_every_field_is_part_of_the_identity(config):
-    assert OTHER.keys() == DEFAULTS.keys()
+    assert OTHER.keys() == DEFAULTS.keys(), "another value of every setting belongs into OTHER"
     ids = {config.run_id(), *(replace(config, **{name: value}).run_id() for name, value in OTHER.items())}
     assert len(ids) == 1 + len(OTHER)
 

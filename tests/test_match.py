@@ -10,6 +10,7 @@ from test_config import OTHER
 from backbones import BACKBONES
 from bench import match as module
 from bench import run
+from bench.cli import parse
 from bench.config import make_config
 from bench.costs import static_costs
 from bench.files import UserError
@@ -143,6 +144,21 @@ def test_a_malformed_budget_is_one_sentence(budget):
 def test_an_impossible_budget_names_the_nearest():
     with pytest.raises(UserError, match=r"vit cannot meet params:10 .* width 1"):
         match(make_config("vit"), "params:10")
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"), [("params:1M", "width"), ("params:1M", "depth"), ("flops:1G", "width"), ("time:9s", "steps")]
+)
+def test_what_was_given_is_not_solved_for(capsys, budget, name):
+    assert run.main(["--backbone", "vit", "--match", budget, f"--{name}", "3", "--list"]) == 2
+    assert f"{name} is 3, and --match {budget} sets it; leave out one of them" in capsys.readouterr().err
+
+
+def test_what_a_budget_does_not_set_may_be_given(timed):
+    (config,) = parse(run.RunArguments, ["--match", "params:1M", "--steps", "3"], "run", "").configs()
+    assert config.steps == 3
+    (config,) = parse(run.RunArguments, ["--match", "time:60s", "--width", "24"], "run", "").configs()
+    assert (config.width, config.steps) == (24, 30)
 
 
 def test_a_budget_reaches_every_command(tmp_path, capsys):

@@ -26,7 +26,7 @@ KNOWN = {path.name: named_in(path) for path in Path(__file__).parent.glob("test_
 @pytest.mark.parametrize("edit", EDITS, ids=[f"{edit.file}: {edit.states}" for edit in EDITS])
 def test_an_edit_applies_once_and_names_tests_that_exist(edit):
     text = edit.applied(ROOT)
-    assert text is not None, f"{edit.find!r} is not in {edit.file} exactly once: find its new place"
+    assert text is not None, f"{edit.find!r} is not in {edit.file} exactly once: find its new place (tests/mutants)"
     assert edit.put != edit.find
     ast.parse(text)
     assert edit.tests

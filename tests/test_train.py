@@ -836,8 +836,8 @@ PROPERTIES = {
 def test_every_setting_is_in_both_tables_and_its_property_is_tested():
     """The tests that are named exist, under that name."""
     names = {field.name for field in fields(Config)}
-    assert CHANGES.keys() == names
-    assert PROPERTIES.keys() == names
+    assert CHANGES.keys() == names, "another value of every setting belongs into CHANGES"
+    assert PROPERTIES.keys() == names, "the test that says what a setting does belongs into PROPERTIES"
     folder = Path(__file__).parent
     for file in {test.partition("::")[0] for test in PROPERTIES.values()}:
         tree = ast.parse((folder / file).read_text(encoding="utf-8"))

@@ -155,10 +155,13 @@ def main() -> int:
     jobs, healthy = run(chosen, ROOT, options.workers, console)
     gc.unfreeze()
     minutes = (time.monotonic() - began) / 60
+    if not healthy:
+        console.print("no edit was tried: these tests fail without any; mend them first")
+        return 1
     console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
-    if healthy and not options.only:
+    if not options.only:
         Path(__file__).parent.with_suffix(".md").write_text(summary(jobs, minutes, options.workers), encoding="utf-8")
-    return 0 if healthy and all(job.outcome == "killed" for job in jobs) else 1
+    return 0 if all(job.outcome == "killed" for job in jobs) else 1
 
 
 def run(chosen: list[Edit], root: Path, workers: int, console: Console) -> tuple[list[Job], bool]:
@@ -230,7 +233,10 @@ def start(job: Job, place: Path) -> bool:
         path = place / "checkout" / job.edit.file
         text = job.edit.applied(place / "checkout")
         if text is None:
-            job.outcome, job.output = "inapplicable", "  the text to find is not there exactly once"
+            job.outcome, job.output = (
+                "inapplicable",
+                "  the text to find is not there exactly once: find its new place in tests/mutants/*.toml",
+            )
             return False
         job.before = path.read_text(encoding="utf-8")
         path.write_text(text, encoding="utf-8")
