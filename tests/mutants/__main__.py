@@ -149,6 +149,7 @@ def main() -> int:
     if not chosen:
         console.print(f"no edit contains {options.only!r}; --list shows them")
         return 2
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     began = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers: threads of one would wait for the other
     _kept = preload()
@@ -160,7 +161,9 @@ def main() -> int:
         return 1
     console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
     if not options.only:
-        Path(__file__).parent.with_suffix(".md").write_text(summary(jobs, minutes, options.workers), encoding="utf-8")
+        Path(__file__).parent.with_suffix(".md").write_text(
+            summary(jobs, commit.strip(), minutes, options.workers), encoding="utf-8"
+        )
     return 0 if all(job.outcome == "killed" for job in jobs) else 1
 
 
@@ -297,9 +300,8 @@ def counted(jobs: list[Job]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in ("killed", "survived", "inapplicable"))
 
 
-def summary(jobs: list[Job], minutes: float, workers: int) -> str:
-    """The page that a full run leaves behind."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+def summary(jobs: list[Job], commit: str, minutes: float, workers: int) -> str:
+    """The page that a full run of ``commit`` leaves behind."""
     rows = []
     for file in dict.fromkeys(job.edit.file for job in jobs):
         counts = Counter(job.outcome for job in jobs if job.edit.file == file)
@@ -307,7 +309,7 @@ def summary(jobs: list[Job], minutes: float, workers: int) -> str:
     lines = [
         "# Wrong versions that the tests notice",
         "",
-        f"`python -m tests.mutants` on {datetime.date.today()}, commit {commit.strip()}: {len(jobs)} edits, "
+        f"`python -m tests.mutants` on {datetime.date.today()}, commit {commit}: {len(jobs)} edits, "
         f"{counted(jobs)}; {minutes:.0f} minutes with {workers} workers.",
         "",
         "The edits, what each breaks and the tests that say so are in the `.toml` files of [mutants](mutants).",
