@@ -211,6 +211,8 @@ def test_a_gallery_shows_each_runs_own_reconstructions_of_its_lowest_seed(tmp_pa
     assert [int(picture[third * row + third // 2, 4, 0]) for row in range(3)] == [0, 100, 200]
     labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
     assert labels == ["original", "cnn", "vit"]
+    heights = drawing.figure.axes[0].get_yticks()
+    assert [int(picture[int(height), 4, 0]) for height in heights] == [0, 100, 200]  # each label beside its row
 
 
 def test_generation_is_drawn_at_each_priors_mean_rate_and_distance():

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import optuna
 import pandas as pd
 import pytest
+from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
@@ -360,3 +361,12 @@ def test_shares_of_importance_sum_to_one_in_each_backbone():
 )
 def test_a_printed_address_has_no_password(url, shown):
     assert without_password(url) == shown
+
+
+def test_a_picture_attached_again_shows_what_is_in_the_file_now(indexed, tmp_path):
+    one, path = indexed.open("study", ("psnr",)), tmp_path / "plot.png"
+    for content in (b"the first runs", b"all runs"):
+        path.write_bytes(content)
+        indexed.attach(one, "", [("Plot", path)])
+        (picture,) = get_all_artifact_meta(one)
+        assert (indexed.folder / "artifacts" / picture.artifact_id).read_bytes() == content

@@ -434,6 +434,15 @@ def test_all_failed_is_still_a_report(store, sketched, capsys):
     assert "out" in (out / "tables.md").read_text()
 
 
+def test_importances_are_of_runs_that_were_measured_the_same_way(store, sketched, monkeypatch):
+    asked = []
+    monkeypatch.setattr(index, "importances", lambda table, metric: asked.append(sorted(table.run_id)))
+    runs = sweep(store, EFFECTS, seeds=(0, 1))
+    fabricate(store, make_config("cnn", "smoke", data="cifar10"), data="cifar10", fingerprint="0" * 64)
+    write_report([], store.root)
+    assert asked == [sorted(run.folder.name for run in runs)]
+
+
 def test_data_round_trip(store, sketched):
     """CSV gives the frame back; Parquet every metric of every run, also where a setting was text in one run."""
     runs = sweep(store, EFFECTS, seeds=(0, 1))
@@ -633,6 +642,19 @@ def test_no_prior_is_averaged_with_others_or_lost(with_priors):
     assert {"steps", "tokenizer_steps"} <= set(sheet.keys)
     place = sheet.keys.index("gfid_vgg16")
     assert [row[place].text for row in sheet.rows[:2]] == ["20.0", "30.0"]
+
+
+def test_priors_sampled_in_another_way_do_not_count_as_left_out_for_their_settings(with_priors, tmp_path):
+    over = with_priors.runs()[0].folder.name
+    fabricate_prior(with_priors, PriorConfig(over, "transformer", temperature=0.5), 4.0, 10.0)
+
+    def caption() -> str:
+        made = charts.draw(frame([]), tmp_path, priors=prior_frame(with_priors.priors()))
+        return next(chart.caption for chart in made if chart.name == "generation")
+
+    assert caption().startswith("16 priors, means over seeds; 512 samples each, at temperature 1,")
+    fabricate_prior(with_priors, PriorConfig(over, "transformer", steps=9000), 3.0, 20.0)
+    assert caption().startswith("16 of 17 priors, those with equal settings, means over seeds;")
 
 
 def test_rates_of_nothing_are_drawn_too(store, tmp_path):
