@@ -1019,6 +1019,12 @@ def test_fsq_levels_are_the_paper_s(codebook_size, levels):
     assert fsq_levels(codebook_size) == levels
 
 
+@pytest.mark.parametrize(("codebook_size", "levels"), [(90, (10, 9)), (540, (10, 9, 6)), (648, (9, 9, 8))])
+def test_fsq_levels_are_the_nearest_to_six_by_squares_not_by_absolute_values(codebook_size, levels):
+    """The sum of the logarithms themselves would favour several sixes and a 3."""
+    assert fsq_levels(codebook_size) == levels
+
+
 @given(st.integers(2, 70000))
 def test_products_are_exact(codebook_size):
     levels, sizes = fsq_levels(codebook_size), residual_sizes(codebook_size)
@@ -1272,17 +1278,19 @@ def test_two_processes_revive_the_same_codes_at_the_same_places(name, processes)
         assert torch.equal(value, second[key]), key
 
 
-def test_mean_gradient_of_two_processes_entropy_penalties_is_that_of_the_whole_batch(monkeypatch):
-    x, e = torch.randn(60, D, requires_grad=True), torch.randn(K, D)
-    expected = torch.autograd.grad(entropy_penalty(x, e, torch.tensor(0.5)), x)[0]
+def test_mean_of_two_processes_entropy_penalties_and_of_their_gradients_is_that_of_the_whole_batch(monkeypatch):
+    x, e = torch.randn(60, D), torch.randn(K, D)
 
-    def work(rank: int) -> torch.Tensor:
-        mine = x.detach()[30 * rank :][:30].requires_grad_()
-        return torch.autograd.grad(entropy_penalty(mine, e, torch.tensor(0.5)), mine)[0]
+    def of(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = tokens.clone().requires_grad_()
+        penalty = entropy_penalty(tokens, e, torch.tensor(0.5))
+        return penalty.detach(), torch.autograd.grad(penalty, tokens)[0]
 
+    value, gradient = of(x)
     with monkeypatch.context() as patch:
-        halves = Processes(patch).run(work)
-    torch.testing.assert_close(torch.cat(halves) / 2, expected)
+        values, gradients = zip(*Processes(patch).run(lambda rank: of(x[30 * rank :][:30])), strict=True)
+    torch.testing.assert_close(torch.stack(values).mean(), value)
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
 
 
 def _two_processes(rank: int, folder: str, name: str) -> None:
