@@ -264,10 +264,11 @@ class ImageSet:
         vgg, inceptions = [], [torch.zeros(0, 2048)]
         for x in batches:
             with full_precision(device):
-                images = from_uint8(x.to(device))
+                x = x.to(device)
+                images = from_uint8(x)
                 vgg.append(_pool(network.features(images)).cpu().float())
                 if inception is not None:
-                    inceptions.append(inception.to(device)(x.to(device))[0].cpu().float())  # which takes uint8
+                    inceptions.append(inception.to(device)(x)[0].cpu().float())  # which takes uint8
         return cls(torch.cat(vgg), torch.cat(inceptions))
 
     def distances(self, real: ImageSet) -> dict[str, float]:
