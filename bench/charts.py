@@ -223,7 +223,8 @@ def _best_first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _key_metrics(rows: pd.DataFrame) -> list[str]:
     fid = "fid" if rows.fid.notna().any() else "fid_vgg16"
-    return [name for name in (main_metric(rows), fid, "psnr", "perplexity") if rows[name].notna().any()]
+    names = dict.fromkeys([main_metric(rows), fid, "psnr", "perplexity"])  # without an LPIPS the main one is psnr
+    return [name for name in names if rows[name].notna().any()]
 
 
 def controlled(rows: pd.DataFrame, free: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -457,3 +457,293 @@ def test_gaps_in_the_table_are_left_out(tmp_path):
     names = [chart.name for chart in draw(gappy, tmp_path / "charts")]
     assert {"sweep_beta", "cost", "learning_curves", "reconstructions"} <= set(names)
     assert draw(gappy.assign(lpips_vgg=np.nan, lpips_alex=np.nan, psnr=np.nan), tmp_path / "none") == []
+
+
+# -- parts, on tables without folders ---------------------------------------------------------------------------------
+
+
+def made(*rows: dict) -> pd.DataFrame:
+    """A frame of finished runs without folders; what a row does not say is the same in all."""
+    usual = {"status": "finished", "backbone": "cnn", "seed": 0, "folder": "nowhere", "processor": "x", "threads": 2}
+    usual |= {"data": "photos", "image_size": 32, "grid_size": 4, "codebook_size": 64, "lpips_weight": 0.0}
+    usual |= {"beta": 0.25, "protocol_data": "photos", "protocol_count": 64, "psnr": 20.0}
+    columns = dict.fromkeys([*frame([]).columns, *usual, *(name for row in rows for name in row)])
+    table = pd.DataFrame([usual | row for row in rows], columns=list(columns))
+    table["bits_per_image"] = table.grid_size**2 * np.log2(table.codebook_size)
+    table["bits_per_pixel"] = table.bits_per_image / table.image_size**2
+    return table.astype({name: float for name in table if name in METRICS or name.endswith("_kmeans")})
+
+
+def made_priors(*rows: dict) -> pd.DataFrame:
+    """A frame of finished priors; what a row does not say is the same in all."""
+    usual = {"status": "finished", "backbone": "cnn", "prior": "rnn", "seed": 0, "grid_size": 4, "codebook_size": 64}
+    usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_pixel": 0.1, "gfid_vgg16": 80.0, "gfid_vgg16_real": 40.0}
+    usual |= {"gkid_vgg16_real": 0.1, "samples": 512, "temperature": 1.0, "protocol_count": 64, "data": "photos"}
+    usual |= {"image_size": 32, "folder": "nowhere", "protocol_data": "photos"}
+    columns = dict.fromkeys([*prior_frame([]).columns, *usual, *(name for row in rows for name in row)])
+    return pd.DataFrame([usual | row for row in rows], columns=list(columns))
+
+
+def entries(figure) -> dict[str, tuple]:
+    """What the legend of ``figure`` says: label → colour and marker."""
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    looks = [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
+    return dict(zip(labels, looks, strict=True))
+
+
+def axis_of(values: list, name: str):
+    axes = charts._figure(2).subplots()
+    charts._scale_x(axes, pd.Series(values), name)
+    return axes
+
+
+def ticks(axes) -> dict[float, str]:
+    return dict(zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "base", "label"),
+    [
+        ("beta", [1.0, 0.25, 0.5, 0.25], None, "β"),  # a ratio of 4
+        ("beta", [0.0, 2.0, 4.0], None, "β"),  # zero has no logarithm
+        ("lr", [1e-2, 1e-4, 1e-3], 10, "learning rate"),
+        ("depth", [1, 10], 10, "depth"),
+        ("codebook_size", [128, 64], 2, "K"),
+        ("bits_per_pixel", [0.5, 0.25], 2, "bits per pixel ↓"),
+    ],
+)
+def test_an_axis_of_numbers_has_ticks_at_the_values(name, values, base, label):
+    """Logarithmic to base 2 where bits stand on it, to base 10 from a ratio of 10 on, else plain."""
+    axes = axis_of(values, name)
+    assert axes.get_xscale() == ("log" if base else "linear")
+    assert base is None or axes.xaxis.get_transform().base == base
+    assert ticks(axes) == {value: f"{value:.3g}" for value in sorted(set(values))}
+    assert axes.get_xlabel() == label
+    assert len(axes.xaxis.get_minorticklocs()) == 0
+
+
+def test_an_axis_of_words_has_a_tick_for_each_and_room_at_both_ends():
+    axes = axis_of(["l2", "ema", "l2"], "quantizer")
+    assert ticks(axes) == {0: "ema", 1: "l2"}
+    assert axes.get_xlim() == (-0.5, 1.5)
+    assert ticks(axis_of([True, False], "kmeans_init")) == {0: "False", 1: "True"}
+    assert len(ticks(axis_of([f"w{i:02}" for i in range(charts.TICKS + 1)], "quantizer"))) == charts.TICKS + 1
+
+
+def test_labels_of_ticks_do_not_touch_and_many_values_have_round_ticks():
+    """A crowded value keeps its tick; beyond a dozen, matplotlib chooses."""
+    assert ticks(axis_of([1.0, 1.001, 1.5, 2.0], "beta")) == {1.0: "1", 1.001: "", 1.5: "1.5", 2.0: "2"}
+    assert ticks(axis_of([1.0, 1.02, 10.0], "lr")) == {1.0: "1", 1.02: "", 10.0: "10"}
+    many = [1.013 * (i + 1) for i in range(charts.TICKS + 1)]
+    assert not set(axis_of(many, "beta").get_xticks()) & set(many)
+    assert len(ticks(axis_of(many[:-1], "dead_codes"))) == charts.TICKS
+
+
+def test_a_logarithmic_axis_has_plain_numbers_at_ones_twos_and_fives():
+    axes = charts._figure(2).subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(0.1, 10)
+    charts._plain_log(axes.yaxis)
+    axes.figure.draw_without_rendering()
+    shown = [text.get_text() for text in axes.get_yticklabels() if 0.1 <= text.get_position()[1] <= 10]
+    assert shown == ["0.1", "0.2", "0.5", "1", "2", "5", "10"]
+    assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
+
+
+def test_values_stand_in_order_and_of_many_the_range_is_kept():
+    """Numbers by size, words by letters, and of more than fit some between both ends."""
+    assert charts._levels(pd.Series([100, 9, 10, 9])) == [9, 10, 100]
+    assert charts._levels(pd.Series(["b", None, "a"])) == ["a", "b"]
+    assert charts._levels(pd.Series(range(9)), 3) == [0, 4, 8]
+    assert charts._levels(pd.Series([3, 1]), 8) == [1, 3]
+    assert list(charts._positions(pd.Series([4, 2, 4]))) == [4, 2, 4]
+    assert list(charts._positions(pd.Series(["l2", "ema", "fsq"]))) == [2, 0, 1]
+    assert list(charts._positions(pd.Series([True, False]))) == [1, 0]
+
+
+def test_values_are_shown_in_few_characters():
+    shown = {0.123456: "0.123", 12.0: "12", 128: "128", "ema": "ema", "folder:/a/b/birds": "birds", "a/b": "a/b"}
+    assert {value: charts._show(value) for value in shown} == shown
+    assert charts._show("x" * 24) == "x" * 24
+    assert charts._show("0123456789" * 3) == "01234567…"
+    assert charts._label("psnr") == "PSNR dB ↑"
+    assert charts._label("code_dim") == "d"
+    assert charts._label("weight_decay") == "weight decay"
+    assert charts._label("sharpness") == "sharpness"
+
+
+@pytest.mark.parametrize("field", ["beta", "quantizer"])
+def test_a_mean_has_the_standard_deviation_of_its_seeds_on_both_sides(field):
+    """A band where values are numbers; where they are words a bar, those of two backbones side by side."""
+    values = {"beta": (0.25, 1.0), "quantizer": ("ema", "l2")}[field]
+    scores = (20.0, 21.0, 25.0)
+    cells = itertools.product((("vit", 0.0), ("cnn", 5.0)), enumerate(values), enumerate(scores))
+    rows = [
+        {"backbone": who, field: value, "seed": seed, "psnr": psnr + more + i}
+        for (who, more), (i, value), (seed, psnr) in cells
+    ]
+    (drawing,) = charts.sweeps(scope(made(*rows), field))
+    (axes,) = drawing.figure.axes
+    spread = np.std(scores, ddof=1)
+    expected = {
+        who: [(22 + more + i - spread, 22 + more + i + spread) for i in (0, 1)]
+        for who, more in (("cnn", 5), ("vit", 0))
+    }
+    if field == "beta":
+        bands = [found for found in axes.collections if "PolyCollection" in type(found).__name__]
+        found = {
+            who: [tuple(sorted({y for x, y in band.get_paths()[0].vertices if x == value})) for value in values]
+            for who, band in zip(("cnn", "vit"), bands, strict=True)
+        }
+        assert drawing.caption.startswith("Line and band: mean ± standard deviation over seeds. 12 of 12 scored runs")
+    else:
+        bars = [container[2][0].get_segments() for container in axes.containers]
+        found = {
+            who: [tuple(y for _, y in segment) for segment in own]
+            for who, own in zip(("cnn", "vit"), bars, strict=True)
+        }
+        places = [[segment[0][0] for segment in own] for own in bars]
+        assert places[0][0] < 0 < places[1][0]  # cnn to the left of the tick, vit to its right
+        assert np.mean(places, axis=0) == pytest.approx([0, 1])
+        assert drawing.caption.startswith("Marker and bar: mean ± standard deviation over seeds.")
+    for who, pairs in expected.items():
+        np.testing.assert_allclose(found[who], pairs)
+
+
+def test_a_legend_shows_each_backbone_as_it_is_drawn():
+    rows = [
+        {"backbone": who, "beta": beta, "psnr": beta, "psnr_kmeans": 9.0}
+        for who in ("vit", "cnn")
+        for beta in (1.0, 2.0)
+    ]
+    (drawing,) = charts.sweeps(scope(made(*rows), "beta"))
+    shown = entries(drawing.figure)
+    assert list(shown) == ["cnn", "vit", "k-means on patches"]
+    drawn = {line.get_color(): line.get_marker() for line in drawing.figure.axes[0].get_lines()}
+    assert all(drawn[colour] == marker for colour, marker in list(shown.values())[:2])
+    assert shown["cnn"] == tuple(charts._look("cnn").values())
+    (drawing,) = charts.sweeps(scope(made(*rows).drop(columns="psnr_kmeans"), "beta"))
+    assert list(entries(drawing.figure)) == ["cnn", "vit"]
+
+
+def test_three_metrics_have_three_panels():
+    """The main one first, FID before that of VGG, none twice and none that was not scored."""
+    rows = [{"beta": beta, "fid": 9.0, "fid_vgg16": 8.0, "perplexity": 7.0} for beta in (1.0, 2.0)]
+    (drawing,) = charts.sweeps(scope(made(*rows), "beta"))
+    assert [axes.get_ylabel() for axes in drawing.figure.axes] == ["PSNR dB ↑", "FID ↓", "perplexity ↑"]
+    rows = [{"beta": beta, "fid_vgg16": 8.0, "lpips_alex": 0.5} for beta in (1.0, 2.0)]
+    (drawing,) = charts.sweeps(scope(made(*rows), "beta"))
+    assert [axes.get_ylabel() for axes in drawing.figure.axes] == ["LPIPS alex ↓", "FID vgg16 ↓", "PSNR dB ↑"]
+
+
+def test_several_runs_that_are_left_out_are_counted():
+    table = made({"beta": 1.0}, {"beta": 2.0}, {"seed": 1, "status": "crashed"}, {"seed": 2, "status": "unfinished"})
+    (drawing,) = charts.sweeps(scope(table, "beta"))
+    assert drawing.caption.endswith("2 of 2 scored runs, 1 seed a point. 2 failed or unfinished runs are left out.")
+    assert drawing.title == "Effect of β"
+
+
+def test_a_heat_map_names_rows_columns_and_the_spread_of_a_place():
+    """A place without runs is grey, and the caption says so; more than a dozen columns are no heat map."""
+    cells = [("cnn", 0.25, 20.0), ("cnn", 0.25, 22.0), ("vit", 0.25, 30.0), ("vit", 1.0, 31.0)]
+    rows = [{"backbone": who, "beta": beta, "seed": i, "psnr": psnr} for i, (who, beta, psnr) in enumerate(cells)]
+    (drawing,) = charts.heatmaps(scope(made(*rows), "beta"))
+    axes, bar = drawing.figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cnn", "vit"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.25", "1"]
+    assert [text.get_text() for text in axes.texts] == ["21.00\n±1.41", "30.00", "31.00"]
+    assert axes.get_xlabel() == "β"
+    assert bar.get_ylabel() == "PSNR dB ↑\nyellow is best"
+    assert drawing.caption.endswith(" Grey: no run has a score.")
+    (drawing,) = charts.heatmaps(scope(made(*rows, {"beta": 1.0}), "beta"))
+    assert "Grey" not in drawing.caption
+    many = [{"backbone": who, "beta": 1.0 + beta} for beta in range(charts.HEAT_VALUES + 1) for who in ("cnn", "vit")]
+    assert not list(charts.heatmaps(scope(made(*many), "beta")))
+    assert list(charts.heatmaps(scope(made(*many[:-2]), "beta")))
+
+
+def curves_of(drawing) -> list[list[list[float]]]:
+    """Of the first axes, the joined means in order: x and y of each."""
+    joined = [line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == charts._look("cnn")["marker"]]
+    return [[list(line.get_xdata() * 1024), list(line.get_ydata())] for line in joined]
+
+
+def test_rate_and_distortion_joins_equal_grids_where_k_is_swept():
+    """Else the grids of one K are joined. Perplexity is no distortion."""
+    psnr = {(4, 64): 20.0, (4, 256): 21.0, (8, 64): 26.0, (8, 256): 28.0}
+    rows = [
+        {"grid_size": grid, "codebook_size": k, "psnr": value, "perplexity": 9.0} for (grid, k), value in psnr.items()
+    ]
+    (drawing,) = charts.rate_distortion(scope(made(*rows)))
+    assert curves_of(drawing) == [[[96, 128], [20, 21]], [[384, 512], [26, 28]]]
+    assert drawing.caption.startswith("Lines join equal grid sizes; bands: ± standard deviation.")
+    assert {axes.get_ylabel() for axes in drawing.figure.axes} == {"PSNR dB ↑"}
+    (drawing,) = charts.rate_distortion(scope(made(*rows[::2])))
+    assert curves_of(drawing) == [[[96, 384], [20, 26]]]
+    assert drawing.caption.startswith("Lines join means over seeds; bands")
+    assert not list(charts.rate_distortion(scope(made(rows[0], rows[0] | {"seed": 1}))))
+
+
+def test_hollow_points_stand_at_the_coded_rate_within_the_axis_and_are_explained():
+    rates = {64: (96 / 1024, 0.04), 256: (128 / 1024, 0.06)}
+    rows = [{"codebook_size": k, "psnr": 20.0 + k, "coded_bits_per_pixel": coded} for k, (_, coded) in rates.items()]
+    (drawing,) = charts.rate_distortion(scope(made(*rows, {"codebook_size": 1024})))
+    axes = drawing.figure.axes[0]
+    hollow = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[coded, 20.0 + k]] for k, (_, coded) in rates.items()]
+    dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+    assert [sorted(line.get_xdata()) for line in dotted] == [sorted(pair) for pair in rates.values()]
+    low, high = axes.get_xlim()
+    assert low < 0.04
+    assert high > 160 / 1024
+    assert ticks(axes)[0.04] == "0.04"
+    assert entries(drawing.figure)["entropy-coded"] == ("0.4", "o")
+    assert "Hollow: the same at the rate of an entropy coder" in drawing.caption
+
+
+def test_each_kind_of_prior_is_shown_at_its_own_usual_settings():
+    """Grid and K may differ."""
+    rows = [{"prior": "rnn", "steps": steps, "grid_size": grid} for steps, grid in ((1, 4), (1, 8), (2, 4))]
+    rows += [{"prior": "mamba", "steps": steps, "seed": seed} for seed, steps in enumerate((3, 2, 3))]
+    rows += [{"prior": "rnn", "steps": 1, "seed": 3}, {"prior": "rnn", "steps": 1, "seed": 4}]
+    shown = charts._usual(made_priors(*rows))
+    assert sorted(zip(shown.prior, shown.steps, strict=True)) == [("mamba", 3)] * 2 + [("rnn", 1)] * 4
+    assert set(shown.grid_size) == {4, 8}
+
+
+def test_priors_of_one_protocol_share_a_chart_and_their_legend_names_backbones_and_priors(tmp_path):
+    rows = [{"prior": prior, "seed": seed} for prior in ("rnn", "mamba") for seed in (0, 1)]
+    others = [{"protocol_data": "other", "data": "other", "seed": seed} for seed in range(3)]
+    (drawing,) = charts._drawings(made(), None, made_priors(*others, *rows))
+    assert drawing.caption.startswith("4 priors, means over seeds; 512 samples each, at temperature 1, against all 64")
+    shown = entries(drawing.figure)
+    assert shown["cnn"][0] == charts.PALETTE["cnn"]
+    assert {name: shown[name][1] for name in ("rnn", "mamba")} == {n: charts.PRIOR_MARKERS[n] for n in ("rnn", "mamba")}
+    assert "real codes" in shown
+
+
+@pytest.mark.parametrize(("rates", "scale"), [((0.1, 0.3), "linear"), ((0.1, 0.5), "log")])
+def test_rates_far_apart_stand_on_a_logarithmic_axis(rates, scale):
+    (drawing,) = charts.generation(made_priors(*({"coded_bits_per_pixel": rate} for rate in rates)), 2)
+    assert drawing.figure.axes[0].get_xscale() == scale
+
+
+def test_samples_are_of_the_largest_grid_and_the_lowest_seed_lowest_rate_first(tmp_path):
+    rows, shade = [], itertools.count(10, 10)
+    for prior, rate in (("rnn", 0.3), ("mamba", 0.2)):
+        for grid, seed in ((8, 1), (8, 0), (4, 0)):
+            folder = tmp_path / f"{prior}{grid}{seed}"
+            folder.mkdir()
+            np.savez(folder / "samples.npz", x=np.full((charts.PICTURES + 2, 128, 2, 3), next(shade), dtype=np.uint8))
+            row = {"prior": prior, "grid_size": grid, "seed": seed, "folder": str(folder)}
+            rows.append(row | {"coded_bits_per_pixel": rate, "coded_bits_per_token": 10 * rate})
+    (drawing,) = charts.samples(made_priors(*rows))
+    (axes,) = drawing.figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["mamba\nover cnn\n2.00 bits", "rnn\nover cnn\n3.00 bits"]
+    picture = np.asarray(axes.images[0].get_array())
+    assert [int(picture[int(height), 0, 0]) for height in axes.get_yticks()] == [50, 20]
+    assert picture.shape[1] == charts.PICTURES * 4 - 2
+    assert "of seed 0, at the grid of 8×8 codes, lowest rate first" in drawing.caption
+    assert not list(charts.samples(made_priors({"folder": str(tmp_path / "none")})))
