@@ -8,6 +8,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -747,3 +748,197 @@ def test_samples_are_of_the_largest_grid_and_the_lowest_seed_lowest_rate_first(t
     assert picture.shape[1] == charts.PICTURES * 4 - 2
     assert "of seed 0, at the grid of 8×8 codes, lowest rate first" in drawing.caption
     assert not list(charts.samples(made_priors({"folder": str(tmp_path / "none")})))
+
+
+def costs(*rows: dict) -> pd.DataFrame:
+    """Finished runs with what a tokenizer costs."""
+    usual = {"params": 1e6, "flops": 1e8, "train_seconds": 30.0, "images_per_second_decode": 100.0}
+    return made(*(usual | row for row in rows))
+
+
+def test_a_point_of_cost_is_a_mean_with_its_deviation_over_seeds():
+    cells = [("cnn", 0, 20.0), ("cnn", 1, 24.0), ("vit", 0, 30.0)]
+    rows = [{"backbone": who, "seed": seed, "psnr": psnr, "params": 1e6 + 1e6 * seed} for who, seed, psnr in cells]
+    (drawing,) = charts.cost(scope(costs(*rows)))
+    assert drawing.title == "PSNR dB against cost"
+    axes = drawing.figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("parameters ↓", "PSNR dB ↑")
+    points = {bar[0].get_color(): bar[0].get_xydata().tolist() for bar in axes.containers}
+    assert points == {charts.PALETTE["cnn"]: [[1.5e6, 22.0]], charts.PALETTE["vit"]: [[1e6, 30.0]]}
+    (segment,) = axes.containers[0][2][0].get_segments()
+    np.testing.assert_allclose(segment, [[1.5e6, 22 - 8**0.5], [1.5e6, 22 + 8**0.5]])
+    assert list(entries(drawing.figure)) == ["cnn", "vit", "Pareto front"]
+    assert drawing.caption.endswith("better. 3 of 3 scored runs, 1 to 2 seeds a point.")
+    assert not list(charts.cost(scope(costs(*rows[:2]))))  # one point is no comparison
+
+
+def test_the_front_is_steps_from_the_cheapest_to_the_best():
+    """A cost that spans a factor of three has a logarithmic axis."""
+    points = {0.25: (4e6, 30.0), 0.5: (1e6, 20.0), 1.0: (2e6, 25.0), 2.0: (3e6, 22.0)}
+    rows = [
+        {"beta": beta, "params": params, "flops": params / 2, "psnr": psnr} for beta, (params, psnr) in points.items()
+    ]
+    rows = [row | {"train_seconds": 20.0 + row["beta"]} for row in rows]
+    (drawing,) = charts.cost(scope(costs(*rows)))
+    axes, _, seconds, _ = drawing.figure.axes
+    (front,) = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
+    assert front.get_xydata().tolist() == [[1e6, 20.0], [2e6, 25.0], [4e6, 30.0]]
+    assert axes.collections[-1].get_offsets().tolist() == front.get_xydata().tolist()
+    assert (axes.get_xscale(), seconds.get_xscale()) == ("log", "linear")
+    assert {text.get_text() for text in axes.texts} == {"0.25", "0.5", "1", "2"}
+    assert "Beside the points: β. " in drawing.caption
+
+
+def test_of_many_points_only_those_of_the_front_have_labels():
+    rows = [{"beta": 1.0 + i, "params": 1e6 * (1 + i), "psnr": 20.0 + (i in (5, 12)) + i / 99} for i in range(14)]
+    (drawing,) = charts.cost(scope(costs(*rows)))
+    front = {"1", "2", "3", "4", "5", "6", "13"}
+    shown = {text.get_text() for text in drawing.figure.axes[0].texts}
+    assert {"6", "13"} <= shown <= front
+
+
+def curve(store: Store, config, losses=(), status="finished", **more) -> None:
+    """A run with a history of these losses, a step each."""
+    run = fabricate(store, config) if status == "finished" else fabricate_failed(store, config, status)
+    rows = [{"step": 1 + i, "reconstruction": loss, "perplexity": 3.0} | more for i, loss in enumerate(losses)]
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_curves_stand_in_a_row_per_quantity_and_a_column_per_backbone(tmp_path):
+    """Losses on logarithmic axes, perplexity on a plain one; each curve in its own column and in its value's colour."""
+    store, heights = Store(tmp_path), {("cnn", 0.25): 1.0, ("cnn", 1.0): 2.0, ("vit", 0.25): 3.0, ("vit", 1.0): 4.0}
+    for (who, beta), height in heights.items():
+        curve(store, make_config(who, "smoke", beta=beta), (height, height))
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    upper_left, upper_right, lower_left, lower_right = drawing.figure.axes
+    assert [axes.get_title() for axes in drawing.figure.axes] == ["cnn", "vit", "", ""]
+    assert [axes.get_yscale() for axes in drawing.figure.axes] == ["log", "log", "linear", "linear"]
+    assert [axes.get_xlabel() for axes in drawing.figure.axes] == ["", "", "step", "step"]
+    assert (upper_left.get_ylabel(), lower_left.get_ylabel()) == ("reconstruction loss ↓", "perplexity ↑")
+    assert upper_right.get_ylabel() == lower_right.get_ylabel() == ""
+    assert {line.get_ydata()[0] for line in upper_left.get_lines()} == {1, 2}
+    assert {line.get_ydata()[0] for line in upper_right.get_lines()} == {3, 4}
+    colours = {label: colour for label, (colour, _) in entries(drawing.figure).items()}
+    assert list(colours) == ["0.25", "1"]
+    assert drawing.figure.legends[0].get_title().get_text() == "β"
+    assert drawing.title == "Learning curves by β"
+    for axes, low in ((upper_left, 1), (upper_right, 3)):
+        shown = {line.get_ydata()[0]: line.get_color() for line in axes.get_lines()}
+        assert shown == {low: colours["0.25"], low + 1: colours["1"]}
+
+
+def test_curves_of_backbones_alone_have_their_colours(tmp_path):
+    store = Store(tmp_path)
+    for who, height in (("vit", 1.0), ("cnn", 2.0)):
+        curve(store, make_config(who, "smoke"), (height, height))
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    shown = {line.get_ydata()[0]: line.get_color() for line in drawing.figure.axes[0].get_lines()}
+    assert shown == {1: charts.PALETTE["vit"], 2: charts.PALETTE["cnn"]}
+    assert {label: look[0] for label, look in entries(drawing.figure).items()} == {
+        who: charts.PALETTE[who] for who in ("cnn", "vit")
+    }
+    assert [axes.get_xlabel() for axes in drawing.figure.axes] == ["step", "step"]
+
+
+def test_of_many_values_and_seeds_few_curves_are_drawn_and_the_caption_says_so(tmp_path):
+    store = Store(tmp_path)
+    for number in range(charts.HUES + 1):
+        curve(store, make_config("cnn", "smoke", beta=1.0 + number), (1.0, 2.0))
+    for seed in range(1, charts.CURVE_SEEDS + 2):
+        curve(store, make_config("cnn", "smoke", beta=1.0, seed=seed), (1.0, 2.0))
+    curve(store, make_config("cnn", "smoke", beta=2.0, seed=1), (1.0,), "interrupted")
+    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    assert len(entries(drawing.figure)) == charts.HUES
+    assert drawing.caption.startswith("Thin: 12 of 15 runs, at most 5 seeds of a setting, averaged to 60 points;")
+    assert drawing.caption.endswith("Not all values of β are shown.")
+
+
+def test_a_point_of_a_curve_is_the_mean_of_its_window(tmp_path):
+    run = fabricate_failed(Store(tmp_path), make_config("cnn", "smoke"))
+    rows = [{"step": step, "reconstruction": float(step)} for step in range(2 * charts.CURVE_POINTS)]
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = charts._history(str(run.folder))
+    assert list(shown.reconstruction) == list(shown.step) == [2 * i + 0.5 for i in range(charts.CURVE_POINTS)]
+
+
+def test_a_bar_of_importance_has_the_colour_of_its_backbone():
+    shares = pd.DataFrame([("vit", "beta", 0.7), ("cnn", "beta", 0.2)], columns=["backbone", "parameter", "importance"])
+    figure = charts.importance(shares).figure
+    bars = {matplotlib.colors.to_hex(bar.get_facecolor()): bar.get_width() for bar in figure.axes[0].patches}
+    assert bars == {charts.PALETTE["cnn"]: 0.2, charts.PALETTE["vit"]: 0.7}
+    assert list(entries(figure)) == ["cnn", "vit"]
+    assert figure.axes[0].get_xlabel() == "importance (share within a backbone)"
+
+
+def test_a_swept_gallery_is_of_the_best_backbone_and_names_the_values(tmp_path):
+    """At most eight values, with both ends, and eight images of each."""
+    store = Store(tmp_path)
+    for who, quality in (("cnn", 0.0), ("vit", 0.1), ("mamba", 0.05)):
+        for number in range(charts.HUES + 1):
+            run = fabricate(store, make_config(who, "smoke", beta=1.0 + number), quality)
+            x = np.zeros((charts.PICTURES + 1, 128, 2, 3), dtype=np.uint8)
+            np.savez(run.folder / "samples.npz", x=x, x_hat=x + number)
+    _, drawing = charts.reconstructions(scope(frame(store.runs())))
+    assert (drawing.name, drawing.title) == ("reconstructions_beta", "Reconstructions by β, vit")
+    (axes,) = drawing.figure.axes
+    labels = [label.get_text().split("\n") for label in axes.get_yticklabels()]
+    assert [label[0] for label in labels] == ["original", *(f"β = {beta}" for beta in (1, 2, 3, 4, 6, 7, 8, 9))]
+    table = frame(store.runs())
+    first = table[(table.backbone == "vit") & (table.beta == 1)].iloc[0]
+    assert labels[1][1:] == [f"LPIPS vgg {first.lpips_vgg:.3f}", f"PSNR dB {first.psnr:.2f}"]
+    assert axes.images[0].get_array().shape[1] == charts.PICTURES * 4 - 2
+    assert "differ" not in drawing.caption
+
+
+def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
+    """Where one lacks the usual setting, each is shown at its best, of the bits that most runs have."""
+    rows = [{"backbone": who, "beta": beta} for who, beta in (("cnn", 0.25), ("vit", 0.25), ("mamba", 2.0))]
+    rows = [row | {"codebook_size": 64, "psnr": 20.0, "seed": seed} for row in rows for seed in (0, 1)]
+    rows[1]["psnr"], rows[4]["psnr"] = 21.0, 22.0
+    rows.append({"beta": 2.0, "psnr": 19.0})
+    few = [{"backbone": who, "codebook_size": 16, "psnr": 30.0} for who in ("cnn", "vit")]
+    chosen, words = charts._representative(made(*few, *rows))
+    assert {(row.backbone, row.codebook_size, row.psnr) for row in chosen.itertuples()} == {
+        *(("cnn", 64, 21.0), ("vit", 64, 20.0), ("mamba", 64, 22.0))
+    }
+    assert words == ", each backbone's best by PSNR dB (settings differ)"
+    chosen, words = charts._representative(made(*few, *rows[:4]))
+    assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
+
+
+def test_failures_are_counted_with_those_on_the_same_images():
+    table = made({}, {"seed": 1, "status": "crashed"}, {"seed": 2, "status": "crashed", "image_size": 64})
+    table = pd.concat([table, made({"seed": 3, "status": "crashed", "data": "cifar10"})], ignore_index=True)
+    (wide,) = charts._protocol_scopes(table)
+    assert list(wide.unscored.seed) == [1]
+    assert wide.note == "photos, 64 validation images of 32×32."
+
+
+def test_titles_name_the_fields_that_tell_protocols_apart():
+    """As few as do, here two together; none where there is one protocol."""
+    groups = [("photos", 32), ("photos", 64), ("faces", 32)]
+    rows = [
+        {"data": d, "protocol_data": d, "image_size": s, "protocol_image_size": s, "seed": i}
+        for i, (d, s) in enumerate(groups)
+    ]
+    rows = [row | {"protocol_fingerprint": str(i)} for i, row in enumerate(rows)]
+    scopes = charts._protocol_scopes(made(*rows))
+    assert [scope.title for scope in scopes] == [f"data {data}, image_size {size}" for data, size in groups]
+    assert [scope.title for scope in charts._protocol_scopes(made(rows[0]))] == [""]
+    assert [scope.suffix for scope in charts._protocol_scopes(made(rows[0]))] == [""]
+
+
+def test_blocks_come_in_the_order_of_their_bits_and_share_the_room_with_other_protocols():
+    """Bits are no axis within a block, though grid and K may differ there."""
+    rows = [{"codebook_size": k, "seed": seed} for k, count in ((16, 1), (64, 3), (32, 2)) for seed in range(count)]
+    (wide,) = charts._protocol_scopes(made(*rows))
+    assert [scope.suffix for scope in charts._block_scopes(wide, 1)] == ["_64bits", "_80bits", "_96bits"]
+    assert [scope.title for scope in charts._block_scopes(wide, 3)] == ["80 bits per image", "96 bits per image"]
+    equal = made(
+        {"grid_size": 4, "codebook_size": 256},
+        {"grid_size": 8, "codebook_size": 4},
+        {"beta": 9.0, "codebook_size": 256},
+    )
+    (wide,) = charts._protocol_scopes(equal)
+    (block,) = charts._block_scopes(wide, 1)
+    assert (wide.fields, block.fields) == (["codebook_size", "grid_size"], ["beta"])
