@@ -686,3 +686,270 @@ def test_priors_reach_page_markdown_and_files(with_priors, tmp_path):
     assert "## Generation: photos 32×32, 112 bits per image" in (tmp_path / "tables.md").read_text()
     assert len(pd.read_csv(tmp_path / "priors.csv")) == 17
     assert "Hollow" in next(chart.caption for chart in written.charts if chart.name == "rate_distortion")
+
+
+# -- words, lists and pages, without folders --------------------------------------------------------------------------
+
+
+NOBODY = pd.DataFrame(columns=list(frame([]).columns))
+
+
+def texts(sheet) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in sheet.rows]
+
+
+def about(*runs, name="all", study=None) -> report.Report:
+    """The report of runs without folders."""
+    return contents(Selection(name, [], report.Path("results"), study), made(*runs), prior_frame([]))
+
+
+def test_who_costs_more_in_every_budget_is_marked_and_the_mark_explained():
+    costs = {"cnn": (1e6, 1e8, 30.0), "vit": (1e6, 1e8, 30.0), "mamba": (2e6, 2e8, 60.0)}
+    budgets = ("params", "flops", "train_seconds")
+    runs = [(smoke(who), {"psnr": 20.0, **dict(zip(budgets, own, strict=True))}) for who, own in costs.items()]
+    sheet = ranking(made(*runs), NOBODY)
+    assert sorted(row[0] for row in texts(sheet)) == ["cnn", "mamba †", "vit"]
+    (note,) = [note for note in sheet.notes if "†" in note]
+    assert "median in every budget (parameters 2%, FLOPs 2%, train s 5%)" in note
+    assert not any("†" in note for note in ranking(made(*runs[:2]), NOBODY).notes)
+
+
+def test_a_list_is_cut_at_the_limit_and_only_then_says_so(monkeypatch):
+    monkeypatch.setattr(report, "LIMIT", 2)
+    runs = [(smoke(beta=float(beta)), {"psnr": beta}) for beta in (1, 2, 3)]
+    one = Verdict("psnr", "cnn", "vit", "", 2, 0.5, None, None, None, None)
+    for count in (2, 3):
+        cut = ["The first 2 of 3 rows."] * (count == 3)
+        sheet = ranking(made(*runs[:count]), NOBODY)
+        assert len(sheet.rows) == 2
+        assert [note for note in sheet.notes if "first" in note] == cut
+        assert cells(sheet, "psnr")["cnn"].text == f"{count - 1}.00"  # the best come first
+        assert list(verdict_list([one] * count).notes) == cut
+        assert len(verdict_list([one] * count).rows) == 2
+        priors = prior_rows(*({"steps": beta, "gfid_vgg16": 80.0} for beta in range(count)))
+        ((_, sheet),) = generation(priors)
+        assert [note for note in sheet.notes if "The first" in note] == cut
+    assert report._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert report._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+    assert report._few([]) == "none"
+
+
+def test_titles_name_what_is_reported_and_number_several_blocks():
+    """Grid and K where all rows have the same."""
+    one = about((smoke(seed=0), {"psnr": 20.0}), (smoke(seed=1), {"psnr": 20.0}))
+    assert [block.title for block in one.blocks] == ["photos 32×32, 112 bits per image (4×4 codes, K = 128)"]
+    several = about(
+        *((smoke(), {"psnr": 20.0}), (smoke(grid_size=8, codebook_size=4), {"psnr": 20.0})),
+        (smoke(codebook_size=256), {"psnr": 20.0}),
+    )
+    assert [block.title for block in several.blocks] == [
+        "1. photos 32×32, 112 bits per image (4×4 codes, K = 128)",
+        "2. photos 32×32, 128 bits per image",
+    ]
+    titles = {name: about((smoke(), {"psnr": 20.0}), name=name).title for name in ("all", "selection", "beta")}
+    assert titles == {"all": "All runs", "selection": "Selected runs", "beta": "Study beta"}
+
+
+def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores_listed():
+    rows = [
+        {"gfid_vgg16": 80.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.5},
+        {"gfid_vgg16": 90.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.25, "seed": 1},
+        {"status": "crashed", "reason": "it crashed", "prior": "mamba", "seed": 7},
+    ]
+    (title, sheet), (last, others) = generation(prior_rows(*rows))
+    sampling = "512 samples, temperature 0.9, top 50"
+    assert title == f"photos 32×32, 112 bits per image before coding, {sampling}"
+    assert sheet.notes[0] == (
+        f"{sampling}, against all 64 validation images of photos at 32×32; bits on their codes. "
+        "Extractor: v. Independent codes take 6.25 to 6.50 bits per token."
+    )
+    assert (last, texts(others)) == ("Priors without scores", [["crashed", "it crashed", "mamba", "7", "t"]])
+    ((title, _),) = generation(prior_rows(rows[0] | {"top_k": 0}))
+    assert title.endswith("temperature 0.9")
+
+
+def test_a_verdict_has_a_digit_more_than_its_metric_and_who_is_better_is_marked():
+    one = Verdict("kid_vgg16", "cnn", "vit", "beta=1", 5, 0.00123, (0.001, 0.002), None, 0.012, "vit")
+    sheet = verdict_list([one, replace(one, better=None)])
+    assert texts(sheet)[0] == [
+        *("KID vgg16", "cnn", "vit", "beta=1", "5", "+0.00123", "+0.00100 to +0.00200", NONE, "0.012", "vit better")
+    ]
+    assert [[bool(cell.best) for cell in row] for row in sheet.rows] == [[False] * 9 + [True], [False] * 10]
+    assert [cell.order for cell in sheet.rows[0][4:]] == [5, 0.00123, 0.001, None, 0.012, "vit better"]
+
+
+def test_failures_are_listed_by_status_with_what_was_set():
+    runs = [
+        (smoke(beta=beta), {"status": status})
+        for beta, status in ((1.0, "pruned"), (2.0, "crashed"), (3.0, "diverged"))
+    ]
+    sheet = report.failures(made(*runs, status="crashed"))
+    assert list(sheet.keys) == ["status", "reason", "backbone", "beta", "seed", "run_id"]
+    assert [[row[0], row[3]] for row in texts(sheet)] == [["crashed", "2"], ["diverged", "3"], ["pruned", "1"]]
+
+
+def test_all_runs_are_listed_in_the_order_of_block_backbone_setting_and_seed():
+    """Numbers as numbers; with the scores that some run has, and without block numbers where there is one block."""
+    runs = [
+        (smoke(who, beta=beta, seed=seed), {}) for who in ("vit", "cnn") for beta in (10.0, 9.0) for seed in (11, 2)
+    ]
+    runs[0][1].update(psnr=20.0)
+    table = made(*runs)
+    sheet = run_list(table, [table])
+    assert list(sheet.keys) == [
+        "backbone",
+        "beta",
+        "seed",
+        "status",
+        "psnr",
+        "bits_per_image",
+        "params",
+        "flops",
+        "run_id",
+    ]
+    found = [row[:3] for row in texts(sheet)]
+    assert found == [[who, beta, seed] for who in ("cnn", "vit") for beta in ("9", "10") for seed in ("2", "11")]
+    first, second = table[table.beta == 9.0], table[table.beta == 10.0]
+    sheet = run_list(table, [first, second])
+    assert sheet.keys[0] == "block"
+    assert [row[0] for row in texts(sheet)] == ["1"] * 4 + ["2"] * 4
+    unscored = made((smoke(), {}), status="crashed")
+    assert [row[0].text for row in run_list(pd.concat([table, unscored], ignore_index=True), [first, second]).rows] == [
+        *(["1"] * 4 + ["2"] * 4 + [NONE])
+    ]
+
+
+def test_a_cell_is_formatted_like_its_column_and_sorted_by_its_value():
+    assert report._cell("psnr", 20.126, 0.5) == ("20.13", "± 0.50", 20.126, False)
+    assert report._cell("psnr", 20.126, math.nan, "20.13") == ("20.13", "", 20.126, True)
+    assert report._cell("flops", 12_345_000_000.0, 5e6) == ("12,345", "± 5", 12_345_000_000.0, False)
+    assert report._cell("beta", 0.1) == ("0.1", "", 0.1, False)
+    assert report._cell("backbone", "vit") == ("vit", "", "vit", False)
+    assert report._cell("psnr", math.nan, 0.5, NONE) == (NONE, "", None, False)
+    assert report._text(None) == "none"
+    assert report._short(f"{'ab' * 32} decade 0123456789abcdef") == "ababababab… decade 0123456789abcdef"
+    assert report._signed([-0.5], "+.2f") == "−0.50"
+    assert report._signed(None, "+.2f") == report._signed([math.nan], "+.2f") == NONE
+
+
+def test_a_protocol_is_one_line_and_shared_settings_are_those_of_all_rows():
+    digest = "0123456789" * 6
+    measured = {"protocol_split": f"a {digest}", "protocol_image_size": 32, "protocol_extractor_vgg16": None}
+    table = made((smoke(beta=1.0), measured), (smoke(beta=2.0), measured | {"augment": None}))
+    (line,) = [note for note in ranking(table.assign(psnr=1.0), NOBODY).notes if note.startswith("Protocol")]
+    assert line == "Protocol: data photos; split a 0123456789…; count 64; image size 32; extractor vgg16 none."
+    equal = report._equal(table)
+    assert (equal["backbone"], equal["codebook_size"]) == ("cnn", "128")
+    assert not {"beta", "augment"} & set(equal)
+
+
+def test_facts_give_values_in_order_and_of_many_both_ends():
+    assert report._values(pd.Series([10, 9, None, 9])) == "9, 10"
+    assert report._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
+    assert report._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
+    assert report._values(pd.Series(range(20))) == "0 to 19 (20 values)"
+    facts = about((smoke(), {"psnr": 20.0}), study=None).facts
+    assert facts == {"backbones": "cnn", "swept": "nothing", "seeds": "0", "runs": "1 finished"}
+
+
+CELL, GAP = report.Cell, report.Cell(NONE)
+
+
+def test_columns_of_numbers_may_have_gaps_and_are_aligned_to_the_right():
+    sheet = report.Sheet(
+        ["backbone", "psnr"], [[CELL("vit", order="vit"), CELL("2.00", "± 1", 2.0, True)], [CELL("a\n|b"), GAP]]
+    )
+    assert sheet.numeric == [False, True]
+    assert report._markdown(sheet).splitlines() == [
+        *("| backbone | PSNR dB ↑ |", "| --- | ---: |"),
+        *("| vit | **2.00 ± 1** |", r"| a \|b | – |"),
+    ]
+
+
+def test_markdown_has_facts_rankings_and_verdicts_and_no_heading_without_rows(store):
+    sweep(store, EFFECTS)
+    found = report_of(store)
+    text = markdown(found)
+    assert text.startswith("# All runs\n\n- backbones: cnn, vit\n- swept: beta 0.25, 1\n")
+    assert "\n\nover beta 0.25, 1:\n\n- " in text
+    assert all(f"\n- {report._inline(sentence)}" in text for sentence in found.blocks[0].headline)
+    assert not re.search("^## (Not ranked|Without)", text, re.M)
+    failed = fabricate_failed(store, make_config("vit", "smoke", seed=9))
+    fabricate(store, make_config("vit", "smoke", codebook_size=16))
+    text = markdown(report_of(store))
+    assert text.index("\n## Not ranked against each other\n") < text.index("\n## Without scores\n")
+    assert failed.folder.name.replace("_", r"\_") in text.split("## Without scores")[1]
+
+
+def test_a_verdict_is_told_once_and_says_of_which_runs_it_holds(store):
+    sweep(store, EFFECTS)
+    (block,) = report_of(store).blocks
+    told = block.headline + block.others
+    assert len(set(told)) == len(told) == sum(len(sheet.rows) for sheet in block.verdicts.values())
+    assert list(block.verdicts) == ["Backbones against each other", "Settings within a backbone"]
+    (alone,) = about((smoke(), {"psnr": 20.0})).blocks
+    assert (alone.headline, alone.others, alone.verdicts) == ([], [], {})
+
+
+def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store, capsys):
+    sweep(store, EFFECTS, betas=(0.25, 1.0, 2.0, 4.0, 8.0))
+    fabricate(store, make_config("vit", "smoke", codebook_size=16))
+    found = report_of(store)
+    report.show(found)
+    out = capsys.readouterr().out
+    block = found.blocks[1]
+    table = out[out.index(block.title) :].split("over beta")[0].splitlines()
+    rows = [line.split() for line in table if line.split()[:1] in (["cnn"], ["vit"], ["k-means"])]
+    assert [row[:2] for row in rows[:-1]] == [row[:2] for row in texts(block.ranking)[:8]]
+    assert rows[-1][0] == "k-means"
+    assert {"backbone", "beta", "seeds", "LPIPS", "PSNR", "perplexity"} <= set(" ".join(table).split())
+    assert not {"FID", "SSIM", "failed"} & set(" ".join(table).split())
+    assert all(sentence in out for sentence in block.headline)
+    assert "2 blocks are not ranked against each other: they differ in bits_per_image." in out
+    assert out.endswith("Runs: 31 finished.\n")
+
+
+def test_the_terminal_is_silent_about_what_there_is_not(capsys):
+    report.show(about((smoke(), {"psnr": 20.0})))
+    out = capsys.readouterr().out
+    assert not {"ranked", "Generation", "over"} & set(out.split())
+
+
+def test_charts_of_an_earlier_report_go_and_those_of_another_worker_stay(store, sketched, tmp_path):
+    fabricate(store, smoke())
+    plots = tmp_path / "out" / "plots"
+    plots.mkdir(parents=True)
+    for name in ("old.png", "old.svg", ".dot.png.tmp"):
+        (plots / name).write_text("")
+    assert report.main(["--results", str(store.root), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in plots.iterdir()} == {"dot.png", ".dot.png.tmp"}
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (store.root / "reports").exists()
+    assert write_report([], store.root).page == store.root / "reports" / "all" / "report.html"
+
+
+def test_priors_over_other_runs_are_not_in_the_report(with_priors, sketched):
+    over = with_priors.runs()[0].folder.name
+    written = write_report([over], with_priors.root)
+    assert set(pd.read_csv(written.page.parent / "priors.csv").tokenizer) == {over}
+
+
+def test_a_page_shows_each_chart_with_its_caption_and_each_cell_with_what_it_is_sorted_by(store, sketched):
+    sweep(store, EFFECTS)
+    found = report_of(store)
+    text = write_report([], store.root).page.read_text()
+    assert re.search(
+        r'<h3>A dot</h3>\s*<img src="data:image/png;base64,[^"]+" alt="A dot">\s*<figcaption>One dot.<', text
+    )
+    ranked_rows = found.blocks[0].ranking
+    head = re.search(r"<thead>.*?</thead>", text, re.S)[0]
+    assert re.findall(r'<th[^>]*aria-sort="(\w+)"', head) == ["ascending"]  # by an LPIPS
+    assert re.findall(r'data-first="(\w+)"', head)[list(ranked_rows.keys).index("psnr")] == "descending"
+    body = re.search(r"<tbody>.*?</tbody>", text, re.S)[0]
+    expected = ["" if cell.order is None else str(cell.order) for row in ranked_rows.rows for cell in row]
+    assert re.findall(r'data-order="([^"]*)"', body) == expected
+    assert body.count("<b>") == sum(cell.best for row in ranked_rows.rows for cell in row)
+    assert len(re.findall(r'<td class="number"', body)) == sum(ranked_rows.numeric) * len(ranked_rows.rows)
+    assert all(f"<li>{sentence}</li>" in text for sentence in found.blocks[0].headline)
+    assert f"{len(found.blocks[0].others)} more verdicts" in text
+    assert "<p>Over beta 0.25, 1:</p>" in text
