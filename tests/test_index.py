@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
+from optuna_dashboard import get_note
 
 from bench import index
 from bench.config import Config, make_config
@@ -370,3 +371,102 @@ def test_a_picture_attached_again_shows_what_is_in_the_file_now(indexed, tmp_pat
         indexed.attach(one, "", [("Plot", path)])
         (picture,) = get_all_artifact_meta(one)
         assert (indexed.folder / "artifacts" / picture.artifact_id).read_bytes() == content
+
+
+# -- what the dashboard shows -----------------------------------------------------------------------------------------
+
+
+def test_a_trials_note_has_each_runs_picture_and_scores_or_why_it_has_none(indexed, store):
+    study = indexed.open("one", ("psnr",))
+    runs = [made(store, config=smoke(seed=0), psnr=20.126, other=3.0), made(store, "crashed", config=smoke(seed=1))]
+    (runs[0].folder / "reconstructions.png").write_bytes(b"a picture")
+    trial = taken(indexed, study)
+    indexed.tell(study, trial, runs, ("psnr",))
+    (artifact,) = [meta.artifact_id for meta in get_all_artifact_meta(study.trials[0], storage=indexed.storage)]
+    lines = get_note(trial).splitlines()
+    assert lines[0] == f"**{runs[0].folder.name}**: finished"
+    assert f"![reconstructions](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})" in lines
+    assert "| PSNR dB ↑ | 20.13 |" in lines
+    assert "| bits per image ↓ | 112 |" in lines
+    assert not any("other" in line for line in lines)
+    assert f"**{runs[1].folder.name}**: crashed, it crashed" in lines
+
+
+def test_a_studys_note_is_its_text_and_each_picture_below_its_caption(indexed, tmp_path):
+    study, path = indexed.open("study", ("psnr",)), tmp_path / "plot.png"
+    path.write_bytes(b"a plot")
+    indexed.attach(study, "what was found", [("A plot", path)])
+    (picture,) = get_all_artifact_meta(study)
+    shown = f"![plot](/artifacts/{study._study_id}/{picture.artifact_id})"
+    assert get_note(study) == f"what was found\n\n### A plot\n\n{shown}"
+
+
+def test_the_database_lies_among_the_studies(tmp_path):
+    assert index.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
+
+
+# -- what is drawn, recorded and weighed ------------------------------------------------------------------------------
+
+
+def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [suggest(study.ask(), {"code_dim": Range(1, 1024, log=True)})["code_dim"] for _ in range(60)]
+    assert sum(value < 32 for value in drawn) == pytest.approx(30, abs=12)
+    assert set(map(type, drawn)) == {int}
+
+
+def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
+    known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
+    for values, log in known.items():
+        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+    for values in ((True, False), ("ema", "l2"), (1, "auto")):
+        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+
+
+def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
+    """Four runs are enough; of many some are drawn, not the first."""
+    rows = [asdict(smoke(beta=1.0 + i, seed=i)) | {"status": "finished", "psnr": float(i)} for i in range(20)]
+    table = pd.DataFrame(rows, columns=frame([]).columns)
+    looked_at = []
+    monkeypatch.setattr(
+        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+    )
+    assert not importances(table[:4], "psnr").empty
+    assert importances(table[:3], "psnr").empty
+    gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
+    assert not importances(gappy, "psnr").empty
+    assert not any(map(math.isnan, looked_at))
+    monkeypatch.setattr(index, "MAX_ROWS", 10)
+    looked_at.clear()
+    importances(table, "psnr")
+    assert len(set(looked_at)) == 10
+    assert max(looked_at) > 10
+
+
+def test_a_run_that_made_no_step_has_cost_nothing(store):
+    assert index._seconds(made(store, "crashed", config=smoke(seed=0))) == 0
+    assert index._seconds(made(store, "crashed", [{"seconds": 2.0}, {"seconds": 5.0}], smoke(seed=1))) == 5
+    assert index._seconds(made(store, config=smoke(seed=2), train_seconds=30.0, score_seconds=4.0)) == 34
+    (made(store, "crashed", config=smoke(seed=3)).folder / "history.jsonl").unlink()
+    assert index._seconds(store.run(smoke(seed=3))) == 0
+
+
+def test_several_metrics_have_no_curve_and_a_missing_one_is_no_silent_failure(indexed, store):
+    """Optuna has intermediate values for one objective only."""
+    study, metrics = indexed.open("two", ("psnr", "lpips_vgg")), ("psnr", "lpips_vgg")
+    rows = [{"step": 150, "reconstruction": 1.0, "seconds": 1.0}]
+    indexed.add(study, {"beta": 0.25}, [made(store, rows=rows, config=smoke(steps=150))], metrics, {})
+    assert [(trial.values, trial.intermediate_values) for trial in study.trials] == [([20.0, 0.4], {})]
+    with pytest.raises(ValueError, match="nan"):
+        indexed.tell(study, taken(indexed, study), [made(store, config=smoke(seed=5), psnr=math.nan)], metrics)
+
+
+def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
+    study = indexed.open("one", ("psnr",))
+    taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
+    indexed.recover(study)
+    assert (indexed.running(study, set()), indexed.waiting(study, set())) == (1, 0)  # its heartbeat is young
+    monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
+    indexed.recover(study)
+    assert (indexed.running(study, set()), indexed.waiting(study, {"a"})) == (0, 1)
+    assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}
