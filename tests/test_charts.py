@@ -732,7 +732,7 @@ def test_rates_far_apart_stand_on_a_logarithmic_axis(rates, scale):
 
 def test_samples_are_of_the_largest_grid_and_the_lowest_seed_lowest_rate_first(tmp_path):
     rows, shade = [], itertools.count(10, 10)
-    for prior, rate in (("rnn", 0.3), ("mamba", 0.2)):
+    for prior, rate in (("mamba", 0.3), ("rnn", 0.2)):
         for grid, seed in ((8, 1), (8, 0), (4, 0)):
             folder = tmp_path / f"{prior}{grid}{seed}"
             folder.mkdir()
@@ -742,7 +742,7 @@ def test_samples_are_of_the_largest_grid_and_the_lowest_seed_lowest_rate_first(t
     (drawing,) = charts.samples(made_priors(*rows))
     (axes,) = drawing.figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["mamba\nover cnn\n2.00 bits", "rnn\nover cnn\n3.00 bits"]
+    assert labels == ["rnn\nover cnn\n2.00 bits", "mamba\nover cnn\n3.00 bits"]
     picture = np.asarray(axes.images[0].get_array())
     assert [int(picture[int(height), 0, 0]) for height in axes.get_yticks()] == [50, 20]
     assert picture.shape[1] == charts.PICTURES * 4 - 2
@@ -942,3 +942,11 @@ def test_blocks_come_in_the_order_of_their_bits_and_share_the_room_with_other_pr
     (wide,) = charts._protocol_scopes(equal)
     (block,) = charts._block_scopes(wide, 1)
     assert (wide.fields, block.fields) == (["codebook_size", "grid_size"], ["beta"])
+
+
+def test_samples_are_of_the_usual_settings(tmp_path):
+    np.savez(tmp_path / "samples.npz", x=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    rows = [{"folder": str(tmp_path), "steps": steps, "seed": seed} for steps, seed in ((9, 0), (1, 1), (1, 2))]
+    drawings = {drawing.name: drawing for drawing in charts._drawings(made(), None, made_priors(*rows))}
+    assert drawings["samples"].caption.startswith("One prior per row, of seed 1,")
+    assert drawings["generation"].caption.startswith("2 of 3 priors, those with equal settings, means over seeds;")

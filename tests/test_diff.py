@@ -203,3 +203,29 @@ def test_older_runs_may_lack_a_setting(store, diff):
     del content["config"]["revive_after"]
     a.write("config.json", content)
     assert line(diff(a, b)[1], "revive_after") == ["revive_after", "–", "50"]
+
+
+def test_values_are_shown_short_and_missing_ones_as_such(store, diff):
+    a = fabricate(store, smoke(lr=0.000123456789))
+    b = changed_environment(fabricate(store, smoke("vit")), processor="")
+    _, out, _ = diff(a, b)
+    assert line(out, "lr")[1] == "0.000123457"
+    assert line(out, "processor") == ["processor", "x", "–"]
+
+
+def test_a_metric_that_one_run_lacks_is_left_out_and_a_negative_one_has_its_change(store, diff):
+    a = fabricate(store, smoke(), grid_energy=-4.0, sharpness=0.0)
+    b = fabricate(store, smoke("vit"), grid_energy=-5.0, ssim=None)
+    _, out, _ = diff(a, b)
+    assert "SSIM ↑" not in out
+    assert line(out, "grid energy dB ↓")[1:] == ["-4.0", "-5.0", "-1.0", "-25.0 %", "better"]
+    assert line(out, "sharpness")[1:] == ["0.00", "0.70", "+0.70", "–", "–"]
+
+
+def test_dots_stand_for_runs_that_are_not_named(store):
+    for seed in range(9):
+        fabricate(store, smoke(seed=seed))
+        with pytest.raises(UserError) as error:
+            find("missing", store.root)
+        assert str(error.value).count("cnn-ema") == min(8, seed + 1)
+        assert str(error.value).endswith(", ...") == (seed == 8)

@@ -334,3 +334,46 @@ def test_settings_of_priors_are_theirs_and_their_tokenizers_but_no_seed():
     longer = smoke(steps=999)
     assert swept(prior_over(one, "rnn", 1.0), prior_over(longer, "rnn", 1.0, top_k=5)) == ["top_k", "tokenizer_steps"]
     assert prior_settings(prior_frame([])) == []
+
+
+# -- gaps -------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_numbers_are_numbers_also_where_none_was_measured():
+    """Of runs and priors alike, k-means' and the bounds of a prior included."""
+    table = frame([scored(smoke(), psnr_kmeans=None), Known(smoke(seed=1), "crashed")])
+    assert all(table[name].dtype == float for name in METRICS)
+    bounds = {"gfid_vgg16_real": None, "gfid_vgg16_shuffled": None}
+    run = prior_over(smoke(), "rnn", 80.0)
+    run.scores |= bounds
+    priors = prior_frame([run])
+    assert all(priors[name].dtype == float for name in (*PRIOR_METRICS, *bounds))
+    with_kmeans = scored(smoke())
+    with_kmeans.scores["psnr_kmeans"] = None
+    assert frame([with_kmeans]).psnr_kmeans.dtype == float
+
+
+def test_a_run_without_scores_has_its_tokens_and_its_machine():
+    (row,) = frame([Known(smoke(grid_size=8), "crashed")]).to_dict("records")
+    assert row["tokens"] == 64
+    assert {name: row[name] for name in MACHINE} == MACHINE
+    (prior,) = prior_frame([Known(PriorConfig("t", "rnn"), "crashed", over=smoke())]).to_dict("records")
+    assert (prior["processor"], prior["threads"], prior["folder"]) == ("x", 2, prior["run_id"])
+
+
+def test_what_neither_block_has_does_not_differ_and_what_one_has_does():
+    with_fid = frame([scored(smoke(), extractor_inception="i")])
+    assert differing(frame([scored(smoke())]), frame([scored(smoke(seed=1))])) == {}
+    assert differing(frame([scored(smoke())]), with_fid) == {"extractor_inception": (None, "i")}
+    assert list(differing(with_fid, with_fid.assign(protocol_count=9, protocol_extractor_inception=None))) == [
+        *("count", "extractor_inception")
+    ]
+
+
+def test_a_setting_that_one_backbone_lacks_is_uneven_and_a_metric_that_one_has_is_averaged():
+    table = frame([scored(smoke()), scored(smoke("vit"), ssim=0.5)])
+    assert "entropy_weight" in uneven(table.assign(entropy_weight=[0.1, None]))
+    found = summary(table).set_index("backbone")
+    assert found.ssim["vit"] == 0.5
+    assert math.isnan(found.ssim["cnn"])
+    assert list(found.columns[:2]) == ["n", "failed"]

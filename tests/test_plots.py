@@ -132,3 +132,42 @@ def test_a_picture_is_named_from_top_to_bottom(figures):
     assert 0 < ticks["upper"] < sheet.shape[0] / 2 < ticks["lower"] < sheet.shape[0]
     assert axes.get_title(loc="left") == "a title"
     assert axes.yaxis_inverted()
+
+
+def test_every_picture_has_its_title(figures, pictures, monkeypatch):
+    history = [
+        {"step": k, "reconstruction": 1.0, "perplexity": 9, "codes_used": 9, "bits_per_token": 4} for k in (2, 6)
+    ]
+    rates = {"coded_bits_per_token": 6.5, "coded_bits_per_token_independent": 8.25}
+    plots.curves(None, history, 64, "of a run")
+    plots.prior_curve(None, history, rates, "of a prior")
+    assert [figure.axes[0].get_title() for figure in figures] == ["of a run", "of a prior"]
+    titles = []
+    monkeypatch.setattr(plots, "_picture", lambda path, rows, words, title, width: titles.append(title))
+    plots.reconstructions(None, shades(2), shades(2), "a")
+    plots.samples(None, shades(4), "b")
+    plots.neighbours(None, shades(2), shades(2), "c")
+    plots.codebook(None, shades(4), "d")
+    assert titles == ["a", "b", "c", "d"]
+
+
+def test_axes_of_curves_are_named_and_hold_what_is_drawn(figures):
+    """The line of K lies within its axis; a prior's curve stands at its steps."""
+    history = [
+        {"step": k, "reconstruction": 1.0, "perplexity": 9, "codes_used": 9, "bits_per_token": 4} for k in (2, 6)
+    ]
+    plots.curves(None, history, 64, "")
+    plots.prior_curve(None, history, {"coded_bits_per_token": 1, "coded_bits_per_token_independent": 2}, "")
+    (left, right), (only,) = (figure.axes for figure in figures)
+    assert right.get_ylim()[1] > 64
+    assert [axes.get_xlabel() for axes in (left, right, only)] == ["step"] * 3
+    assert (left.get_ylabel(), only.get_ylabel()) == ("training loss, unweighted", "bits per token")
+    assert list(only.lines[0].get_xdata()) == [2, 6]
+
+
+def test_large_images_are_shown_as_they_are_on_a_figure_of_their_shape(figures):
+    plots._picture(None, [np.zeros((2, 200, 200, 3), dtype=np.uint8)], [], "", width=8)
+    (figure,) = figures
+    assert figure.axes[0].images[0].get_array().shape[:2] == (200, 400 + plots.GAP)
+    width, height = figure.get_size_inches()
+    assert (width, height) == (8, pytest.approx(0.95 * 8 * 200 / 402 + 0.4))
