@@ -366,7 +366,8 @@ def test_what_neither_block_has_does_not_differ_and_what_one_has_does():
     assert differing(frame([scored(smoke())]), frame([scored(smoke(seed=1))])) == {}
     assert differing(frame([scored(smoke())]), with_fid) == {"extractor_inception": (None, "i")}
     assert list(differing(with_fid, with_fid.assign(protocol_count=9, protocol_extractor_inception=None))) == [
-        *("count", "extractor_inception")
+        "count",
+        "extractor_inception",
     ]
 
 
