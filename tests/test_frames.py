@@ -364,6 +364,8 @@ def test_a_run_without_scores_has_its_tokens_and_its_machine():
 def test_what_neither_block_has_does_not_differ_and_what_one_has_does():
     with_fid = frame([scored(smoke(), extractor_inception="i")])
     assert differing(frame([scored(smoke())]), frame([scored(smoke(seed=1))])) == {}
+    missing = with_fid.assign(protocol_extractor_inception=math.nan)
+    assert differing(missing, missing) == differing(missing, frame([scored(smoke())])) == {}
     assert differing(frame([scored(smoke())]), with_fid) == {"extractor_inception": (None, "i")}
     assert list(differing(with_fid, with_fid.assign(protocol_count=9, protocol_extractor_inception=None))) == [
         "count",

@@ -451,14 +451,12 @@ def test_a_run_that_made_no_step_has_cost_nothing(store):
     assert index._seconds(store.run(smoke(seed=3))) == 0
 
 
-def test_several_metrics_have_no_curve_and_a_missing_one_is_no_silent_failure(indexed, store):
+def test_a_trial_of_several_metrics_has_no_curve(indexed, store):
     """Optuna has intermediate values for one objective only."""
     study, metrics = indexed.open("two", ("psnr", "lpips_vgg")), ("psnr", "lpips_vgg")
     rows = [{"step": 150, "reconstruction": 1.0, "seconds": 1.0}]
     indexed.add(study, {"beta": 0.25}, [made(store, rows=rows, config=smoke(steps=150))], metrics, {})
     assert [(trial.values, trial.intermediate_values) for trial in study.trials] == [([20.0, 0.4], {})]
-    with pytest.raises(ValueError, match="nan"):
-        indexed.tell(study, taken(indexed, study), [made(store, config=smoke(seed=5), psnr=math.nan)], metrics)
 
 
 def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
