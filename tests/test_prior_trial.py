@@ -168,9 +168,19 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, value in world.scored[0].weights.items():
         assert loaded.state_dict()[name].equal(value)
-    (run.folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match="holds no finished prior"):
-        load_prior(run.folder)
+    for lost in ("prior.safetensors", "metrics.json"):
+        (run.folder / lost).unlink()
+        with pytest.raises(UserError, match="holds no finished prior"):
+            load_prior(run.folder)
+
+
+def test_a_prior_that_finished_keeps_no_checkpoint(world):
+    """However much of it there was, nothing is left to be gone on with."""
+    folder = world.store.run(world.config()).folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"of an attempt that was stopped")
+    assert world.run(resume=False).finished
+    assert not (folder / "checkpoint.pt").exists()
 
 
 def test_a_finished_run_is_not_repeated_and_a_divergence_is_recorded_and_forgiven(world):
