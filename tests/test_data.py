@@ -151,7 +151,7 @@ def test_hidden_files_and_what_lies_in_hidden_folders_are_no_images(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     seen = ("one.png", "shown/two.png")
     for number, name in enumerate((*seen, ".hidden.png", ".thumbnails/one.png", "shown/.trash/deeper/three.png")):
-        Image.fromarray(noise(number, 8, 3)).save(tmp_path / name)
+        Image.fromarray(noise(8 + number, 8, 3)).save(tmp_path / name)
     assert data._find_images(str(tmp_path)) == list(seen)
 
 

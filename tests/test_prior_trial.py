@@ -364,6 +364,33 @@ def test_the_best_prior_over_one_tokenizers_codes_is_bold_in_the_metrics_own_dir
     assert table[1][1] == "2.34"
 
 
+def test_the_table_has_the_columns_that_all_runs_have_and_no_number_of_parameters_where_there_are_none():
+    first, second = row("a", "rnn", gfid=7.0), row("a", "independent", params_prior=0)
+    for runs in ([first, second], [second, first]):
+        lines = {line[0]: line for line in cells(runs)}
+        assert {len(line) for line in lines.values()} == {1 + len(prior.COLUMNS)}  # all but gfid, and two of its own
+        assert (lines["rnn 0"][1], lines["independent 0"][1]) == ("2.34", "–")
+
+
+def test_a_name_that_is_no_tokenizers_is_answered_with_those_there_are(world, tmp_path, monkeypatch):
+    """Six of them at most; a prior is told from a run that is not there, and what is found has a whole path."""
+    made = world.run()
+    monkeypatch.chdir(tmp_path.parent)
+    results = Path(tmp_path.name)
+    assert prior.find_tokenizer(NAME, results).folder == tmp_path / "runs" / NAME
+    with pytest.raises(UserError, match="is the run of a prior; name that of a tokenizer"):
+        prior.find_tokenizer(str(made.folder), results)
+    for number in range(7):
+        other = Run(tmp_path / "runs" / f"run-{number}")
+        other.folder.mkdir()
+        other.write("config.json", {"config": {}, "environment": {}})
+        if number:
+            other.write("metrics.json", {})
+    with pytest.raises(UserError) as told:
+        prior.find_tokenizer("nothing", results)
+    assert str(told.value).endswith("has " + ", ".join(f"run-{number}" for number in range(1, 7)))
+
+
 def test_references_stand_under_their_own_columns():
     table = cells([row("a", "rnn", 0)])
     names = [name for name in prior.COLUMNS if name != "gfid"]
