@@ -112,6 +112,37 @@ def test_every_error_has_its_outcome(trial, store, error, status, reason):
         assert run.config()["backbone"] == "cnn"
 
 
+def test_the_log_keeps_what_earlier_attempts_said(trial, store):
+    """The reason of an attempt is its own, the log is that of all."""
+    config = make_config("cnn", "smoke")
+    for words in ("the first", "the second"):
+        trial(raising(ValueError(words)))
+        assert run_in_child(config, store).reason == f"ValueError: {words}"
+    log = (store.run(config).folder / "log.txt").read_text()
+    assert log.index("the first") < log.index("the second")
+
+
+def test_a_child_computes_on_the_threads_that_it_was_given(trial, store):
+    trial(lambda run: (run.folder / "threads.txt").write_text(str(torch.get_num_threads())))
+    config = make_config("cnn", "smoke")
+    for threads in (3, 2):
+        run_in_child(config, store, threads=threads)
+        assert (store.run(config).folder / "threads.txt").read_text() == str(threads)
+
+
+def test_a_trial_may_be_pruned_before_its_first_checkpoint(trial, store):
+    """There is nothing to drop then."""
+
+    def endless(run: Run) -> None:
+        while True:
+            time.sleep(0.01)
+
+    trial(endless)
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store, watch=lambda rows: "pruned").status == "pruned"
+    assert store.run(config).status == "pruned"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_a_signal_from_outside_is_a_crash(trial, store, number):
     def work(run):

@@ -145,6 +145,16 @@ def test_a_folder_takes_any_mode_size_depth_and_ending(tmp_path):
     )
 
 
+def test_hidden_files_and_what_lies_in_hidden_folders_are_no_images(tmp_path):
+    """Thumbnails and rubbish bins of file managers, at any depth."""
+    for folder in ("shown", ".thumbnails", "shown/.trash/deeper"):
+        (tmp_path / folder).mkdir(parents=True)
+    seen = ("one.png", "shown/two.png")
+    for number, name in enumerate((*seen, ".hidden.png", ".thumbnails/one.png", "shown/.trash/deeper/three.png")):
+        Image.fromarray(noise(8 + number, 8, 3)).save(tmp_path / name)
+    assert data._find_images(str(tmp_path)) == list(seen)
+
+
 def test_sixteen_bits_are_scaled_and_not_clipped():
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     for image in (Image.fromarray(grey * 257), Image.fromarray((grey * 257).astype(np.int32))):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 from test_config import OTHER
 
 from backbones import BACKBONES
@@ -33,6 +34,22 @@ def test_budgets_are_met_within_two_percent(backbone, budget):
     assert sum(total(config, kind)) == pytest.approx(amount, rel=TOLERANCE)
     before = make_config(backbone)
     assert replace(config, width=before.width, depth=before.depth) == before  # nothing else changed
+
+
+def test_no_pretrained_weights_are_fetched_to_count_with(monkeypatch):
+    """A budget is met by shapes, which random weights have too."""
+    create, asked = timm.create_model, []
+
+    def note(name, pretrained=False, **options):
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", note)
+    config = make_config("timm:resnet18", "smoke", pretrained=True)
+    costs = {kind: cost(config) for kind, cost in module.COSTS.items()}
+    assert asked
+    assert not any(asked)
+    assert costs == {kind: sum(total(replace(config, pretrained=False), kind)) for kind in costs}
 
 
 def test_parameters_of_either_side_are_its_own():

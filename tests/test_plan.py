@@ -147,6 +147,15 @@ def test_priors_are_trained_in_the_precision_of_the_command_line(tmp_path, preci
     assert [one.precision for one in found.priors()] == [precision]
 
 
+def test_priors_are_trained_on_the_device_of_the_command_line(tmp_path, monkeypatch):
+    """Also on a machine that would choose its GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path)
+    ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
+    assert [one.device for one in found.priors()] == ["cpu"]
+
+
 def test_a_prior_that_is_named_twice_is_planned_once(tmp_path):
     study = Ablation("p", {"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
     found = planned(study, tmp_path, "--prior", "rnn", "independent", "rnn")

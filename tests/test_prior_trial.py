@@ -168,9 +168,19 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, value in world.scored[0].weights.items():
         assert loaded.state_dict()[name].equal(value)
-    (run.folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match="holds no finished prior"):
-        load_prior(run.folder)
+    for lost in ("prior.safetensors", "metrics.json"):
+        (run.folder / lost).unlink()
+        with pytest.raises(UserError, match="holds no finished prior"):
+            load_prior(run.folder)
+
+
+def test_a_prior_that_finished_keeps_no_checkpoint(world):
+    """However much of it there was, nothing is left to be gone on with."""
+    folder = world.store.run(world.config()).folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"of an attempt that was stopped")
+    assert world.run(resume=False).finished
+    assert not (folder / "checkpoint.pt").exists()
 
 
 def test_a_finished_run_is_not_repeated_and_a_divergence_is_recorded_and_forgiven(world):
@@ -352,6 +362,33 @@ def test_the_best_prior_over_one_tokenizers_codes_is_bold_in_the_metrics_own_dir
     assert "bold" not in first["copies"] + second["copies"]  # neither few nor many are better
     assert not any("bold" in cell for cell in other.values())  # it has no rival
     assert table[1][1] == "2.34"
+
+
+def test_the_table_has_the_columns_that_all_runs_have_and_no_number_of_parameters_where_there_are_none():
+    first, second = row("a", "rnn", gfid=7.0), row("a", "independent", params_prior=0)
+    for runs in ([first, second], [second, first]):
+        lines = {line[0]: line for line in cells(runs)}
+        assert {len(line) for line in lines.values()} == {1 + len(prior.COLUMNS)}  # all but gfid, and two of its own
+        assert (lines["rnn 0"][1], lines["independent 0"][1]) == ("2.34", "–")
+
+
+def test_a_name_that_is_no_tokenizers_is_answered_with_those_there_are(world, tmp_path, monkeypatch):
+    """Six of them at most; a prior is told from a run that is not there, and what is found has a whole path."""
+    made = world.run()
+    monkeypatch.chdir(tmp_path.parent)
+    results = Path(tmp_path.name)
+    assert prior.find_tokenizer(NAME, results).folder == tmp_path / "runs" / NAME
+    with pytest.raises(UserError, match="is the run of a prior; name that of a tokenizer"):
+        prior.find_tokenizer(str(made.folder), results)
+    for number in range(7):
+        other = Run(tmp_path / "runs" / f"run-{number}")
+        other.folder.mkdir()
+        other.write("config.json", {"config": {}, "environment": {}})
+        if number:
+            other.write("metrics.json", {})
+    with pytest.raises(UserError) as told:
+        prior.find_tokenizer("nothing", results)
+    assert str(told.value).endswith("has " + ", ".join(f"run-{number}" for number in range(1, 7)))
 
 
 def test_references_stand_under_their_own_columns():

@@ -23,6 +23,7 @@ from bench.prior_config import SAMPLING, PriorConfig
 from bench.priors import LEARNED, PRIORS, Prior
 from bench.priors.pixelcnn import GatedLayer, gate
 from bench.priors.sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer
+from bench.tokenizer import parameter_count
 from bench.train import Diverged, Interrupted, parameter_groups
 from bench.train_prior import build as build_prior
 from bench.train_prior import train_prior
@@ -806,3 +807,11 @@ def test_settings_are_checked_at_their_very_bounds(field, allowed, refused):
 def test_too_few_parameters_are_refused():
     with pytest.raises(UserError, match="cannot have 1,000 parameters within 2%; the nearest is"):
         build_prior(PriorConfig("none", "rnn", parameters=1000), 512, 8, 0)
+
+
+def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest():
+    """Of all the depths that were tried: here the shallowest of the narrowest."""
+    config = PriorConfig("run", prior="rnn", depth=3, parameters=1, device="cpu")
+    counts = [parameter_count(LEARNED["rnn"](7, 2, 1, depth, 0.1, 0)) for depth in (2, 3, 4, 5)]
+    with pytest.raises(UserError, match=f"the nearest is {min(counts):,}$"):
+        build_prior(config, 7, 2, 0)

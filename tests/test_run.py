@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,7 +282,28 @@ def test_doctor_finds_a_results_folder_that_cannot_be_written(tmp_path, monkeypa
     (tmp_path / "results").write_text("")
     found = checked(tmp_path, monkeypatch)
     assert found["results"].good is False
+    assert "cannot write to" in found["results"].found
     assert found["cache"].good is True
+
+
+@pytest.mark.parametrize(("there", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_doctor_tells_the_precision_of_the_device_that_runs_would_take(tmp_path, monkeypatch, there, precision):
+    """Whatever the other one could do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(doctor_module, "has_fast_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr(doctor_module, "scan_backend", lambda: "PyTorch")
+    found = checked(tmp_path, monkeypatch)
+    assert found["precision"].found.startswith(precision)
+    assert ("a GPU" in found["device"].found) is there
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_doctor_tells_whether_torchvision_had_to_be_repaired(tmp_path, monkeypatch, repaired):
+    monkeypatch.setattr(doctor_module.torchvision_repair, "REPAIRED", repaired)
+    check = checked(tmp_path, monkeypatch)["torchvision"]
+    assert check.good is True
+    assert ("repaired" in check.found, "healthy" in check.found) == (repaired, not repaired)
 
 
 @pytest.mark.parametrize(("good", "code"), [(True, 0), (None, 0), (False, 1)])
@@ -504,6 +526,23 @@ def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, mo
         assert len(np.unique(codes)) > 1
     assert encode.main([folder.name, "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("already encoded: ")
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_encode_takes_the_gpu_where_there_is_one_and_counts_both_splits(tmp_path, monkeypatch, capsys, there, device):
+    """Unless it is told otherwise; megabytes are those of all codes together."""
+    asked, empty = [], SimpleNamespace(empty=lambda count, device: asked.append(device))
+    empty.cuda = SimpleNamespace(is_available=lambda: there)
+    grids = [np.zeros((count, 32, 32), dtype=np.uint16) for count in (1000, 500)]
+    codes = SimpleNamespace(train=grids[0], val=grids[1], grid_size=32)
+    monkeypatch.setattr(encode, "torch", empty)
+    monkeypatch.setattr(encode, "find_tokenizer", lambda *arguments: Store(tmp_path).named("toy"))
+    monkeypatch.setattr(encode, "Tokenizer", SimpleNamespace(from_run=lambda folder, device: asked.append(device)))
+    monkeypatch.setattr(encode, "load_data", lambda *arguments: None)
+    monkeypatch.setattr(encode, "encode", lambda *arguments: codes)
+    assert encode.main(["toy"]) == 0
+    assert asked == [device] * 2
+    assert "1000 train / 500 val grids of 32×32 as uint16, 3.1 MB" in " ".join(capsys.readouterr().out.split())
 
 
 def test_encode_refuses_a_device_that_is_not_there(tmp_path, capsys):

@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 
 from bench import statistics
 from bench.config import make_config
-from bench.frames import blocks, frame
+from bench.frames import METRICS, blocks, frame
 from bench.statistics import FEWEST, IMAGE_SEEDS, Verdict, backbone_verdicts, setting_verdicts
 from bench.store import Store
 
@@ -509,3 +509,23 @@ def test_ten_thousand_rows_take_seconds(tmp_path):
     verdicts = backbone_verdicts(table) + setting_verdicts(table)
     assert time.monotonic() - began < 16  # 4 s on two quiet cores
     assert len(verdicts) == 3 * (10 + 5 * 19)
+
+
+@pytest.mark.parametrize("unit", [1e-14, 1e-3, 1e9])
+def test_the_t_test_does_not_depend_on_the_unit(unit):
+    """Neither does what counts as equal up to rounding."""
+    differences = np.array([0.5, -0.25, 1.0, 0.75])
+    interval, p = statistics._paired_t(differences)
+    assert 0 < p < 1
+    found, same = statistics._paired_t(unit * differences)
+    assert same == pytest.approx(p)
+    assert found == pytest.approx([unit * end for end in interval], rel=1e-9, abs=0)
+    assert statistics._paired_t(unit * np.array([0.1 + 0.2, 0.3, 0.3]))[1] == 0
+
+
+def test_numbers_have_the_digits_of_their_metric_however_wide_the_interval():
+    """A wide interval takes none away, a narrow one adds what tells its ends apart."""
+    digits = int(METRICS["psnr"].form[1:-1])
+    for half, expected in ((500.0, digits), (0.0005, 4)):
+        verdict = Verdict("psnr", "a", "b", "", 3, 0.0, (-half, half), None, 0.5, None)
+        assert f"[{-half:.{expected}f}, {half:.{expected}f}]" in verdict.sentence()

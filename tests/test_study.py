@@ -302,6 +302,22 @@ def test_a_hopeless_search_trial_is_pruned_and_stays_pruned(child, tmp_path):
     assert Counter(run.status for run in Store(tmp_path).runs()) == {"finished": 6, "pruned": 2}
 
 
+def test_an_ablation_gives_up_no_cell_for_its_curve(child, tmp_path):
+    """However much worse than the others it is: its scores are what an ablation is for."""
+    said = []
+
+    class Curves(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            loss = 1.0 if len(self.calls) < 6 else 100.0
+            said.append(watch([{"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}]))
+            return super().__call__(config, store, fid_weights, threads, lambda rows: None, timeout)
+
+    study.run_in_child = Curves()  # the fixture puts the real one back
+    one = Ablation("beta", sweep={"beta": tuple(0.1 * k for k in range(1, 9))}, backbones=("cnn",), seeds=(0,))
+    assert start(one, tmp_path) == 0
+    assert said == [None] * 8
+
+
 def test_several_metrics_make_a_search_multi_objective(child, tmp_path):
     alone = Search("search", SPACE, backbones=("cnn",))
     assert start(alone, tmp_path, "--trials", "3", "--metric", "lpips_vgg", "bits_per_image") == 0
@@ -394,7 +410,8 @@ def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
     assert name("--steps", "300") == name("--steps", "300", "--backbone", "cnn") == "beta-cpu-steps=300"
     folders = {name("--data", f"folder:{tmp_path}/{letter}/images") for letter in "ab"}
     assert len(folders) == 2
-    assert all("images" in folder and "/" not in folder for folder in folders)
+    assert all(re.fullmatch("beta-cpu-images-[0-9a-f]{6}", folder) for folder in folders)
+    assert name("--match", "params:1M") == "beta-cpu-match=params_1M"
 
 
 @pytest.mark.parametrize(
@@ -623,6 +640,18 @@ def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
     assert states(tmp_path) == {"WAITING": 3}
 
 
+def test_a_search_trial_that_another_worker_runs_is_part_of_the_budget(child, tmp_path):
+    """Where more trials wait than are now asked for, none is begun beyond those."""
+    words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials"]
+    more, fewer = (Plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
+    one = Index(default_url(tmp_path), tmp_path / "studies")
+    study.queue(more, "cnn", one)
+    opened = study.open_study(fewer, "cnn", one)
+    assert one.claim(opened, set()) is not None
+    assert not study.Workers(fewer, one, 1)._take("cnn", opened)
+    assert states(tmp_path) == {"RUNNING": 1, "WAITING": 2}
+
+
 def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
     """Its worker was taken for dead and was not: no attempt is counted, and what it finished is taken over."""
     one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
@@ -663,6 +692,63 @@ def test_a_study_that_is_extended_keeps_what_it_lists(child, tmp_path):
     assert (record["kind"], record["sweep"], record["metrics"]) == ("ablation", ["beta"], ["lpips_vgg"])
 
 
+def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
+    """The metrics that were asked for before PSNR and perplexity, or why there are none."""
+    child.endings = ["finished", "diverged"]
+    one = Ablation("beta", sweep={"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,))
+    assert start(one, tmp_path, "--metric", "ssim", "fid_vgg16") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    (run,) = [run for run in Store(tmp_path).runs() if run.finished]
+    scores = [f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr")]
+    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)}, " in shown
+    assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
+
+
+def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monkeypatch):
+    totals, bars = [], []
+
+    class Bar(study.Bar):
+        def __init__(self, label, total, *rest):
+            super().__init__(label, total, *rest)
+            totals.append(total)
+            bars.append(self)
+
+    monkeypatch.setattr(study, "Bar", Bar)
+    assert start(BETA, tmp_path, "--steps", "50") == 0
+    assert totals == [4 * 50]
+    assert [bar.done for bar in bars] == [4 * 50]
+
+
+def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path, capsys):
+    """The other studies of the folder stay out of the database; without names all are rebuilt."""
+    other = Ablation("other", sweep={"beta": (0.5,)}, backbones=("cnn",), seeds=(0,))
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(other, tmp_path)
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    assert study.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
+    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke-cnn", "beta-smoke-vit"]
+    ended = [trial.state.name for trial in optuna.load_study(study_name="beta-smoke-vit", storage=elsewhere).trials]
+    assert sorted(ended) == ["COMPLETE", "FAIL"]  # failures are on file, too
+    assert study.rebuild(results=tmp_path, storage=elsewhere) == 0
+    assert "other-smoke-cnn" in optuna.get_all_study_names(elsewhere)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "study beta-smoke: 4 trials added" in err
+    assert "study beta-smoke: 0 trials added" in err
+
+
+def test_the_list_counts_the_runs_of_each_study_by_how_they_ended(child, tmp_path, capsys):
+    other = Ablation("other", sweep={"beta": (0.5,)}, backbones=("vit",), seeds=(0,))
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(other, tmp_path)
+    capsys.readouterr()
+    study.show(tmp_path)
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["beta-smoke"] == "beta-smoke ablation beta cnn, vit 3 finished, 1 diverged"
+    assert lines["other-smoke"] == "other-smoke ablation beta vit 1 finished"
+
+
 # -- priors -----------------------------------------------------------------------------------------------------------
 
 GRIDS = Ablation("priors", sweep={"grid_size": (4, 8)}, backbones=("cnn",), seeds=(0,), priors=("rnn", "independent"))
@@ -676,7 +762,7 @@ def test_priors_follow_their_tokenizers_once_each(child, tmp_path, capsys):
     tokenizers = [run.folder.name for run in Store(tmp_path).runs()]
     assert made == {(name, prior): 1 for name in tokenizers for prior in GRIDS.priors}
     assert {config.steps for config in child.calls if getattr(config, "prior", "") == "rnn"} == {77}
-    capsys.readouterr()
+    assert "nothing to do" not in capsys.readouterr().err
     assert start(GRIDS, tmp_path, "--prior-steps", "77") == 0
     assert len(child.calls) == 6
     assert "nothing to do" in capsys.readouterr().err
@@ -684,6 +770,7 @@ def test_priors_follow_their_tokenizers_once_each(child, tmp_path, capsys):
     assert "priors, not in these minutes: 4 of 4 finished" in " ".join(capsys.readouterr().out.split())
     assert start(GRIDS, tmp_path, "--prior-steps", "77", "--prior", "mamba") == 0
     assert len(child.calls) == 8
+    assert "nothing to do" not in capsys.readouterr().err  # though every tokenizer was there
 
 
 def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
@@ -697,7 +784,8 @@ def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
     assert len(child.calls) == 7
 
 
-def test_interrupted_priors_go_on(child, tmp_path):
+def test_interrupted_priors_go_on(child, tmp_path, capsys):
+    """And only those count as done that ended."""
     child.endings = ["finished", "finished", "finished", "interrupted"]
 
     class Stop(threading.Event):
@@ -707,5 +795,31 @@ def test_interrupted_priors_go_on(child, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "interruptible", lambda: contextlib.nullcontext(Stop()))
         assert start(GRIDS, tmp_path) == 130
+    assert "stopped after 1 of 4 priors" in " ".join(capsys.readouterr().err.split())
     assert start(GRIDS, tmp_path) == 0
     assert all(run.finished for run in Store(tmp_path).priors())
+
+
+def test_a_prior_that_another_command_has_is_waited_for(child, tmp_path):
+    """However long that takes: no attempt is counted."""
+    child.endings = ["finished", "finished", *["busy"] * 5]
+
+    class Busy(FakeChild):
+        def __call__(self, config, *rest):
+            outcome = super().__call__(config, *rest)
+            if outcome.status == "busy":
+                Store(tmp_path).run(config).forgive()  # a busy run is not recorded as failed
+            return outcome
+
+    study.run_in_child = Busy(child.endings)  # the fixture puts the real one back
+    assert start(GRIDS, tmp_path) == 0
+    assert all(run.finished for run in Store(tmp_path).priors())
+    assert len(study.run_in_child.calls) == 2 + 4 + 5
+
+
+def test_a_prior_whose_folder_cannot_be_written_ends_the_command(child, tmp_path, capsys):
+    """With the reason, and nothing is recorded against the prior."""
+    child.endings = ["finished", "finished", "blocked"]
+    assert start(GRIDS, tmp_path) == 2
+    assert "error: it blocked" in " ".join(capsys.readouterr().err.split())
+    assert not any(run.reason for run in Store(tmp_path).priors())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import threading
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from bench.files import UserError, cache_dir
 from bench.frames import METRICS
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8
 from bench.store import Run, Store
-from bench.tokenizer import Tokenizer, to_device
+from bench.tokenizer import Tokenizer, parameter_count, to_device
 from bench.train import Diverged
 from bench.trial import codebook_images, finish, run_trial, sample_reconstructions
 
@@ -297,6 +298,34 @@ def test_the_environment_says_what_a_number_may_depend_on():
     assert found["versions"].keys() >= {"torch", "torchvision", "lpips", "torch-fidelity", "torchmetrics", "numpy"}
     assert found["threads"] == torch.get_num_threads()
     assert "PyTorch" in found["scan"] or "triton" in found["scan"].lower()
+
+
+def test_the_processor_is_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trial.environment()["processor"] == platform.processor()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(trial, "scan_backend", lambda: "PyTorch")
+    assert trial.environment()["processor"] == "a GPU"
+
+
+def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, store, monkeypatch):
+    """The one that is there and the one that is written: five times the weights each, in float32."""
+    asked = []
+
+    def refuse(megabytes: int) -> None:
+        asked.append(megabytes)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(store, "check_writable", refuse)
+    counts = []
+    for width in (16, 256):
+        config = replace(tiny, width=width)
+        counts.append(parameter_count(Tokenizer(config)))
+        with pytest.raises(UserError, match="disk is full"):
+            trial.prepare(config, store)
+    assert counts[1] > 100 * counts[0]
+    assert asked == [pytest.approx(50 + 2 * 20 * count / 2**20, abs=2) for count in counts]
 
 
 def test_a_commit_with_changed_files_carries_a_plus_sign(tmp_path, monkeypatch):
