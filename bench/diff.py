@@ -20,13 +20,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .cli import guarded
-from .files import UserError
-from .frames import CLOCKED, METRICS, differing, frame
-from .progress import stdout
-from .store import Run, Store
-
-LISTED = 8  # run ids that an error message names
+from bench.analysis.frames import CLOCKED, METRICS, differing, frame
+from bench.core.cli import guarded
+from bench.core.progress import stdout
+from bench.core.store import Run, Store
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m bench.diff", description=__doc__)
 
     def work() -> int:
-        show(find(options.run_a, options.results), find(options.run_b, options.results))
+        store = Store(options.results)
+        show(store.find(options.run_a), store.find(options.run_b))
         return 0
 
     return guarded(work)
-
-
-def find(name: str, results: Path) -> Run:
-    """The run that ``name`` means: a run folder, a run id below ``results``, or the beginning of one id only.
-
-    Raises UserError when there is none or several.
-    """
-    if (Path(name) / "config.json").is_file():
-        return Run(Path(name))
-    runs = [run for run in Store(results).runs() if run.folder.name.startswith(name)]
-    exact = [run for run in runs if run.folder.name == name]
-    if len(exact or runs) == 1:
-        return (exact or runs)[0]
-    if runs:
-        raise UserError(f"{name!r} is the beginning of {_listed(runs)}; give more of it")
-    for folder in (Path(name), results / "runs" / name):
-        if folder.is_dir():
-            raise UserError(f"{folder} has no config.json, so it is no run; name a folder like results/runs/RUN_ID")
-    raise UserError(f"unknown run {name!r}; below {results / 'runs'} there are {_listed(Store(results).runs())}")
-
-
-def _listed(runs: list[Run]) -> str:
-    return ", ".join([run.folder.name for run in runs[:LISTED]] + ["..."] * (len(runs) > LISTED)) or "none"
 
 
 def show(a: Run, b: Run) -> None:

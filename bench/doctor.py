@@ -18,12 +18,12 @@ from rich.text import Text
 
 from backbones import torchvision_repair
 from backbones.ssd import scan_backend
-
-from . import weights
-from .config import has_fast_bf16
-from .files import UserError, cache_dir
-from .progress import stdout
-from .store import Store
+from bench.core.environment import has_fast_bf16
+from bench.core.errors import UserError
+from bench.core.files import cache_dir
+from bench.core.progress import stdout
+from bench.core.store import Store
+from bench.metrics import weights
 
 FREE_GIGABYTES = 2
 

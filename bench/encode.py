@@ -15,12 +15,12 @@ from typing import Annotated
 import torch
 import tyro
 
-from .cli import guarded
-from .codes import encode, load_data
-from .files import UserError
-from .prior import find_tokenizer
-from .progress import stdout
-from .tokenizer import Tokenizer
+from bench.core.cli import guarded
+from bench.core.errors import UserError
+from bench.core.progress import stdout
+from bench.core.store import find_tokenizer
+from bench.priors.codes import encode, load_data
+from bench.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

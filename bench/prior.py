@@ -21,14 +21,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .cli import guarded
-from .files import UserError
-from .frames import PRIOR_METRICS
-from .prior_config import PriorConfig
-from .prior_trial import run_prior
-from .progress import console, say, stdout
-from .store import Run, Store
-from .train import Diverged
+from bench.analysis.frames import PRIOR_METRICS
+from bench.core.cli import guarded
+from bench.core.errors import Diverged, UserError
+from bench.core.progress import console, say, stdout
+from bench.core.store import Run, Store, find_tokenizer, known_tokenizers
+from bench.priors.config import PriorConfig
+from bench.priors.trial import run_prior
 
 # Metrics that the table shows, those of them that the runs have.
 COLUMNS = (
@@ -81,7 +80,7 @@ def work(arguments: list[str]) -> int:
     options = tyro.cli(PriorArguments, args=arguments, prog="python -m bench.prior", description=__doc__)
     tokenizers = [find_tokenizer(name, options.results) for name in options.tokenizer]
     if not tokenizers:
-        raise UserError(f"name the run of a tokenizer: {_known(options.results)}")
+        raise UserError(f"name the run of a tokenizer: {known_tokenizers(options.results)}")
     runs = [(run, prior, seed) for run in tokenizers for prior in options.prior for seed in options.seeds]
     for run, prior, seed in runs:
         options.config(run.folder.name, prior, seed).check()  # all of them, before any is trained
@@ -102,26 +101,6 @@ def work(arguments: list[str]) -> int:
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
     return int(failed)
-
-
-def find_tokenizer(name: str, results: Path) -> Run:
-    """The finished run that is called ``name``: a folder, or an id in ``results``. Raises UserError."""
-    folder = Path(name).resolve()
-    run = Run(folder) if (folder / "config.json").is_file() else Store(results.resolve()).named(name)
-    if run.finished and (run.folder / "tokenizer.safetensors").is_file():
-        return run
-    if not (run.folder / "config.json").is_file():
-        raise UserError(f"there is no tokenizer run {name!r}: {_known(results)}")
-    if run.folder.parent.name == "priors":
-        raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {_known(results)}")
-    if run.finished:
-        raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
-    raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
-
-
-def _known(results: Path) -> str:
-    names = [run.folder.name for run in Store(results).runs() if run.finished]
-    return f"{results} has {', '.join(names[:6])}" if names else f"{results} has none; train one with bench.run"
 
 
 def result_table(runs: list[Run]) -> Table:

@@ -19,17 +19,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-
-from . import weights
-from .cli import Arguments, guarded, parse
-from .config import Config
-from .costs import static_costs
-from .frames import METRICS, UNMATCHED, frame, unmatched
-from .progress import console, stdout
-from .store import Run, Store
-from .tokenizer import Tokenizer
-from .train import Diverged
-from .trial import run_trial
+from bench.analysis.frames import METRICS, UNMATCHED, frame, unmatched
+from bench.core.cli import guarded
+from bench.core.errors import Diverged
+from bench.core.progress import console, stdout
+from bench.core.store import Run, Store
+from bench.metrics import weights
+from bench.tokenizers.arguments import Arguments, parse
+from bench.tokenizers.config import Config
+from bench.tokenizers.costs import static_costs
+from bench.tokenizers.tokenizer import Tokenizer
+from bench.tokenizers.trial import run_trial
 
 
 @dataclass(frozen=True)

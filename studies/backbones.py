@@ -6,12 +6,9 @@
 More than one quantizer crosses all of them with all backbones.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("backbones", sweep={"quantizer": ("ema",)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

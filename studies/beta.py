@@ -6,12 +6,9 @@
 β weighs how strongly encoder outputs are pulled towards their codes (van den Oord et al. 2017, equation 3).
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("beta", sweep={"beta": (0.1, 0.25, 0.5, 1.0, 2.0)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

@@ -8,10 +8,7 @@
 above 400, and report that it takes longer to settle with more codes, smaller rates and larger β.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation(
     "celeba_sweep",
@@ -30,4 +27,4 @@ STUDY = Ablation(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

@@ -6,12 +6,9 @@
 Cells spend different bits per image: each K is ranked by itself, and all meet in the rate-distortion plot.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("codebook_size", sweep={"codebook_size": (64, 256, 1024, 4096)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

@@ -6,12 +6,9 @@
 Look at `sharpness` beside the distances: a tokenizer without an adversary scores well and looks soft.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("gan_weight", sweep={"gan_weight": (0.0, 0.1, 0.3, 1.0)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

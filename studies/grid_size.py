@@ -6,12 +6,9 @@
 Cells spend different bits per image: each grid is ranked by itself, and all meet in the rate-distortion plot.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("grid_size", sweep={"grid_size": (1, 2, 4, 8, 16)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

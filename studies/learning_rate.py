@@ -3,12 +3,9 @@
 python -m studies.learning_rate --backbone cnn vit mamba --seeds 0 1 2
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.study import main
+from bench.study import Ablation, main
 
 STUDY = Ablation("learning_rate", sweep={"lr": (3e-4, 1e-3, 2e-3, 5e-3)})
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

@@ -7,13 +7,9 @@ Backbones have as many parameters as each other, and so have priors. The report 
 how far its images are from real ones.
 """
 
-import sys
-
-from bench.plan import Ablation
-from bench.priors import PRIORS
-from bench.study import main
+from bench.study import PRIORS, Ablation, main
 
 STUDY = Ablation("priors", sweep={"grid_size": (4, 8, 16)}, priors=tuple(PRIORS))
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

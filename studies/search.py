@@ -8,10 +8,7 @@ Every backbone has a study and a budget of its own. With one metric, a trial is 
 than the median of earlier trials at the same step. The report draws the Pareto fronts of whatever was tried.
 """
 
-import sys
-
-from bench.plan import Range, Search
-from bench.study import main
+from bench.study import Range, Search, main
 
 STUDY = Search(
     "search",
@@ -25,4 +22,4 @@ STUDY = Search(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY, __doc__))
+    raise SystemExit(main(STUDY, __doc__))

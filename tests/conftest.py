@@ -13,9 +13,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from bench.config import Config, make_config
+from bench.core.files import cache_dir
 from bench.data import Data
-from bench.files import cache_dir
+from bench.tokenizers.config import Config, make_config
 
 
 @pytest.fixture
@@ -53,5 +53,5 @@ def trial_data(images, monkeypatch, tmp_path) -> Data:
     folder.mkdir()
     (folder / "weights").symlink_to(weights)
     monkeypatch.setenv("VQBENCH_CACHE", str(folder))
-    monkeypatch.setattr("bench.trial.load", lambda data, image_size: images)
+    monkeypatch.setattr("bench.tokenizers.trial.load", lambda data, image_size: images)
     return images

@@ -6,9 +6,9 @@ from dataclasses import asdict
 import numpy as np
 from PIL import Image
 
-from bench.config import Config, make_config
-from bench.prior_config import PriorConfig
-from bench.store import Run, Store
+from bench.core.store import Run, Store
+from bench.priors.config import PriorConfig
+from bench.tokenizers.config import Config, make_config
 
 SIDE = 8  # pixels of a fabricated sample picture
 MACHINE = {"commit": "abc", "processor": "x", "threads": 2}

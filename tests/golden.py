@@ -23,17 +23,17 @@ import torch
 import tyro
 
 from backbones import BACKBONES
-from bench.codes import Codes
-from bench.config import PROTOCOL_VERSION, Config, make_config
 from bench.data import photographs
-from bench.evaluate import PatchKMeans, score
-from bench.generate import rate
 from bench.metrics import ImageSet
-from bench.prior_config import PRIOR_VERSION, PriorConfig
-from bench.priors import PRIORS
+from bench.priors.codes import Codes
+from bench.priors.config import PRIOR_VERSION, PriorConfig
+from bench.priors.generate import rate
+from bench.priors.models import PRIORS
+from bench.priors.train import train_prior
 from bench.quantizers import QUANTIZERS
-from bench.train import train
-from bench.train_prior import train_prior
+from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
+from bench.tokenizers.evaluate import PatchKMeans, score
+from bench.tokenizers.train import train
 
 PATH = Path(__file__).with_suffix(".json")
 Values = dict[str, float]

@@ -8,47 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    "files": 0,
-    "progress": 0,
-    "losses": 0,
-    "codebook": 0,
-    "adapters": 0,
-    "quantizers": 0,
-    "weights": 0,
-    "metrics": 0,
-    "data": 0,
-    "config": 0,
-    "priors": 0,
-    "prior_config": 0,
-    "discriminator": 1,
-    "tokenizer": 1,
-    "costs": 2,
-    "evaluate": 2,
-    "train": 2,
-    "codes": 2,
-    "train_prior": 3,
-    "generate": 3,
-    "store": 3,
-    "plots": 3,
-    "trial": 3,
-    "prior_trial": 3,
-    "child": 4,
-    "frames": 3,
-    "statistics": 4,
-    "charts": 4,
-    "report": 4,
-    "match": 3,
-    "plan": 4,
-    "index": 4,
-    "cli": 4,
-    "run": 4,
-    "prior": 4,
-    "encode": 4,
-    "diff": 4,
-    "study": 5,
-    "doctor": 4,
-}
+# A room imports from itself and from those before it; commands import from all rooms, and from no other command.
+ROOMS = ("core", "data", "metrics", "quantizers", "training", "tokenizers", "priors", "analysis", "sweeps")
 MODULES = sorted((ROOT / "bench").glob("**/*.py")) + sorted((ROOT / "backbones").glob("*.py"))
 
 
@@ -66,23 +27,38 @@ def imports(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in ("bench", "backbones", "studies", "optuna")}
 
 
+def room_of(module: str) -> int:
+    """Place in ROOMS of a module of bench; a command's is after all of them."""
+    parts = module.split(".")
+    return ROOMS.index(parts[1]) if len(parts) > 1 and parts[1] in ROOMS else len(ROOMS)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
-    found = imports(path)
-    if path.parent.name == "backbones":
-        assert not any(name.startswith(("bench", "studies", "optuna")) for name in found)
-        return
+    """backbones know nobody, rooms only those before them, and Optuna is known to the room of sweeps alone."""
+    found, here = imports(path), ".".join(path.relative_to(ROOT).with_suffix("").parts)
     assert not any(name.startswith("studies") for name in found)
-    assert path.stem == "index" or not any(name.startswith("optuna") for name in found)
-    if path.stem == "__init__":
+    if here.startswith("backbones"):
+        assert not any(name.startswith(("bench", "optuna")) for name in found)
         return
-    here = FLOORS[
-        path.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
-    ]  # a KeyError here: give the new module its floor
+    assert here.startswith("bench.sweeps.") or not any(name.startswith("optuna") for name in found)
     for name in found:
-        parts = name.split(".")
-        if parts[0] == "bench" and len(parts) > 1:
-            assert FLOORS[parts[1]] <= here, f"{path.name} on floor {here} imports {name}"
+        if name.startswith("bench."):
+            assert room_of(name) <= room_of(here), f"{here} imports {name}"
+            assert room_of(name) < len(ROOMS) or here == "bench.__init__", f"{here} imports the command {name}"
+
+
+def test_the_house_shows_its_rooms_and_commands():
+    """Whatever else lies in bench/ needs a place in this list, or in a room."""
+    commands = {"run", "prior", "encode", "study", "report", "diff", "doctor"}
+    there = {path.stem for path in (ROOT / "bench").iterdir() if not path.name.startswith("__")}
+    assert there - {"training"} == {*ROOMS, *commands} - {"training"}
+
+
+def test_a_study_file_needs_one_import():
+    for path in (ROOT / "studies").glob("[a-z]*.py"):
+        statements = ast.parse(path.read_text()).body
+        assert sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements) == 1, path
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

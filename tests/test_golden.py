@@ -2,10 +2,11 @@
 
 import json
 
-import golden
 import pytest
 import torch
-from golden import CASES, PATH, same, versions
+
+from tests import golden
+from tests.golden import CASES, PATH, same, versions
 
 STORED = json.loads(PATH.read_text(encoding="utf-8"))
 

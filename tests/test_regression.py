@@ -3,10 +3,10 @@
 import pytest
 
 from backbones import BACKBONES
-from bench.config import make_config
-from bench.store import Store
-from bench.tokenizer import Tokenizer
-from bench.trial import run_trial
+from bench.core.store import Store
+from bench.tokenizers.config import make_config
+from bench.tokenizers.tokenizer import Tokenizer
+from bench.tokenizers.trial import run_trial
 
 # A dB below the worst of three seeds in float32 on a CPU, which lie between 21.6 and 22.2 dB (cnn), 20.4 and 21.6
 # (convnext), 23.3 and 23.6 (vit), 23.1 and 23.5 (mamba), 21.5 and 23.2 (bimamba), 22.7 and 23.3 (hybrid). Of the same

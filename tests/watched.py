@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import train as module
-from bench.config import Config
 from bench.quantizers import Quantized
-from bench.tokenizer import Tokenizer
+from bench.tokenizers import train as module
+from bench.tokenizers.config import Config
+from bench.tokenizers.tokenizer import Tokenizer
 
 
 class Crash(BaseException):

@@ -46,7 +46,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from bench.progress import Bar
+from bench.core.progress import Bar
 
 ROOT = Path(__file__).parents[2]
 NOT_COPIED = (".git", ".venv", "*.egg-info", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs")

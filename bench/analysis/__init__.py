@@ -1,0 +1,1 @@
+"""Many runs as tables, verdicts, charts and reports; what may be compared with what."""

@@ -1,0 +1,289 @@
+"""Which differences between runs are more than seed noise, said in words and with a bounded rate of false verdicts.
+
+Rows of one block (see frames.blocks) are compared: backbones with each other, or the values of a swept setting with a
+reference value. The unit of evidence is the seed: a paired t test over seeds, Holm's correction over all comparisons
+of a call, and, as a second witness, a paired bootstrap over the validation images.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bench.core.store import Run
+from bench.tokenizers.config import Config
+
+from .frames import METRICS, settings
+
+COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
+LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
+FEWEST = 3  # paired seeds for an interval and a test
+IMAGE_SEEDS = 3  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened
+RESAMPLES = 2000
+SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; presets agree within 5 %
+LISTED = 6  # values of a setting that a sentence lists; of more it gives the range
+
+Interval = tuple[float, float]
+Reader = Callable[[str], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say about ``a`` against ``b``: two backbones, or two values of a setting such as ``beta=0.25``.
+
+    ``within`` says where: the backbone whose setting is compared, or the swept settings that two backbones share
+    ("over beta 0.25, 1"), which are averaged. ``n`` is the number of paired seeds, ``difference`` the mean over them of
+    a - b in the metric's unit (nan without a pair), ``interval`` its 95 % t interval. ``image_interval`` is the 95 %
+    percentile interval of the same difference over resampled images, of the first IMAGE_SEEDS seeds (None where runs
+    have no scores per image). ``p`` is the Holm-adjusted p-value. Interval, image interval and p are None below FEWEST
+    seeds. The intervals are of this one comparison, not adjusted.
+
+    ``better`` is ``a``, ``b`` or None, not distinguishable: see ``backbone_verdicts`` for the rule.
+    """
+
+    metric: str
+    a: str
+    b: str
+    within: str
+    n: int
+    difference: float
+    interval: Interval | None
+    image_interval: Interval | None
+    p: float | None
+    better: str | None
+
+    def sentence(self) -> str:
+        """The verdict in words, the better one first; numbers to two digits of the interval's width."""
+        place, label = f"{self.within}: " if self.within else "", METRICS[self.metric].label
+        if self.n == 0:
+            return f"{place}{self.a} and {self.b} share no seed and setting"
+        seeds = f"{self.n} paired seed{'s' if self.n > 1 else ''}"
+        if self.interval is None:
+            few = f"{seeds}: too few for an interval ({FEWEST} needed)"
+            if self.difference == 0:
+                return f"{place}{self.a} and {self.b} equal in {label} on {few}"
+            lower = "lower" if self.difference < 0 else "higher"
+            return f"{place}{self.a} {self._number(abs(self.difference))} {label} {lower} than {self.b} on {few}"
+        sign = 1
+        if self.better is None:
+            claim = f"{self.a} and {self.b} not distinguishable in {label}: difference"
+        else:
+            other = self.b if self.better == self.a else self.a
+            claim, sign = f"{self.better} better than {other} by", -1 if self.difference < 0 else 1
+        number, unit = self._number(sign * self.difference), f" {label}" if self.better else ""
+        words = f"{place}{claim} {number}{unit} {self._range(self.interval, sign)}, {seeds}"
+        if self.better is None and not self.interval[0] <= 0 <= self.interval[1]:
+            words += f", p {self.p:.2g} after Holm's correction"
+        return words + (f"; over images {self._range(self.image_interval, sign)}" if self.image_interval else "")
+
+    def _range(self, interval: Interval, sign: int) -> str:
+        low, high = sorted(sign * end for end in interval)
+        return f"[{self._number(low)}, {self._number(high)}]"
+
+    def _number(self, value: float) -> str:
+        low, high = self.interval or (0, self.difference)
+        width = abs(high - low) or abs(self.difference)
+        digits = int(METRICS[self.metric].form[1:-1])
+        if width:
+            digits = max(digits, 1 - math.floor(math.log10(width)))
+        return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus sign before a zero
+
+
+class _Pair(NamedTuple):
+    """Two sides by name and by cells: mean scores and run folders per (seed, setting).
+
+    ``within`` is where they are compared; "" when ``settings``, number → values, are to say it.
+    """
+
+    a: str
+    b: str
+    cells_a: pd.DataFrame
+    cells_b: pd.DataFrame
+    within: str
+    settings: pd.DataFrame
+
+
+def backbone_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
+    """Every pair of backbones in a block, per metric; ``metrics`` are keys of METRICS that have a direction.
+
+    What is paired: runs with equal seed and equal swept settings (``frames.settings``). Width and depth do not mean the
+    same in two backbones: where they were swept, models of equal budget are paired, parameters within 10 %. The scores
+    of a seed are averaged over the settings that both backbones have *in every counted seed*. When runs are missing,
+    the counted seeds and settings are the complete rectangle with the most pairs of runs, of equally many the one with
+    most seeds, and one with at least FEWEST seeds before any other. Everything outside it is ignored. Runs that differ
+    in precision or device alone are averaged into one, so that they do not count as further evidence. Missing scores
+    are left out.
+
+    The rule: ``a`` is better than ``b`` only if the Holm-adjusted p-value of the paired t test over seeds is below 0.05
+    *and*, where there are scores per image, the bootstrap interval over images (Efron & Tibshirani 1993, ch. 13) lies
+    on the same side of 0. A family is all comparisons of one call in one metric; Holm's procedure (1979) keeps the
+    probability of any false verdict in it at most 5 %, and the second condition can only lower it. Several metrics are
+    several families. The t test assumes that differences between seeds are normal, which no test can check on so few;
+    counts such as dead codes are not. A difference that is the same in every seed has p = 0, the limit of the t test,
+    or p = 1 when it is zero, as between identical runs.
+    """
+    by = [name for name in settings(block) if name not in ("width", "depth")]
+    if len(by) < len(settings(block)):
+        by.append("M parameters")
+        block = block.assign(**{"M parameters": _budgets(block.params)})
+    block, known = _coded(block, by)
+    sides = _sides(block, "backbone", metrics)
+    return _verdicts([_Pair(a, b, sides[a], sides[b], "", known) for a, b in combinations(sides, 2)], metrics)
+
+
+def setting_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
+    """Within each backbone, every value of every swept setting against a reference value, per metric.
+
+    The reference is the Config field's default where it was run, else the smallest value. Other swept settings are
+    paired and averaged, seeds counted and verdicts reached as in ``backbone_verdicts``.
+    """
+    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
+    swept, pairs = settings(block), []
+    for name in swept:
+        coded, known = _coded(block, [other for other in swept if other != name])
+        for backbone, rows in coded.groupby("backbone"):
+            sides = _sides(rows, name, metrics)
+            default = defaults[name] if defaults.get(name) in sides else min(sides)
+            for value in sides:
+                if value != default:
+                    names = f"{name}={_text(value)}", f"{name}={_text(default)}"
+                    pairs.append(_Pair(*names, sides[value], sides[default], backbone, known))
+    return _verdicts(sorted(pairs, key=lambda pair: pair.within), metrics)  # stable: one backbone after the other
+
+
+def _budgets(parameters: pd.Series) -> pd.Series:
+    """The typical parameter count, in millions, of the models that differ by no more than SAME_BUDGET from the next."""
+    ordered = parameters.sort_values()
+    group = (ordered.pct_change() > SAME_BUDGET - 1).cumsum()
+    return ordered.groupby(group).transform("median").map(lambda count: float(f"{count / 1e6:.3g}"))
+
+
+def _coded(block: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``block`` with a column ``setting`` that numbers the combinations of ``by``, and a table number → values."""
+    coded = block.assign(setting=block.groupby(by, dropna=False).ngroup() if by else 0)
+    return coded, coded.drop_duplicates("setting").set_index("setting")[by]
+
+
+def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, pd.DataFrame]:
+    """Cells of every value of ``column``, in its order."""
+    groups = rows.groupby([column, "seed", "setting"])
+    means = groups[[metric for metric in metrics if metric in rows]].mean()
+    cells = means.assign(folders=groups["folder"].agg(list))
+    return {value: part.droplevel(column) for value, part in cells.groupby(level=column)}
+
+
+def _verdicts(pairs: list[_Pair], metrics: Sequence[str]) -> list[Verdict]:
+    """One family of verdicts per metric; each file of per-image scores is read at most once."""
+
+    @functools.cache
+    def read(folder: str) -> dict[str, np.ndarray]:
+        return Run(Path(folder)).per_image()
+
+    return [verdict for metric in metrics for verdict in _family(pairs, metric, read)]
+
+
+def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
+    pairs = [pair for pair in pairs if _has(pair.cells_a, metric) and _has(pair.cells_b, metric)]
+    tables = [_shared(pair, metric) for pair in pairs]
+    tests = {i: _paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
+    p_values = dict(zip(tests, _holm([p for _, p in tests.values()]), strict=True))
+    images = {i: _image_differences(pairs[i], tables[i], metric, read) for i in tests}
+    image_intervals = _image_intervals({i: values for i, values in images.items() if values is not None})
+
+    for i, (pair, table) in enumerate(zip(pairs, tables, strict=True)):
+        if table.empty and any(len(other) for other in tables):
+            continue  # share no seed and setting: worth a word only if no pair does
+        difference = float(table.mean(axis=1).mean()) if len(table) else math.nan
+        interval, image_interval, p = tests.get(i, (None,))[0], image_intervals.get(i), p_values.get(i)
+        witnessed = image_interval is None or all(difference * end > 0 for end in image_interval)
+        better = None
+        if p is not None and p < LEVEL and witnessed:
+            better = pair.a if (difference < 0) == (METRICS[metric].better == "lower") else pair.b
+        within = pair.within or _described(pair.settings.loc[table.columns])
+        numbers = len(table), difference, interval, image_interval, p
+        yield Verdict(metric, pair.a, pair.b, within, *numbers, better)
+
+
+def _has(cells: pd.DataFrame, metric: str) -> bool:
+    return metric in cells and cells[metric].notna().any()
+
+
+def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
+    """Differences a - b that count: seeds × settings, none missing; empty when nothing is shared."""
+    shared = pair.cells_a.index.intersection(pair.cells_b.index)
+    if shared.empty:  # the usual case in a search, whose trials agree in nothing
+        return pd.DataFrame()
+    differences = pair.cells_a[metric].loc[shared] - pair.cells_b[metric].loc[shared]
+    table = differences.dropna().unstack("setting").sort_index()
+    counts = table.notna().sum()  # seeds of each setting
+    rectangles = [table.loc[:, counts >= least].dropna() for least in counts.unique()]
+    return max(rectangles, key=lambda found: (min(len(found), FEWEST), found.size, len(found)), default=table)
+
+
+def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
+    """95 % interval and two-sided p-value of a paired t test over ``differences`` (n,); see backbone_verdicts for
+    differences without spread."""
+    mean, error = float(differences.mean()), float(stats.sem(differences))
+    if error <= 1e-12 * abs(mean):  # equal up to rounding
+        return (mean, mean), float(mean == 0)
+    low, high = stats.t.interval(1 - LEVEL, len(differences) - 1, loc=mean, scale=error)
+    return (float(low), float(high)), float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+
+
+def _holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment. statsmodels has it too, but collects garbage at each call: 0.3 s beside torch."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted.tolist()
+
+
+def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Reader) -> np.ndarray | None:
+    """Differences a - b of every image (N,), averaged over the settings and first seeds of ``table``; None when a run
+    has no such scores."""
+    cells = pd.MultiIndex.from_product([table.index[:IMAGE_SEEDS], table.columns])
+    means = []
+    for side in (pair.cells_a, pair.cells_b):
+        scores = [[read(folder).get(metric) for folder in folders] for folders in side["folders"].loc[cells]]
+        if any(row is None for rows in scores for row in rows):
+            return None
+        means.append(np.mean([np.mean(rows, axis=0, dtype=np.float64) for rows in scores], axis=0))
+    return means[0] - means[1]
+
+
+def _image_intervals(differences: dict[int, np.ndarray]) -> dict[int, Interval]:
+    """95 % percentile bootstrap interval of the mean of each row (N,); all rows see the same resampled images."""
+    if not differences:
+        return {}
+    rows = np.stack(list(differences.values()))
+    batch = max(1, 2_000_000 // rows.size)  # resamples held in memory at a time
+    options = {"n_resamples": RESAMPLES, "batch": batch, "confidence_level": 1 - LEVEL, "method": "percentile"}
+    found = stats.bootstrap((rows,), np.mean, axis=-1, **options, rng=np.random.default_rng(0)).confidence_interval
+    ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
+    return dict(zip(differences, ends, strict=True))
+
+
+def _described(values: pd.DataFrame) -> str:
+    """What was averaged over: "over beta 0.25, 1; codebook_size 256"; nothing when nothing was swept."""
+    parts = []
+    for name in values:
+        several = sorted(values[name].unique())
+        listed = ", ".join(map(_text, several))
+        if len(several) > LISTED:
+            listed = f"{_text(several[0])} to {_text(several[-1])} ({len(several)} values)"
+        parts.append(f"{name} {listed}")
+    return f"over {'; '.join(parts)}" if parts and len(values) else ""
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

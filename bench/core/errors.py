@@ -1,0 +1,16 @@
+"""How a run can end otherwise than with scores, as exceptions that every room knows."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence with the offending value and the fix.
+
+    Command lines print it after ``error:`` without a traceback and exit with code 2.
+    """
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite. The message names the step and the settings to change."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; the checkpoint is written and the same command continues it."""

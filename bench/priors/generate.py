@@ -1,0 +1,243 @@
+"""Generate images through a tokenizer from a prior, and score them: rate, distance to real images, copying, speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.core.files import atomic_path, cache_dir
+from bench.core.progress import Bar
+from bench.data import Data, eval_batches
+from bench.metrics import ImageSet, full_precision, to_uint8, weights
+from bench.tokenizers.costs import flops
+from bench.tokenizers.tokenizer import Tokenizer, parameter_count
+
+from .codes import Codes
+from .config import PRIOR_VERSION, PriorConfig
+from .models import Prior
+from .models.independent import PSEUDOCOUNT, Independent
+
+BATCH = 64  # grids to score or decode at a time
+LOGITS = 1 << 25  # numbers to hold of them at once
+SAMPLE_BATCH = 256  # grids to sample at a time: one step is little work for each
+NEAREST_SIDE = 32  # pixels of the images among which neighbours are looked for
+NEAREST_IMAGES = 50_000  # of the training set, evenly spaced, at most
+SHOWN = 64  # samples in the picture
+TRIED = 16  # grids to measure by how much sampling step by step is faster
+
+
+class Generated(NamedTuple):
+    """What a prior gave.
+
+    metrics by name; codes (n, h, w) int64 and the first SHOWN of them as images (n, H, W, 3) uint8; neighbours: the
+    training image nearest to each of those, the same shape.
+    """
+
+    metrics: dict[str, float]
+    codes: np.ndarray
+    images: np.ndarray
+    neighbours: np.ndarray
+
+
+def score_prior(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    codes: Codes,
+    data: Data,
+    config: PriorConfig,
+    known: dict[str, float],
+    fid_weights: Path | None,
+) -> Generated:
+    """Everything that is measured of a trained prior, in float32, on the validation set and ``config.samples`` images.
+    ``known``: what ``references`` gave.
+
+    ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
+    where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
+    ``recall_vgg16`` compare the samples with all validation images. ``nearest_train_psnr``: median PSNR of a sample to
+    its nearest training image. ``copies``: share of samples nearer to a training image than 95 % of reconstructed
+    validation images, which cannot be copies, are; so 0.05 is innocent.
+    """
+    device, pixels = torch.device(config.device), tokenizer.config.image_size**2
+    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.val), dtype=int)
+    labels = codes.train_labels if prior.classes else None
+    own = None if labels is None else labels[evenly]
+    with full_precision(device):
+        bits = rate(prior, codes.val, codes.val_labels, labels)
+        metrics = {
+            "coded_bits_per_token": bits,
+            "coded_bits_per_image": tokens * bits,
+            "coded_bits_per_pixel": tokens * bits / pixels,
+            "coded_bits_per_token_train": rate(prior, codes.train[evenly], own, labels),
+            "params_prior": parameter_count(prior),
+            "flops_prior": whole_grid_flops(prior),
+            "sampling_speedup": speedup(prior, config),
+        }
+        began = time.monotonic()
+        grids = draw(prior, config, labels)
+        samples = decode(tokenizer, grids, config.device)
+        metrics["images_per_second_sample"] = config.samples / (time.monotonic() - began)
+    real = real_features(data, config.device, fid_weights)
+    metrics |= ImageSet.of(_bar(samples, "scoring samples"), device, fid_weights).distances(real)
+    psnr, rows = nearest(samples, data.train, config.device)
+    metrics["nearest_train_psnr"] = float(psnr.median())
+    metrics["copies"] = float((psnr > known["nearest_val_psnr_95"]).float().mean())
+    shown = samples[:SHOWN].permute(0, 2, 3, 1).numpy()
+    return Generated(metrics, grids.numpy(), shown, data.train[rows[:SHOWN].numpy()])
+
+
+@torch.inference_mode()
+def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_labels: np.ndarray | None) -> float:
+    """Mean −log₂ p of ``codes`` (N, h, w): bits per token. Where the prior is conditioned on their ``labels`` (N,),
+    these are coded too, with the frequencies of ``train_labels``."""
+    device = next(iter(prior.state_dict().values())).device
+    count = max(1, min(BATCH, LOGITS // (codes[0].size * prior.codebook_size)))
+    total = 0.0
+    for start in range(0, len(codes), count):
+        grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
+        given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
+        total += float(prior.nll(grids, given).double().sum())
+    if prior.classes:
+        weights = np.bincount(train_labels, minlength=prior.classes) + PSEUDOCOUNT
+        total -= float(np.log(weights / weights.sum())[labels].sum())
+    return total / codes.size / math.log(2)
+
+
+def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> Tensor:
+    """``config.samples`` grids (n, h, w) int64 on the CPU. Labels, if there are any, are drawn as the training set has
+    them."""
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    labels = None
+    if train_labels is not None:
+        picked = np.random.default_rng(config.seed).integers(0, len(train_labels), config.samples)
+        labels = torch.from_numpy(train_labels[picked]).to(config.device)
+    drawn = []
+    with Bar("sampling", config.samples) as bar:
+        for start in range(0, config.samples, SAMPLE_BATCH):
+            count = min(SAMPLE_BATCH, config.samples - start)
+            given = None if labels is None else labels[start : start + count]
+            drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given).cpu())
+            bar.advance(count)
+    return torch.cat(drawn)
+
+
+def whole_grid_flops(prior: Prior) -> int:
+    """FLOPs (see ``costs.flops``) of the logits of one whole grid, as training and scoring compute them."""
+    codes = torch.zeros(1, prior.grid_size, prior.grid_size, dtype=torch.int64)
+    return flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
+
+
+@torch.inference_mode()
+def speedup(prior: Prior, config: PriorConfig) -> float:
+    """How many times faster ``sample`` is than a forward pass over the whole grid for each of its positions."""
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    labels = torch.zeros(TRIED, dtype=torch.int64, device=config.device) if prior.classes else None
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        codes = prior.sample(TRIED, generator, labels=labels)
+        codes.cpu()  # waits for the device
+        middle = time.monotonic()
+        prior.logits(codes, labels).sum().cpu()
+        steps, whole = middle - began, time.monotonic() - middle
+    return codes[0].numel() * whole / steps
+
+
+@torch.inference_mode()
+def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
+    """Images of ``grids`` (n, h, w) int64: (n, 3, H, W) uint8 on the CPU."""
+    return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
+
+
+def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
+    """Features of the validation images: computed once for a data set, then cached."""
+    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
+    key = f"{data.fingerprint[:16]}-{digests}-{device.partition(':')[0]}"
+    path = cache_dir() / "references" / f"features-{key}.npz"
+    if not path.exists():
+        real = ImageSet.of(_bar(data.val, "features of validation images"), device, fid_weights)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, vgg=real.vgg.numpy(), inception=real.inception.numpy())
+    with np.load(path) as stored:
+        return ImageSet(torch.from_numpy(stored["vgg"]), torch.from_numpy(stored["inception"]))
+
+
+def references(
+    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, folder: Path, fid_weights: Path | None
+) -> dict[str, float]:
+    """What every prior over these codes is read against, computed once and kept in ``folder``.
+
+    ``coded_bits_per_token_independent``: the rate with the histogram of each position, the floor. ``*_real``: scores of
+    real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with the codes of each
+    grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed
+    validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
+    """
+    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
+    key = f"v{PRIOR_VERSION}-{config.samples}-{digests}-{config.device.partition(':')[0]}"
+    path = folder / f"references-{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
+    grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
+    shuffled = np.random.default_rng(0).permuted(grids.reshape(count, -1), axis=1).reshape(grids.shape)
+    real, found = real_features(data, config.device, fid_weights), {}
+    for name, chosen in {"real": grids, "shuffled": shuffled}.items():
+        with full_precision(torch.device(config.device)):
+            images = decode(tokenizer, torch.from_numpy(chosen), config.device)
+        scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
+        scores["nearest_train_psnr"] = float(nearest(images, data.train, config.device)[0].median())
+        found |= {f"{metric}_{name}": value for metric, value in scores.items()}
+    with full_precision(torch.device(config.device)):
+        images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
+    floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
+    floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
+    found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.val, None, None)
+    psnr = nearest(images, data.train, config.device)[0]
+    found |= {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
+    return found
+
+
+@torch.inference_mode()
+def nearest(images: Tensor, train: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+    """PSNR (n,) in dB of uint8 ``images`` (n, 3, H, W) to their nearest training images, and the rows (n,) of those.
+
+    Nearest in mean squared error, and scored, at 32×32 pixels (box-filtered) where images are larger; mirror images
+    count too. One GEMM of n × N × 3072 for each of the two; NEAREST_IMAGES bounds N.
+    """
+    pool = np.linspace(0, len(train) - 1, min(len(train), NEAREST_IMAGES), dtype=int)
+
+    def shrink(x: Tensor) -> Tensor:
+        x = x.to(device).float()
+        return F.interpolate(x, size=NEAREST_SIDE, mode="area") if x.shape[-1] > NEAREST_SIDE else x
+
+    queries = torch.cat([shrink(part) for part in images.split(BATCH)]).flatten(1)
+    least = torch.full((len(queries),), torch.inf, device=queries.device)
+    rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(pool), 1024):
+        part = pool[start : start + 1024]
+        x = shrink(torch.from_numpy(train[part]).permute(0, 3, 1, 2))
+        for candidates in (x, x.flip(-1)):
+            distance, row = torch.cdist(queries, candidates.flatten(1)).min(1)
+            closer = distance < least
+            least = torch.where(closer, distance, least)
+            rows = torch.where(closer, torch.from_numpy(part).to(rows.device)[row], rows)
+    error = least.square() / queries.shape[1]
+    return (20 * math.log10(255) - 10 * error.clamp_min(1e-3).log10()).cpu(), rows.cpu()
+
+
+def _bar(images: Tensor | np.ndarray, label: str) -> Iterator[Tensor]:
+    """Batches of images with a progress bar; (N, H, W, 3) arrays or (N, 3, H, W) tensors."""
+    batches = images.split(BATCH) if isinstance(images, Tensor) else eval_batches(images, BATCH)
+    with Bar(label, len(images)) as bar:
+        for x in batches:
+            yield x
+            bar.advance(len(x))

@@ -1,0 +1,26 @@
+"""Priors over grids of codes, chosen by name: with one, a tokenizer generates images.
+
+To add one: write ``bench/priors/NAME.py`` with a sibling of ``Prior`` and add a line to ``PRIORS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from .independent import Independent
+from .pixelcnn import PixelCNN
+from .prior import Prior
+from .sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer, SequencePrior
+
+__all__ = ["LEARNED", "PRIORS", "Prior"]
+
+# Learned priors are built as (codebook_size, grid_size, width, depth, dropout, classes)
+LEARNED: dict[str, Callable[..., Prior]] = {
+    "pixelcnn": PixelCNN,
+    "rnn": partial(SequencePrior, RecurrentLayer),
+    "transformer": partial(SequencePrior, CausalTransformerLayer),
+    "mamba": partial(SequencePrior, CausalMambaLayer),
+}
+# ... and the floor under them as (codebook_size, grid_size, classes)
+PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}

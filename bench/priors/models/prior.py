@@ -1,0 +1,103 @@
+"""What priors are: a distribution over grids of codes, read one code after the other in raster order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.core.errors import UserError
+
+
+class Prior(nn.Module):
+    """p(codes) = Π p(code_i | codes before i in raster order, label): the interface, and what all of them share.
+
+    codebook_size: K ≥ 1. grid_size: side of the grid, h = w. classes: how many labels there are; 0 is unconditional.
+    Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position at a time.
+    """
+
+    def __init__(self, codebook_size: int, grid_size: int, classes: int = 0):
+        super().__init__()
+        self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
+
+    def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Unnormalised log p of every code at every position, given those before it.
+
+        codes (B, h, w) int64 in [0, K), labels (B,) int64 in [0, classes) → (B, h, w, K).
+        """
+        raise NotImplementedError
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``logits``."""
+        return self.logits(codes, labels)
+
+    def start(self, labels: Tensor | None, count: int) -> Any:
+        """What ``step`` knows before the first code of ``count`` grids."""
+        raise NotImplementedError
+
+    def step(self, position: int, before: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        """Logits (B, K) at ``position`` (raster order, from 0) given the code at the one before, (B,) int64 (None at
+        0), and the state that the call for it returned. Equal to ``logits`` there."""
+        raise NotImplementedError
+
+    def nll(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """−ln p of every code given those before it, in nats: (B, h, w) int64 → (B, h, w) float32.
+
+        Raises UserError on codes of another grid or codebook, and on labels that do not fit.
+        """
+        self._check(codes, labels)
+        logits = self.logits(codes, labels).float()
+        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Draws ``n`` grids: (n, h, w) int64. A function of the weights and of ``generator``, on the prior's device.
+
+        temperature: logits are divided by it; below 1 likely codes become likelier. top_k: only so many likeliest codes
+        can be drawn; 0 is all. labels: (n,) int64. Raises UserError on a temperature that is not above 0 or a negative
+        top_k.
+        """
+        if not temperature > 0:
+            raise UserError(f"temperature is {temperature:g}; it must be above 0 (small ones pick the likeliest code)")
+        if top_k < 0:
+            raise UserError(f"top_k is {top_k}; it must be 0 (all codes) or more")
+        self._check_labels(labels, n)
+        state, before, drawn = self.start(labels, n), None, []
+        for position in range(self.grid_size**2):
+            logits, state = self.step(position, before, state)
+            logits = logits.float() / temperature
+            if 0 < top_k < self.codebook_size:
+                likeliest = logits.topk(top_k)  # not a threshold: of equally likely codes some have to go
+                logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
+            before = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+            drawn.append(before)
+        return torch.stack(drawn, 1).view(n, self.grid_size, self.grid_size)
+
+    def _check(self, codes: Tensor, labels: Tensor | None) -> None:
+        if codes.shape[1:] != (self.grid_size, self.grid_size):
+            grids = [f"{'×'.join(map(str, side))}" for side in (codes.shape[1:], (self.grid_size, self.grid_size))]
+            raise UserError(f"the codes are grids of {grids[0]} and this prior is for {grids[1]}; train one for them")
+        # not in training: there a GPU would have to be waited for
+        if not self.training and codes.numel() and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+            raise UserError(
+                f"the codes reach {int(codes.max())} and this prior knows {self.codebook_size}; they are of another "
+                "tokenizer"
+            )
+        self._check_labels(labels, len(codes))
+
+    def _check_labels(self, labels: Tensor | None, count: int) -> None:
+        if (labels is None) == bool(self.classes):
+            raise UserError(f"this prior has {self.classes} classes; labels were {'not ' * (labels is None)}given")
+        if labels is None or self.training:
+            return
+        if len(labels) != count or not 0 <= labels.min() <= labels.max() < self.classes:
+            raise UserError(f"there must be {count} labels from 0 to {self.classes - 1}, one for each grid")

@@ -1,0 +1,200 @@
+"""One trial in a process of its own, so that a crash, a lack of memory or a time-out costs that trial and nothing else.
+
+The child is forked from a server process that has everything imported (import takes longer than a small trial). Its
+output goes to ``log.txt`` in the run's folder; it stops by itself, with a checkpoint, when its parent dies.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from bench.core.environment import environment
+from bench.core.errors import Diverged, Interrupted, UserError
+from bench.core.store import Busy, NoSpace, Run, Store
+from bench.priors.config import PriorConfig
+from bench.priors.trial import run_prior
+from bench.tokenizers.config import Config
+from bench.tokenizers.trial import run_trial
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
+EXIT_CODES = {
+    **{"refused": 2, "diverged": 3, "out_of_memory": 4, "busy": 5, "crashed": 6, "blocked": 7},
+    "interrupted": 130,
+}
+NO_FAILURE = ("interrupted", "busy", "blocked")
+
+
+class Outcome(NamedTuple):
+    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (its folder cannot
+    be written) or a key of FAILURES."""
+
+    status: str
+    reason: str = ""
+
+
+Watch = Callable[[list[dict[str, float]]], str | None]
+
+
+def run_in_child(
+    config: Config | PriorConfig,
+    store: Store,
+    fid_weights: Path | None = None,
+    threads: int | None = None,
+    watch: Watch = lambda rows: None,
+    timeout: float | None = None,
+) -> Outcome:
+    """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
+
+    ``watch`` is called a few times a second with the rows that the run's history gained since; when it returns
+    "interrupted" or "pruned" the child is stopped and that is the outcome. After ``timeout`` seconds the outcome is
+    "timed_out". Failures are recorded in the run's folder; interrupted, busy and blocked are none.
+    """
+    run = store.run(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    killed_before = _memory_kills()
+    context = _context()
+    child = context.Process(target=_child, args=(config, store.root, fid_weights, threads), daemon=False)
+    began, seen, asked, alive = time.monotonic(), 0, None, True
+    child.start()
+    try:
+        while alive and asked is None:
+            wait([child.sentinel], POLL_SECONDS)
+            alive = child.is_alive()  # asked first: what it wrote last is read once more
+            rows = _new_rows(run, seen)
+            seen = rows[-1]["step"] if rows else seen
+            asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
+    finally:
+        if asked is not None or sys.exc_info()[0] is not None:
+            _stop(child)
+        child.join()
+
+    if run.finished:
+        return Outcome("finished")
+    outcome = Outcome(asked) if asked else _ended(child.exitcode, run, _memory_kills() > killed_before)
+    if outcome.status == "timed_out":
+        outcome = Outcome(
+            "timed_out", f"not finished after {timeout:.0f} s; --retry-failed goes on with it, or take fewer --steps"
+        )
+    if outcome.status == "pruned":
+        outcome = Outcome("pruned", f"given up at step {seen}: worse than others of its study were at that step")
+        (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    if outcome.status not in NO_FAILURE:
+        if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
+            run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
+        run.fail(*outcome)
+    return outcome
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.sweeps.child"])
+    return context
+
+
+def _child(config: Config | PriorConfig, root: Path, fid_weights: Path | None, threads: int | None) -> NoReturn:
+    """The child's whole life. Never returns: the exit code tells the parent how it went."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
+    store = Store(root)
+    log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    if threads:
+        torch.set_num_threads(threads)
+    status = "finished"
+    try:
+        if isinstance(config, PriorConfig):
+            run_prior(config, store.named(config.tokenizer), store, fid_weights)
+        else:
+            run_trial(config, store, fid_weights)
+    except Busy:
+        status = "busy"
+    except NoSpace as error:
+        status = _say("blocked", str(error))
+    except UserError as error:
+        status = _say("refused", str(error))
+    except Diverged as error:
+        status = _say("diverged", str(error))
+    except Interrupted as stopped:
+        status = _say("interrupted", str(stopped))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        status = _say("out_of_memory", str(error).partition("\n")[0] or "MemoryError")
+    except BaseException as error:
+        traceback.print_exc()
+        # torch's CPU allocator has no exception type of its own
+        memory = re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
+        status = _say("out_of_memory" if memory else "crashed", f"{type(error).__name__}: {error}".partition("\n")[0])
+    sys.exit(0 if status == "finished" else EXIT_CODES[status])
+
+
+def _say(status: str, reason: str) -> str:
+    """Leaves the reason where the parent reads it: the log's last line."""
+    print(f"{status}: {reason}", file=sys.stderr, flush=True)
+    return status
+
+
+def _stop_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stop(child: multiprocessing.process.BaseProcess) -> None:
+    """Asks ``child`` to stop, gives it time to write its checkpoint, and ends it if that does not help."""
+    child.terminate()
+    child.join(GRACE_SECONDS)
+    if child.is_alive():
+        child.kill()
+
+
+def _new_rows(run: Run, after: float) -> list[dict[str, float]]:
+    try:
+        text = (run.folder / "history.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
+    return [row for row in map(json.loads, complete) if row["step"] > after]
+
+
+def _ended(exitcode: int, run: Run, memory_kill: bool) -> Outcome:
+    """Outcome of a child that was not asked to stop and left no metrics."""
+    statuses = {code: status for status, code in EXIT_CODES.items()}
+    if exitcode == EXIT_CODES["interrupted"] or exitcode == -signal.SIGTERM:
+        return Outcome("crashed", "terminated from outside")
+    if exitcode in statuses:
+        status = statuses[exitcode]
+        last = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+        return Outcome(status, last[0].removeprefix(f"{status}: ") if last else "")
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        if memory_kill and name == "SIGKILL":
+            return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
+        maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
+        return Outcome("crashed", f"ended by {name}{maybe}; see {run.folder}/log.txt")
+    return Outcome("crashed", f"exit code {exitcode}; see {run.folder}/log.txt")
+
+
+def _memory_kills() -> int:
+    """Processes that the kernel has killed in this control group for lack of memory; 0 where it does not tell."""
+    try:
+        return int(re.search(r"^oom_kill (\d+)", Path("/sys/fs/cgroup/memory.events").read_text(), re.M)[1])
+    except (OSError, TypeError):
+        return 0

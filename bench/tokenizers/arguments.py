@@ -1,0 +1,81 @@
+"""What the command lines share: a Config of several backbones and seeds, one sentence for mistakes, exit codes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from bench.core.errors import UserError
+
+from .budgets import match
+from .config import Config, make_config, preset_settings
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    """A Config whose backbone and seed may be several, and whose size defaults to the preset's."""
+
+    backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("convnext",)
+    """cnn, convnext, vit, mamba, bimamba, hybrid or timm:MODEL; several are run in turn and compared"""
+    width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """channels at the token grid; the preset's own matches parameters across backbones"""
+    depth: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid); default as for width"""
+    seed: tyro.conf.Suppress[int] = 0
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
+    """each is one run per backbone; weights, batches and augmentation follow from it"""
+    preset: str = "cpu"
+    """smoke (seconds, proves that all works), cpu (minutes, a real comparison), or for GPUs vqgan64, vqvae32, celeba64,
+    vitvqgan-s, blog256 and blog256-fair; other settings override it"""
+    results: Path = Path("results")
+    """runs are stored below it, in runs/"""
+    match: str | None = None
+    """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps"""
+    fid_weights: Path | None = None
+    """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
+    given: tyro.conf.Suppress[frozenset[str]] = frozenset()
+
+    def settings(self) -> dict[str, Any]:
+        """The Config fields that were given, which win over the preset whatever their value, and that all runs share.
+        ``given`` names them; the other fields hold the preset's values for --help alone."""
+        return {name: getattr(self, name) for name in _FIELDS if name in self.given - {"backbone", "seed"}}
+
+    def config(self, backbone: str, seed: int, **settings: Any) -> Config:
+        """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs. Raises
+        UserError on a budget for what was given."""
+        settings = {**self.settings(), **settings}
+        config = make_config(backbone, self.preset, **settings, seed=seed)
+        if self.match is None:
+            return config
+        for name in ("steps",) if self.match.startswith("time:") else ("width", "depth"):
+            if settings.get(name) is not None:
+                raise UserError(f"{name} is {settings[name]}, and --match {self.match} sets it; leave out one of them")
+        config.check()  # before a model of it is built
+        return match(config, self.match)
+
+    def configs(self) -> list[Config]:
+        """One Config per backbone and seed."""
+        return [self.config(backbone, seed) for backbone in self.backbone for seed in self.seeds]
+
+
+_FIELDS = tuple(field.name for field in fields(Config))
+Parsed = TypeVar("Parsed", bound=Arguments)
+
+
+def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str, **defaults: Any) -> Parsed:
+    """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
+
+    ``defaults`` replace those of ``kind`` and of the preset, and count as given. Exits with code 2 on an unknown flag,
+    as tyro does; raises UserError on an unknown preset.
+    """
+    names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
+    names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
+    preset = names[-1] if names else defaults.get("preset", "cpu")
+    flags = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
+    given = frozenset(name for name in _FIELDS if {name, f"no_{name}"} & flags or name in defaults)
+    default = kind(**{**preset_settings(preset), **defaults, "preset": preset, "given": given})
+    return tyro.cli(kind, default=default, args=arguments, prog=prog, description=description)

@@ -1,0 +1,122 @@
+"""Budgets: the width, or the steps, at which every backbone costs the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.core.errors import UserError
+from bench.core.files import atomic_path, cache_dir
+
+from .config import Config
+from .costs import static_costs
+from .tokenizer import Tokenizer, parameter_count
+from .train import train
+
+TOLERANCE = 0.02  # of a budget of parameters or FLOPs
+WIDEST = 8192
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60}
+TIMED_STEPS = 16  # trained to learn how long one takes
+TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed")
+
+
+def match(config: Config, budget: str) -> Config:
+    """``config`` at a budget, such as ``params:4M``, ``flops:2G`` or ``time:60s``.
+
+    params (encoder and decoder) and flops (encode and decode of one image) are met within 2 % by the width, and by a
+    neighbouring depth where no width does. time is training time on this machine, met by the steps; how long a step
+    takes is measured once and remembered. Raises UserError on a budget that is malformed or cannot be met.
+    """
+    kind, amount = _parse(budget)
+    if kind == "time":
+        return replace(config, steps=max(1, round(amount / step_seconds(config))))
+    found = []
+    for depth in (config.depth, config.depth + 1, config.depth - 1, config.depth + 2):
+        if depth < 1:
+            continue
+        deep = replace(config, depth=depth)
+        width = nearest_width(lambda width, deep=deep: COSTS[kind](replace(deep, width=width)), amount)
+        sized = replace(deep, width=width)
+        error = abs(COSTS[kind](sized) / amount - 1)
+        if error <= TOLERANCE:
+            return sized
+        found.append((error, sized))
+    _, sized = min(found, key=lambda pair: pair[0])
+    raise UserError(
+        f"{config.backbone} cannot meet {budget} within {TOLERANCE:.0%}: the nearest is {COSTS[kind](sized):,.0f} at "
+        f"width {sized.width} and depth {sized.depth}"
+    )
+
+
+def _parse(budget: str) -> tuple[str, float]:
+    parts = re.fullmatch(r"(params|flops):(\d+(?:\.\d+)?)([kMG]?)|(time):(\d+(?:\.\d+)?)(s|min)", budget)
+    kind, number, unit = (part for part in parts.groups() if part is not None) if parts else ("", "", "")
+    if not parts or float(number) <= 0:
+        raise UserError(f"{budget!r} is no budget; write for example params:4M, flops:2G or time:60s")
+    return kind, float(number) * UNITS[unit]
+
+
+def _shapes(config: Config) -> Tokenizer:
+    with torch.device("meta"):
+        return Tokenizer(replace(config, pretrained=False))
+
+
+@cache
+def _params(config: Config) -> float:
+    tokenizer = _shapes(config)
+    return parameter_count(tokenizer.encoder) + parameter_count(tokenizer.decoder)
+
+
+@cache
+def _flops(config: Config) -> float:
+    costs = static_costs(_shapes(config))
+    return costs["flops_encode"] + costs["flops_decode"]
+
+
+COSTS: dict[str, Callable[[Config], float]] = {"params": _params, "flops": _flops}
+
+
+def nearest_width(cost: Callable[[int], float], amount: float) -> int:
+    """The width whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows."""
+    low, high = 1, 2
+    while high < WIDEST and cost(high) < amount:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < amount else (low, middle)
+    return min((low, high), key=lambda width: abs(cost(width) - amount))
+
+
+def step_seconds(config: Config) -> float:
+    """Mean seconds of a training step of ``config`` on this machine, on random images: measured once, then remembered.
+
+    Remembered, because the number of steps is part of a run's identity: the same command must mean the same run.
+    Settings that cost no time, such as the seed, share one measurement.
+    """
+    usual = {field.name: field.default for field in fields(Config) if field.name in TIMELESS}
+    config = replace(config.resolved(), **usual, steps=TIMED_STEPS)
+    device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
+    machine = [device, torch.get_num_threads()]
+    key = hashlib.sha256(json.dumps([asdict(config), machine], sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "speeds" / f"{key}.json"
+    if not path.exists():
+        shape = (256, config.image_size, config.image_size, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, images, Path(folder))
+            rows = (Path(folder) / "history.jsonl").read_text().splitlines()
+        seconds = [json.loads(row)["seconds"] for row in rows]
+        warm = len(seconds) // 4  # the first steps allocate and compile
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"seconds": (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)}))
+    return json.loads(path.read_text())["seconds"]

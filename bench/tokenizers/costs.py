@@ -1,0 +1,74 @@
+"""What a tokenizer costs: parameters, FLOPs, throughput, memory."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .tokenizer import Tokenizer, parameter_count
+
+THROUGHPUT_BATCH = 64
+THROUGHPUT_SECONDS = 10.0  # after which nothing more is timed: large models on a CPU
+
+
+def static_costs(tokenizer: Tokenizer) -> dict[str, int]:
+    """Parameters of either side, and their FLOPs for one image (see ``flops``); nothing is computed on a device."""
+    config = tokenizer.config
+    x = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
+    z = torch.zeros(1, config.code_dim, config.grid_size, config.grid_size, device="meta")
+    return {
+        "params_encoder": parameter_count(tokenizer.encoder),
+        "params_decoder": parameter_count(tokenizer.decoder),
+        "flops_encode": flops(tokenizer.encoder, x),
+        "flops_decode": flops(tokenizer.decoder, z),
+    }
+
+
+@torch.no_grad()
+def flops(module: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of one pass of ``module`` over ``inputs``; a multiplication with its addition is two.
+
+    Counted are convolutions, linear and recurrent layers, both products of attention (over all tokens, where it is
+    causal too) and the products of the Mamba-2 scan as ``ssd_scan`` makes them, in chunks of up to 64 tokens. Left out
+    are element-wise work, norms, softmax and running sums, and the look-ups of codes (2·tokens·K·d) and embeddings.
+
+    A function of shapes alone, on any machine: the pass runs on the meta device, where nothing is computed, and where
+    attention and scan are made of plain products instead of kernels that differ between devices and that torch's
+    FlopCounterMode does not know.
+    """
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    shapes = {name: tensor.to("meta") for name, tensor in tensors}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        functional_call(module, shapes, tuple(x.to("meta") for x in inputs))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def throughput(tokenizer: Tokenizer) -> dict[str, float]:
+    """Images per second of encode and decode, in float32 and batches of 64: the best of three after one to warm up, or
+    of fewer where they take more than 10 s in all."""
+    config, device = tokenizer.config, next(tokenizer.parameters()).device
+    x = torch.zeros(THROUGHPUT_BATCH, 3, config.image_size, config.image_size, device=device)
+    codes = tokenizer.encode(x.uniform_(-1, 1))
+    return {
+        "images_per_second_encode": THROUGHPUT_BATCH / _best_seconds(lambda: tokenizer.encode(x), device),
+        "images_per_second_decode": THROUGHPUT_BATCH / _best_seconds(lambda: tokenizer.decode(codes), device),
+    }
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    seconds: list[float] = []
+    while len(seconds) < 4 and sum(seconds) < THROUGHPUT_SECONDS:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:] or seconds)

@@ -1,0 +1,170 @@
+"""Score a tokenizer on the whole validation set, and the reference that it has to beat at the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.core.files import atomic_path, cache_dir
+from bench.core.progress import Bar
+from bench.data import Data, batch_indices, eval_batches
+from bench.metrics import Artefacts, CodeHistogram, Scores, from_uint8, full_precision, to_uint8, weights
+from bench.quantizers import nearest
+
+from .config import PROTOCOL_VERSION, Config
+from .tokenizer import Tokenizer, to_device
+
+EVAL_BATCH = 32  # VGG16 is fastest on CPUs with so many
+UNTRAINED_IMAGES = 64  # scored before training
+KMEANS_PATCHES, KMEANS_ITERATIONS = 131072, 25
+REFERENCE_VERSION = 2  # of the cached scores of k-means; raise it when score() gives more
+
+
+class Codec(Protocol):
+    """Anything that turns images into codes and back."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, h, w) int64 → (B, 3, H, W) in [-1, 1]."""
+        ...
+
+
+@torch.no_grad()
+def score(
+    codec: Codec, codebook_size: int, images: np.ndarray, device: str, fid_weights: Path | None, label: str
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
+
+    Encoder and decoder run in float32; reconstructions are clamped and rounded to uint8 before anything is measured.
+    """
+    scores, artefacts, histogram = Scores(device, fid_weights), Artefacts(), CodeHistogram(codebook_size)
+    with Bar(label, len(images)) as bar:
+        for x in eval_batches(images, EVAL_BATCH):
+            x = x.to(device)
+            with full_precision(x.device):
+                codes = codec.encode(from_uint8(x))
+                x_hat = to_uint8(codec.decode(codes))
+            histogram.update(codes)
+            scores.update(x, x_hat)
+            artefacts.update(x, x_hat)
+            bar.advance(len(x))
+    tokens = codes[0].numel()
+    bits = tokens * math.log2(codebook_size)
+    metrics = {
+        **scores.result(),
+        **artefacts.result(codes.shape[-1]),
+        "perplexity": histogram.perplexity(),
+        "usage": histogram.usage(),
+        "dead_codes": histogram.dead_codes(),
+        "tokens": tokens,
+        "bits_per_image": bits,
+        "bits_per_pixel": bits / (images.shape[1] * images.shape[2]),
+    }
+    return metrics, scores.per_image
+
+
+@torch.no_grad()
+def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
+    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training.
+
+    On 64 evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
+    nothing about the backbone. Leaves the random generators as they were.
+    """
+    artefacts = Artefacts()
+    rows = np.linspace(0, len(images) - 1, min(UNTRAINED_IMAGES, len(images)), dtype=int)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # as train() does: the weights that the run starts from
+        tokenizer = to_device(Tokenizer(config), config.device).eval()
+    for x in eval_batches(images[rows], EVAL_BATCH):
+        x = x.to(config.device)
+        artefacts.update(x, to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x)))))
+    return {f"{name}_init": artefacts.result(config.grid_size)[name] for name in ("grid_energy", "grid_edges")}
+
+
+def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
+    """Everything that must be equal for two scores to be comparable, beside the bits spent."""
+    return {
+        "version": PROTOCOL_VERSION,
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "split": data.split,
+        "count": len(data.val),
+        "skipped": len(data.skipped),
+        "image_size": data.val.shape[1],
+        "resizer": "none: one decoded array is reconstructed and compared",
+        "rounding": "clamped to [-1, 1], rounded to uint8",
+        "precision": "fp32",
+        "extractor_vgg16": f"LPIPS VGG16 relu5_3, mean-pooled, {weights.weights_digest('vgg')}",
+        "extractor_alex": weights.weights_digest("alex"),
+        "extractor_inception": weights.inception_digest(fid_weights),
+        "device": device.partition(":")[0],
+    }
+
+
+class PatchKMeans:
+    """k-means on raw patches: what the same bits buy without any network.
+
+    A patch is a grid cell, (image_size / grid_size)² pixels; its code is the nearest of ``codebook_size`` centroids
+    (Lloyd's algorithm, from random patches, empty clusters restarted).
+    """
+
+    def __init__(self, images: np.ndarray, grid_size: int, codebook_size: int, device: str):
+        self.grid_size = grid_size
+        generator = torch.Generator().manual_seed(0)
+        count = min(len(images), -(-max(KMEANS_PATCHES, codebook_size) // grid_size**2))
+        rows = np.sort(batch_indices(0, 0, count, len(images)))
+        patches = self._patches(from_uint8(torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)))
+        pick = torch.randperm(len(patches), generator=generator)[:KMEANS_PATCHES]
+        patches = patches[pick.to(patches.device)]
+        repeats = -(-codebook_size // len(patches))
+        self.centroids = patches.repeat(repeats, 1)[:codebook_size].clone()
+        with Bar(f"k-means reference, K {codebook_size}", KMEANS_ITERATIONS) as bar:
+            for _ in range(KMEANS_ITERATIONS):
+                codes = nearest(patches, self.centroids)
+                hits = torch.bincount(codes, minlength=codebook_size)
+                sums = torch.zeros_like(self.centroids).index_add_(0, codes, patches)
+                restart = patches[torch.randint(len(patches), (codebook_size,), generator=generator).to(device)]
+                self.centroids = torch.where(hits[:, None] > 0, sums / hits.clamp(min=1)[:, None], restart)
+                bar.advance()
+
+    def _patches(self, x: Tensor) -> Tensor:
+        b, c, height, _ = x.shape
+        side = height // self.grid_size
+        grid = x.reshape(b, c, self.grid_size, side, self.grid_size, side)
+        return grid.permute(0, 2, 4, 1, 3, 5).reshape(b * self.grid_size**2, c * side * side)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, grid_size, grid_size) int64."""
+        return nearest(self._patches(x), self.centroids).view(len(x), self.grid_size, self.grid_size)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, grid_size, grid_size) int64 → (B, 3, H, W) in [-1, 1]."""
+        side = math.isqrt(self.centroids.shape[1] // 3)
+        grid = self.centroids[codes].unflatten(-1, (3, side, side)).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(len(codes), 3, self.grid_size * side, self.grid_size * side)
+
+
+def kmeans_reference(
+    data: Data, grid_size: int, codebook_size: int, device: str, fid_weights: Path | None
+) -> dict[str, float]:
+    """Scores of PatchKMeans on ``data`` at the same grid and K, named as any scores. Computed once, then cached."""
+    conditions = protocol(data, device, fid_weights)
+    fid = conditions["extractor_inception"] or "none"
+    version = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}"
+    key = f"{data.fingerprint[:16]}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
+    path = cache_dir() / "references" / f"{key}.json"
+    if not path.exists():
+        codec = PatchKMeans(data.train, grid_size, codebook_size, device)
+        metrics, _ = score(codec, codebook_size, data.val, device, fid_weights, "scoring k-means")
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=1))
+    return json.loads(path.read_text())

@@ -1,0 +1,81 @@
+"""The thing that is compared: encoder → quantizer → decoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from backbones import backbone
+from bench.core.errors import UserError
+from bench.quantizers import QUANTIZERS, Quantized
+
+from .config import Config
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Tokenizer(nn.Module):
+    """Images to codes and back. The decoder sees nothing but the codes' vectors.
+
+    Raises UserError when the backbone cannot be built, such as a timm model for images of this size.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        encoder, decoder, *options = backbone(config.backbone)
+        encoder_options, decoder_options = ({name: getattr(config, name) for name in names} for names in options)
+        quantizer = QUANTIZERS[config.quantizer]
+        shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
+        settings = {name: getattr(config.resolved(), name) for name in quantizer.settings}
+        try:
+            self.encoder = encoder(*shape, **encoder_options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.quantizer = quantizer(config.codebook_size, config.code_dim, **settings)
+        self.decoder = decoder(*shape, **decoder_options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized."""
+        quantized = self.quantizer(self.encoder(x))
+        return self.decoder(quantized.z_q), quantized
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64. Call in eval mode: training mode moves the codebook."""
+        return self.quantizer(self.encoder(x)).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) int64 in [0, K) → images (B, 3, H, W), clamped to [-1, 1]."""
+        return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> Tokenizer:
+        """The scored tokenizer of a finished run folder, in eval mode on ``device``.
+
+        Raises UserError when the folder holds no finished run.
+        """
+        folder = Path(folder)
+        if not (folder / "metrics.json").is_file():
+            raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+        stored = json.loads((folder / "config.json").read_text())["config"]
+        config = Config(**{field.name: stored[field.name] for field in fields(Config)})
+        tokenizer = cls(replace(config, pretrained=False))  # the run's own weights follow
+        tokenizer.config = config
+        safetensors.torch.load_model(tokenizer, folder / "tokenizer.safetensors")
+        return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Scalars that training would change in ``module``."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def to_device(module: Module, device: str) -> Module:
+    """Moves ``module`` to ``device`` in channels-last layout, which convolutions on CPUs and GPUs are fastest in."""
+    return module.to(device=torch.device(device), memory_format=torch.channels_last)

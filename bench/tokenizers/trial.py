@@ -1,0 +1,150 @@
+"""One config in, one finished run folder out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from bench.core import plots
+from bench.core.environment import environment, peak_memory
+from bench.core.errors import Diverged, UserError
+from bench.core.files import atomic_path, cache_dir
+from bench.core.store import Run, Store
+from bench.data import Data, load
+from bench.metrics import from_uint8, to_uint8, weights
+
+from .config import Config
+from .costs import static_costs, throughput
+from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
+from .tokenizer import Tokenizer, parameter_count
+from .train import train
+
+PICTURES = 12  # images in the reconstruction picture
+CODES = 1024  # of them, at most, in the picture of a codebook
+
+
+def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Data:
+    """Everything that can go wrong for a reason the user can mend, before any training is spent.
+
+    Checks the settings, the device, the results folder, the pretrained weights (fetching them if need be), and decodes
+    the data. Raises UserError.
+    """
+    config.check()
+    tokenizer = Tokenizer(config)
+    state_megabytes = 5 * 4 * parameter_count(tokenizer) >> 20  # weights, gradients' moments, average, and a spare
+    store.check_writable(50 + 2 * state_megabytes)
+    _check_cache()
+    for net in weights.TRUNKS:
+        weights.trunk_state(net)
+    weights.inception(fid_weights)
+    return load(config.data, config.image_size)
+
+
+def run_trial(config: Config, store: Store, fid_weights: Path | None = None, resume: bool = True) -> Run:
+    """Trains and scores ``config``, or returns at once when the store has it finished.
+
+    Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged when the loss was
+    not finite; that is also recorded as failure.json.
+    """
+    config = config.resolved()
+    run = store.run(config)
+    data = prepare(config, store, fid_weights)
+    if run.finished:
+        if run.protocol()["fingerprint"] != data.fingerprint:
+            raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
+        return run
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with run.locked():
+        run.write("config.json", {"config": asdict(config), "environment": environment()})
+        run.forgive()
+        reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
+        untrained = score_untrained(config, data.val)
+        try:
+            with peak_memory(config.device) as peak:
+                tokenizer, seconds = train(config, data.train, run.folder, resume)
+                megabytes = peak()
+        except Diverged as error:
+            run.fail("diverged", str(error))
+            raise
+        measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": megabytes}
+        finish(run, tokenizer, data, reference, fid_weights, measured)
+    return run
+
+
+def finish(
+    run: Run,
+    tokenizer: Tokenizer,
+    data: Data,
+    reference: dict[str, float],
+    fid_weights: Path | None,
+    measured: dict[str, float | None],
+) -> None:
+    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last.
+
+    measured: what is known already, of the time before and during training.
+    """
+    config = tokenizer.config
+    label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
+    began = time.monotonic()
+    metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
+    measured = {**measured, "score_seconds": time.monotonic() - began}
+    with atomic_path(run.folder / "tokenizer.safetensors") as temporary:
+        safetensors.torch.save_model(tokenizer, str(temporary))
+    with atomic_path(run.folder / "per_image.npz") as temporary:
+        np.savez_compressed(temporary, **per_image)
+    title = f"{config.backbone}, {config.quantizer}, K = {config.codebook_size}, {config.grid_size}×{config.grid_size}"
+    x, x_hat = sample_reconstructions(tokenizer, data.val)
+    with atomic_path(run.folder / "samples.npz") as temporary:
+        np.savez_compressed(temporary, x=x, x_hat=x_hat)
+    plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
+    plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
+    if config.grid_size == 1:
+        plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
+    run.write(
+        "metrics.json",
+        {
+            "metrics": {
+                **metrics,
+                **static_costs(tokenizer),
+                **throughput(tokenizer),
+                **measured,
+                "images_seen": config.steps * config.batch_size,
+                **{f"{name}_kmeans": value for name, value in reference.items()},
+            },
+            "protocol": protocol(data, config.device, fid_weights),
+        },
+    )
+    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def sample_reconstructions(tokenizer: Tokenizer, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced ``images`` and what the tokenizer makes of them, both (PICTURES, H, W, 3) uint8."""
+    x = np.ascontiguousarray(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images)), dtype=int)])
+    device = next(tokenizer.parameters()).device
+    x_hat = tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
+    return x, to_uint8(x_hat).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def codebook_images(tokenizer: Tokenizer) -> np.ndarray:
+    """All that a tokenizer with one code per image can show: its codes' images, (K, H, W, 3) uint8, at most CODES."""
+    device = next(tokenizer.parameters()).device
+    codes = torch.arange(min(CODES, tokenizer.config.codebook_size), device=device).view(-1, 1, 1)
+    images = torch.cat([to_uint8(tokenizer.decode(part)) for part in codes.split(EVAL_BATCH)])
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _check_cache() -> None:
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the cache folder {cache_dir()}: {error.strerror}; set VQBENCH_CACHE to another"
+        ) from error

@@ -1,0 +1,961 @@
+"""The report: what is bold, what is refused, what a page may hold, and that equal runs give equal bytes."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bench import report as command
+from bench.analysis import charts, report
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, blocks, frame, prior_frame, with_rates
+from bench.analysis.report import (
+    LIMIT,
+    NONE,
+    RANKED,
+    Selection,
+    contents,
+    generation,
+    heading,
+    markdown,
+    ranking,
+    refusals,
+    run_list,
+    select,
+    verdict_list,
+    write_report,
+)
+from bench.analysis.statistics import Verdict
+from bench.core.errors import UserError
+from bench.core.store import Store
+from bench.priors.config import PriorConfig
+from bench.tokenizers.config import Config, make_config
+from tests.fabricate import fabricate, fabricate_failed, fabricate_prior, sweep
+
+EFFECTS = {"cnn": 0.0, "vit": 0.03}
+HOSTILE = "folder:/data/<script>alert('x')</script>|*[a](b)"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def sketched(monkeypatch):
+    """One small picture in place of the charts, which have tests of their own."""
+
+    def draw(table, folder, importances=None, priors=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / "dot.png")
+        return [charts.Chart("dot", "A dot", "One dot.", folder / "dot.png")]
+
+    monkeypatch.setattr(charts, "draw", draw)
+
+
+def report_of(store, *names):
+    selection = select(names, store.root)
+    return contents(selection, frame(selection.runs), prior_frame(store.priors()))
+
+
+def ranked(store) -> report.Sheet:
+    """The ranking of the only block."""
+    table = frame(store.runs())
+    (block,) = blocks(table)
+    return ranking(block, table[table.status == "diverged"])
+
+
+def made(*runs: tuple[Config, dict], status="finished") -> pd.DataFrame:
+    """A frame of runs without folders: (Config, metrics or other columns) each."""
+    rows = []
+    for number, (config, values) in enumerate(runs):
+        bits = config.grid_size**2 * math.log2(config.codebook_size)
+        row = {"run_id": f"run{number}", "status": status, "reason": "", **asdict(config), "folder": "nowhere"}
+        row |= {"processor": "x", "threads": 2, "tokens": config.grid_size**2, "bits_per_image": bits}
+        if status == "finished":
+            row |= {"protocol_data": "photos", "protocol_count": 64, "protocol_fingerprint": "f" * 64}
+            row |= {"params": 1e6, "flops": 1e8, "train_seconds": 30.0}
+        rows.append({**row, "bits_per_pixel": bits / config.image_size**2, **values})
+    columns = dict.fromkeys([*frame([]).columns, *(name for row in rows for name in row)])
+    table = pd.DataFrame(rows, columns=list(columns))
+    numeric = [name for name in table if name in METRICS or name.endswith("_kmeans")]
+    return table.astype(dict.fromkeys(numeric, float))
+
+
+def smoke(backbone="cnn", **settings) -> Config:
+    return make_config(backbone, "smoke", **settings)
+
+
+def cells(sheet, key) -> dict:
+    """First column → the cell of ``key``, for every row of ``sheet``."""
+    return {row[0].text.removesuffix(" †"): row[list(sheet.keys).index(key)] for row in sheet.rows}
+
+
+def bold(sheet, key) -> set[str]:
+    return {name for name, cell in cells(sheet, key).items() if cell.best}
+
+
+def test_the_best_of_a_column_is_marked(store):
+    """Lower LPIPS and higher PSNR; nothing where all are equal; k-means never, though its LPIPS is lower here."""
+    for backbone, quality in {"cnn": 0.0, "vit": 0.03, "convnext": 0.01}.items():
+        fabricate(store, make_config(backbone, "smoke"), quality, lpips_alex_kmeans=0.0)
+    sheet = ranked(store)
+    assert bold(sheet, "lpips_alex") == bold(sheet, "psnr") == bold(sheet, "fid_vgg16") == {"vit"}
+    assert bold(sheet, "bits_per_image") == bold(sheet, "usage") == set()
+    assert not any(cell.best for row in sheet.references for cell in row)
+    assert [row[0].text for row in sheet.rows] == ["vit", "convnext", "cnn"]
+    assert METRICS[sheet.order].better == "lower"
+
+
+def test_ties_as_shown_are_all_marked(store):
+    for backbone, psnr in {"cnn": 24.001, "vit": 24.004, "convnext": 23.0}.items():
+        fabricate(store, make_config(backbone, "smoke"), psnr=psnr)
+    assert bold(ranked(store), "psnr") == {"cnn", "vit"}
+
+
+@pytest.mark.parametrize("machine", [{"threads": 64}, {"processor": "y"}])
+def test_clocks_of_different_machines_are_not_ranked(machine):
+    scores = {"lpips_alex": 0.3, "params": 1e6} | dict.fromkeys(CLOCKED, 10.0)
+    other = {name: 2 * value for name, value in scores.items()}
+    failed = made((smoke(), {}), status="diverged")[:0]
+    sheet = ranking(made((smoke(), scores), (smoke("vit"), other)), failed)
+    assert {name: bold(sheet, name) for name in CLOCKED} == {
+        "train_seconds": {"cnn"},
+        "images_per_second_encode": {"vit"},
+        "images_per_second_decode": {"vit"},
+    }
+    sheet = ranking(made((smoke(), scores), (smoke("vit"), other | machine)), failed)
+    assert all(bold(sheet, name) == set() for name in CLOCKED)
+    assert bold(sheet, "params") == {"cnn"}
+    assert any("2 different machines" in note and METRICS["train_seconds"].label in note for note in sheet.notes)
+
+
+def test_a_cell_is_the_mean_over_seeds_and_their_sample_deviation():
+    """One seed has no deviation; what follows from the settings has none either; parameters are in millions."""
+    values = [20.0, 21.0, 25.0]
+    runs = [(smoke(seed=seed), {"psnr": psnr, "params": 1_230_000}) for seed, psnr in enumerate(values)]
+    sheet = ranking(made(*runs), made()[:0])
+    assert cells(sheet, "psnr")["cnn"][:3] == ("22.00", "± 2.65", 22.0)
+    assert cells(sheet, "params")["cnn"][:2] == ("1.23", "")
+    assert [cells(sheet, name)["cnn"].text for name in ("n", "failed")] == ["3", "0"]
+    alone = ranking(made(runs[0]), made()[:0])
+    assert not any("±" in cell.text + cell.spread for row in alone.rows for cell in row)
+
+
+HIGHER = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
+
+
+def test_the_best_mean_of_every_column_is_marked_and_that_of_the_main_metric_comes_first():
+    """Three backbones score 100, 200 and 300, in millions where a column is: the largest is best in some."""
+    scale = {"params": 1e6, "flops": 1e6}
+    names = [name for name in RANKED if name not in ("bits_per_image", "lpips_alex", "lpips_vgg")]
+    values = {"cnn": 200.0, "vit": 300.0, "mamba": 100.0}
+    rows = [(smoke(who), {name: v * scale.get(name, 1) for name in names}) for who, v in values.items()]
+    sheet = ranking(made(*rows), made()[:0])
+    for name in names:
+        expected = {"vit"} if name in HIGHER else set() if name == "sharpness" else {"mamba"}
+        assert bold(sheet, name) == expected, name
+    assert sheet.order == "psnr"  # no LPIPS was scored
+    assert list(cells(sheet, "n")) == ["vit", "cnn", "mamba"]
+    with_lpips = [(config, {"psnr": scores["psnr"], "lpips_vgg": scores["psnr"]}) for config, scores in rows]
+    sheet = ranking(made(*with_lpips), made()[:0])
+    assert sheet.order == "lpips_vgg"
+    assert list(cells(sheet, "n")) == ["mamba", "cnn", "vit"]
+
+
+def test_kmeans_stands_below_with_the_scores_of_its_own_grid_and_k():
+    """Under the columns of the scores that it is the reference of, and never among what is ranked."""
+    runs = [
+        (smoke(grid_size=4, codebook_size=256), {"psnr": 20.0, "psnr_kmeans": 18.0, "lpips_vgg_kmeans": 0.5}),
+        (smoke(grid_size=8, codebook_size=4), {"psnr": 21.0, "psnr_kmeans": 17.0, "lpips_vgg_kmeans": 0.6}),
+    ]
+    runs = [(config, {**scores, "lpips_vgg": 0.7}) for config, scores in runs]
+    sheet = ranking(made(*runs), made()[:0])
+    keys = ["backbone", "grid_size", "codebook_size", "bits_per_image", "psnr", "lpips_vgg", "params"]
+    places = [list(sheet.keys).index(key) if key in sheet.keys else None for key in keys]
+    found = [[row[i].text if i is not None else NONE for i in places] for row in sheet.references]
+    assert found == [
+        ["k-means on patches", "4", "256", "128", "18.00", "0.500", NONE],
+        ["k-means on patches", "8", "4", "128", "17.00", "0.600", NONE],
+    ]
+    assert [row[0].text for row in sheet.rows] == ["cnn", "cnn"]
+
+
+def test_headings_point_to_the_better():
+    arrows = {"psnr": "↑", "lpips_vgg": "↓", "sharpness": "", "precision_vgg16": "↑", "gfid": "↓", "copies": ""}
+    assert {key: re.sub("[^↑↓]", "", heading(key)) for key in arrows} == arrows
+    assert heading("params") == "parameters M\u00a0↓"
+    assert heading("beta") == "beta"
+
+
+def test_a_refusal_gives_each_fields_value_and_that_of_the_first_block():
+    """(bug 17)"""
+    first, second = made((smoke(), {})), made((smoke(), {"protocol_count": 99}))
+    third = made((smoke(codebook_size=256), {}))
+    assert [[cell.text for cell in row] for row in refusals([first, second, third]).rows] == [
+        ["2", "count", "99", "64"],
+        ["3", "bits_per_image", "128", "112"],
+    ]
+    assert refusals([first]).rows == []
+
+
+def test_a_verdict_is_listed_with_its_signs_and_named_better():
+    one = Verdict("psnr", "cnn", "vit", "", 5, -0.5, (-0.75, -0.25), (-0.6, -0.4), 0.012, "vit")
+    none = replace(one, better=None)
+    few = Verdict("psnr", "cnn", "vit", "", 2, 0.5, None, None, None, None)
+    texts = [[cell.text for cell in row] for row in verdict_list([one, none, few]).rows]
+    seeds, images = "−0.750 to −0.250", "−0.600 to −0.400"
+    assert texts[0] == ["PSNR dB", "cnn", "vit", "", "5", "−0.500", seeds, images, "0.012", "vit better"]
+    assert texts[1][-1] == "not distinguishable"
+    assert texts[2] == ["PSNR dB", "cnn", "vit", "", "2", "+0.500", NONE, NONE, NONE, "too few seeds"]
+
+
+def test_the_facts_count_every_run_once(tmp_path):
+    configs = (smoke(), smoke(seed=1), smoke("vit", beta=1.0), smoke("vit"))
+    done = made(*((config, {"psnr": 20.0}) for config in configs))
+    rest = [made((smoke(seed=seed), {}), status=status) for seed, status in ((2, "pruned"), (3, "unfinished"))]
+    table = pd.concat([done, *rest], ignore_index=True)
+    study = {"kind": "ablation", "runs": {letter: {} for letter in "abcdefgh"}}
+    facts = contents(Selection("beta", [], tmp_path, study), table, prior_frame([])).facts
+    assert facts["runs"] == "4 finished, 1 pruned, 1 unfinished, 2 planned but not started"
+    assert (facts["backbones"], facts["swept"], facts["seeds"]) == ("cnn, vit", "beta 0.25, 1", "0, 1, 2, 3")
+
+
+def test_only_a_metric_that_some_run_was_trained_on_is_flattered():
+    def said(**settings) -> str:
+        notes = ranking(made((smoke(**settings), {"psnr": 20.0})), made()[:0]).notes
+        return " ".join(note for note in notes if "trained on" in note)
+
+    assert said(lpips_weight=0.0) == ""
+    assert "trained on LPIPS alex, which" in said()
+    assert "trained on LPIPS vgg, which" in said(lpips_net="vgg")
+
+
+# -- rankings of priors, without folders
+
+
+def prior_rows(*rows: dict) -> pd.DataFrame:
+    """A frame of finished priors."""
+    usual = {"status": "finished", "tokenizer": "t", "backbone": "cnn", "grid_size": 4, "codebook_size": 128}
+    usual |= {"image_size": 32, "data": "photos", "samples": 512, "temperature": 1.0, "top_k": 0, "seed": 0}
+    usual |= {"protocol_count": 64, "protocol_extractor_vgg16": "v", "processor": "x", "threads": 2}
+    usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_token_independent": 6.5, "prior": "rnn"}
+    columns = dict.fromkeys([*prior_frame([]).columns, *usual, *(name for row in rows for name in row)])
+    return pd.DataFrame([usual | row for row in rows], columns=list(columns))
+
+
+def test_priors_of_equal_bits_are_ranked_by_how_far_their_images_are():
+    """(bug 17) 4×4 codes of K = 256 and 8×8 of K = 4 share a table, 4×4 of K = 128 does not."""
+    rows = [
+        {"grid_size": 4, "codebook_size": 256, "gfid_vgg16": 80.0, "precision_vgg16": 0.3, "coded_bits_per_token": 5.0},
+        {"grid_size": 8, "codebook_size": 4, "gfid_vgg16": 70.0, "precision_vgg16": 0.6, "coded_bits_per_token": 1.0},
+        {"grid_size": 4, "codebook_size": 128, "gfid_vgg16": 60.0},
+    ]
+    tables = dict(generation(prior_rows(*rows)))
+    assert [title.split(",")[1].strip() for title in tables] == [
+        f"{n} bits per image before coding" for n in (112, 128)
+    ]
+    sheet = list(tables.values())[1]
+    assert [row[list(sheet.keys).index("gfid_vgg16")].text for row in sheet.rows] == ["70.0", "80.0"]
+    best = {key: [cell.text for cell in column if cell.best] for key, column in zip(sheet.keys, zip(*sheet.rows))}  # noqa: B905
+    assert (best["gfid_vgg16"], best["precision_vgg16"], best["coded_bits_per_token"]) == (
+        ["70.0"],
+        ["0.60"],
+        ["1.000"],
+    )
+
+
+def test_real_and_shuffled_codes_are_those_of_the_backbone_in_their_row():
+    rows = [
+        {"backbone": name, "prior": prior, "gfid_vgg16": value + 30, "gfid_vgg16_real": value}
+        | {"gfid_vgg16_shuffled": 2 * value}
+        for name, value in (("cnn", 40.0), ("vit", 60.0))
+        for prior in ("rnn", "mamba")
+    ]
+    ((_, sheet),) = generation(prior_rows(*rows))
+    places = [list(sheet.keys).index(key) for key in ("backbone", "prior", "gfid_vgg16")]
+    assert [[row[at].text for at in places] for row in sheet.references] == [
+        *(["cnn", "real codes", "40.0"], ["vit", "real codes", "60.0"]),
+        *(["cnn", "shuffled codes", "80.0"], ["vit", "shuffled codes", "120.0"]),
+    ]
+
+
+def test_priors_are_ranked_by_inceptions_distance_only_where_all_have_it():
+    rows = [{"prior": "rnn", "gfid_vgg16": 80.0, "gfid": 10.0}, {"prior": "mamba", "gfid_vgg16": 70.0, "gfid": 20.0}]
+    ((_, sheet),) = generation(prior_rows(*rows))
+    assert (sheet.order, [row[1].text for row in sheet.rows]) == ("gfid", ["rnn", "mamba"])
+    ((_, sheet),) = generation(prior_rows(rows[0], rows[1] | {"gfid": math.nan}))
+    assert (sheet.order, [row[1].text for row in sheet.rows]) == ("gfid_vgg16", ["mamba", "rnn"])
+
+
+def test_a_priors_row_averages_its_seeds_and_bounds_are_averages_too():
+    rows = [
+        {"seed": seed, "gfid_vgg16": value, "gfid_vgg16_real": real, "gfid_vgg16_shuffled": 2 * value}
+        for seed, value, real in ((0, 80.0, 50.0), (1, 90.0, 54.0))
+    ]
+    rows = [row | {"images_per_second_sample": 9.0} for row in rows]
+    table = prior_rows(*rows, {"prior": "mamba", "gfid_vgg16": 60.0, "images_per_second_sample": 5.0, "threads": 8})
+    ((_, sheet),) = generation(table)
+    place = list(sheet.keys).index("gfid_vgg16")
+    found = {row[1].text: (row[place].text, row[place].spread) for row in sheet.rows}
+    assert found == {"rnn": ("85.0", "± 7.1"), "mamba": ("60.0", "")}
+    bounds = {row[1].text: row[place].text for row in sheet.references}
+    assert bounds == {"real codes": "52.0", "shuffled codes": "170.0"}
+    clock = list(sheet.keys).index("images_per_second_sample")
+    assert not any(row[clock].best for row in sheet.rows)  # of two machines
+    ((_, sheet),) = generation(table.assign(threads=2))
+    assert [row[1].text for row in sheet.rows if row[clock].best] == ["rnn"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_verdicts_need_three_seeds(store, seeds):
+    sweep(store, EFFECTS, betas=(0.25,), seeds=range(seeds))
+    (block,) = report_of(store).blocks
+    assert all(("too few" in sentence) == (seeds < 3) for sentence in block.headline)
+    assert {row[-1].text for row in block.verdicts["Backbones against each other"].rows} == {
+        "vit better" if seeds == 3 else "too few seeds"
+    }
+
+
+def test_the_headline_is_the_main_metric_and_psnr(store):
+    sweep(store, EFFECTS)
+    (block,) = report_of(store).blocks
+    assert ["LPIPS vgg" in block.headline[0], "PSNR" in block.headline[1]] == [True, True]
+    assert len(block.headline) == 2
+    assert block.within == "over beta 0.25, 1"
+    assert not any("over beta" in sentence for sentence in block.headline)
+    assert any("beta=1" in sentence for sentence in block.others)
+
+
+def test_failures_are_counted_but_pruned_runs_did_not_fail(store):
+    fabricate(store, make_config("cnn", "smoke"))
+    fabricate_failed(store, make_config("cnn", "smoke", seed=1))
+    fabricate_failed(store, make_config("cnn", "smoke", seed=2), "pruned")
+    fabricate_failed(store, make_config("vit", "smoke"))
+    found = report_of(store)
+    failed = cells(found.blocks[0].ranking, "failed")
+    assert {name: cell.text for name, cell in failed.items()} == {"cnn": "1", "vit": "1"}
+    assert cells(found.blocks[0].ranking, "psnr")["vit"].text == NONE
+    assert [row[0].text for row in found.unscored.rows] == ["diverged", "diverged", "pruned"]
+    assert found.facts["runs"] == "1 finished, 2 diverged, 1 pruned"
+
+
+def test_blocks_never_share_a_ranking_and_the_refusal_says_why(store):
+    sweep(store, EFFECTS, betas=(0.25,))
+    fabricate(store, make_config("mamba", "smoke", codebook_size=256), 0.2)
+    fabricate(store, make_config("convnext", "smoke"), 0.2, data="other", count=99, fingerprint="0123456789" * 6)
+    found = report_of(store)
+    shown = [{row[0].text for row in block.ranking.rows} for block in found.blocks]
+    assert sorted(map(sorted, shown)) == [["cnn", "vit"], ["convnext"], ["mamba"]]
+    texts = [tuple(cell.text for cell in row) for row in found.refusals.rows]
+    assert ("2", "bits_per_image", "128", "112") in texts
+    assert ("3", "data", "other", "photos") in texts
+    assert ("3", "count", "99", "64") in texts
+    assert ("3", "fingerprint", "0123456789…", "ffffffffff…") in texts
+    number = {row[-1].text: row[0].text for row in found.runs.rows}
+    assert len(number) == 8
+    assert {n for name, n in number.items() if name.startswith(("cnn", "vit"))} == {"1"}
+
+
+def test_uneven_settings_and_the_trained_metric_are_named(store):
+    sweep(store, EFFECTS)
+    notes = " ".join(ranked(store).notes)
+    assert "Not equal across backbones: width (cnn 40, vit 64), depth (cnn 3, vit 2)." in notes
+    assert "trained on LPIPS alex" in notes
+    assert "photos" in notes
+    assert "count 64" in notes
+
+
+def test_kmeans_of_every_grid_and_k_of_a_block(store):
+    fabricate(store, make_config("cnn", "smoke", grid_size=4, codebook_size=256))
+    fabricate(store, make_config("cnn", "smoke", grid_size=8, codebook_size=4))
+    sheet = ranked(store)
+    keys = [list(sheet.keys).index(name) for name in ("backbone", "grid_size", "codebook_size")]
+    assert [[row[key].text for key in keys] for row in sheet.references] == [
+        ["k-means on patches", "4", "256"],
+        ["k-means on patches", "8", "4"],
+    ]
+
+
+def test_long_lists_are_cut_and_say_so(store):
+    sweep(store, EFFECTS, seeds=(0,))
+    table = pd.concat([frame(store.runs())] * 150, ignore_index=True)
+    sheet = run_list(table, list(blocks(table)))
+    assert len(sheet.rows) == LIMIT
+    assert sheet.notes == [f"The first {LIMIT} of 600 rows. All are in runs.csv."]
+
+
+def test_selection_by_study_path_id_and_folder(store):
+    runs = sweep(store, EFFECTS, betas=(0.25,), seeds=(0, 1))
+    planned = {run.folder.name: {} for run in runs[:2]} | {"cnn-ema-0": {}}
+    store.extend_study("beta", {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}, planned)
+    by_name = select(["beta"], store.root)
+    by_path = select([str(store.root / "studies" / "beta.json")], store.root.parent)
+    assert by_name.name == by_path.name == "beta"
+    assert {run.folder for run in by_name.runs} == {run.folder for run in by_path.runs} == {r.folder for r in runs[:2]}
+    assert report_of(store, "beta").facts["runs"] == "2 finished, 1 planned but not started"
+    assert len(select([], store.root).runs) == len(select([str(store.root)], store.root.parent).runs) == 4
+    both = select(["beta", runs[0].folder.name, str(runs[2].folder)], store.root)
+    assert both.name == "selection"
+    assert [run.folder.name for run in both.runs] == sorted(run.folder.name for run in runs[:3])
+
+
+def test_nothing_to_report_is_one_sentence(store, capsys):
+    assert command.main(["--results", str(store.root)]) == 2
+    assert "no runs below" in capsys.readouterr().err
+    run = fabricate(store, make_config("cnn", "smoke"))
+    store.extend_study("beta", {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}, {"cnn-ema-0": {}})
+    with pytest.raises(UserError, match="no runs of study beta below"):
+        select(["beta"], store.root)
+    with pytest.raises(UserError, match=rf"'gamma' .* studies: beta; runs: {run.folder.name}"):
+        select(["gamma"], store.root)
+    with pytest.raises(UserError, match="is a file"):
+        write_report([], store.root, run.folder / "config.json")
+
+
+def test_the_command_reports_what_is_named_into_the_folder_that_is_given(store, sketched, tmp_path):
+    runs = sweep(store, EFFECTS, seeds=(0, 1, 2))
+    names = [run.folder.name for run in runs if run.config()["backbone"] == "cnn"]
+    assert command.main([*names, "--results", str(store.root), "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out/runs.csv")
+    assert sorted(table.run_id) == sorted(names)
+
+
+def test_all_failed_is_still_a_report(store, sketched, capsys):
+    for seed, status in enumerate(("diverged", "crashed", "out_of_memory")):
+        fabricate_failed(store, make_config("cnn", "smoke", seed=seed), status)
+    assert command.main(["--results", str(store.root)]) == 0
+    out = store.root / "reports" / "all"
+    page = (out / "report.html").read_text()
+    assert "No run has scores" in page
+    assert all(f"it {status}" in page for status in ("diverged", "crashed", "out_of_memory"))
+    assert "1 diverged, 1 crashed, 1 out of memory" in capsys.readouterr().out
+    assert len(pd.read_csv(out / "runs.csv")) == 3
+    assert "out" in (out / "tables.md").read_text()
+
+
+def test_importances_are_of_runs_that_were_measured_the_same_way(store, sketched):
+    asked = []
+    runs = sweep(store, EFFECTS, seeds=(0, 1))
+    fabricate(store, make_config("cnn", "smoke", data="cifar10"), data="cifar10", fingerprint="0" * 64)
+    write_report([], store.root, importances=lambda table, metric: asked.append(sorted(table.run_id)))
+    assert asked == [sorted(run.folder.name for run in runs)]
+
+
+def test_data_round_trip(store, sketched):
+    """CSV gives the frame back; Parquet every metric of every run, also where a setting was text in one run."""
+    runs = sweep(store, EFFECTS, seeds=(0, 1))
+    fabricate_failed(store, make_config("vit", "smoke", seed=5))
+    odd = json.loads((runs[0].folder / "config.json").read_text())
+    odd["config"]["beta"] = "auto"
+    runs[0].write("config.json", odd)
+    table = frame(store.runs())
+    out = write_report([], store.root).page.parent
+
+    flat = pd.read_csv(out / "runs.csv", float_precision="round_trip", dtype={"beta": object})
+    assert list(flat) == list(table)
+    for name in table:
+        values, empty = table[name], ("", None)
+        assert [None if pd.isna(v) else str(v) for v in flat[name]] == [
+            None if v in empty or pd.isna(v) else str(v) for v in values
+        ] or (flat[name] - values).abs().max() == 0, name
+
+    long = pd.read_parquet(out / "runs.parquet")
+    assert list(long) == ["run_id", *CONFIG, "status", "metric", "value"]
+    assert long.value.dtype == "float64"
+    assert long.value.notna().all()
+    assert long.seed.dtype == "int64"
+    assert set(long.beta) == {"auto", "0.25", "1.0"}
+    wide = long.pivot(index="run_id", columns="metric", values="value")
+    expected = table.set_index("run_id")[list(wide)]
+    pd.testing.assert_frame_equal(wide, expected, check_names=False, check_like=True)
+    assert wide.psnr.notna().sum() == 8
+    assert wide.bits_per_image.notna().sum() == 9
+
+
+class Page(HTMLParser):
+    """Checks that elements nest and close; collects references, ids, script elements, and the cells of all tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.references, self.ids, self.tables, self.scripts = [], [], set(), [], 0
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [attributes[name] for name in ("src", "href", "srcset", "action") if name in attributes]
+        self.ids.add(attributes.get("id"))
+        self.scripts += tag == "script"
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def test_page_is_one_wellformed_file_and_escapes_names(store, sketched):
+    sweep(store, EFFECTS)
+    fabricate(store, make_config("cnn", "smoke", data=HOSTILE), data=HOSTILE, split="</style><img src=x onerror=y>")
+    fabricate_failed(store, make_config("vit", "smoke", data=HOSTILE))
+    text = write_report([], store.root).page.read_text()
+    page = Page(text)
+    assert page.scripts == 1
+    assert page.references
+    for reference in page.references:
+        assert reference.startswith("data:image/png;base64,") or reference.removeprefix("#") in page.ids, reference
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert "&lt;script&gt;alert(" in text
+    escaped = (store.root / "reports" / "all" / "tables.md").read_text()
+    assert r"\<script\>alert('x')\</script\>\|\*[a\](b)" in escaped
+    assert not re.search(r"(?<!\\)<", escaped)
+
+
+def test_page_and_markdown_show_the_same_cells(store, sketched):
+    sweep(store, EFFECTS)
+    found = report_of(store)
+    sheet = found.blocks[0].ranking
+    expected = [[f"{cell.text} {cell.spread}".strip() for cell in row] for row in (*sheet.rows, *sheet.references)]
+    table = Page(write_report([], store.root).page.read_text()).tables[0]
+    assert [[text.strip() for text in row] for row in table[1:]] == expected
+    lines = [line for line in markdown(found).splitlines() if line.startswith("|")][2 : 2 + len(expected)]
+    assert [[text.strip(" *") for text in line.strip("|").split("|")] for line in lines] == expected
+
+
+def test_equal_runs_give_equal_bytes(store, sketched, tmp_path):
+    runs = sweep(store, EFFECTS)
+    names = [run.folder.name for run in runs]
+    write_report(names, store.root, tmp_path / "a")
+    write_report(names[::-1], store.root, tmp_path / "b")
+    for name in ("report.html", "tables.md", "runs.csv", "runs.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_with_real_charts_equal_runs_give_an_equal_page(store, tmp_path):
+    sweep(store, EFFECTS)
+    written = [write_report([], store.root, tmp_path / name) for name in "ab"]
+    assert written[0].page.read_bytes() == written[1].page.read_bytes()
+    assert len(Page(written[0].page.read_text()).references) > len(written[0].charts) > 1
+    assert all(chart.path.is_file() for chart in written[0].charts)
+
+
+CLICKS = """<script>
+const [table] = document.getElementsByTagName("table"), log = [];
+for (const [column, times] of %s) {
+  const heading = [...table.rows[0].cells].find(cell => cell.textContent.startsWith(column));
+  for (let i = 0; i < times; i++) heading.firstElementChild.click();
+  log.push([heading.getAttribute("aria-sort"), table.querySelectorAll("[aria-sort]").length,
+            [...table.tBodies[0].rows].map(row => row.cells[heading.cellIndex].textContent)]);
+}
+document.body.replaceChildren(JSON.stringify(log));
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_a_click_on_a_heading_sorts(store, sketched, tmp_path):
+    """Numbers as numbers, the better first, again the other way round, missing last, the reference row not at all."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium to drive")
+    for backbone, quality in {"cnn": 0.0, "vit": 0.03, "convnext": 0.01}.items():
+        fabricate(store, make_config(backbone, "smoke"), quality, perplexity=float(len(backbone)) ** 3)
+    fabricate_failed(store, make_config("mamba", "smoke"))
+    page = write_report([], store.root).page
+    clicks = [["perplexity", 1], ["perplexity", 1], ["FID vgg16", 1], ["backbone", 1], ["backbone", 1]]
+    page.write_text(page.read_text().replace("</body>", CLICKS % json.dumps(clicks)))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [chromium, *flags, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    log = json.loads(re.search(r"<body>(\[.*\])\s*</body>", done.stdout, re.S)[1])
+    assert {entry[1] for entry in log} == {1}
+    assert [entry[0] for entry in log] == ["descending", "ascending", "ascending", "ascending", "descending"]
+    assert log[0][2] == ["512", "27", "27", NONE]
+    assert log[1][2] == ["27", "27", "512", NONE]
+    assert log[2][2] == ["94.0", "98.0", "100.0", NONE]
+    assert log[3][2] == ["cnn", "convnext", "mamba", "vit"]
+    assert log[4][2] == ["vit", "mamba", "convnext", "cnn"]
+
+
+# -- priors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_priors(store):
+    """Two backbones × two grids × two seeds, with two priors each: the transformer is better everywhere."""
+    for name, grid, seed in itertools.product(("cnn", "vit"), (4, 8), (0, 1)):
+        over = fabricate(store, make_config(name, "smoke", grid_size=grid, seed=seed), 0.01 * seed)
+        for prior, bits, distance in (
+            ("independent", 6.5, 140),
+            ("transformer", 4.0 + 0.2 * (name == "vit"), 80 + grid),
+        ):
+            fabricate_prior(store, PriorConfig(over.folder.name, prior, seed=seed), bits, distance + seed)
+    return store
+
+
+def test_priors_are_ranked_within_equal_bits(with_priors):
+    generation = dict(report_of(with_priors).generation)
+    assert list(generation) == [
+        f"photos 32×32, {bits} bits per image before coding, 512 samples, temperature 1" for bits in (112, 448)
+    ]
+    for grid, sheet in zip((4, 8), generation.values(), strict=True):
+        assert sheet.order == "gfid_vgg16"
+        texts = [[cell.text for cell in row] for row in sheet.rows]
+        assert [row[:3] for row in texts] == [
+            ["cnn", "transformer", "2"],
+            ["vit", "transformer", "2"],
+            ["cnn", "independent", "2"],
+            ["vit", "independent", "2"],
+        ]
+        place = sheet.keys.index("gfid_vgg16")
+        assert [row[place] for row in texts] == [f"{80.5 + grid:.1f}"] * 2 + ["140.5"] * 2
+        rates = sheet.rows[0][sheet.keys.index("coded_bits_per_token")]
+        assert (rates.text, rates.best) == ("4.000", True)
+        names = [[cell.text for cell in row][:2] for row in sheet.references]
+        assert names == [[b, f"{kind} codes"] for kind in ("real", "shuffled") for b in ("cnn", "vit")]
+
+
+def test_no_prior_is_averaged_with_others_or_lost(with_priors):
+    """Other ways of sampling have tables of their own; otherwise trained priors and tokenizers have rows."""
+    first = next(run for run in with_priors.runs() if run.config()["grid_size"] == 4).folder.name
+    fabricate_prior(with_priors, PriorConfig(first, "transformer", temperature=0.5), 4.0, 10.0)
+    fabricate_prior(with_priors, PriorConfig(first, "transformer", steps=9000), 3.0, 20.0)
+    longer = fabricate(with_priors, make_config("cnn", "smoke", grid_size=4, steps=9999))
+    fabricate_prior(with_priors, PriorConfig(longer.folder.name, "transformer"), 2.0, 30.0)
+    generation = report_of(with_priors).generation
+    assert sorted(len(sheet.rows) for _, sheet in generation) == [1, 4, 6]
+    sheet = next(sheet for _, sheet in generation if len(sheet.rows) == 6)
+    assert {"steps", "tokenizer_steps"} <= set(sheet.keys)
+    place = sheet.keys.index("gfid_vgg16")
+    assert [row[place].text for row in sheet.rows[:2]] == ["20.0", "30.0"]
+
+
+def test_priors_sampled_in_another_way_do_not_count_as_left_out_for_their_settings(with_priors, tmp_path):
+    over = with_priors.runs()[0].folder.name
+    fabricate_prior(with_priors, PriorConfig(over, "transformer", temperature=0.5), 4.0, 10.0)
+
+    def caption() -> str:
+        made = charts.draw(frame([]), tmp_path, priors=prior_frame(with_priors.priors()))
+        return next(chart.caption for chart in made if chart.name == "generation")
+
+    assert caption().startswith("16 priors, means over seeds; 512 samples each, at temperature 1,")
+    fabricate_prior(with_priors, PriorConfig(over, "transformer", steps=9000), 3.0, 20.0)
+    assert caption().startswith("16 of 17 priors, those with equal settings, means over seeds;")
+
+
+def test_rates_of_nothing_are_drawn_too(store, tmp_path):
+    """One code in all costs no bits, which a logarithmic axis has no place for."""
+    over = fabricate(store, make_config("cnn", "smoke", codebook_size=2))
+    fabricate_prior(store, PriorConfig(over.folder.name, "rnn"), 0.0, 30.0)
+    assert write_report((), store.root, tmp_path).charts
+
+
+def test_the_entropy_coded_rate_joins_the_table(with_priors):
+    table = with_rates(frame(with_priors.runs()), prior_frame(with_priors.priors()))
+    expected = table.grid_size**2 * (4.0 + 0.2 * (table.backbone == "vit"))
+    assert list(table.coded_bits_per_image) == pytest.approx(list(expected))
+    assert (table.coded_bits_per_pixel < table.bits_per_pixel).all()
+    bare = with_rates(frame(with_priors.runs()), prior_frame([]))
+    assert bare.coded_bits_per_pixel.isna().all()
+
+
+def test_priors_reach_page_markdown_and_files(with_priors, tmp_path):
+    failed = fabricate_prior(with_priors, PriorConfig(with_priors.runs()[0].folder.name, "mamba"), 4.0, 80.0)
+    (failed.folder / "metrics.json").unlink()
+    failed.fail("diverged", "not finite by step 3")
+    written = write_report((), with_priors.root, tmp_path)
+    assert {"generation", "samples", "rate_distortion"} <= {chart.name for chart in written.charts}
+    page = written.page.read_text()
+    assert 'id="generation"' in page
+    assert "Priors without scores" in page
+    assert "not finite by step 3" in page
+    assert "## Generation: photos 32×32, 112 bits per image" in (tmp_path / "tables.md").read_text()
+    assert len(pd.read_csv(tmp_path / "priors.csv")) == 17
+    assert "Hollow" in next(chart.caption for chart in written.charts if chart.name == "rate_distortion")
+
+
+# -- words, lists and pages, without folders --------------------------------------------------------------------------
+
+
+NOBODY = pd.DataFrame(columns=list(frame([]).columns))
+
+
+def texts(sheet) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in sheet.rows]
+
+
+def about(*runs, name="all") -> report.Report:
+    """The report of runs without folders."""
+    return contents(Selection(name, [], Path("results")), made(*runs), prior_frame([]))
+
+
+def test_who_costs_more_in_every_budget_is_marked_and_the_mark_explained():
+    costs = {"cnn": (1e6, 1e8, 30.0), "vit": (1e6, 1e8, 30.0), "mamba": (2e6, 2e8, 60.0)}
+    budgets = ("params", "flops", "train_seconds")
+    runs = [(smoke(who), {"psnr": 20.0, **dict(zip(budgets, own, strict=True))}) for who, own in costs.items()]
+    sheet = ranking(made(*runs), NOBODY)
+    assert sorted(row[0] for row in texts(sheet)) == ["cnn", "mamba †", "vit"]
+    (note,) = [note for note in sheet.notes if "†" in note]
+    assert "median in every budget (parameters 2%, FLOPs 2%, train s 5%)" in note
+    assert not any("†" in note for note in ranking(made(*runs[:2]), NOBODY).notes)
+
+
+def test_a_list_is_cut_at_the_limit_and_only_then_says_so(monkeypatch):
+    monkeypatch.setattr(report, "LIMIT", 2)
+    runs = [(smoke(beta=float(beta)), {"psnr": beta}) for beta in (1, 2, 3)]
+    one = Verdict("psnr", "cnn", "vit", "", 2, 0.5, None, None, None, None)
+    for count in (2, 3):
+        cut = ["The first 2 of 3 rows."] * (count == 3)
+        sheet = ranking(made(*runs[:count]), NOBODY)
+        assert len(sheet.rows) == 2
+        assert [note for note in sheet.notes if "first" in note] == cut
+        assert cells(sheet, "psnr")["cnn"].text == f"{count - 1}.00"  # the best come first
+        assert list(verdict_list([one] * count).notes) == cut
+        assert len(verdict_list([one] * count).rows) == 2
+        priors = prior_rows(*({"steps": beta, "gfid_vgg16": 80.0} for beta in range(count)))
+        ((_, sheet),) = generation(priors)
+        assert [note for note in sheet.notes if "The first" in note] == cut
+    assert report._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert report._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+    assert report._few([]) == "none"
+
+
+def test_titles_name_what_is_reported_and_number_several_blocks():
+    """Grid and K where all rows have the same."""
+    one = about((smoke(seed=0), {"psnr": 20.0}), (smoke(seed=1), {"psnr": 20.0}))
+    assert [block.title for block in one.blocks] == ["photos 32×32, 112 bits per image (4×4 codes, K = 128)"]
+    several = about(
+        *((smoke(), {"psnr": 20.0}), (smoke(grid_size=8, codebook_size=4), {"psnr": 20.0})),
+        (smoke(codebook_size=256), {"psnr": 20.0}),
+    )
+    assert [block.title for block in several.blocks] == [
+        "1. photos 32×32, 112 bits per image (4×4 codes, K = 128)",
+        "2. photos 32×32, 128 bits per image",
+    ]
+    titles = {name: about((smoke(), {"psnr": 20.0}), name=name).title for name in ("all", "selection", "beta")}
+    assert titles == {"all": "All runs", "selection": "Selected runs", "beta": "Study beta"}
+
+
+def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores_listed():
+    rows = [
+        {"gfid_vgg16": 80.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.5},
+        {"gfid_vgg16": 90.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.25, "seed": 1},
+        {"status": "crashed", "reason": "it crashed", "prior": "mamba", "seed": 7},
+    ]
+    (title, sheet), (last, others) = generation(prior_rows(*rows))
+    sampling = "512 samples, temperature 0.9, top 50"
+    assert title == f"photos 32×32, 112 bits per image before coding, {sampling}"
+    assert sheet.notes[0] == (
+        f"{sampling}, against all 64 validation images of photos at 32×32; bits on their codes. "
+        "Extractor: v. Independent codes take 6.25 to 6.50 bits per token."
+    )
+    assert (last, texts(others)) == ("Priors without scores", [["crashed", "it crashed", "mamba", "7", "t"]])
+    ((title, _),) = generation(prior_rows(rows[0] | {"top_k": 0}))
+    assert title.endswith("temperature 0.9")
+
+
+def test_a_verdict_has_a_digit_more_than_its_metric_and_who_is_better_is_marked():
+    one = Verdict("kid_vgg16", "cnn", "vit", "beta=1", 5, 0.00123, (0.001, 0.002), None, 0.012, "vit")
+    sheet = verdict_list([one, replace(one, better=None)])
+    assert texts(sheet)[0] == [
+        *("KID vgg16", "cnn", "vit", "beta=1", "5", "+0.00123", "+0.00100 to +0.00200", NONE, "0.012", "vit better")
+    ]
+    assert [[bool(cell.best) for cell in row] for row in sheet.rows] == [[False] * 9 + [True], [False] * 10]
+    assert [cell.order for cell in sheet.rows[0][4:]] == [5, 0.00123, 0.001, None, 0.012, "vit better"]
+
+
+def test_failures_are_listed_by_status_with_what_was_set():
+    runs = [
+        (smoke(beta=beta), {"status": status})
+        for beta, status in ((1.0, "pruned"), (2.0, "crashed"), (3.0, "diverged"))
+    ]
+    sheet = report.failures(made(*runs, status="crashed"))
+    assert list(sheet.keys) == ["status", "reason", "backbone", "beta", "seed", "run_id"]
+    assert [[row[0], row[3]] for row in texts(sheet)] == [["crashed", "2"], ["diverged", "3"], ["pruned", "1"]]
+
+
+def test_all_runs_are_listed_in_the_order_of_block_backbone_setting_and_seed():
+    """Numbers as numbers; with the scores that some run has, and without block numbers where there is one block."""
+    runs = [
+        (smoke(who, beta=beta, seed=seed), {}) for who in ("vit", "cnn") for beta in (10.0, 9.0) for seed in (11, 2)
+    ]
+    runs[0][1].update(psnr=20.0)
+    table = made(*runs)
+    sheet = run_list(table, [table])
+    assert list(sheet.keys) == [
+        "backbone",
+        "beta",
+        "seed",
+        "status",
+        "psnr",
+        "bits_per_image",
+        "params",
+        "flops",
+        "run_id",
+    ]
+    found = [row[:3] for row in texts(sheet)]
+    assert found == [[who, beta, seed] for who in ("cnn", "vit") for beta in ("9", "10") for seed in ("2", "11")]
+    first, second = table[table.beta == 9.0], table[table.beta == 10.0]
+    sheet = run_list(table, [first, second])
+    assert sheet.keys[0] == "block"
+    assert [row[0] for row in texts(sheet)] == ["1"] * 4 + ["2"] * 4
+    table = pd.concat([table, made((smoke(), {}), status="crashed")], ignore_index=True)
+    assert [row[0] for row in texts(run_list(table, [first, second]))] == ["1"] * 4 + ["2"] * 4 + [NONE]
+
+
+def test_a_cell_is_formatted_like_its_column_and_sorted_by_its_value():
+    assert report._cell("psnr", 20.126, 0.5) == ("20.13", "± 0.50", 20.126, False)
+    assert report._cell("psnr", 20.126, math.nan, "20.13") == ("20.13", "", 20.126, True)
+    assert report._cell("flops", 12_345_000_000.0, 5e6) == ("12,345", "± 5", 12_345_000_000.0, False)
+    assert report._cell("beta", 0.1) == ("0.1", "", 0.1, False)
+    assert report._cell("backbone", "vit") == ("vit", "", "vit", False)
+    assert report._cell("psnr", math.nan, 0.5, NONE) == (NONE, "", None, False)
+    assert report._text(None) == "none"
+    assert report._short(f"{'ab' * 32} decade 0123456789abcdef") == "ababababab… decade 0123456789abcdef"
+    assert report._signed([-0.5], "+.2f") == "−0.50"
+    assert report._signed(None, "+.2f") == report._signed([math.nan], "+.2f") == NONE
+
+
+def test_a_protocol_is_one_line_and_shared_settings_are_those_of_all_rows():
+    digest = "0123456789" * 6
+    measured = {"protocol_split": f"a {digest}", "protocol_image_size": 32, "protocol_extractor_vgg16": None}
+    table = made((smoke(beta=1.0), measured), (smoke(beta=2.0), measured | {"augment": None}))
+    (line,) = [note for note in ranking(table.assign(psnr=1.0), NOBODY).notes if note.startswith("Protocol")]
+    assert line == "Protocol: data photos; split a 0123456789…; count 64; image size 32; extractor vgg16 none."
+    equal = report._equal(table)
+    assert (equal["backbone"], equal["codebook_size"]) == ("cnn", "128")
+    assert not {"beta", "augment"} & set(equal)
+
+
+def test_facts_give_values_in_order_and_of_many_both_ends():
+    assert report._values(pd.Series([10, 9, None, 9])) == "9, 10"
+    assert report._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
+    assert report._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
+    assert report._values(pd.Series(range(20))) == "0 to 19 (20 values)"
+    facts = about((smoke(), {"psnr": 20.0})).facts
+    assert facts == {"backbones": "cnn", "swept": "nothing", "seeds": "0", "runs": "1 finished"}
+
+
+CELL, GAP = report.Cell, report.Cell(NONE)
+
+
+def test_columns_of_numbers_may_have_gaps_and_are_aligned_to_the_right():
+    sheet = report.Sheet(
+        ["backbone", "psnr"], [[CELL("vit", order="vit"), CELL("2.00", "± 1", 2.0, True)], [CELL("a\n|b"), GAP]]
+    )
+    assert sheet.numeric == [False, True]
+    assert report._markdown(sheet).splitlines() == [
+        *("| backbone | PSNR dB ↑ |", "| --- | ---: |"),
+        *("| vit | **2.00 ± 1** |", r"| a \|b | – |"),
+    ]
+
+
+def test_markdown_has_facts_rankings_and_verdicts_and_no_heading_without_rows(store):
+    sweep(store, EFFECTS)
+    found = report_of(store)
+    text = markdown(found)
+    assert text.startswith("# All runs\n\n- backbones: cnn, vit\n- swept: beta 0.25, 1\n")
+    assert "\n\nover beta 0.25, 1:\n\n- " in text
+    assert all(f"\n- {report._inline(sentence)}" in text for sentence in found.blocks[0].headline)
+    assert not re.search("^## (Not ranked|Without)", text, re.M)
+    failed = fabricate_failed(store, make_config("vit", "smoke", seed=9))
+    fabricate(store, make_config("vit", "smoke", codebook_size=16))
+    text = markdown(report_of(store))
+    assert text.index("\n## Not ranked against each other\n") < text.index("\n## Without scores\n")
+    assert failed.folder.name.replace("_", r"\_") in text.split("## Without scores")[1]
+
+
+def test_a_verdict_is_told_once_and_says_of_which_runs_it_holds(store):
+    sweep(store, EFFECTS)
+    (block,) = report_of(store).blocks
+    told = block.headline + block.others
+    assert len(set(told)) == len(told) == sum(len(sheet.rows) for sheet in block.verdicts.values())
+    assert list(block.verdicts) == ["Backbones against each other", "Settings within a backbone"]
+    (alone,) = about((smoke(), {"psnr": 20.0})).blocks
+    assert (alone.headline, alone.others, alone.verdicts) == ([], [], {})
+
+
+def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store, capsys):
+    sweep(store, EFFECTS, betas=(0.25, 1.0, 2.0, 4.0, 8.0))
+    fabricate(store, make_config("vit", "smoke", codebook_size=16))
+    found = report_of(store)
+    report.show(found)
+    out = capsys.readouterr().out
+    block = found.blocks[1]
+    table = out[out.index(block.title) :].split("over beta")[0].splitlines()
+    rows = [line.split() for line in table if line.split()[:1] in (["cnn"], ["vit"], ["k-means"])]
+    assert [row[:2] for row in rows[:-1]] == [row[:2] for row in texts(block.ranking)[:8]]
+    assert rows[-1][0] == "k-means"
+    assert {"backbone", "beta", "seeds", "LPIPS", "PSNR", "perplexity"} <= set(" ".join(table).split())
+    assert not {"FID", "SSIM", "failed"} & set(" ".join(table).split())
+    assert all(sentence in out for sentence in block.headline)
+    assert "2 blocks are not ranked against each other: they differ in bits_per_image." in out
+    assert out.endswith("Runs: 31 finished.\n")
+
+
+def test_the_terminal_is_silent_about_what_there_is_not(capsys):
+    report.show(about((smoke(), {"psnr": 20.0})))
+    out = capsys.readouterr().out
+    assert not {"ranked", "Generation", "over"} & set(out.split())
+
+
+def test_charts_of_an_earlier_report_go_and_those_of_another_worker_stay(store, sketched, tmp_path):
+    fabricate(store, smoke())
+    plots = tmp_path / "out" / "plots"
+    plots.mkdir(parents=True)
+    for name in ("old.png", "old.svg", ".dot.png.tmp"):
+        (plots / name).write_text("")
+    assert command.main(["--results", str(store.root), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in plots.iterdir()} == {"dot.png", ".dot.png.tmp"}
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (store.root / "reports").exists()
+    assert write_report([], store.root).page == store.root / "reports" / "all" / "report.html"
+
+
+def test_priors_over_other_runs_are_not_in_the_report(with_priors, sketched):
+    over = with_priors.runs()[0].folder.name
+    written = write_report([over], with_priors.root)
+    assert set(pd.read_csv(written.page.parent / "priors.csv").tokenizer) == {over}
+
+
+def test_a_page_shows_each_chart_with_its_caption_and_each_cell_with_what_it_is_sorted_by(store, sketched):
+    sweep(store, EFFECTS)
+    found = report_of(store)
+    text = write_report([], store.root).page.read_text()
+    assert re.search(
+        r'<h3>A dot</h3>\s*<img src="data:image/png;base64,[^"]+" alt="A dot">\s*<figcaption>One dot.<', text
+    )
+    ranked_rows = found.blocks[0].ranking
+    head = re.search(r"<thead>.*?</thead>", text, re.S)[0]
+    assert re.findall(r'<th[^>]*aria-sort="(\w+)"', head) == ["ascending"]  # by an LPIPS
+    assert re.findall(r'data-first="(\w+)"', head)[list(ranked_rows.keys).index("psnr")] == "descending"
+    body = re.search(r"<tbody>.*?</tbody>", text, re.S)[0]
+    expected = ["" if cell.order is None else str(cell.order) for row in ranked_rows.rows for cell in row]
+    assert re.findall(r'data-order="([^"]*)"', body) == expected
+    assert body.count("<b>") == sum(cell.best for row in ranked_rows.rows for cell in row)
+    assert len(re.findall(r'<td class="number"', body)) == sum(ranked_rows.numeric) * len(ranked_rows.rows)
+    assert all(f"<li>{sentence}</li>" in text for sentence in found.blocks[0].headline)
+    assert f"{len(found.blocks[0].others)} more verdicts" in text
+    assert "<p>Over beta 0.25, 1:</p>" in text

@@ -1,0 +1,977 @@
+"""Contracts that every backbone keeps, at every grid; and the bugs that public backbones shipped."""
+
+import importlib
+import json
+import runpy
+import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from backbones import BACKBONES, backbone, timm_encoder, torchvision_repair, users
+from backbones.cnn import ResidualBlock
+from backbones.convnext import NeXtformerBlock
+from backbones.layers import (
+    GridTransformer,
+    TransformerBlock,
+    blocks,
+    downsamplings,
+    mlp,
+    orthogonal,
+    patches,
+    pyramid,
+    token_head,
+)
+from backbones.mamba import BidirectionalMambaBlock, MambaBlock
+from backbones.ssd import Mamba2
+from bench.core.errors import UserError
+from bench.quantizers import QUANTIZERS
+from bench.tokenizers import train
+from bench.tokenizers.config import PRESETS, make_config
+from bench.tokenizers.tokenizer import Tokenizer, parameter_count, to_device
+from bench.tokenizers.train import parameter_groups
+
+import timm  # isort: skip  (after backbones, which repairs torchvision)
+
+TIMM = ("timm:test_resnet", "timm:test_convnext", "timm:test_vit")  # feature maps at 2 to 32, 4 to 32, and 16 pixels
+TOKENS = ("vit", "mamba", "bimamba", "hybrid")
+every = pytest.mark.parametrize("name", [*BACKBONES, *TIMM])
+GRIDS = (1, 4, 8, 16)
+SIZE, D, WIDTH = 32, 6, 32
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def build(name: str, grid: int, depth: int = 1, size: int = SIZE, **options):
+    torch.manual_seed(0)
+    chosen = backbone(name)
+    sides = (chosen.Encoder, chosen.encoder_options), (chosen.Decoder, chosen.decoder_options)
+    return tuple(
+        Side(size, grid, D, WIDTH, depth, **{option: value for option, value in options.items() if option in taken})
+        for Side, taken in sides
+    )
+
+
+def awaken(module: torch.nn.Module) -> torch.nn.Module:
+    """Residual branches start at zero, which would hide whatever they do wrong."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return module
+
+
+@every
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_tokenizer_contract(name, grid, quantizer):
+    """Shapes, ranges, gradients everywhere, and decode(encode(x)) as the forward path (bugs 3 and 6)."""
+    torch.manual_seed(0)
+    config = make_config(
+        name, "smoke", quantizer=quantizer, grid_size=grid, width=WIDTH, depth=1, code_dim=D, codebook_size=32
+    )
+    tokenizer = awaken(Tokenizer(config))
+    x = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    x_hat, quantized = tokenizer(x)
+    assert x_hat.shape == x.shape
+    assert quantized.codes.shape == (2, grid, grid)
+    (x_hat.square().mean() + quantized.loss).backward()
+    for key, parameter in tokenizer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+    tokenizer.eval()
+    codes = tokenizer.encode(x)
+    assert codes.dtype == torch.int64
+    decoded = tokenizer.decode(codes)
+    assert decoded.abs().max() <= 1
+    torch.testing.assert_close(decoded, tokenizer(x)[0].clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("grid", GRIDS)
+def test_other_images_do_not_change_mine(name, grid):
+    """Attention over the batch instead of the tokens (bug 4), or any norm over the batch."""
+    encoder, decoder = map(awaken, build(name, grid, attention=1, patch_overlap=True, final_conv=True))
+    encoder.train(name not in TIMM)  # BatchNorm couples the images of a training batch; nothing else may
+    x = torch.randn(3, 3, SIZE, SIZE, requires_grad=True)
+    gradient = torch.autograd.grad(encoder(x)[1].sum(), x)[0]
+    assert not gradient[[0, 2]].any()
+    z = torch.randn(3, D, grid, grid, requires_grad=True)
+    gradient = torch.autograd.grad(decoder(z)[1].sum(), z)[0]
+    assert not gradient[[0, 2]].any()
+    assert gradient[1].any()
+
+
+@pytest.mark.parametrize("block", [TransformerBlock, BidirectionalMambaBlock, MambaBlock])
+def test_tokens_of_my_image_change_mine(block):
+    """The other half of bug 4; the causal block sees what came before, the others everything (bug 8)."""
+    torch.manual_seed(0)
+    layer = awaken(block(WIDTH))
+    x = torch.randn(2, 9, WIDTH, requires_grad=True)
+    for token in range(9):
+        gradient = torch.autograd.grad(layer(x)[0, token].sum(), x)[0]
+        seen = gradient[0].abs().sum(-1) > 0
+        assert seen[: token + 1].all()
+        assert seen[token + 1 :].any() == (block is not MambaBlock and token < 8)
+        assert not gradient[1].any()
+
+
+def test_bidirectional_block_flips_back():
+    """With equal mixers, reversing the input reverses the output: nothing comes out in the wrong order (bug 7)."""
+    torch.manual_seed(0)
+    layer = awaken(BidirectionalMambaBlock(WIDTH))
+    layer.backward_mixer.load_state_dict(layer.forward_mixer.state_dict())
+    x = torch.randn(2, 7, WIDTH)
+    torch.testing.assert_close(layer(x.flip(1)), layer(x).flip(1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block", [TransformerBlock, BidirectionalMambaBlock, MambaBlock])
+def test_residual_is_added_once(block):
+    """Branches that start at zero leave x itself, not 2x (bug 7)."""
+    x = torch.randn(2, 7, WIDTH)
+    torch.testing.assert_close(block(WIDTH)(x), x)
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def swiglu(layer, x: torch.Tensor) -> torch.Tensor:
+    return (F.silu(x @ layer.fc1_g.weight.T) * (x @ layer.fc1_x.weight.T)) @ layer.fc2.weight.T
+
+
+def normed(norm, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def residual_block(block, x: torch.Tensor) -> torch.Tensor:
+    first, second = block.branch[1], block.branch[3]
+    y = F.conv2d(x.clamp(min=0), first.weight, first.bias, padding=1)
+    return x + F.conv2d(y.clamp(min=0), second.weight, second.bias, padding=1)
+
+
+def nextformer_block(block, x: torch.Tensor) -> torch.Tensor:
+    padded = F.pad(normed(block.norm1, x.movedim(1, -1)).movedim(-1, 1), (3, 3, 3, 3))
+    windows = padded.unfold(2, 7, 1).unfold(3, 7, 1)  # every channel on its own
+    weight, bias = block.depthwise.weight[:, 0, None, None], block.depthwise.bias[:, None, None]
+    x = x + (windows * weight).sum((-1, -2)) + bias
+    return x + swiglu(block.mlp, normed(block.norm2, x.movedim(1, -1))).movedim(-1, 1)
+
+
+def transformer_block(block, x: torch.Tensor) -> torch.Tensor:
+    tokens = normed(block.norm1, x)
+    q, k, v = (block.attention.qkv(tokens)).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (-1, 32)).transpose(1, 2) for t in (q, k, v))  # heads of 32
+    mixed = ((q @ k.mT) / 32**0.5).softmax(-1) @ v
+    x = x + block.attention.proj(mixed.transpose(1, 2).flatten(2))
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+def mamba_block(block, x: torch.Tensor) -> torch.Tensor:
+    x = x + block.mixer(normed(block.norm1, x))
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+def bidirectional_block(block, x: torch.Tensor) -> torch.Tensor:
+    tokens, last_to_first = normed(block.norm1, x), list(reversed(range(x.shape[1])))
+    forward, backward = block.forward_mixer(tokens), block.backward_mixer(tokens[:, last_to_first])[:, last_to_first]
+    x = x + forward + backward
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+BLOCKS = {
+    ResidualBlock: (residual_block, (2, 48, 5, 6)),
+    NeXtformerBlock: (nextformer_block, (2, 48, 8, 9)),
+    TransformerBlock: (transformer_block, (2, 7, 48)),  # two heads
+    MambaBlock: (mamba_block, (2, 7, 48)),
+    BidirectionalMambaBlock: (bidirectional_block, (2, 7, 48)),
+}
+every_block = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+
+
+@every_block
+def test_block_is_its_definition_and_so_are_its_gradients(kind):
+    """Written out in plain operations, in float64; the residuals are added once (bug 7)."""
+    definition, shape = BLOCKS[kind]
+    torch.manual_seed(0)
+    block = awaken(kind(48)).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms, too, do something
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *block.parameters())
+    weights = torch.randn(shape, dtype=torch.float64)
+    found, expected = block(x), definition(block, x)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@every_block
+def test_every_block_starts_as_the_identity(kind):
+    _, shape = BLOCKS[kind]
+    x = torch.randn(shape)
+    torch.testing.assert_close(kind(48)(x), x)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(32, 88), (48, 128), (96, 256), (100, 264)])
+def test_swiglu_has_as_many_parameters_as_the_usual_two_layers(width, hidden):
+    """8 width², but for rounding to eights."""
+    layer = mlp(width)
+    assert layer.fc1_g.weight.shape == layer.fc1_x.weight.shape == layer.fc2.weight.T.shape == (hidden, width)
+    assert parameter_count(layer) == pytest.approx(8 * width**2, rel=0.05)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (32, 1), (48, 2), (96, 3), (100, 4)])
+def test_attention_has_heads_of_32(width, heads):
+    attention = TransformerBlock(width).attention
+    assert (attention.num_heads, attention.head_dim) == (heads, 32)
+
+
+def test_blocks_share_the_depth_and_earlier_kinds_get_more():
+    kinds = [lambda width: ("a", width), lambda width: ("b", width), lambda width: ("c", width)]
+    shares = ["".join(kind for kind, _ in blocks(kinds, 8, depth)) for depth in range(7)]
+    assert shares == ["", "a", "ab", "abc", "aabc", "aabbc", "aabbcc"]
+
+
+def test_token_head_widens_four_times():
+    head = token_head(8, 5)
+    x = torch.randn(3, 8)
+    hidden = (normed(head[0], x) @ head[1].weight.T + head[1].bias).tanh()
+    assert hidden.shape == (3, 32)
+    torch.testing.assert_close(head(x), hidden @ head[3].weight.T + head[3].bias)
+
+
+# ------------------------------------------------------------------------------------------------------------- skeleton
+
+
+@pytest.mark.parametrize(("channels", "out"), [(3, 8), (16, 8), (8, 8)])
+def test_orthogonal_layers_keep_what_they_can_of_the_signal(channels, out):
+    """As many orthonormal rows or columns as there can be; nothing is added."""
+    layer = orthogonal(torch.nn.Sequential(torch.nn.Conv2d(channels, out, 2, stride=2)))[0]
+    matrix = layer.weight.flatten(1)
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+    assert not layer.bias.any()
+
+
+def layout(side: torch.nn.Module) -> list[str]:
+    """Kinds of a pyramid's layers, and the channels that they lead to."""
+    found = []
+    for layer in side.layers:
+        convolution = next((part for part in layer.modules() if isinstance(part, torch.nn.Conv2d)), None)
+        channels = convolution.out_channels if convolution is not None else ""
+        found.append(f"{type(layer).__name__} {channels}".strip())
+    return found
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_pyramid_has_its_blocks_at_every_level_and_attention_next_to_the_codes(name):
+    block, norm = {"cnn": ("ResidualBlock", "ReLU"), "convnext": ("NeXtformerBlock", "LayerNorm2d")}[name]
+    chosen, sizes = backbone(name), (32, 8, D, 48, 2, 3)
+    assert layout(chosen.Encoder(*sizes)) == [
+        *("Downsample 24", f"{block} 24", f"{block} 24"),
+        *("Downsample 48", f"{block} 48", f"{block} 48"),
+        *("GridTransformer", norm, f"Conv2d {D}"),
+    ]
+    assert layout(chosen.Decoder(*sizes)) == [
+        *("Conv2d 48", "GridTransformer", f"{block} 48", f"{block} 48"),
+        *("Upsample 96", f"{block} 24", f"{block} 24"),  # four cells of 24
+        *(norm, "Upsample 12"),
+    ]
+    assert layout(chosen.Encoder(8, 8, D, 48, 1)) == ["Conv2d 48", f"{block} 48", norm, f"Conv2d {D}"]
+    assert layout(chosen.Decoder(8, 8, D, 48, 1)) == ["Conv2d 48", f"{block} 48", norm, "Sequential 3"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+@pytest.mark.parametrize("grid", [32, 8])
+def test_pyramid_s_skeleton_is_orthogonal(name, grid):
+    """All convolutions between the blocks, but for the one that makes pixels."""
+    encoder, decoder = build(name, grid)
+    skeleton = [layer for side in (encoder.layers, decoder.layers[:-1]) for layer in side]
+    convolutions = [
+        part
+        for layer in skeleton
+        if type(layer) not in BLOCKS
+        for part in layer.modules()
+        if isinstance(part, torch.nn.Conv2d)
+    ]
+    assert len(convolutions) == 2 * downsamplings(SIZE, grid) + 1 + 2 * (grid == SIZE)
+    for convolution in convolutions:
+        matrix = convolution.weight.flatten(1)
+        gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+        torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+        assert not convolution.bias.any()
+    last = decoder.layers[-1][0].weight.flatten(1)
+    assert not torch.allclose(last @ last.T, torch.eye(len(last)), atol=0.1)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_side_starts_as_patches_positions_and_head(name):
+    """In that order, whatever the depth: all blocks start as the identity."""
+    encoder, decoder = build(name, 4, depth=3, attention=1)
+    x, z = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, D, 4, 4)
+    tokens = encoder.patchify(x).flatten(2).mT + encoder.position
+    torch.testing.assert_close(encoder(x), encoder.head(tokens).mT.reshape(2, D, 4, 4), **CLOSE)
+    tokens = z.flatten(2).mT @ decoder.embed.weight.T + decoder.embed.bias + decoder.position
+    painted = decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4))
+    torch.testing.assert_close(decoder(z), painted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_side_is_its_parts_in_order(name):
+    """Positions go in before the blocks, which follow one another; then the head."""
+    encoder, decoder = map(awaken, build(name, 4, depth=2, attention=1))
+    x, z = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, D, 4, 4)
+    tokens = encoder.patchify(x).flatten(2).mT + encoder.position
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(encoder(x), encoder.head(tokens).mT.reshape(2, D, 4, 4), **CLOSE)
+    tokens = decoder.embed(z.flatten(2).mT) + decoder.position
+    for block in decoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(decoder(z), decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4)), **CLOSE)
+
+
+@every
+def test_a_backbone_is_made_of_its_own_blocks(name):
+    """Of one kind on either side, but for the hybrid's two."""
+    kinds = {
+        **{"cnn": {ResidualBlock}, "convnext": {NeXtformerBlock}, "vit": {TransformerBlock}, "mamba": {MambaBlock}},
+        **{"bimamba": {BidirectionalMambaBlock}, "hybrid": {BidirectionalMambaBlock, TransformerBlock}},
+    }
+    encoder, decoder = build(name, 4, depth=2)
+    for side in (decoder,) if name in TIMM else (encoder, decoder):
+        layers = side.blocks if name in TOKENS else [layer for layer in side.layers if type(layer) in BLOCKS]
+        assert {type(layer) for layer in layers} == kinds.get(name, {ResidualBlock})
+
+
+@pytest.mark.parametrize("name", ["mamba", "bimamba", "hybrid"])
+def test_mamba_layers_have_states_and_heads_of_32(name):
+    for side in build(name, 4):
+        layers = [part for part in side.modules() if isinstance(part, Mamba2)]
+        assert layers
+        assert {(layer.d_state, layer.headdim, layer.d_inner) for layer in layers} == {(32, 32, 2 * WIDTH)}
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_where_nothing_is_halved_a_cell_sees_its_neighbours(name):
+    encoder, decoder = build(name, SIZE)
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, SIZE, SIZE, requires_grad=True)
+    assert support(torch.autograd.grad(encoder(x)[0, :, 9, 5].sum(), x)[0]) == (3, 3)
+    assert support(torch.autograd.grad(decoder(z)[0, :, 9, 5].sum(), z)[0]) == (3, 3)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_attention_of_tokens_stands_next_to_the_codes(name):
+    plain, more = build(name, 4, depth=2), build(name, 4, depth=2, attention=2)
+    (encoder, decoder), (longer_encoder, longer_decoder) = (
+        [[type(block) for block in side.blocks] for side in sides] for sides in (plain, more)
+    )
+    assert len(encoder) == len(decoder) == 2
+    assert longer_encoder == encoder + 2 * [TransformerBlock]
+    assert longer_decoder == 2 * [TransformerBlock] + decoder
+
+
+def test_a_fresh_grid_transformer_adds_positions_alone():
+    """Row by row: a pixel's position is that of its token."""
+    layer = GridTransformer(WIDTH, 4, 2)
+    x = torch.randn(2, WIDTH, 4, 4)
+    torch.testing.assert_close(layer(x), x + layer.position.T.view(1, WIDTH, 4, 4), **CLOSE)
+    wide = torch.randn(1, WIDTH, 2, 8)  # another shape of as many
+    torch.testing.assert_close(layer(wide), wide + layer.position.T.view(1, WIDTH, 2, 8), **CLOSE)
+
+
+def test_a_grid_transformer_is_one_block_after_another_on_its_pixels():
+    layer = awaken(GridTransformer(WIDTH, 4, 2))
+    x = torch.randn(2, WIDTH, 4, 4)
+    tokens = torch.stack([x[:, :, i // 4, i % 4] + layer.position[i] for i in range(16)], 1)
+    expected = transformer_block(layer.blocks[1], transformer_block(layer.blocks[0], tokens))
+    torch.testing.assert_close(layer(x).flatten(2).mT, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "cnn"])
+def test_positions_start_small_and_differ(name):
+    """Deviating by 0.02, as in ViT."""
+    for side in build(name, 32, attention=1):
+        position = next(value.detach() for key, value in side.named_parameters() if "position" in key)
+        assert position.shape == (1024, WIDTH)
+        assert float(position.std()) == pytest.approx(0.02, rel=0.05)  # of 32,768 numbers
+        assert abs(float(position.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_cell_is_made_of_its_patch_and_paints_it(name):
+    """Blocks start as the identity, so that nothing else reaches it: rows stay rows, columns columns."""
+    encoder, decoder = build(name, 4)
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, 4, 4, requires_grad=True)
+    blur = 2 if name in ("cnn", "convnext") else 0  # pixels that the last convolution adds on each side
+    for row, column in ((1, 2), (2, 1)):
+        seen = torch.autograd.grad(encoder(x)[0, :, row, column].sum(), x)[0]
+        mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        mask[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = True
+        assert torch.equal(seen[0].abs().sum(0) > 0, mask)
+        mask[8 * row - blur : 8 * row + 8 + blur, 8 * column - blur : 8 * column + 8 + blur] = True
+        for pixel in ((8 * row, 8 * column), (8 * row + 7, 8 * column + 7)):
+            source = torch.autograd.grad(decoder(z)[0, :, pixel[0], pixel[1]].abs().sum(), z)[0]
+            assert source[0, :, row, column].any()
+        painted = (decoder(z + F.one_hot(torch.tensor(4 * row + column), 16).view(4, 4)) - decoder(z))[0].abs().sum(0)
+        assert not (painted > 1e-6)[~mask].any()
+        assert (painted > 1e-6)[mask].float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_mamba_reads_in_raster_order_and_the_others_both_ways(name):
+    """A cell of mamba sees the patches above it and those to its left, on either side of the codes (bugs 7 and 8)."""
+    encoder, decoder = map(awaken, build(name, 4))
+    x, z = torch.randn(1, 3, SIZE, SIZE, requires_grad=True), torch.randn(1, D, 4, 4, requires_grad=True)
+    for cell in (0, 6, 9):
+        row, column = divmod(cell, 4)
+        expected = torch.arange(16) <= cell if name == "mamba" else torch.ones(16, dtype=torch.bool)
+        seen = torch.autograd.grad(encoder(x)[0, :, row, column].sum(), x)[0].abs().sum((0, 1))
+        assert torch.equal(seen.unflatten(0, (4, 8)).unflatten(2, (4, 8)).sum((1, 3)).flatten() > 0, expected)
+        pixel = decoder(z)[0, :, 8 * row + 3, 8 * column + 5].sum()
+        seen = torch.autograd.grad(pixel, z)[0].abs().sum((0, 1)).flatten()
+        assert torch.equal(seen > 0, expected)
+
+
+@every
+def test_last_layer_makes_the_pixels(name):
+    _, decoder = build(name, 4)
+    x = decoder(torch.randn(2, D, 4, 4))
+    gradient = torch.autograd.grad(x.square().mean(), decoder.last_layer)[0]
+    assert gradient.abs().sum() > 0
+    last = [p for p in decoder.parameters() if p.ndim > 1][-1]
+    assert decoder.last_layer is last
+
+
+@every
+def test_bfloat16_autocast_is_finite_and_close(name):
+    encoder, _ = map(awaken, build(name, 4, attention=1, patch_overlap=True))
+    x = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    exact = encoder(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(x).float()
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def sizes(preset):
+    """Parameters of both sides of every backbone, counted without allocating them."""
+    with torch.device("meta"):
+        tokenizers = {name: Tokenizer(make_config(name, preset)) for name in BACKBONES}
+    return {name: parameter_count(t.encoder) + parameter_count(t.decoder) for name, t in tokenizers.items()}
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"blog256"}))
+def test_presets_match_parameters(preset):
+    """Within 5 % of one another, encoder and decoder together: otherwise the comparison is not one of backbones."""
+    counts = sizes(preset)
+    assert max(counts.values()) <= 1.05 * min(counts.values()), counts
+
+
+def test_presets_make_the_tokens_that_their_sources_say():
+    tokens = {"vqgan64": (64, 8, 1024), "vqvae32": (32, 4, 256), "celeba64": (64, 16, 512)}
+    tokens |= {"vitvqgan-s": (256, 32, 8192), "blog256-fair": (256, 32, 8192)}
+    for preset, expected in tokens.items():
+        for name in BACKBONES:
+            config = make_config(name, preset)
+            config.check() if config.data == "photos" else None
+            assert (config.image_size, config.grid_size, config.codebook_size) == expected
+    assert make_config("cnn", "vqvae32").code_dim == make_config("cnn", "celeba64").code_dim == 64
+    vit = make_config("vit", "vitvqgan-s")
+    assert (vit.width, vit.depth, vit.quantizer) == (512, 8, "l2")
+
+
+def test_the_blogs_mismatch_is_reproduced_under_its_own_name():
+    """4,096 codes of the CNN beside 1,024 of the others, and a tenth of their parameters."""
+    published = {name: make_config(name, "blog256") for name in ("convnext", "vit", "mamba", "bimamba")}
+    assert {name: config.tokens for name, config in published.items()} == {
+        **dict.fromkeys(("vit", "mamba", "bimamba"), 1024),
+        "convnext": 4096,
+    }
+    assert published["convnext"].attention == 1
+    counts = sizes("blog256")
+    assert min(counts["vit"], counts["mamba"], counts["bimamba"]) > 10 * counts["convnext"]
+    assert make_config("convnext", "blog256", grid_size=16).grid_size == 16  # an explicit setting goes first
+
+
+@every
+def test_depth_adds_blocks_and_width_widens(name):
+    def count(width: int, depth: int) -> int:
+        side = backbone(name).Decoder if name in TIMM else backbone(name).Encoder
+        return parameter_count(side(SIZE, 8, D, width, depth))
+
+    assert count(32, 1) < count(32, 2) < count(32, 3)
+    assert count(32, 1) < count(48, 1) < count(64, 1)
+
+
+def test_downsamplings():
+    assert [downsamplings(64, grid) for grid in (64, 32, 1)] == [0, 1, 6]
+    assert downsamplings(48, 6) == 3
+    for size, grid in ((64, 7), (64, 0), (64, 128), (48, 16), (64, -8)):
+        with pytest.raises(ValueError, match=str(grid)):
+            downsamplings(size, grid)
+
+
+def test_pyramid_never_grows_towards_the_image():
+    assert pyramid(96, 0) == pyramid(96, 1) == [96]
+    assert pyramid(96, 3) == [24, 48, 96]
+    assert pyramid(96, 6) == [24, 24, 24, 24, 48, 96]
+    assert pyramid(100, 4) == [32, 32, 56, 100]  # rounded up, but for the grid's own
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+CHOICES = {"attention": 2, "patch_overlap": True, "final_conv": True}
+every_option = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, {option: CHOICES[option] for option in chosen})
+        for name in [*BACKBONES, *TIMM]
+        for taken in [sorted(backbone(name).options & CHOICES.keys())]
+        for chosen in [[], *([option] for option in taken), taken]
+        if chosen or name == "vit"
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
+)
+
+
+@every_option
+@pytest.mark.parametrize(("size", "grid"), [(32, 32), (32, 16), (64, 8), (48, 3), (32, 1)])
+def test_options_keep_shapes_and_train_everything(name, options, size, grid):
+    """Patches of 1, 2, 8, 16 and 32 pixels; the pixels come out of ``last_layer``."""
+    encoder, decoder = map(awaken, build(name, grid, size=size, **options))
+    z = encoder(torch.rand(2, 3, size, size) * 2 - 1)
+    assert z.shape == (2, D, grid, grid)
+    x_hat = decoder(z)
+    assert x_hat.shape == (2, 3, size, size)
+    x_hat.square().mean().backward()
+    for side in (encoder, decoder):
+        for key, parameter in side.named_parameters():
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+    assert decoder.last_layer is [p for p in decoder.parameters() if p.ndim > 1][-1]
+    assert decoder.last_layer.grad.any()
+
+
+@every_option
+def test_channels_last_changes_nothing(name, options):
+    config = make_config(name, "smoke", **options)
+    torch.manual_seed(0)
+    tokenizer = awaken(Tokenizer(config)).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    z = tokenizer.encoder(x)
+    x_hat = tokenizer.decoder(z)
+    to_device(tokenizer, "cpu")
+    torch.testing.assert_close(tokenizer.encoder(x.contiguous(memory_format=torch.channels_last)), z, **CLOSE)
+    torch.testing.assert_close(tokenizer.decoder(z.contiguous(memory_format=torch.channels_last)), x_hat, **CLOSE)
+
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def support(response: torch.Tensor) -> tuple[int, int]:
+    """Height and width of the box outside of which ``response`` (…, H, W) is zero."""
+    seen = response.flatten(0, -3).abs().sum(0) > 0
+    return int(seen.any(1).sum()), int(seen.any(0).sum())
+
+
+@pytest.mark.parametrize("grid", [32, 16, 8, 4])
+def test_overlap_mixes_neighbouring_patches(grid):
+    """A token sees, and paints, its patch and half a patch around it, or without the option its patch alone."""
+    patch = SIZE // grid
+    for overlap in (False, True):
+        side = (max(2 * patch, 3) if overlap else patch,) * 2
+        encoder, decoder = build("vit", grid, patch_overlap=overlap)
+        x = torch.zeros(1, 3, SIZE, SIZE, requires_grad=True)
+        middle = encoder.patchify(x)[0, :, grid // 2, grid // 2].sum()
+        assert support(torch.autograd.grad(middle, x)[0]) == side
+        tokens = torch.zeros(1, WIDTH, grid, grid)
+        blank = decoder.unpatchify(tokens)
+        tokens[:, :, grid // 2, grid // 2] = 1
+        assert support(decoder.unpatchify(tokens) - blank) == side
+        _, decoder = build("vit", grid, patch_overlap=overlap, final_conv=True)
+        painted = decoder.final_conv(decoder.unpatchify(tokens)) - decoder.final_conv(decoder.unpatchify(0 * tokens))
+        assert support(painted) == (side[0] + 2, side[1] + 2)  # one pixel further
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("grid", [32, 16, 4])
+def test_unpatchify_mirrors_patchify(grid, overlap):
+    """With equal weights one is the transpose of the other: ⟨Px, t⟩ = ⟨x, Pᵀt⟩, at the borders too."""
+    encoder, decoder = build("vit", grid, patch_overlap=overlap)
+    assert decoder.unpatchify.weight.shape == encoder.patchify.weight.shape
+    x, t = torch.randn(2, 3, SIZE, SIZE), torch.randn(2, WIDTH, grid, grid)
+    with torch.no_grad():
+        decoder.unpatchify.weight.copy_(encoder.patchify.weight)
+        for side in (encoder.patchify, decoder.unpatchify):
+            side.bias.zero_()
+        torch.testing.assert_close((encoder.patchify(x) * t).sum(), (x * decoder.unpatchify(t)).sum(), **CLOSE)
+
+
+def test_patches_cover_the_image_at_every_stride():
+    assert patches(64, 8, False) == {"kernel_size": 8, "stride": 8, "padding": 0}
+    assert patches(64, 8, True) == {"kernel_size": 16, "stride": 8, "padding": 4}
+    assert patches(64, 32, True) == {"kernel_size": 4, "stride": 2, "padding": 1}
+    assert patches(64, 64, True) == {"kernel_size": 3, "stride": 1, "padding": 1}
+    with pytest.raises(ValueError, match="grid_size 7"):
+        patches(64, 7, True)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_cures_cost_what_they_should(name):
+    def count(**options) -> list[int]:
+        return [parameter_count(side) for side in build(name, 4, **options)]
+
+    encoder, decoder = count()
+    kernels = 3 * (16**2 - 8**2) * WIDTH  # twice the side of 8×8 patches
+    assert count(patch_overlap=True) == [encoder + kernels, decoder + kernels]
+    assert count(final_conv=True) == [encoder, decoder + 3 * 3 * 9 + 3]
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "timm:test_convnext"])
+def test_attention_costs_its_blocks(name):
+    def count(layers: int) -> list[int]:
+        return [parameter_count(side) for side in build(name, 4, attention=layers)]
+
+    none, one, two = map(count, range(3))
+    block = parameter_count(TransformerBlock(WIDTH))  # test_convnext has as many channels where its stride is 8
+    position = 0 if name in TOKENS else 4**2 * WIDTH
+    assert one == [side + position + block for side in none]
+    assert two == [side + block for side in one]
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext", "mamba", "timm:test_convnext"])
+def test_attention_lets_every_cell_see_the_whole_image(name):
+    """On the code side of either half, which convolutions and a causal scan cannot."""
+    for layers in (0, 1):
+        encoder, decoder = map(awaken, build(name, 16, size=64, attention=layers))
+        x = torch.randn(2, 3, 64, 64, requires_grad=True)
+        gradient = torch.autograd.grad(encoder.eval()(x)[0, :, 0, 0].sum(), x)[0]
+        assert gradient[0, :, -4:, -4:].any() == bool(layers)
+        assert not gradient[1].any()
+        z = torch.randn(2, D, 16, 16, requires_grad=True)
+        gradient = torch.autograd.grad(decoder(z)[0, :, 0, 0].sum(), z)[0]
+        assert gradient[0, :, -1, -1].any() == bool(layers)
+        assert not gradient[1].any()
+
+
+@every
+def test_options_left_alone_leave_no_trace(name):
+    """The same weights, in the same order, under the same names: runs from before an option existed are continued."""
+    plain = build(name, 4)
+    for side, same in zip(plain, build(name, 4, attention=0, patch_overlap=False, final_conv=False), strict=True):
+        assert [key for key, _ in side.named_parameters()] == [key for key, _ in same.named_parameters()]
+        for key, value in side.state_dict().items():
+            assert value.equal(same.state_dict()[key]), key
+    if name in TOKENS:
+        parts = [{key.split(".")[0] for key in side.state_dict()} for side in plain]
+        assert parts[0] == {"patchify", "position", "blocks", "head"}
+        assert parts[1] == {"embed", "position", "blocks", "head", "unpatchify"}
+    elif name not in TIMM:
+        assert {key.split(".")[0] for side in plain for key in side.state_dict()} == {"layers"}
+        assert not any("position" in key for side in plain for key in side.state_dict())
+
+
+def test_final_conv_is_drawn_last():
+    """So it is compared on the start that the run without it has."""
+    plain, cured = (build("vit", 4, final_conv=option) for option in (False, True))
+    for side, other in zip(plain, cured, strict=True):
+        for key, value in side.state_dict().items():
+            assert value.equal(other.state_dict()[key]), key
+
+
+@every
+def test_options_of_other_backbones_are_refused(name):
+    config = make_config(name, "smoke", device="cpu")
+    config.check()
+    for option, value in {**CHOICES, "pretrained": True}.items():
+        chosen = replace(config, **{option: value})
+        if option in backbone(name).options:
+            chosen.check()
+            continue
+        with pytest.raises(UserError, match=f"^{option} is True, of which backbone '{name}' makes no use") as error:
+            chosen.check()
+        for other in users(option):
+            assert other in str(error.value)
+    with pytest.raises(UserError, match="attention is -1"):
+        replace(config, attention=-1).check()
+
+
+def test_users_of_options():
+    assert users("attention") == [*BACKBONES, "timm:MODEL"]
+    assert users("final_conv") == users("patch_overlap") == [*TOKENS]
+    assert users("pretrained") == ["timm:MODEL"]
+
+
+# --------------------------------------------------------------------------------------------------------------- hybrid
+
+
+@pytest.mark.parametrize(
+    ("depth", "kinds"), [(1, "M"), (2, "MA"), (3, "MMA"), (4, "MMAA"), (5, "MMMAA"), (8, "MMMMAAAA")]
+)
+def test_hybrid_scans_first_and_attends_last(depth, kinds):
+    names = {BidirectionalMambaBlock: "M", TransformerBlock: "A"}
+    for side in build("hybrid", 4, depth):
+        assert "".join(names[type(block)] for block in side.blocks) == kinds
+
+
+def test_hybrid_reads_both_ways_and_flips_back():
+    """With equal mixers and no positions, reversed tokens come out as the reversed result (bug 7)."""
+    for side in build("hybrid", 4, depth=4):
+        blocks = awaken(side.blocks)
+        for block in blocks[:2]:
+            block.backward_mixer.load_state_dict(block.forward_mixer.state_dict())
+        x = torch.randn(2, 16, WIDTH)
+        torch.testing.assert_close(blocks(x.flip(1)), blocks(x).flip(1), **CLOSE)
+        fresh = build("hybrid", 4, depth=4)[0].blocks
+        torch.testing.assert_close(fresh(x), x)  # every residual once
+
+
+# ----------------------------------------------------------------------------------------------------------------- timm
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grid", "stride", "resize"),
+    [
+        ("test_resnet", 64, 8, 8, []),
+        ("test_resnet", 64, 64, 2, ["Upsample"]),
+        ("test_resnet", 64, 1, 32, ["Downsample"]),
+        ("test_convnext", 32, 16, 4, ["Upsample"]),
+        ("test_vit", 64, 8, 16, ["Upsample"]),
+        ("test_vit", 96, 6, 16, []),
+        ("test_vit", 64, 1, 16, ["Downsample", "Downsample"]),
+        ("mobilenetv3_small_050", 64, 8, 8, []),
+        ("test_mambaout", 64, 8, 8, []),  # a model whose maps are (B, h, w, C)
+    ],
+)
+def test_timm_map_of_the_grid_s_stride_or_the_nearest(name, size, grid, stride, resize):
+    encoder, _ = build(f"timm:{name}", grid, size=size)
+    assert encoder.features.feature_info.reduction() == [stride]
+    assert [type(step).__name__ for step in encoder.head][: len(resize)] == resize
+    assert len(encoder.head) == len(resize) + 2
+    z = encoder(torch.zeros(2, 3, size, size))
+    assert z.shape == (2, D, grid, grid)
+    z.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())  # nothing behind the map is kept
+
+
+@pytest.mark.parametrize(
+    ("strides", "stride", "level"),
+    [
+        ([2, 4, 8, 16], 8, 2),
+        ([4, 8, 8, 16], 8, 2),  # of equal ones the deepest
+        ([4, 16], 8, 0),  # of two equally near the finer
+        ([2, 16], 8, 1),
+        ([16, 32], 2, 0),
+        ([3, 12, 16], 4, 2),  # only powers of two
+    ],
+)
+def test_timm_s_nearest_map(strides, stride, level, monkeypatch):
+    """Its index is timm's own, which need not start at 0."""
+    info = SimpleNamespace(out_indices=[10 + i for i in range(len(strides))], reduction=lambda: strides)
+    maps = [torch.zeros(1, 3, 48 // stride, 48 // stride) for stride in strides]
+    monkeypatch.setattr(timm_encoder, "feature_maps", lambda *_: (SimpleNamespace(feature_info=info), maps))
+    assert timm_encoder.nearest_level("any", 48, stride) == 10 + level
+
+
+def test_timm_s_maps_must_cover_the_image(monkeypatch):
+    info = SimpleNamespace(out_indices=[0, 1, 2], reduction=lambda: [4, 8, 8])
+    maps = [torch.zeros(1, 3, 7, 8), torch.zeros(1, 3, 3, 3), torch.zeros(1, 3, 4, 5)]
+    monkeypatch.setattr(timm_encoder, "feature_maps", lambda *_: (SimpleNamespace(feature_info=info), maps))
+    with pytest.raises(ValueError, match="divides 32×32 images into no such grid"):
+        timm_encoder.nearest_level("any", 32, 8)
+
+
+def test_a_fresh_timm_encoder_has_seen_nothing():
+    """The blank image that asks for its shapes leaves BatchNorm's statistics alone, and it trains."""
+    encoder, _ = build("timm:test_resnet", 4)
+    norms = [part for part in encoder.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(part.training and not part.num_batches_tracked and not part.running_mean.any() for part in norms)
+    assert not {"scale", "shift"} & encoder.state_dict().keys()  # they follow from the model's name
+
+
+def test_timm_encoder_couples_no_images_once_it_is_scored():
+    encoder, _ = build("timm:test_resnet", 4)
+    encoder(torch.randn(4, 3, SIZE, SIZE))
+    encoder.eval()
+    x = torch.randn(3, 3, SIZE, SIZE)
+    torch.testing.assert_close(encoder(x)[1:2], encoder(x[1:2]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_s_features_are_normed_and_projected(name):
+    """Pixel by pixel over the channels, and orthogonally."""
+    encoder, _ = build(name, 4, size=64)
+    encoder.eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = encoder.features(x * encoder.scale + encoder.shift)[0]
+    norm, projection = encoder.head[-2:]
+    weight = projection.weight[:, :, 0, 0]
+    expected = normed(norm, features.movedim(1, -1)) @ weight.T
+    torch.testing.assert_close(encoder(x), expected.movedim(-1, 1), **CLOSE)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(D), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("failing", ["operator torchvision::nms does not exist", "out of disk", ""])
+def test_torchvision_is_repaired_after_that_very_error_alone(failing, monkeypatch):
+    """Its operators are declared, what the failed import left is forgotten, and it is imported again."""
+    log = []
+
+    def import_module(name: str) -> None:
+        log.append(f"import {name}")
+        if failing and len(log) == 1:
+            sys.modules["torchvision.half"] = None
+            raise RuntimeError(failing)
+        assert "torchvision.half" not in sys.modules
+
+    library = SimpleNamespace(define=lambda schema: log.append(schema.partition("(")[0]))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(torch.library, "Library", lambda name, kind: log.append(f"{kind} {name}") or library)
+    if failing == "out of disk":
+        with pytest.raises(RuntimeError, match="out of disk"):
+            runpy.run_path(torchvision_repair.__file__)
+        assert len(log) == 1
+        return
+    found = runpy.run_path(torchvision_repair.__file__)
+    assert found["REPAIRED"] == bool(failing)
+    assert log == ["import torchvision", *(["DEF torchvision", "nms", "qnms", "import torchvision"] if failing else [])]
+    assert (found["_LIBRARY"] is library) == bool(failing)  # kept alive
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "vit_tiny_patch16_224"])
+def test_timm_features_are_the_model_s_own(name):
+    """Of images normalised as timm's transforms do it: (pixel in [0, 1] − mean) / std."""
+    encoder, _ = build(f"timm:{name}", 4, size=64)
+    fixed = {"img_size": 64} if "vit" in name else {}
+    model = timm.create_model(name, num_classes=0, **fixed).eval()
+    model.load_state_dict(encoder.features.model.state_dict(), strict=False)
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    maps = model.forward_intermediates((x - mean) / std, intermediates_only=True)
+    expected = [features for features in maps if features.shape[-1] == 4][-1]
+    encoder.eval()
+    found = encoder.features((x * 2 - 1) * encoder.scale + encoder.shift)[0]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(encoder(x * 2 - 1), encoder.head(expected), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("timm:resnet81", "unknown timm model 'resnet81'; did you mean resnet18"),
+        ("timm:test_vit.r160", "unknown timm model 'test_vit.r160'; did you mean test_vit.r160_in1k"),
+        ("timm:hf-hub:someone/something", "unknown timm model"),
+        ("timm:", "unknown timm model ''"),
+        ("resnet18", "unknown backbone 'resnet18'; choose from cnn, convnext, .* or timm:MODEL"),
+        ("cnn:", "unknown backbone 'cnn:'"),
+    ],
+)
+def test_unknown_names_are_refused(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        backbone(name)
+    with pytest.raises(UserError, match=sentence):
+        make_config(name, "smoke")
+    with pytest.raises(UserError, match=sentence):
+        replace(make_config("cnn", "smoke"), backbone=name).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "sentence"),
+    [
+        ("vit_tiny_patch16_224", 40, "gives no features of 40×40 images|divides 40×40 images into no such grid"),
+        ("vit_small_patch14_reg4_dinov2", 64, "divides 64×64 images into no such grid"),
+        ("inception_v3", 32, "inception_v3 gives no features of 32×32 images"),
+    ],
+)
+def test_timm_models_that_do_not_fit_are_refused(name, size, sentence):
+    config = make_config(f"timm:{name}", "smoke", image_size=size, grid_size=size // 8)
+    with pytest.raises(UserError, match=sentence) as error:
+        Tokenizer(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_pretrained_starts_from_timm_s_weights(name, monkeypatch):
+    torch.manual_seed(7)
+    published = timm.create_model(name).state_dict()  # for the size that it was trained at
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(published))
+    config = make_config(f"timm:{name}", "smoke", pretrained=True)
+    config.check()
+    start, scratch = (Tokenizer(replace(config, pretrained=option)).encoder.features.model for option in (True, False))
+    kept = [key for key, value in start.state_dict().items() if value.shape == published[key].shape and value.ndim > 1]
+    assert len(kept) > 5
+    for key in kept:
+        assert published[key].equal(start.state_dict()[key]), key
+        assert not published[key].equal(scratch.state_dict()[key]) or not published[key].any(), key
+
+
+def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no network,\nand nothing in the cache")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    config = make_config("timm:test_resnet", "smoke", pretrained=True)
+    config.check()
+    with pytest.raises(UserError, match=r"weights of test_resnet could not be loaded.*leave out --pretrained") as error:
+        Tokenizer(config)
+    assert "\n" not in str(error.value)
+
+    # A finished run brings its own.
+    tokenizer = Tokenizer(replace(config, pretrained=False))
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config)}))
+    safetensors.torch.save_model(tokenizer, str(tmp_path / "tokenizer.safetensors"))
+    loaded = Tokenizer.from_run(tmp_path)
+    assert loaded.config == config
+    for key, value in tokenizer.state_dict().items():
+        assert value.equal(loaded.state_dict()[key]), key
+
+
+def test_timm_position_embeddings_do_not_decay():
+    tokenizer = Tokenizer(make_config("timm:test_vit", "smoke", attention=1))
+    decayed, free = (set(map(id, group["params"])) for group in parameter_groups(tokenizer, 0.1))
+    for name, parameter in tokenizer.named_parameters():
+        spared = parameter.ndim < 2 or name.split(".")[-1] in ("pos_embed", "cls_token", "reg_token", "position")
+        assert (id(parameter) in free) == spared, name
+        assert (id(parameter) in decayed) != spared, name
+
+
+def test_timm_encoder_trains_and_resumes_to_the_bit(tiny, images, tmp_path, monkeypatch):
+    """BatchNorm's running statistics are part of the state, and those that are scored have moved."""
+    config = replace(tiny, backbone="timm:test_resnet", steps=6, precision="fp32").resolved()
+
+    def run(folder: str):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return train.train(config, images.train, tmp_path / folder, checkpoint_seconds=0)[0].state_dict()
+
+    whole = run("whole")
+    rate = train.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda config, step: rate(config, step) if step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("parts")
+    parts = run("parts")
+    for key, value in whole.items():
+        assert value.equal(parts[key]), key
+    means = [value for key, value in whole.items() if key.endswith("running_mean")]
+    assert means
+    assert all(mean.any() for mean in means)
+
+
+def test_run_id_of_a_timm_model_is_a_folder_name():
+    assert ":" not in make_config("timm:test_vit", "smoke").run_id()
+    assert make_config("timm:test_vit", "smoke").run_id().startswith("timm-test_vit-ema-")

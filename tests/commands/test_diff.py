@@ -1,0 +1,231 @@
+"""python -m bench.diff: what it names, what it refuses to rank, and how it tells mistakes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from bench.analysis.frames import METRICS
+from bench.core.errors import UserError
+from bench.core.progress import stdout
+from bench.core.store import Run, Store
+from bench.diff import main
+from bench.tokenizers.config import make_config
+from tests.fabricate import MACHINE, fabricate, fabricate_failed
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def diff(store, capsys, monkeypatch):
+    """Runs the command line on two runs or their names; gives the exit code, its output and its errors."""
+    monkeypatch.setattr(stdout, "width", 120)
+
+    def diff(*names: Run | str) -> tuple[int, str, str]:
+        words = [str(name.folder) if isinstance(name, Run) else name for name in names]
+        code = main([*words, "--results", str(store.root)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return diff
+
+
+def smoke(backbone="cnn", **settings):
+    return make_config(backbone, "smoke", **settings)
+
+
+def line(out: str, start: str) -> list[str]:
+    """Cells of the table row whose first cell is ``start``."""
+    (row,) = [row for row in out.splitlines() if row.strip().startswith(f"{start} ")]
+    return re.split(r"\s{2,}", row.strip())
+
+
+def words_on_b(out: str) -> dict[str, str]:
+    """Metric → the word on B."""
+    labels = {f"{metric.label} {metric.arrow}".strip(): name for name, metric in METRICS.items()}
+    rows = [re.split(r"\s{2,}", row.strip()) for row in out.splitlines()]
+    return {labels[row[0]]: row[-1] for row in rows if row[0] in labels and len(row) == 6}
+
+
+def changed_environment(run: Run, **changes) -> Run:
+    run.write("config.json", {"config": run.config(), "environment": {**MACHINE, **changes}})
+    return run
+
+
+def test_names_the_settings_that_differ_and_no_others(store, diff):
+    code, out, _ = diff(fabricate(store, smoke()), fabricate(store, smoke(beta=0.5, codebook_size=256)))
+    assert code == 0
+    assert line(out, "beta") == ["beta", "0.25", "0.5"]
+    assert line(out, "codebook_size") == ["codebook_size", "128", "256"]
+    for same in ("quantizer", "grid_size", "seed"):
+        assert not re.search(rf"^\s+{same} ", out, re.MULTILINE)
+    assert "The same environment." in out
+
+
+def test_metrics_with_difference_change_and_direction(store, diff):
+    a, b = (
+        fabricate(store, smoke(), quality=0.0, psnr=20.0, fid_vgg16=50.0),
+        fabricate(store, smoke("vit"), quality=0.05, psnr=25.0, fid_vgg16=60.0),
+    )
+    _, out, _ = diff(a, b)
+    assert line(out, "PSNR dB ↑")[1:] == ["20.00", "25.00", "+5.00", "+25.0 %", "better"]
+    assert line(out, "FID vgg16 ↓")[1:] == ["50.0", "60.0", "+10.0", "+20.0 %", "worse"]
+    assert line(out, "bits per image ↓")[1:] == ["112", "112", "+0", "+0.0 %", "equal"]
+    assert line(out, "tokens")[-1] == "–"
+    assert words_on_b(out)["lpips_alex"] == "better"
+    assert "kmeans" not in out
+    turned = words_on_b(diff(b, a)[1])
+    opposite = {"better": "worse", "worse": "better"}
+    assert {name: opposite.get(word, word) for name, word in words_on_b(out).items()} == turned
+
+
+def test_scores_that_are_shown_alike_are_called_equal(store, diff):
+    """A word that the two numbers beside it do not bear out would be read as a mistake, or as a result."""
+    a, b = (fabricate(store, smoke(name), psnr=psnr) for name, psnr in (("cnn", 20.001), ("vit", 20.004)))
+    for pair in ((a, b), (b, a)):
+        assert [line(diff(*pair)[1], "PSNR dB ↑")[at] for at in (1, 2, -1)] == ["20.00", "20.00", "equal"]
+    b = fabricate(store, smoke("vit"), psnr=20.006)
+    assert line(diff(a, b)[1], "PSNR dB ↑")[-1] == "better"
+
+
+def test_the_share_of_images_is_counted(store, diff):
+    a, b = fabricate(store, smoke()), fabricate(store, smoke("vit"))
+    base = np.linspace(0.2, 0.4, 64)
+    np.savez(a.folder / "per_image.npz", lpips_alex=base, psnr=base)
+    np.savez(b.folder / "per_image.npz", lpips_alex=base - 0.1 * (np.arange(64) < 16), psnr=base + 1)
+    _, out, _ = diff(a, b)
+    assert "B better on 25 % of 64 images by LPIPS alex, 100 % of 64 images by PSNR dB." in out
+    (b.folder / "per_image.npz").unlink()
+    assert "B better on" not in diff(a, b)[1]
+
+
+def test_another_seed_is_called_noise(store, diff):
+    _, out, _ = diff(fabricate(store, smoke()), fabricate(store, smoke(seed=1)))
+    assert "The same configuration with another seed: the differences are seed noise." in out
+    assert "seed noise" not in diff(fabricate(store, smoke()), fabricate(store, smoke(seed=1, beta=0.5)))[1]
+
+
+def test_the_same_run_differs_in_nothing(store, diff):
+    run = fabricate(store, smoke())
+    _, out, _ = diff(run, run)
+    assert "The same configuration." in out
+    assert set(words_on_b(out).values()) == {"equal", "–"}
+
+
+def test_environment_differences(store, diff):
+    a = changed_environment(fabricate(store, smoke()), versions={"torch": "2.5.0", "numpy": "2.0"})
+    b = changed_environment(
+        fabricate(store, smoke("vit")), versions={"torch": "2.6.0", "numpy": "2.0"}, python="3.12.1"
+    )
+    _, out, _ = diff(a, b)
+    assert line(out, "versions.torch") == ["versions.torch", "2.5.0", "2.6.0"]
+    assert line(out, "python") == ["python", "–", "3.12.1"]
+    assert "versions.numpy" not in out
+    assert words_on_b(out)["train_seconds"] in ("better", "worse")
+
+
+def test_clocks_of_two_machines_are_not_ranked(store, diff):
+    a, b = fabricate(store, smoke()), changed_environment(fabricate(store, smoke("vit")), threads=64)
+    words = words_on_b(diff(a, b)[1])
+    assert words["train_seconds"] == words["images_per_second_encode"] == "–"
+    assert words["psnr"] in ("better", "worse")
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "field"),
+    [({}, {"fingerprint": "e" * 64}, "fingerprint"), ({"grid_size": 8}, {}, "bits_per_image")],
+)
+def test_what_was_measured_otherwise_is_not_ranked(store, diff, settings, changes, field):
+    _, out, _ = diff(fabricate(store, smoke()), fabricate(store, smoke("vit", **settings), **changes))
+    assert f"must not be ranked against each other: they differ in {field}." in out
+    assert re.search(rf"^\s+{field} ", out, re.MULTILINE)
+    assert set(words_on_b(out).values()) == {"–"}
+    assert "PSNR dB" in out
+    assert "B better on" not in out
+
+
+def test_equal_protocol_and_bits_may_be_ranked(store, diff):
+    _, out, _ = diff(fabricate(store, smoke()), fabricate(store, smoke("vit")))
+    assert "the two may be ranked" in out
+    assert "must not" not in out
+
+
+def test_runs_without_scores_tell_why(store, diff):
+    good, bad = fabricate(store, smoke()), fabricate_failed(store, smoke("vit"))
+    code, out, _ = diff(good, bad)
+    assert code == 0
+    assert "(diverged: it diverged)" in out
+    assert line(out, "backbone") == ["backbone", "cnn", "vit"]
+    assert "No metrics to compare" in out
+    assert "PSNR" not in out
+    (bad.folder / "failure.json").unlink()
+    assert "(unfinished: no scores yet)" in diff(bad, good)[1]
+
+
+def test_runs_are_found_by_id_and_by_its_beginning(store, diff):
+    a, b = fabricate(store, smoke()), fabricate(store, smoke("vit"))
+    assert diff(a, b)[1] == diff(a.folder.name, "vit")[1]
+    longer = store.root / "runs" / f"{a.folder.name}0"
+    shutil.copytree(a.folder, longer)
+    assert Store(store.root).find(a.folder.name) == a  # the whole id of one run, though another's begins with it
+
+
+@pytest.mark.parametrize("first", ["cnn", "missing", "empty", "folder"])
+def test_mistakes_are_one_sentence_and_code_2(store, diff, tmp_path, first):
+    """Several runs begin with the name; none does; a folder of runs/ and one elsewhere that hold no run."""
+    a, b = fabricate(store, smoke()), fabricate(store, smoke(seed=1))
+    (store.root / "runs" / "empty").mkdir()
+    name = str(tmp_path) if first == "folder" else first
+    code, out, err = diff(name, b)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert name in err
+    wanted = {"cnn": [a.folder.name, b.folder.name, "give more of it"], "missing": [a.folder.name, "unknown run"]}
+    for word in wanted.get(first, ["no config.json"]):
+        assert word in err
+
+
+def test_an_empty_store_is_told(tmp_path):
+    with pytest.raises(UserError, match="none"):
+        Store(tmp_path).find("cnn")
+
+
+def test_older_runs_may_lack_a_setting(store, diff):
+    a, b = fabricate(store, smoke()), fabricate(store, smoke("vit"))
+    content = json.loads((a.folder / "config.json").read_text())
+    del content["config"]["revive_after"]
+    a.write("config.json", content)
+    assert line(diff(a, b)[1], "revive_after") == ["revive_after", "–", "50"]
+
+
+def test_values_are_shown_short_and_missing_ones_as_such(store, diff):
+    a = fabricate(store, smoke(lr=0.000123456789))
+    b = changed_environment(fabricate(store, smoke("vit")), processor="")
+    _, out, _ = diff(a, b)
+    assert line(out, "lr")[1] == "0.000123457"
+    assert line(out, "processor") == ["processor", "x", "–"]
+
+
+def test_a_metric_that_one_run_lacks_is_left_out_and_a_negative_one_has_its_change(store, diff):
+    a = fabricate(store, smoke(), grid_energy=-4.0, sharpness=0.0)
+    b = fabricate(store, smoke("vit"), grid_energy=-5.0, ssim=None)
+    _, out, _ = diff(a, b)
+    assert "SSIM ↑" not in out
+    assert line(out, "grid energy dB ↓")[1:] == ["-4.0", "-5.0", "-1.0", "-25.0 %", "better"]
+    assert line(out, "sharpness")[1:] == ["0.00", "0.70", "+0.70", "–", "–"]
+
+
+def test_dots_stand_for_runs_that_are_not_named(store):
+    for seed in range(9):
+        fabricate(store, smoke(seed=seed))
+        with pytest.raises(UserError) as error:
+            store.find("missing")
+        assert str(error.value).count("cnn-ema") == min(8, seed + 1)
+        assert str(error.value).endswith(", ...") == (seed == 8)

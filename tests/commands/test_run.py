@@ -1,0 +1,560 @@
+"""The command line as a stranger uses it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_model
+
+from backbones import BACKBONES
+from bench import doctor as doctor_module
+from bench import encode, run
+from bench.analysis.frames import frame, unmatched
+from bench.core import store
+from bench.core.files import cache_dir
+from bench.core.store import Store
+from bench.doctor import main as doctor
+from bench.metrics import from_uint8, weights
+from bench.quantizers import QUANTIZERS
+from bench.tokenizers import trial
+from bench.tokenizers.arguments import parse
+from bench.tokenizers.config import PRESETS, PROTOCOL_VERSION, Config, make_config
+from bench.tokenizers.tokenizer import Tokenizer
+from tests.fabricate import fabricate
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "--preset",
+    "smoke",
+    "--width",
+    "16",
+    "--depth",
+    "1",
+    "--codebook-size",
+    "16",
+    "--steps",
+    "3",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the command line; gives the exit code, what it printed on stdout, and on stderr."""
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = run.main([*arguments, "--results", str(tmp_path / "results")])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, command):
+    code, out, err = command("--backbone", "cnn", *TINY)
+    assert code == 0
+    assert "cnn ema 0" in out
+    assert "k-means on patches" in out
+    assert f"Protocol {PROTOCOL_VERSION}" in out
+    assert "24 validation images" in out
+    assert "Next: python -m bench.run --backbone cnn convnext" in out
+    assert "finished" in err
+    code, out, err = command("--backbone", "cnn", *TINY)
+    assert code == 0
+    assert "already finished" in err
+
+
+def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
+    """All asked for with what the command line gave; one that diverges is shown, and the others go on."""
+    asked = []
+
+    def run_trial(config, results, fid_weights, resume):
+        asked.append((config.backbone, config.seed, config.steps, fid_weights, resume))
+        if (config.backbone, config.seed) == ("cnn", 3):
+            raise run.Diverged("loss or gradient not finite by step 1; try --lr below 0.1")
+        return fabricate(results, config)
+
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    several = ("--backbone", "cnn", "vit", *TINY, "--no-resume", "--fid-weights", "file")
+    code, out, err = command(*several, "--seeds", "0")
+    assert code == 0
+    assert err.count("finished: ") == 2
+    assert "already" not in err
+    code, out, err = command(*several, "--seeds", "0", "3")
+    assert code == 1
+    assert err.count("already finished: ") == 2
+    rows = [("cnn", 0), ("vit", 0), ("cnn", 0), ("cnn", 3), ("vit", 0), ("vit", 3)]
+    assert asked == [(*row, 3, Path("file"), False) for row in rows]
+    for label in ("cnn ema 0", "vit ema 0", "vit ema 3"):
+        assert label in out
+    (line,) = (line for line in out.splitlines() if "cnn ema 3" in line)
+    assert "diverged" in line
+    assert "try --lr below 0.1" in err.replace("\n", " ")
+
+
+def test_a_run_that_was_only_begun_is_not_said_to_be_finished_already(command, monkeypatch):
+    def run_trial(config, results, fid_weights, resume):
+        begun = results.run(config).folder
+        if not begun.is_dir():
+            begun.mkdir(parents=True)
+            (begun / "config.json").touch()
+            raise run.Diverged("too steep")
+        return fabricate(results, config)
+
+    monkeypatch.setattr(run, "run_trial", run_trial)
+    ends = [command("--backbone", "cnn", *TINY) for _ in range(3)]
+    assert [code for code, _, _ in ends] == [1, 0, 0]
+    assert ["already finished" in said for _, _, said in ends] == [False, False, True]
+
+
+def test_list_shows_sizes_and_trains_nothing(command, monkeypatch):
+    monkeypatch.setattr(trial, "train", None)
+    code, out, _ = command("--list", "--backbone", "cnn", "convnext", "vit", "mamba", "bimamba", "--preset", "smoke")
+    assert code == 0
+    for word in ("cnn", "convnext", "vit", "mamba", "bimamba", "4×4", "MFLOP"):
+        assert word in out
+
+
+def test_help_names_every_setting(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for field in fields(Config):
+        name = "--seeds" if field.name == "seed" else f"--{field.name.replace('_', '-')}"
+        assert name in out, name
+    for name in QUANTIZERS:
+        assert name in out
+
+
+def write_images(folder: Path, count: int, broken: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(folder / f"{index}.png")
+    for index in range(broken):
+        (folder / f"broken{index}.png").write_bytes(b"nothing")
+    return folder
+
+
+BAD = {
+    "unknown backbone": (["--backbone", "resnet"], "unknown backbone 'resnet'; choose from cnn"),
+    "unknown quantizer": (["--quantizer", "vq"], "unknown quantizer 'vq'; choose from standard"),
+    "unknown augmentation": (["--augment", "mixup"], "unknown augment 'mixup'; choose from none"),
+    "unknown data": (["--data", "imagenet"], "unknown data 'imagenet'"),
+    "unknown preset": (["--preset", "huge"], "unknown preset 'huge'; choose from smoke"),
+    "grid does not divide": (["--grid-size", "7"], "grid_size 7 does not divide image_size 32 as a power of two"),
+    "no codes": (["--codebook-size", "0"], "codebook_size is 0; it must be at least 1"),
+    "negative beta": (["--beta", "-0.5"], "beta is -0.5; it must be 0 or more"),
+    "beta is not a number": (["--beta", "nan"], "beta is nan; it must be 0 or more"),
+    "no learning rate": (["--lr", "0"], "lr is 0.0; it must be above 0"),
+    "images too small": (["--image-size", "16"], "image_size is 16; LPIPS needs at least"),
+    "images too large": (["--image-size", "4096"], "352"),
+    "no such device": (["--device", "cuda:77"], "device 'cuda:77' is not available here; use --device cpu"),
+    "no such folder": (["--data", "folder:/no/such/folder"], "/no/such/folder"),
+    "no such weights": (["--fid-weights", "/no/such/file"], "/no/such/file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(name, command, monkeypatch, tmp_path):
+    arguments, sentence = BAD[name]
+    monkeypatch.setattr(trial, "train", None)  # nothing may be trained
+    code, out, err = command("--preset", "smoke", *arguments)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err + out
+    assert not list((tmp_path / "results").glob("runs/*/*"))
+
+
+def test_unknown_flag_is_exit_code_2(command):
+    code, out, err = command("--bakcbone", "cnn")
+    assert code == 2
+    assert "--backbone" in out + err  # the likely one is suggested
+
+
+@pytest.mark.parametrize(("images", "broken"), [(0, 0), (0, 3), (10, 2)], ids=["empty", "all broken", "many broken"])
+def test_folders_that_cannot_be_used(command, tmp_path, monkeypatch, images, broken):
+    monkeypatch.setattr(trial, "train", None)
+    folder = write_images(tmp_path / "images", images, broken)
+    code, _, err = command("--preset", "smoke", "--data", f"folder:{folder}")
+    assert code == 2
+    assert str(folder) in err
+    assert not list((tmp_path / "results").glob("runs/*/*"))
+
+
+def test_results_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train", None)
+    (tmp_path / "file").write_text("")
+    assert run.main(["--preset", "smoke", "--results", str(tmp_path / "file")]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_full_disk_before_training(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(trial, "train", None)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 2 << 20))
+    code, _, err = command("--preset", "smoke")
+    assert code == 2
+    assert "2 MB free" in err
+
+
+def test_full_disk_in_the_middle(trial_data, command, monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trial.plots, "curves", full)
+    code, _, err = command("--backbone", "cnn", *TINY)
+    assert code == 2
+    assert "No space left on device" in err
+    assert not list(tmp_path.glob("results/runs/*/metrics.json"))
+    assert not list(tmp_path.glob("results/runs/*/.*.png"))  # no half-written picture either
+
+
+def test_damaged_weights(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial, "train", None)
+    path = weights.trunk_path("alex")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    code, _, err = command("--preset", "smoke")
+    assert code == 2
+    assert str(path) in err.replace("\n", "")
+
+
+def test_weights_without_network(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(trial, "train", None)
+    code, _, err = command("--preset", "smoke")
+    assert code == 2
+    assert "alexnet.safetensors" in err
+    assert not list((tmp_path / "cache").glob("weights/*.safetensors"))
+
+
+CHECKED = {"python", "device", "precision", "torchvision", "mamba scan", "weights alex", "cache", "results"}
+
+
+def checked(tmp_path, monkeypatch, *rows: weights.Status, free: float = 50) -> dict[str, doctor_module.Check]:
+    """What the doctor finds with these weight files and so many gigabytes free."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "status", lambda: list(rows))
+    usage = shutil._ntuple_diskusage(10**12, 10**12, int(free * 2**30))
+    monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda path: usage)
+    return {check.name: check for check in doctor_module.checks(tmp_path / "results")}
+
+
+def test_doctor_tells_what_is_needed_from_what_is_not(tmp_path, monkeypatch):
+    """Sound is good; damaged is broken, needed or not; what a run would fetch, or can do without, is a note."""
+    path = tmp_path / "file"
+    for name in ("alex", "vgg", "inception"):
+        for cached, ok, good in ((True, True, True), (True, False, False), (False, False, None)):
+            row = weights.Status(name, cached, path, "abc", ok)
+            check = checked(tmp_path, monkeypatch, row)[f"weights {name}"]
+            assert check.good is good
+            assert bool(check.fix) is not bool(good)
+    assert (
+        "next run fetches"
+        in checked(tmp_path, monkeypatch, weights.Status("alex", False, path, "", False))["weights alex"].fix
+    )
+    assert "--fid-weights" in check.fix
+    assert checked(tmp_path, monkeypatch, weights.Status("alex", True, path, "abc", True)).keys() == CHECKED
+
+
+@pytest.mark.parametrize(("free", "good"), [(1.9, False), (2.0, True), (50, True)])
+def test_doctor_wants_two_gigabytes(tmp_path, monkeypatch, free, good):
+    found = checked(tmp_path, monkeypatch, free=free)
+    assert found["cache"].good is found["results"].good is good
+    assert f"{free:.0f} GB free" in found["cache"].found
+
+
+def test_doctor_finds_a_results_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "results").write_text("")
+    found = checked(tmp_path, monkeypatch)
+    assert found["results"].good is False
+    assert "cannot write to" in found["results"].found
+    assert found["cache"].good is True
+
+
+@pytest.mark.parametrize(("there", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_doctor_tells_the_precision_of_the_device_that_runs_would_take(tmp_path, monkeypatch, there, precision):
+    """Whatever the other one could do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(doctor_module, "has_fast_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr(doctor_module, "scan_backend", lambda: "PyTorch")
+    found = checked(tmp_path, monkeypatch)
+    assert found["precision"].found.startswith(precision)
+    assert ("a GPU" in found["device"].found) is there
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_doctor_tells_whether_torchvision_had_to_be_repaired(tmp_path, monkeypatch, repaired):
+    monkeypatch.setattr(doctor_module.torchvision_repair, "REPAIRED", repaired)
+    check = checked(tmp_path, monkeypatch)["torchvision"]
+    assert check.good is True
+    assert ("repaired" in check.found, "healthy" in check.found) == (repaired, not repaired)
+
+
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (None, 0), (False, 1)])
+def test_doctor_fails_only_for_what_is_broken(monkeypatch, capsys, good, code):
+    found = [doctor_module.Check("one", True, "here", "unneeded"), doctor_module.Check("two", good, "there", "mend it")]
+    monkeypatch.setattr(doctor_module, "checks", lambda results: iter(found))
+    assert doctor() == code
+    out = capsys.readouterr().out
+    assert ("mend it" in out) is not bool(good)
+    assert "unneeded" not in out
+    assert {True: "ok", None: "note", False: "broken"}[good] in out
+
+
+def test_doctor_names_what_is_missing_and_how_to_mend_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    assert doctor() == 0
+    out = capsys.readouterr().out
+    for word in ("torchvision", "mamba scan", "weights alex", "weights inception", "not cached", "GB free", "→"):
+        assert word in out
+    path = weights.trunk_path("vgg")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    assert doctor() == 1
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_resumes_and_ends_bit_equal(tmp_path):
+    """SIGKILL, as the kernel or a cluster would send it (bug 14, from outside)."""
+    command = [sys.executable, "-m", "bench.run", "--backbone", "cnn", *TINY, "--steps", "600"]
+    environment = {**os.environ, "VQBENCH_CACHE": str(cache_dir())}
+
+    def start(results: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, "--results", str(results)], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("killed/runs/*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not list(tmp_path.glob("killed/runs/*/metrics.json"))
+    again = start(tmp_path / "killed")
+    assert again.wait(300) == 0, again.stderr.read()
+    first, second = (
+        load_file(next(tmp_path.glob(f"{name}/runs/*/tokenizer.safetensors"))) for name in ("whole", "killed")
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.equal(second[name]), name
+
+
+def test_rows_at_another_budget_are_marked(tmp_path):
+    """A row is off only if it is off in parameters, FLOPs and time alike."""
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    even = {"params_encoder": 400_000, "params_decoder": 400_000, "flops_encode": 1e8, "flops_decode": 1e8}
+    even |= {"train_seconds": 60.0}
+
+    def marked(name, **changes):
+        folder = Store(tmp_path / name)
+        runs = [fabricate(folder, config, **even) for config in configs[:2]]
+        runs.append(fabricate(folder, configs[2], **(even | changes)))
+        return list(unmatched(frame(runs)))
+
+    assert marked("equal") == [False] * 3
+    assert marked("wider", params_encoder=900_000) == [False] * 3  # but as fast and as many FLOPs
+    assert marked("other", params_encoder=900_000, flops_encode=3e8, train_seconds=90.0) == [False, False, True]
+    assert list(unmatched(frame([fabricate(Store(tmp_path / "one"), configs[0])]))) == [False]
+
+
+def columns(table) -> dict[str, list[str]]:
+    """Heading, in one line → cells, in rich's markup."""
+    return {" ".join(str(column.header).split()): list(column.cells) for column in table.columns}
+
+
+ARROWS = {
+    "FID vgg16 ↓": "fid_vgg16",
+    "LPIPS alex ↓": "lpips_alex",
+    "LPIPS vgg ↓": "lpips_vgg",
+    "train s ↓": "train_seconds",
+}
+ARROWS |= {"PSNR dB ↑": "psnr", "SSIM ↑": "ssim", "perp. ↑": "perplexity"}
+ARROWS |= {"enc. /s ↑": "images_per_second_encode", "dec. /s ↑": "images_per_second_decode"}
+FORMS = {"fid_vgg16": ".1f", "lpips_alex": ".3f", "lpips_vgg": ".3f", "psnr": ".2f", "ssim": ".3f"}
+
+
+def test_the_best_of_a_column_is_the_lowest_or_highest_as_its_arrow_says(tmp_path):
+    """Every column by itself: two runs take turns at having more."""
+    for low, high in ((0, 1), (1, 0)):
+        runs = []
+        for number, more in ((0, low), (1, high)):
+            config = make_config(("cnn", "vit")[number], "smoke", device="cpu")
+            values = dict.fromkeys(ARROWS.values(), 7.0 + more)
+            runs.append(fabricate(Store(tmp_path / f"{low}"), config, **values))
+        found = columns(run.result_table(runs, []))
+        assert found.keys() == {"tokenizer, seed", "M par.", *ARROWS}
+        for heading, name in ARROWS.items():
+            first = (low > high) == (heading[-1] == "↑")  # the first row has ``low`` more, the second ``high``
+            assert [cell.startswith("[bold]") for cell in found[heading][:2]] == [first, not first], heading
+            form = FORMS.get(name, ".0f")
+            shown = [cell.removeprefix("[bold]").removesuffix("[/]") for cell in found[heading][:2]]
+            assert shown == [f"{7 + low:{form}}", f"{7 + high:{form}}"]
+
+
+def test_equals_are_bold_together_and_a_single_run_never_is(tmp_path):
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    runs = [fabricate(Store(tmp_path), config, psnr=value) for config, value in zip(configs, (9, 9, 8), strict=True)]
+    assert columns(run.result_table(runs, []))["PSNR dB ↑"][:3] == ["[bold]9.00[/]", "[bold]9.00[/]", "8.00"]
+    assert not any("bold" in cell for cells in columns(run.result_table(runs[:1], [])).values() for cell in cells)
+
+
+def test_a_row_is_that_runs_and_the_last_that_of_the_reference(tmp_path):
+    names = ("cnn", "vit")
+    configs = [make_config(name, "smoke", device="cpu", seed=seed) for name, seed in zip(names, (0, 3), strict=True)]
+    sizes = {"params_encoder": 1_500_000, "params_decoder": 250_000, "psnr_kmeans": 3.25, "lpips_alex_kmeans": 0.875}
+    runs = [fabricate(Store(tmp_path), config, **sizes) for config in configs]
+    diverged = replace(configs[0], backbone="mamba", seed=5)
+    table = run.result_table(runs, [(diverged, "it diverged")])
+    found = columns(table)
+    assert found["tokenizer, seed"] == ["cnn ema 0", "vit ema 3", "mamba ema 5", "k-means on patches"]
+    assert found["M par."] == ["1.75", "1.75", "[red]diverged[/]", "–"]
+    assert found["PSNR dB ↑"][-1] == "3.25"
+    assert found["LPIPS alex ↓"][-1] == "0.875"
+    assert found["FID vgg16 ↓"][-1] == "–"  # no reference has it here
+    assert table.title == "112 bits per image: 16 codes of K = 128"
+    assert table.caption is None
+
+
+def test_a_metric_that_not_all_runs_have_is_no_column(tmp_path):
+    """A run that was scored with Inception beside one without."""
+    runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
+    for chosen in (runs[:1], runs[1:]):
+        assert "FID ↓" not in columns(run.result_table(chosen, []))
+    stored = runs[0]._read("metrics.json")
+    stored["metrics"]["fid"] = 12.5
+    runs[0].write("metrics.json", stored)
+    assert columns(run.result_table(runs[:1], []))["FID ↓"][0] == "12.5"
+    for chosen in (runs, runs[::-1]):
+        assert "FID ↓" not in columns(run.result_table(chosen, []))
+
+
+def test_rows_at_another_budget_carry_a_mark_and_a_caption(tmp_path):
+    configs = [make_config(name, "smoke", device="cpu") for name in ("cnn", "vit", "mamba")]
+    even = {"params_encoder": 400_000, "params_decoder": 400_000, "flops_encode": 1e8, "flops_decode": 1e8}
+    even |= {"train_seconds": 60.0}
+    off = {"params_encoder": 900_000, "flops_encode": 3e8, "train_seconds": 90.0}
+    runs = [fabricate(Store(tmp_path), config, **even) for config in configs[:2]]
+    runs.append(fabricate(Store(tmp_path), configs[2], **(even | off)))
+    table = run.result_table(runs, [])
+    assert columns(table)["tokenizer, seed"][:3] == ["cnn ema 0", "vit ema 0", "mamba ema 0 †"]
+    assert "--match" in table.caption
+
+
+def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    config = make_config("cnn", "smoke", device="cpu")
+    protocol = {"version": 7, "split": "these / those", "count": 321, "skipped": 0, "image_size": 48}
+    protocol |= {"extractor_vgg16": "layer digest", "rounding": "rounded", "precision": "fp64"}
+    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    for words in ("Protocol 7: these / those; scored on all 321 validation", "48×48", "layer digest", "fp64, rounded"):
+        assert words in line
+    assert line.endswith("No FID: no network")
+    assert "unreadable" not in line
+    protocol |= {"skipped": 4, "extractor_inception": "abc"}
+    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    assert "these / those (4 unreadable files skipped);" in line
+    assert "No FID" not in line
+
+
+def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
+    def suggested(*arguments):
+        options = parse(run.RunArguments, [*arguments, "--device", "cpu"], "run", "")
+        runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
+        picture, command, generate = run.next_command(options, runs).splitlines()
+        assert picture == f"Picture: {runs[-1].folder / 'reconstructions.png'}"
+        assert generate == f"Generate images: python -m bench.prior {runs[-1].folder}"
+        return command.removeprefix("Next: python -m bench.run ")
+
+    assert suggested("--backbone", "vit") == f"--backbone {' '.join(BACKBONES)}"
+    several = ("--backbone", "cnn", "vit", "--seeds", "0", "1")
+    assert suggested(*several) == "--backbone cnn vit --seeds 0 1 2"
+    given = suggested(*several, "--preset", "smoke", "--data", "cifar10")
+    assert given == "--backbone cnn vit --seeds 0 1 2 --preset smoke --data cifar10"
+
+
+def test_list_shows_each_size_in_its_own_column(monkeypatch):
+    counted = {"params_encoder": 1_230_000, "params_decoder": 4_560_000, "flops_encode": 7e6, "flops_decode": 89e6}
+    monkeypatch.setattr(run, "static_costs", lambda tokenizer: counted)
+    config = make_config("vit", "smoke", device="cpu")
+    found = columns(run.size_table([config, replace(config, depth=1)]))
+    shown = {"encoder M": "1.23", "decoder M": "4.56", "encode MFLOP": "7", "decode MFLOP": "89", "tokens": "4×4"}
+    shown |= {"backbone": "vit", "width": str(config.width)}
+    assert found == {**{name: [value] * 2 for name, value in shown.items()}, "depth": [str(config.depth), "1"]}
+
+
+def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, monkeypatch, capsys):
+    config = replace(make_config("cnn", "smoke", device="cpu", codebook_size=300), width=16, depth=1, augment="none")
+    folder = fabricate(Store(tmp_path), config).folder
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(config.resolved())
+    tokenizer.quantizer.initialise(tokenizer.encoder(torch.rand(8, 3, 32, 32) * 2 - 1))
+    save_model(tokenizer, str(folder / "tokenizer.safetensors"))
+    asked = []
+    monkeypatch.setattr(encode, "load_data", lambda *arguments: asked.append(arguments[0]) or images)
+    monkeypatch.setattr(encode.stdout, "print", lambda text, **_: print(text))
+    assert encode.main([str(folder), "--device", "cpu"]) == 0
+    assert asked == [folder.resolve()]
+    out = capsys.readouterr().out
+    assert out.startswith(f"encoded: {folder.resolve() / 'codes'}, 48 train / 24 val grids of 4×4 as uint16, 0.0 MB")
+    for split in ("train", "val"):
+        x = from_uint8(torch.from_numpy(getattr(images, split)).permute(0, 3, 1, 2))
+        codes = np.load(folder / "codes" / f"{split}.npy")
+        assert (codes == tokenizer.eval().encode(x).numpy()).mean() > 0.99  # rounding may tip a tie
+        assert len(np.unique(codes)) > 1
+    assert encode.main([folder.name, "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("already encoded: ")
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_encode_takes_the_gpu_where_there_is_one_and_counts_both_splits(tmp_path, monkeypatch, capsys, there, device):
+    """Unless it is told otherwise; megabytes are those of all codes together."""
+    asked, empty = [], SimpleNamespace(empty=lambda count, device: asked.append(device))
+    empty.cuda = SimpleNamespace(is_available=lambda: there)
+    grids = [np.zeros((count, 32, 32), dtype=np.uint16) for count in (1000, 500)]
+    codes = SimpleNamespace(train=grids[0], val=grids[1], grid_size=32)
+    monkeypatch.setattr(encode, "torch", empty)
+    monkeypatch.setattr(encode, "find_tokenizer", lambda *arguments: Store(tmp_path).named("toy"))
+    monkeypatch.setattr(encode, "Tokenizer", SimpleNamespace(from_run=lambda folder, device: asked.append(device)))
+    monkeypatch.setattr(encode, "load_data", lambda *arguments: None)
+    monkeypatch.setattr(encode, "encode", lambda *arguments: codes)
+    assert encode.main(["toy"]) == 0
+    assert asked == [device] * 2
+    assert "1000 train / 500 val grids of 32×32 as uint16, 3.1 MB" in " ".join(capsys.readouterr().out.split())
+
+
+def test_encode_refuses_a_device_that_is_not_there(tmp_path, capsys):
+    assert encode.main(["run", "--results", str(tmp_path), "--device", "cuda:77"]) == 2
+    assert "device 'cuda:77' is not available here; use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_same_from_the_command_line(preset):
+    """Command lines give every field, most of them at its default, and must not undo what a preset sets."""
+    arguments = ["--preset", preset, "--backbone", *BACKBONES, "--device", "cpu"]
+    options = parse(run.RunArguments, arguments, "run", "")
+    assert options.configs() == [make_config(name, preset, device="cpu") for name in BACKBONES]

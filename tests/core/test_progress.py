@@ -1,0 +1,87 @@
+"""The bar: one line now and then, with the time that is left; on a terminal it is live."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from bench.core import progress
+from bench.core.progress import Bar, say
+
+
+class Clock:
+    """Stands in for the time module."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_elsewhere_than_on_a_terminal_a_line_every_ten_seconds(clock, capsys):
+    """Two units a second, of 100: what is left after 20 of them takes 40 seconds."""
+    with Bar("decoding", 100) as bar:
+        for _ in range(50):
+            clock.now += 0.5
+            bar.advance(figures="loss 0.1")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "decoding  20/100  ETA 40 s  loss 0.1",
+        "decoding  40/100  ETA 30 s  loss 0.1",
+    ]
+    assert bar.done == 50
+
+
+def test_what_was_done_before_does_not_count_as_speed(clock, capsys):
+    """From 60 to 80 in ten seconds: the last 20 take ten more."""
+    with Bar("run", 100, start=60) as bar:
+        clock.now += 10
+        bar.advance(20)
+    assert capsys.readouterr().err == "run  80/100  ETA 10 s\n"
+
+
+def test_nothing_is_said_of_quick_work(clock, capsys):
+    with Bar("run", 5) as bar:
+        for _ in range(5):
+            clock.now += 1.9
+            bar.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_standstill_has_no_eta(clock, capsys):
+    with Bar("run", 5, seconds=1.0) as bar:
+        clock.now += 2
+        bar.advance(0)
+    assert capsys.readouterr().err == "run  0/5  ETA unknown\n"
+
+
+def test_on_a_terminal_the_bar_is_live(monkeypatch):
+    """It starts where the work does and keeps its figures until there are others."""
+    monkeypatch.setattr(progress, "console", Console(force_terminal=True, file=io.StringIO(), width=120))
+    with Bar("run", 10, start=3) as bar:
+        (task,) = bar.live.tasks
+        assert (task.description, task.completed, task.total) == ("run", 3, 10)
+        bar.advance(2, "loss 0.1")
+        assert (task.completed, task.fields["figures"]) == (5, "loss 0.1")
+        bar.advance()
+        assert (task.completed, task.fields["figures"]) == (6, "loss 0.1")
+        assert bar.live.live.is_started
+    assert not bar.live.live.is_started
+
+
+def test_what_happens_is_said_in_one_line_on_the_error_stream(capsys):
+    """However long; standard output is for what was asked for."""
+    say("word " * 100 + "[bold]end[/]")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "word " * 100 + "end\n"
+    progress.stdout.print("table")
+    assert capsys.readouterr() == ("table\n", "")

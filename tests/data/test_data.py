@@ -1,0 +1,739 @@
+"""Data: decoding to arrays, its cache and its errors; batches and augmentations as pure functions of (seed, step)."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import struct
+import urllib.error
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bench import data
+from bench.core.errors import UserError
+from bench.data import AUGMENTATIONS, batch, batch_indices, eval_batches, load, to_float, to_pixels, to_rgb
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Every test has an empty cache of its own."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decodes(monkeypatch) -> list[str]:
+    """Grows by one name for every data set that is really decoded."""
+    names, decode = [], data._decode
+    monkeypatch.setattr(data, "_decode", lambda name, *rest: (names.append(name), decode(name, *rest)))
+    return names
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (10, 8), ending: str = ".png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.fromarray(noise(*size, 3, seed=index)).save(folder / f"{index:03}{ending}")
+    return folder
+
+
+# --- photos ---------------------------------------------------------------------------------------------------------
+
+
+def column_photos() -> dict[str, np.ndarray]:
+    """Images that say where each of their pixels came from: (column // 256, column % 256, photograph)."""
+    photos = {}
+    for number, (height, width) in enumerate([(70, 300), (64, 401), (200, 257)]):
+        columns = np.broadcast_to(np.arange(width), (height, width))
+        photos[f"photo{number}"] = np.stack([columns // 256, columns % 256, 0 * columns + number], 2).astype(np.uint8)
+    return photos
+
+
+@pytest.fixture
+def small_photos(monkeypatch) -> None:
+    monkeypatch.setattr(data, "photographs", column_photos)
+    monkeypatch.setattr(data, "PHOTO_TRAIN", 200)
+    monkeypatch.setattr(data, "PHOTO_VAL", 100)
+
+
+def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_photos):
+    loaded = load("photos", 64)
+    columns = {}
+    for name, images in (("train", loaded.train), ("val", loaded.val)):
+        pixels = images.astype(int)
+        photo = pixels[:, 0, 0, 2]
+        assert np.ptp(np.bincount(photo)) <= 1
+        column = pixels[..., 0] * 256 + pixels[..., 1]
+        assert (np.diff(column, axis=2) == 1).all()  # a crop is a crop: neighbours stay neighbours
+        columns[name] = [set(column[photo == number].ravel()) for number in range(3)]
+    for number, width in enumerate((300, 401, 257)):
+        assert max(columns["train"][number]) < width * 3 // 4 <= min(columns["val"][number])
+
+
+def test_photo_crops_are_the_same_on_every_machine(small_photos):
+    # A golden value: it must survive other versions of NumPy, and changes only together with DECODING_VERSION.
+    assert load("photos", 64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
+
+
+def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
+    assert (data.PHOTO_TRAIN, data.PHOTO_VAL) == (4096, 512)
+    monkeypatch.setattr(data, "PHOTO_TRAIN", 90)
+    monkeypatch.setattr(data, "PHOTO_VAL", 45)
+    first = load("photos", 64)
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
+    second = load("photos", 64)
+    assert first.fingerprint == second.fingerprint
+    assert np.array_equal(first.val, second.val)
+    assert first.train.shape == (90, 64, 64, 3)
+    assert first.train.dtype == np.uint8
+    assert isinstance(first.train, np.memmap)
+    assert first.split == "photos: 90 train / 45 val crops of 64×64, left 75 % / right 25 %"
+    assert len(first.classes) == 9
+    assert min(image.std(axis=(0, 1)).max() for image in first.val) >= data.PHOTO_CONTRAST
+
+
+def test_flat_crops_are_redrawn(small_photos, monkeypatch):
+    photo = noise(64, 400, 3)
+    photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
+    photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
+    monkeypatch.setattr(data, "photographs", lambda: {"bordered": photo})
+    loaded = load("photos", 16)
+    assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= data.PHOTO_CONTRAST
+    for images in (loaded.train, loaded.val):
+        assert not any(data._is_flat(image) for image in images)
+    monkeypatch.setattr(data, "photographs", lambda: {"constant": np.full_like(photo, 7)})
+    assert len(load("photos", 20).train) == 200  # the tries are bounded
+
+
+def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told(small_photos):
+    assert set(load("photos", 66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
+    with pytest.raises(UserError, match=r"image_size 76 .* at most 70"):
+        load("photos", 76)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_takes_any_mode_size_depth_and_ending(tmp_path):
+    modes = {"grey.PNG": "L", "palette.gif": "P", "alpha.webp": "RGBA", "print.JPG": "CMYK", "bits.tif": "1"}
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for number, (name, mode) in enumerate(modes.items()):
+        Image.fromarray(noise(30 + number, 17, 3)).convert(mode).save(tmp_path / "a" / name)
+    Image.fromarray(noise(9, 40).astype(np.uint16) * 257).save(tmp_path / "a" / "b" / "deep.tiff")
+    Image.fromarray(noise(1, 1, 3)).save(tmp_path / "dot.bmp")
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "._dot.bmp").write_text("macOS leaves these behind")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load(f"folder:{tmp_path}", 16)
+    assert (len(loaded.train), len(loaded.val), loaded.skipped) == (6, 1, ())
+    assert loaded.split == (
+        "folder: 6 train / 1 val images, central squares resized to 16×16, split 90 % / 10 % by a hash of the path"
+    )
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_are_no_images(tmp_path):
+    """Thumbnails and rubbish bins of file managers, at any depth."""
+    for folder in ("shown", ".thumbnails", "shown/.trash/deeper"):
+        (tmp_path / folder).mkdir(parents=True)
+    seen = ("one.png", "shown/two.png")
+    for number, name in enumerate((*seen, ".hidden.png", ".thumbnails/one.png", "shown/.trash/deeper/three.png")):
+        Image.fromarray(noise(8 + number, 8, 3)).save(tmp_path / name)
+    assert data._find_images(str(tmp_path)) == list(seen)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for image in (Image.fromarray(grey * 257), Image.fromarray((grey * 257).astype(np.int32))):
+        assert image.mode in ("I;16", "I")
+        assert np.array_equal(np.asarray(to_rgb(image)), np.repeat(grey[..., None], 3, axis=2))
+    levels = Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16))
+    assert np.asarray(to_rgb(levels))[0, :, 0].tolist() == [0, 1, 254, 255]
+    with pytest.raises(ValueError, match="no defined white"):
+        to_rgb(Image.new("F", (4, 4)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_white(mode):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert(mode)
+    if mode == "P":
+        buffer = io.BytesIO()
+        image.save(buffer, "png", transparency=image.getpixel((0, 0)))
+        image = Image.open(buffer)
+    assert np.asarray(to_rgb(image)).min() == 255
+
+
+def test_exif_orientation_turns_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert np.array_equal(to_pixels(image, 8), pixels.transpose(1, 0, 2)[:, ::-1])
+
+
+def test_resizing_crops_the_centre_and_antialiases():
+    checkerboard = np.indices((96, 160)).sum(axis=0) % 2 * 255
+    pixels = np.repeat(checkerboard[..., None], 3, axis=2).astype(np.uint8)
+    pixels[:, :32] = pixels[:, -32:] = 0  # outside the central square, where only tails of the kernel reach
+    for picture in (pixels, pixels.transpose(1, 0, 2)):
+        assert np.abs(to_pixels(Image.fromarray(picture), 12).astype(int) - 127.5).max() < 10
+    small = noise(5, 5, 3)
+    assert np.array_equal(to_pixels(Image.fromarray(small), 5), small)
+    assert to_pixels(Image.fromarray(small), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (96, 48), (48, 48), (16, 96)])
+def test_pixels_are_those_of_the_whole_picture_resized_and_then_cropped(height, width):
+    """Resize and centre crop, as everyone has them (bug 11: originals are cropped in one way only)."""
+    image = Image.fromarray(noise(height, width, 3))
+    for side in (8, 16, min(height, width)):
+        scale = min(height, width) // side
+        small = image.resize((width // scale, height // scale), Image.Resampling.LANCZOS)
+        left, top = (small.width - side) // 2, (small.height - side) // 2
+        expected = np.asarray(small.crop((left, top, left + side, top + side)))
+        assert np.abs(to_pixels(image, side) - expected.astype(int)).max() <= 1  # Pillow rounds between its two passes
+
+
+def test_transparency_is_blended_and_not_cut():
+    red = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
+    assert np.abs(np.asarray(to_rgb(red))[0, 0].astype(int) - (255, 127, 127)).max() <= 1
+
+
+def test_split_subfolders_are_taken_as_they_are(tmp_path):
+    write_images(tmp_path / "train" / "class", 3)
+    write_images(tmp_path / "valid", 2, ending=".jpeg")
+    loaded = load(f"folder:{tmp_path}", 8)
+    assert (len(loaded.train), len(loaded.val)) == (3, 2)
+    assert "subfolders train / valid" in loaded.split
+
+
+def test_the_names_of_validation_folders_have_an_order(tmp_path):
+    """``test`` is held out only where nothing is named for validation; what is in neither is left alone."""
+    for number, name in enumerate(("train", "test", "validation", "valid", "val", "more")):
+        write_images(tmp_path / name, number + 1)
+    for name, count in (("val", 5), ("valid", 4), ("validation", 3), ("test", 2)):
+        loaded = load(f"folder:{tmp_path}", 8)
+        assert (len(loaded.train), len(loaded.val)) == (1, count)
+        assert loaded.split.endswith(f"subfolders train / {name}")
+        (tmp_path / name).rename(tmp_path / f"not_{name}")
+    assert "split 90 % / 10 %" in load(f"folder:{tmp_path}", 8).split
+
+
+@given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=60))
+def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
+    train, val = data._split_by_hash(sorted(paths))
+    assert sorted(train + val) == sorted(paths)
+    assert len(val) == max(1, round(len(paths) / 10))
+    assert data._split_by_hash(sorted(paths, reverse=True)) == (train, val)
+
+
+def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
+    folder = write_images(tmp_path / "pets", 150, size=(4, 4))
+    (folder / "007.png").write_bytes((folder / "008.png").read_bytes()[:60])  # cut short
+    loaded = load(f"folder:{folder}", 4)
+    assert loaded.skipped == ("007.png",)
+    assert "007.png" in capsys.readouterr().err
+    assert len(loaded.train) + len(loaded.val) == 149
+    assert load(f"folder:{folder}", 4).skipped == ("007.png",)
+    kept = np.concatenate([loaded.train, loaded.val])  # no hole and no shift where the broken file was
+    images = [noise(4, 4, 3, seed=index) for index in range(150) if index != 7]
+    assert sorted(image.tobytes() for image in kept) == sorted(image.tobytes() for image in images)
+
+
+def test_many_broken_files_are_an_error_that_names_them_and_leaves_nothing(tmp_path, cache):
+    folder = write_images(tmp_path / "pets", 20)
+    (folder / "empty.jpg").touch()
+    with pytest.raises(UserError, match=r"more than 1 % .*empty\.jpg.*repair"):
+        load(f"folder:{folder}", 8)
+    assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_one_percent_of_all_images_may_be_broken_and_no_more(tmp_path, broken):
+    for split, count in (("train", 60), ("val", 40)):
+        write_images(tmp_path / split, count, size=(2, 2))
+    for split in ("train", "val")[:broken]:
+        (tmp_path / split / "000.png").write_bytes(b"")
+    if broken == 1:
+        assert load(f"folder:{tmp_path}", 2).skipped == ("train/000.png",)
+    else:
+        with pytest.raises(UserError, match="more than 1 %"):
+            load(f"folder:{tmp_path}", 2)
+
+
+def test_a_split_whose_images_are_all_broken_is_an_error(tmp_path):
+    write_images(tmp_path / "train", 120, size=(2, 2))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "broken.png").touch()
+    with pytest.raises(UserError, match=r"no readable image \(val/broken\.png\)"):
+        load(f"folder:{tmp_path}", 4)
+
+
+def test_a_decompression_bomb_is_an_unreadable_file(tmp_path, monkeypatch):
+    write_images(tmp_path, 120, size=(4, 4))
+    Image.new("RGB", (12, 12)).save(tmp_path / "bomb.png")  # 144 pixels: between the limit and its double
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert load(f"folder:{tmp_path}", 4).skipped == ("bomb.png",)
+
+
+def test_the_order_of_images_is_not_the_file_systems(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_images(tmp_path / name / "train", 3)
+        write_images(tmp_path / name / "val", 2)
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for folder, subfolders, files in walk(*arguments, **options):
+            yield folder, subfolders, sorted(files, reverse=True)
+
+    before = load(f"folder:{tmp_path / 'a'}", 4).fingerprint
+    monkeypatch.setattr(os, "walk", backwards)
+    assert load(f"folder:{tmp_path / 'b'}", 4).fingerprint == before
+
+
+def test_symlink_loops_end_and_linked_folders_count_once(tmp_path):
+    folder = write_images(tmp_path / "pets", 4)
+    other = write_images(tmp_path / "other", 3)
+    (folder / "again").symlink_to(folder)
+    (folder / "more").symlink_to(other)
+    loaded = load(f"folder:{folder}", 8)
+    assert len(loaded.train) + len(loaded.val) == 7
+
+
+def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypatch):
+    write_images(tmp_path / "one", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half" / "val").mkdir(parents=True)
+    write_images(tmp_path / "half" / "train", 3)
+    for name, message in {
+        "missing": "No such file.*existing folder of images",
+        "one/000.png": "Not a directory.*existing folder of images",
+        "empty": "no images in .*empty: put some there",
+        "one": "only one image in .*one: add another",
+        "half": "no images in .*val: put some there",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load(f"folder:{tmp_path / name}", 8)
+    for name in ("folder:", "folder", "imagenet", str(tmp_path)):
+        with pytest.raises(UserError, match=r"unknown data .*photos, cifar10.*or folder:PATH"):
+            load(name, 8)
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"one \(Permission denied\).*that you may read"):
+        load(f"folder:{tmp_path / 'one'}", 8)
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_images(tmp_path / "pets", 2)
+    assert len(load("folder:~/pets", 8).train) == 1
+
+
+def test_images_come_in_the_order_of_their_names_whatever_the_chunk(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "pets" / "train", 11, size=(4, 4)).parent
+    write_images(folder / "val", 3, size=(4, 4))
+    monkeypatch.setattr(data, "DECODING_CHUNK", 4)
+    loaded = load(f"folder:{folder}", 4)
+    assert np.array_equal(loaded.train, [noise(4, 4, 3, seed=index) for index in range(11)])
+    assert np.array_equal(loaded.val, [noise(4, 4, 3, seed=index) for index in range(3)])
+    assert (loaded.train.dtype, loaded.train.flags.writeable) == (np.uint8, False)
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def painted(folder: Path, colours: dict[str, int], count: int) -> None:
+    """``count`` files in a subfolder for each of ``colours``, in the one grey that is its value."""
+    for name, level in colours.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(np.full((2, 2, 3), level, np.uint8)).save(folder / name / f"{index:02}.png")
+
+
+def assert_labels_name_the_colours(loaded: data.Data, colours: dict[str, int]) -> None:
+    assert loaded.classes == tuple(sorted(colours))
+    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+        assert (labels.dtype, labels.shape) == (np.int64, (len(images),))
+        assert [colours[loaded.classes[label]] for label in labels] == images[:, 0, 0, 0].tolist()
+        assert set(labels) == set(range(len(colours)))
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("",)])
+def test_labels_name_the_folder_also_behind_broken_files(tmp_path, splits):
+    colours = {"zebra": 10, "ant": 20, "ant-hill": 30}  # whose paths are sorted otherwise
+    for split in splits:
+        painted(tmp_path / split, colours, 70)
+    for name in ("ant/03.png", "ant-hill/00.png"):
+        (tmp_path / splits[0] / name).write_bytes(b"")
+    loaded = load(f"folder:{tmp_path}", 2)
+    assert len(loaded.skipped) == 2
+    assert_labels_name_the_colours(loaded, colours)
+    assert_labels_name_the_colours(load(f"folder:{tmp_path}", 2), colours)  # read from the cache
+
+
+def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(monkeypatch):
+    """Data sets of packages name images by number, and both splits have a number 5."""
+    levels = {number: np.full((4, 4, 3), number, np.uint8) for number in range(150)}
+
+    def split(broken: int) -> data.Split:
+        readable = {number: image for number, image in levels.items() if number != broken}
+        return data.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
+
+    monkeypatch.setitem(data.DATASETS, "toy", lambda size: data.Source("toy", lambda: (split(5), split(-1), "numbers")))
+    loaded = load("toy", 4)
+    assert (len(loaded.train), len(loaded.val), loaded.skipped) == (149, 150, ("5",))
+    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+        assert [loaded.classes[label] for label in labels] == [
+            "odd" if level % 2 else "even" for level in images[:, 0, 0, 0]
+        ]
+
+
+def test_labels_of_photos_are_their_photographs(small_photos):
+    loaded = load("photos", 64)
+    assert loaded.classes == ("photo0", "photo1", "photo2")
+    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+        assert np.array_equal(labels, images[:, 0, 0, 2])
+
+
+def test_there_are_no_classes_unless_every_image_has_one_and_they_differ(tmp_path):
+    painted(tmp_path / "one", {"only": 10}, 4)
+    painted(tmp_path / "some", {"ant": 20, "bee": 30}, 4)
+    write_images(tmp_path / "some", 1)
+    for name in ("one", "some"):
+        loaded = load(f"folder:{tmp_path / name}", 2)
+        assert (loaded.classes, loaded.labels) == ((), None)
+
+
+def test_packages_name_classes_in_three_ways_and_minus_one_is_none():
+    class Labelled:
+        def __init__(self, **attributes):
+            self.__dict__ |= attributes
+
+    for word in ("targets", "labels", "_labels"):
+        named = data._labeller(Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]))
+        assert [named(index) for index in range(2)] == ["c", "a"]
+        assert data._labeller(Labelled(**{word: torch.tensor([7, -1])}))(0) == "7"
+        assert data._labeller(Labelled(**{word: torch.tensor([7, -1])}))(1) == ""
+    assert data._labeller(Labelled())(3) == ""
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_used_until_a_file_or_the_size_changes(tmp_path, decodes):
+    folder = write_images(tmp_path / "pets", 5)
+    first, again = load(f"folder:{folder}", 8), load(f"folder:{folder}", 8)
+    assert len(decodes) == 1
+    assert np.array_equal(first.train, again.train)
+    assert (first.fingerprint, first.split, first.skipped) == (again.fingerprint, again.split, again.skipped)
+    load(f"folder:{folder}", 6)
+    assert len(decodes) == 2
+    Image.fromarray(noise(9, 9, 3)).save(folder / "000.png")
+    assert load(f"folder:{folder}", 8).fingerprint != first.fingerprint
+    assert len(decodes) == 3
+
+
+def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes, monkeypatch):
+    """Each on its own: the bytes or the time of a file, its name, its class, its split, the version of decoding."""
+    folder = tmp_path / "pets"
+    for split in ("train", "val"):
+        painted(folder / split, {"ant": 20, "bee": 30}, 3)
+
+    def decoded_anew(change) -> bool:
+        load(f"folder:{folder}", 2)
+        before = len(decodes)
+        change()
+        load(f"folder:{folder}", 2)
+        return len(decodes) > before
+
+    image = folder / "train" / "ant" / "00.png"
+    status = os.stat(image)
+    assert not decoded_anew(lambda: None)
+    assert decoded_anew(lambda: os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1)))  # the same size
+    longer = image.read_bytes() + b"more"
+    assert decoded_anew(lambda: (image.write_bytes(longer), os.utime(image, ns=(0, status.st_mtime_ns + 1))))
+    assert decoded_anew(lambda: (folder / "train" / "bee").rename(folder / "train" / "cat"))  # in the same order
+    assert decoded_anew(lambda: image.rename(folder / "train" / "ant" / "99.png"))
+    assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "cat" / "99.png"))
+    assert decoded_anew(lambda: (folder / "train" / "cat" / "99.png").rename(folder / "val" / "bee" / "99.png"))
+    assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").unlink())
+    assert decoded_anew(lambda: monkeypatch.setattr(data, "DECODING_VERSION", data.DECODING_VERSION + 1))
+
+
+def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes, monkeypatch, small_photos):
+    monkeypatch.setitem(data.DATASETS, "others", data.DATASETS["photos"])
+    counts = []
+    for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
+        monkeypatch.setattr(data, "PHOTO_TRAIN", train)
+        monkeypatch.setattr(data, "PHOTO_VAL", val)
+        loaded = load(name, 16)
+        counts.append((len(loaded.train), len(loaded.val)))
+    assert counts == [(20, 9), (21, 9), (20, 10), (20, 9)]
+    assert len(decodes) == 4
+
+
+def test_the_fingerprint_is_that_of_the_pixels_of_both_splits_in_order(tmp_path):
+    """Equal for copies elsewhere; another for one grey level in either split, for two images exchanged, and for an
+    image that moves from one split to the other."""
+
+    def fingerprint(name: str, train: list[int], val: list[int]) -> str:
+        for split, levels in (("train", train), ("val", val)):
+            (tmp_path / name / split).mkdir(parents=True)
+            for index, level in enumerate(levels):
+                path = tmp_path / name / split / f"{index}.png"
+                Image.fromarray(np.full((2, 2, 3), level, np.uint8)).save(path)
+        return load(f"folder:{tmp_path / name}", 2).fingerprint
+
+    assert fingerprint("a", [1, 2, 3], [4, 5]) == fingerprint("b", [1, 2, 3], [4, 5])
+    variants = [([1, 2, 3], [4, 5]), ([9, 2, 3], [4, 5]), ([1, 2, 3], [4, 9]), ([2, 1, 3], [4, 5]), ([1, 2], [3, 4, 5])]
+    found = {fingerprint(f"c{number}", *variant) for number, variant in enumerate(variants)}
+    assert len(found) == len(variants)
+
+
+def test_two_loads_at_once_decode_once(tmp_path, decodes):
+    folder = write_images(tmp_path / "pets", 40)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: load(f"folder:{folder}", 8), range(2))
+    assert len(decodes) == 1
+    assert np.array_equal(one.train, two.train)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, cache, monkeypatch, failure):
+    folder = write_images(tmp_path / "pets", 5)
+    write = data._write_npy
+
+    def fail_on_the_second(path, *rest):
+        if path.name.startswith(".val"):
+            path.write_bytes(b"half")
+            raise failure
+        return write(path, *rest)
+
+    expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_write_npy", fail_on_the_second)
+        with pytest.raises(expected) as raised:
+            load(f"folder:{folder}", 8)
+    assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
+    if expected is UserError:
+        assert str(cache) in str(raised.value)
+        assert "No space left on device" in str(raised.value)
+        assert "VQBENCH_CACHE" in str(raised.value)
+    assert len(load(f"folder:{folder}", 8).train) == 4
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "pets", 5)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 * 8 * 8 * 3 - 1}))
+    with pytest.raises(UserError, match=r"takes 0\.00 GB and .* free some space"):
+        load(f"folder:{folder}", 8)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "pets", 5)
+    monkeypatch.setenv("VQBENCH_CACHE", str(folder / "000.png"))
+    with pytest.raises(UserError, match=r"cannot use the cache folder .*000\.png.*set VQBENCH_CACHE"):
+        load(f"folder:{folder}", 8)
+
+
+# --- torchvision ----------------------------------------------------------------------------------------------------
+
+
+def test_fashion_mnist_through_torchvision(cache):
+    raw = cache / "torchvision" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    given = {"train": [3, 0, 4, 4, 1], "t10k": [9, 1, 3]}
+    for name, count in (("train", 5), ("t10k", 3)):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 0x803, count, 28, 28) + noise(count, 28, 28).tobytes()
+        )
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(given[name]))
+    loaded = load("fashion_mnist", 28)
+    assert (len(loaded.train), len(loaded.val)) == (5, 3)
+    assert np.array_equal(loaded.train, np.repeat(noise(5, 28, 28)[..., None], 3, axis=3))
+    assert loaded.split.startswith("fashion_mnist: 5 train / 3 val images, central squares resized to 28×28, ")
+    names = {0: "T-shirt/top", 1: "Trouser", 3: "Dress", 4: "Coat", 9: "Ankle boot"}  # as its authors number them
+    for labels, numbers in zip(loaded.labels, given.values(), strict=True):
+        assert [loaded.classes[label] for label in labels] == [names[number] for number in numbers]
+
+
+@pytest.mark.parametrize("name", [name for name in data.DATASETS if name != "photos"])
+def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
+    """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
+    _, train, val = data.DATASETS[name].args
+    trained = {"cifar10": {"train": True}, "fashion_mnist": {"train": True}, "stl10": {"split": "unlabeled"}}
+    assert train == trained.get(name, {"split": "train"})
+    assert val == ({"train": False} if "train" in train else {"split": "test"})
+
+
+def test_options_of_a_split_reach_its_package(cache):
+    class Package:
+        """Two images of one colour: black to train on, white to validate."""
+
+        def __init__(self, root: str, train: bool, download: bool):
+            assert (root, download) == (str(cache / "torchvision"), True)
+            self.colour = "black" if train else "white"
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("RGB", (4, 4), self.colour), 0
+
+    sources = data._torchvision(Package, {"train": True}, {"train": False}, 4)
+    train, val, how = sources.open()
+    assert (train.read(0).max(), val.read(1).min()) == (0, 255)
+    assert how == "images, central squares resized to 4×4, train=True / train=False"
+    assert sources.identity != data._torchvision(Package, {"train": True}, {"train": True}, 4).identity
+
+
+def test_no_network_is_one_sentence_with_the_fix(cache, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    for name in ("cifar10", "fashion_mnist", "stl10", "flowers102"):
+        with pytest.raises(UserError, match=r"no route to host.*torchvision yourself.*folder:PATH") as raised:
+            load(name, 32)
+        assert "\n" not in str(raised.value)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+IMAGES = noise(50, 16, 16, 3)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_a_batch_is_a_pure_function_of_seed_and_step(augment):
+    first = batch(IMAGES, 3, 7, 20, augment, "cpu")
+    batch(IMAGES, 3, 8, 20, augment, "cpu")
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert torch.equal(first, batch(IMAGES, 3, 7, 20, augment, "cpu"))
+    for seed, step in ((3, 8), (4, 7), (7, 3)):
+        assert not torch.equal(first, batch(IMAGES, seed, step, 20, augment, "cpu"))
+    assert first.shape == (20, 3, 16, 16)
+    assert first.dtype == torch.float32
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert first.min() >= -1
+    assert first.max() <= 1
+
+
+@given(seed=st.integers(0, 2**40), count=st.integers(1, 50), batch_size=st.integers(1, 70), epochs=st.integers(1, 3))
+def test_every_image_comes_exactly_once_an_epoch(seed, count, batch_size, epochs):
+    steps = -(-epochs * count // batch_size)
+    batches = [batch_indices(seed, step, batch_size, count) for step in range(steps)]
+    assert {len(rows) for rows in batches} == {batch_size}
+    walk = np.concatenate(batches)[: epochs * count].reshape(epochs, count)
+    assert (np.sort(walk) == np.arange(count)).all()
+
+
+def test_every_epoch_has_its_own_order():
+    one, two = (batch_indices(0, step, 1000, 1000) for step in (0, 1))
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one, batch_indices(1, 0, 1000, 1000))
+
+
+@pytest.mark.parametrize("augment", ["flip", "blog"])
+def test_every_step_and_seed_augments_differently(augment):
+    batches = [batch(IMAGES[:1], seed, step, 20, augment, "cpu") for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for number, one in enumerate(batches):  # the same image 20 times
+        assert not any(torch.equal(one, other) for other in batches[number + 1 :])
+
+
+def test_none_is_the_identity_and_float_is_exact():
+    rows = batch_indices(5, 2, 20, len(IMAGES))
+    plain = batch(IMAGES, 5, 2, 20, "none", "cpu")
+    assert np.array_equal(((plain.double() + 1) * 127.5).round().numpy(), IMAGES[rows].transpose(0, 3, 1, 2))
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_eval_batches_are_the_images_themselves_in_order():
+    batches = list(eval_batches(IMAGES, 20))
+    assert [len(x) for x in batches] == [20, 20, 10]
+    assert torch.cat(batches).dtype == torch.uint8
+    assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+# --- augmentations --------------------------------------------------------------------------------------------------
+
+
+def augmented(name: str, x: torch.Tensor) -> torch.Tensor:
+    return AUGMENTATIONS[name](x, torch.Generator().manual_seed(0))
+
+
+def test_flip_mirrors_half_of_the_images_and_changes_nothing_else():
+    x = torch.from_numpy(noise(1000, 3, 4, 4))
+    y = augmented("flip", x)
+    same, mirrored = ((y == other).flatten(1).all(dim=1) for other in (x, x.flip(-1)))
+    assert (same | mirrored).all()
+    assert 430 < mirrored.sum() < 570
+
+
+def test_blog_keeps_a_constant_image_constant():
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = torch.stack([levels, levels.flip(0), levels], 1)[:, :, None, None].expand(-1, -1, 16, 16)
+    assert torch.equal(augmented("blog", x), x)
+
+
+def test_blog_windows_are_distributed_like_torchvisions():
+    """Ramps show the window: their slope is its width or height, their middle its centre; a falling one is flipped."""
+    count, size = 2000, 64
+    ramp = torch.arange(size, dtype=torch.uint8) * 4
+    x = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0, dtype=torch.uint8)))
+    rng = torch.Generator().manual_seed(0)
+    y = data._random_resized_crop_and_flip(x.expand(count, -1, -1, -1), rng, flip=0.3).double()
+    across, down = (y[:, 0].mean(dim=1) + 2) / (4 * size), (y[:, 1].mean(dim=2) + 2) / (4 * size)
+    first, last = size // 4, 3 * size // 4 - 1  # away from the border, where the outermost pixels are repeated
+    width, height = ((values[:, last] - values[:, first]) * size / (last - first) for values in (across, down))
+    centre, middle = ((values[:, first] + values[:, last]) / 2 for values in (across, down))
+
+    from torchvision.transforms import RandomResizedCrop  # not above: bench has to repair torchvision first
+
+    torch.manual_seed(0)
+    image = torch.empty(3, 1000, 1000)
+    windows = [RandomResizedCrop.get_params(image, [0.8, 1], [3 / 4, 4 / 3]) for _ in range(count)]
+    top, left, tall, wide = torch.tensor(windows).double().T / 1000
+    assert abs((width < 0).double().mean() - 0.3) < 0.03
+    width = width.abs()
+    places = (centre, left + wide / 2), (middle, top + tall / 2)
+    for ours, theirs in ((width * height, wide * tall), (width / height, wide / tall), *places):
+        for figure in (torch.mean, torch.std, torch.amin, torch.amax):
+            assert abs(figure(ours) - figure(theirs)) < 0.02
+    for place, extent in ((centre, width), (middle, height)):  # inside the image, and anywhere in it
+        assert ((place - 0.5).abs() <= (1 - extent) / 2 + 0.01).all()
+        shift = ((place - 0.5) / (1 - extent))[extent < 0.9]
+        assert (shift.min(), shift.max()) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.5, abs=0.05))
+    rows = torch.stack([centre, middle, width, height])
+    assert torch.corrcoef(rows)[0, 1].abs() < 0.1  # left and top are drawn one by one
+
+
+def test_blog_sharpens_and_stretches_three_in_ten_each():
+    x = torch.from_numpy(noise(2000, 3, 8, 8) // 2 + 60)
+    crop = data._random_resized_crop_and_flip(x, torch.Generator().manual_seed(0), flip=0.3)
+    sharp = data.TF.adjust_sharpness(crop, 2)
+    y = augmented("blog", x)
+    outcomes = (crop, sharp, data.TF.autocontrast(crop), data.TF.autocontrast(sharp))
+    is_crop, is_sharp, is_stretched, is_both = ((y == outcome).flatten(1).all(dim=1) for outcome in outcomes)
+    assert (is_crop | is_sharp | is_stretched | is_both).all()
+    assert abs((is_sharp | is_both).float().mean() - 0.3) < 0.04
+    assert abs((is_stretched | is_both).float().mean() - 0.3) < 0.04

@@ -1,0 +1,150 @@
+"""Codes: what the tokenizer says of every image, mirror images and labels in step, in files that say whose they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.core.errors import UserError
+from bench.data import Data
+from bench.priors import codes as module
+from bench.priors.codes import digest, encode, load_data
+
+SIDE = 4
+
+
+class Reader(torch.nn.Module):
+    """Says what it is shown: the code of a cell is red of its pixel, plus 256 where green is above the middle."""
+
+    def __init__(self, codebook_size: int = 512, augment: str = "flip"):
+        super().__init__()
+        self.config = SimpleNamespace(codebook_size=codebook_size, augment=augment, data="toy", image_size=SIDE)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches = []
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        assert x.min() >= -1
+        assert x.max() <= 1
+        self.batches.append(len(x))
+        red = ((x[:, 0] + 1) * 127.5).round().long()
+        return (red + 256 * (x[:, 1] > 0)) % self.config.codebook_size
+
+
+def toy_data(train: int = 70, val: int = 66, classes: int = 0) -> Data:
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8) for count in (train, val)]
+    labels = tuple(generator.integers(0, classes, count) for count in (train, val)) if classes else None
+    return Data("toy", *images, "f" * 64, "toy", (), tuple("abcdef"[:classes]), labels)
+
+
+def expected(images: np.ndarray, codebook_size: int = 512) -> np.ndarray:
+    return (images[..., 0].astype(int) + 256 * (images[..., 1] > 127)) % codebook_size
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A finished run, as far as codes look at it."""
+    (tmp_path / "metrics.json").write_text(json.dumps({"protocol": {"fingerprint": "f" * 64}}))
+    (tmp_path / "tokenizer.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+@pytest.mark.parametrize("augment", ["flip", "blog", "none"])
+def test_mirror_images_follow_all_images_where_training_mirrors(folder, augment):
+    """Of validation images there are none. All images are encoded in order, whatever the batches."""
+    data, reader = toy_data(), Reader(augment=augment)
+    codes = encode(folder, reader, data)
+    mirrored = [expected(data.train), expected(data.train[:, :, ::-1])][: 1 + (augment != "none")]
+    assert np.array_equal(codes.train, np.concatenate(mirrored))
+    assert np.array_equal(codes.val, expected(data.val))
+    assert sum(reader.batches) == 70 * len(mirrored) + 66
+    assert (codes.codebook_size, codes.grid_size) == (512, SIDE)
+
+
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_labels_are_those_of_their_images_and_of_their_mirror_images(folder, augment):
+    data = toy_data(classes=3)
+    for _ in range(2):  # also when read again
+        codes = encode(folder, Reader(augment=augment), data)
+        assert codes.classes == ("a", "b", "c")
+        assert len(codes.train_labels) == len(codes.train)
+        assert np.array_equal(codes.val_labels, data.labels[1])
+        for row, label in enumerate(codes.train_labels):
+            assert label == data.labels[0][row % 70]
+
+
+def test_without_labels_there_are_none(folder):
+    codes = encode(folder, Reader(), toy_data())
+    assert (codes.classes, codes.train_labels, codes.val_labels) == ((), None, None)
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "kind"), [(2, np.uint8), (256, np.uint8), (257, np.uint16), (512, np.uint16)]
+)
+def test_every_code_comes_back_in_the_smallest_type_that_holds_them(folder, codebook_size, kind):
+    data = toy_data()
+    codes = encode(folder, Reader(codebook_size, "none"), data)
+    assert codes.train.dtype == codes.val.dtype == kind
+    assert np.array_equal(codes.train, expected(data.train, codebook_size))
+    assert codes.train.max() >= codebook_size // 2
+
+
+def test_codes_are_made_once_and_say_whose_they_are(folder):
+    first = encode(folder, Reader(), toy_data())
+    again = Reader()
+    second = encode(folder, again, toy_data())
+    assert not again.batches
+    assert np.array_equal(first.train, second.train)
+    assert first.tokenizer == second.tokenizer == digest(folder)
+    (folder / "tokenizer.safetensors").write_bytes(b"others")
+    assert digest(folder) != first.tokenizer
+    with pytest.raises(UserError, match=rf"has codes of another tokenizer \({first.tokenizer}, not {digest(folder)}\)"):
+        encode(folder, Reader(), toy_data())
+
+
+def test_codes_that_were_interrupted_are_made_anew(folder):
+    """The file that says that they are complete is written last."""
+
+    class Torn(Reader):
+        def encode(self, x):
+            if len(self.batches) == 3:  # training images, mirrored, are 4 batches
+                raise KeyboardInterrupt
+            return super().encode(x)
+
+    class TornLater(Torn):
+        def encode(self, x):
+            if len(self.batches) == 5:  # the second of validation images
+                raise KeyboardInterrupt
+            return Reader.encode(self, x)
+
+    for torn in (Torn, TornLater):
+        with pytest.raises(KeyboardInterrupt):
+            encode(folder, torn(), toy_data())
+        assert not (folder / "codes" / "meta.json").exists()
+    assert np.array_equal(encode(folder, Reader(), toy_data()).val, expected(toy_data().val))
+
+
+def test_the_identity_of_a_tokenizer_is_its_weights(folder):
+    before = digest(folder)
+    (folder / "metrics.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    assert digest(folder) == before
+    (folder / "metrics.json").unlink()
+    with pytest.raises(UserError, match="holds no finished run"):
+        digest(folder)
+
+
+def test_data_are_those_that_the_tokenizer_was_scored_on(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "load", lambda *arguments: asked.append(arguments) or toy_data())
+    assert load_data(folder, Reader()).name == "toy"
+    assert asked == [("toy", SIDE)]
+    (folder / "metrics.json").write_text(json.dumps({"protocol": {"fingerprint": "0" * 64}}))
+    with pytest.raises(UserError, match=r"toy has other images now than when .* was trained"):
+        load_data(folder, Reader())

@@ -1,0 +1,397 @@
+"""A trial in a process of its own: however it ends, it is told apart, recorded, and costs nothing else."""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.core.errors import Diverged, Interrupted, UserError
+from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
+from bench.priors.config import PriorConfig
+from bench.sweeps import child
+from bench.sweeps.child import EXIT_CODES, NO_FAILURE, run_in_child
+from bench.tokenizers.config import make_config
+
+
+@pytest.fixture
+def config(tiny, image_folder):
+    return replace(tiny, data=f"folder:{image_folder}")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+# -- how a child ends, with trials that do not train -----------------------------------------------------------------
+
+ROWS = [{"step": step, "reconstruction": 1 / step} for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Has children forked from here, which is quick, with ``trial(work)`` in place of training: work(run folder)."""
+    monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
+
+    def put(work):
+        def trial(config, store, fid_weights):
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  (pytest has put another there)
+            work(store.run(config))
+
+        def prior(config, tokenizer, store, fid_weights):
+            (store.run(config).folder / "over.txt").write_text(tokenizer.folder.name)
+            trial(config, store, fid_weights)
+
+        monkeypatch.setattr(child, "run_trial", trial)
+        monkeypatch.setattr(child, "run_prior", prior)
+
+    return put
+
+
+def raising(error):
+    def work(run):
+        raise error
+
+    return work
+
+
+def finishing(run: Run) -> None:
+    run.write("config.json", {"config": {}, "environment": {}})
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run.write("metrics.json", {"metrics": {}, "protocol": {}})
+
+
+def waiting(run: Run) -> None:
+    """Trains until it is asked to stop, and writes a checkpoint then."""
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    (run.folder / "checkpoint.pt").write_text("")
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    while not stopped:
+        time.sleep(0.01)
+    raise Interrupted("stopped at step 3")
+
+
+ENDINGS = [
+    (UserError("wrong, choose another"), "refused", "wrong, choose another"),
+    (Diverged("not finite by step 3"), "diverged", "not finite by step 3"),
+    (Busy("another"), "busy", None),
+    (NoSpace("0 MB free"), "blocked", "0 MB free"),
+    (MemoryError(), "out_of_memory", "MemoryError"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out_of_memory", "CUDA out of memory. Tried"),
+    (RuntimeError("[enforce fail] can't allocate memory: 4 TB"), "out_of_memory", "allocate memory"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory"), "out_of_memory", "not enough memory"),
+    (OSError(12, "Cannot allocate memory"), "out_of_memory", "Cannot allocate memory"),
+    (ValueError("a shape"), "crashed", "ValueError: a shape"),
+    (SystemExit(9), "crashed", "9"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "reason"), ENDINGS, ids=[type(error).__name__ for error, *_ in ENDINGS])
+def test_every_error_has_its_outcome(trial, store, error, status, reason):
+    """Failures are recorded with their reason; what is nobody's failure leaves the run as it was."""
+    trial(raising(error))
+    config = make_config("cnn", "smoke")
+    outcome, run = run_in_child(config, store), store.run(config)
+    assert outcome.status == status
+    assert reason is None or reason in outcome.reason
+    assert run.status == (status if status in FAILURES else "unfinished")
+    assert run.reason == (outcome.reason if status in FAILURES else "")
+    assert (run in store.runs()) == (status in FAILURES)  # it counts, also when it fell before it had a config.json
+    if status in FAILURES:
+        assert run.config()["backbone"] == "cnn"
+
+
+def test_the_log_keeps_what_earlier_attempts_said(trial, store):
+    """The reason of an attempt is its own, the log is that of all."""
+    config = make_config("cnn", "smoke")
+    for words in ("the first", "the second"):
+        trial(raising(ValueError(words)))
+        assert run_in_child(config, store).reason == f"ValueError: {words}"
+    log = (store.run(config).folder / "log.txt").read_text()
+    assert log.index("the first") < log.index("the second")
+
+
+def test_a_child_computes_on_the_threads_that_it_was_given(trial, store):
+    trial(lambda run: (run.folder / "threads.txt").write_text(str(torch.get_num_threads())))
+    config = make_config("cnn", "smoke")
+    for threads in (3, 2):
+        run_in_child(config, store, threads=threads)
+        assert (store.run(config).folder / "threads.txt").read_text() == str(threads)
+
+
+def test_a_trial_may_be_pruned_before_its_first_checkpoint(trial, store):
+    """There is nothing to drop then."""
+
+    def endless(run: Run) -> None:
+        while True:
+            time.sleep(0.01)
+
+    trial(endless)
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store, watch=lambda rows: "pruned").status == "pruned"
+    assert store.run(config).status == "pruned"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_signal_from_outside_is_a_crash(trial, store, number):
+    def work(run):
+        faulthandler.disable()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    outcome = run_in_child(config, store)
+    assert outcome.status == store.run(config).status == "crashed"
+    assert "outside" in outcome.reason if number == signal.SIGTERM else number.name in outcome.reason
+
+
+def test_stopped_by_itself_is_a_crash_for_who_did_not_ask(trial, store):
+    """Somebody else asked the child: to the study that is no interruption of its own."""
+    trial(raising(Interrupted("stopped at step 3")))
+    assert run_in_child(make_config("cnn", "smoke"), store) == ("crashed", "terminated from outside")
+
+
+@pytest.mark.parametrize(("before", "after", "status"), [(3, 4, "out_of_memory"), (3, 3, "crashed")])
+def test_a_kill_for_lack_of_memory_is_told_from_others(trial, store, monkeypatch, before, after, status):
+    counts = iter([before, after])
+    monkeypatch.setattr(child, "_memory_kills", lambda: next(counts))
+    trial(lambda run: os.kill(os.getpid(), signal.SIGKILL))
+    assert run_in_child(make_config("cnn", "smoke"), store).status == status
+
+
+def test_scores_are_the_last_word(trial, store):
+    """Whatever happens to a child after metrics.json is written: the run is finished."""
+
+    def work(run):
+        finishing(run)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store) == ("finished", "")
+    assert store.run(config).status == "finished"
+
+
+def test_a_prior_is_trained_over_its_tokenizer(trial, store):
+    trial(finishing)
+    config = PriorConfig("cnn-ema-0", "rnn")
+    assert run_in_child(config, store).status == "finished"
+    assert (store.run(config).folder / "over.txt").read_text() == "cnn-ema-0"
+
+
+@pytest.mark.parametrize("asked", ["pruned", "interrupted", "timed_out"])
+def test_who_asks_a_child_to_stop_says_what_that_means(trial, store, monkeypatch, asked):
+    """Only a pruned run is given up: the others can go on from their checkpoint. An interrupted one is no failure."""
+    trial(waiting)
+    config, seen = make_config("cnn", "smoke"), []
+    monkeypatch.setattr(
+        child, "time", SimpleNamespace(monotonic=lambda: 51.0 if seen and asked == "timed_out" else 0.0)
+    )
+
+    def watch(rows):
+        seen.extend(row["step"] for row in rows)
+        return asked if seen and asked != "timed_out" else None
+
+    outcome, run = run_in_child(config, store, watch=watch, timeout=50), store.run(config)
+    assert outcome.status == asked
+    assert seen == [1, 2, 3]
+    assert run.status == {"interrupted": "unfinished"}.get(asked, asked)
+    assert (run.folder / "checkpoint.pt").exists() == (asked != "pruned")
+    if asked == "pruned":
+        assert "at step 3" in outcome.reason
+    if asked == "timed_out":
+        assert "after 50 s" in outcome.reason
+
+
+def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
+    def deaf(run):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (run.folder / "history.jsonl").write_text('{"step": 1}\n')
+        time.sleep(20)
+        (run.folder / "late").write_text("")
+
+    trial(deaf)
+    monkeypatch.setattr(child, "GRACE_SECONDS", 0.1)
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store, watch=lambda rows: "interrupted" if rows else None).status == "interrupted"
+    assert not multiprocessing.active_children()
+    assert not (store.run(config).folder / "late").exists()
+
+
+def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(trial, store, monkeypatch):
+    read, looks, seen = child._new_rows, [], []
+
+    def work(run):
+        while not (run.folder / "looked").exists():
+            time.sleep(0.01)
+        finishing(run)
+
+    def look(run, after):
+        looks.append(after)
+        if len(looks) > 1:
+            return read(run, after)
+        (run.folder / "looked").write_text("")
+        for process in multiprocessing.active_children():
+            process.join()  # all that it writes it writes after this look
+        return []
+
+    trial(work)
+    monkeypatch.setattr(child, "_new_rows", look)
+    outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: seen.extend(rows))
+    assert (outcome.status, seen) == ("finished", ROWS)
+
+
+def test_rows_are_given_once_and_only_when_whole(store):
+    run = store.run(make_config("cnn", "smoke"))
+    assert child._new_rows(run, 0) == []
+    run.folder.mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (run.folder / "history.jsonl").write_text(text + '{"step": 4, "rec')
+    assert child._new_rows(run, 0) == ROWS
+    assert child._new_rows(run, 2) == ROWS[2:]
+    assert child._new_rows(run, 3) == []
+    (run.folder / "history.jsonl").write_text(text)
+    assert child._new_rows(run, 2) == ROWS[2:]
+
+
+def test_exit_codes_tell_endings_apart():
+    """None is that of success, of Python's own failure, or of another ending; all but three are kinds of failure."""
+    assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
+    assert not {0, 1} & set(EXIT_CODES.values())
+    assert set(EXIT_CODES) - set(FAILURES) == set(NO_FAILURE)
+    assert set(FAILURES) - set(EXIT_CODES) == {"timed_out", "pruned"}  # which the parent decides
+
+
+def test_an_unknown_exit_code_is_a_crash(store):
+    run = store.run(make_config("cnn", "smoke"))
+    outcome = child._ended(1, run, memory_kill=False)
+    assert outcome.status == "crashed"
+    assert re.search(r"exit code 1\b", outcome.reason)
+
+
+# -- with trials that train, in children that first wait for torch to be imported ------------------------------------
+
+
+@pytest.mark.slow
+def test_a_finished_trial(config, store):
+    steps = []
+    outcome = run_in_child(config, store, threads=1, watch=lambda rows: steps.extend(row["step"] for row in rows))
+    assert outcome.status == "finished"
+    run = store.run(config)
+    assert run.finished
+    assert run.environment()["threads"] == 1
+    assert steps == [row["step"] for row in run.history()]  # each once, in order
+    assert (run.folder / "log.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "status", "word"),
+    [
+        ({"lr": 1e30, "grad_clip": 0.0, "precision": "fp32"}, "diverged", "--lr"),
+        ({"codebook_size": 10_000_000, "code_dim": 100_000}, "out_of_memory", "allocate"),  # 4 TB, refused at once
+        ({"data": "folder:/nowhere"}, "refused", "/nowhere"),
+    ],
+)
+def test_failures_are_told_apart(config, store, changes, status, word):
+    config = replace(config, **changes)
+    outcome = run_in_child(config, store, threads=1)
+    run = store.run(config)
+    assert (outcome.status, run.status) == (status, status)
+    assert word in outcome.reason
+    assert outcome.reason == run.reason
+    assert status in FAILURES
+    assert run in store.runs()  # it is counted
+
+
+@pytest.mark.slow
+def test_a_time_out_keeps_the_checkpoint(config, store):
+    config = replace(config, steps=100_000)
+    outcome = run_in_child(config, store, threads=1, timeout=4)
+    assert outcome.status == "timed_out"
+    assert "--retry-failed" in outcome.reason
+    assert (store.run(config).folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_pruning_stops_the_child_and_drops_its_checkpoint(config, store):
+    config = replace(config, steps=100_000)
+    outcome = run_in_child(config, store, threads=1, watch=lambda rows: "pruned" if rows else None)
+    assert outcome.status == store.run(config).status == "pruned"
+    assert not (store.run(config).folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_trial_is_no_failure_and_goes_on(config, store):
+    config = replace(config, steps=400)
+    outcome = run_in_child(config, store, threads=1, watch=lambda rows: "interrupted" if rows else None)
+    assert outcome.status == "interrupted"
+    run = store.run(config)
+    assert run.status == "unfinished"
+    reached = run.history()[-1]["step"]
+    assert reached < 400
+    assert run_in_child(config, store, threads=1).status == "finished"
+    assert "stopped at step" in (run.folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_killed_child_is_a_crash(config, store, number):
+    config = replace(config, steps=100_000)
+
+    def kill(rows):
+        if rows:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, number)
+
+    outcome = run_in_child(config, store, threads=1, watch=kill)
+    assert outcome.status == store.run(config).status == "crashed"
+    assert "outside" in outcome.reason if number == signal.SIGTERM else number.name in outcome.reason
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_has_is_busy_and_not_touched(config, store):
+    run = store.run(config)
+    run.folder.mkdir(parents=True)
+    with run.locked():
+        assert run_in_child(config, store, threads=1).status == "busy"
+    assert run.status == "unfinished"
+    assert run_in_child(config, store, threads=1).status == "finished"
+
+
+@pytest.mark.slow
+def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
+    config = replace(config, steps=100_000)
+    with pytest.raises(ZeroDivisionError):
+        run_in_child(config, store, threads=1, watch=lambda rows: 1 / 0 if rows else None)
+    assert not multiprocessing.active_children()
+
+    context = multiprocessing.get_context("spawn")
+    parent = context.Process(target=run_in_child, args=(config, store), kwargs={"threads": 1})
+    parent.start()
+    history = store.run(config).folder / "history.jsonl"
+    before = history.read_text()
+    while history.read_text() == before:
+        time.sleep(0.2)
+    parent.kill()
+    parent.join()
+    for _ in range(100):  # the child writes its checkpoint and gives the folder free
+        try:
+            with store.run(config).locked():
+                break
+        except Busy:
+            time.sleep(0.2)
+    else:
+        pytest.fail("the child still has the run")
+    assert "stopped at step" in (store.run(config).folder / "log.txt").read_text()

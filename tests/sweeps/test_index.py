@@ -1,0 +1,470 @@
+"""Optuna's side of a study: which way it optimises, what a pruner sees, who takes which trial, how one ends."""
+
+import contextlib
+import json
+import math
+import threading
+from dataclasses import asdict
+
+import optuna
+import pandas as pd
+import pytest
+from optuna.artifacts import get_all_artifact_meta
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+from optuna_dashboard import get_note
+
+from bench.analysis.frames import METRICS, frame
+from bench.core.errors import UserError
+from bench.core.store import FAILURES, Run, Store
+from bench.sweeps import index
+from bench.sweeps.index import MAX_REPORTS, Index, distribution, importances, report, suggest, without_password
+from bench.sweeps.plan import Range
+from bench.tokenizers.config import Config, make_config
+
+MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
+SCORES = {"psnr": 20.0, "lpips_vgg": 0.4, "perplexity": 50.0, "bits_per_image": 112.0, "train_seconds": 30.0}
+
+
+@pytest.fixture
+def indexed(tmp_path) -> Index:
+    """An index in memory."""
+    return Index("sqlite:///:memory:", tmp_path / "studies")
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path)
+
+
+def smoke(**changes) -> Config:
+    return make_config("cnn", "smoke", device="cpu", precision="fp32", **changes)
+
+
+def made(store: Store, status: str = "finished", rows=(), config: Config | None = None, **scores) -> Run:
+    """A run of ``config`` that ended with ``status`` and, if that is finished, ``scores``."""
+    config = config or smoke()
+    run = store.run(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write("config.json", {"config": asdict(config), "environment": {}})
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if status == "finished":
+        run.write("metrics.json", {"metrics": {**SCORES, **scores}, "protocol": {}})
+    elif status != "unfinished":
+        run.fail(status, f"it {status}")
+    return run
+
+
+def taken(indexed: Index, study: optuna.Study, params=None, run_id: str | None = None) -> optuna.Trial:
+    """A trial that a worker has."""
+    indexed.enqueue(study, params or {"beta": 0.5, "seed": 0}, run_id)
+    return indexed.claim(study, {run_id} if run_id else set())
+
+
+# -- direction --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_goes_the_way_in_which_its_metric_gets_better(indexed):
+    """(bug 17) Each metric alone, and several in their order."""
+    known = [name for name, metric in METRICS.items() if metric.better]
+    assert set(known) >= MAXIMISED
+    for name in known:
+        way = optuna.study.StudyDirection.MAXIMIZE if name in MAXIMISED else optuna.study.StudyDirection.MINIMIZE
+        assert indexed.open(name, (name,)).direction == way, name
+    several = indexed.open("several", ("lpips_vgg", "psnr", "bits_per_image"))
+    assert [way.name for way in several.directions] == ["MINIMIZE", "MAXIMIZE", "MINIMIZE"]
+    assert several.metric_names == ["lpips_vgg", "psnr", "bits_per_image"]
+
+
+def test_the_best_trial_is_the_one_with_the_better_score(indexed, store):
+    for metric, best in (("psnr", 25.0), ("lpips_vgg", 15.0)):
+        study = indexed.open(metric, (metric,))
+        for seed, value in enumerate((20.0, 25.0, 15.0)):
+            run = made(store, config=smoke(seed=seed), **{metric: value})
+            indexed.add(study, {"beta": 0.5, "seed": seed}, [run], (metric,), {})
+        assert study.best_value == best
+
+
+def test_a_study_keeps_its_metrics(indexed):
+    indexed.open("one", ("psnr",))
+    indexed.open("one", ("psnr",))
+    with pytest.raises(UserError, match="--metric psnr"):
+        indexed.open("one", ("ssim",))
+
+
+# -- what a pruner sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("minimize", 1), ("maximize", -1)])
+@pytest.mark.parametrize("weight", [0.0, 0.05, 2.0])
+def test_reported_is_the_training_loss_with_its_perceptual_part(direction, sign, weight):
+    """reconstruction + lpips_weight · lpips, negative where the study maximises: smaller is always the better."""
+    trial = optuna.create_study(direction=direction).ask()
+    rows = [{"step": step, "reconstruction": 1 / step, "lpips": 0.3 + step} for step in (1, 2, 3)]
+    assert report(trial, rows, smoke(steps=3, lpips_weight=weight), after=0) == 3
+    values = trial.study.trials[0].intermediate_values
+    assert values == {s: pytest.approx(sign * (1 / s + weight * (0.3 + s))) for s in (1, 2, 3)}
+    plain = optuna.create_study(direction=direction).ask()
+    report(plain, [{"step": 1, "reconstruction": 0.5}], smoke(steps=3, lpips_weight=weight), after=0)
+    assert plain.study.trials[0].intermediate_values == {1: sign * 0.5}  # a run without a perceptual loss
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40, 41, 79, 150, 700, 1199, 10_000])
+def test_reports_are_few_and_at_the_same_steps_however_the_rows_come(steps):
+    """At most MAX_REPORTS, whether the rows are read one by one or all at once; none twice."""
+    every = min(50, max(1, steps // 200))  # as training logs
+    rows = [{"step": s, "reconstruction": 1.0} for s in range(1, steps + 1) if s % every == 0 or s == steps]
+    config, found = smoke(steps=steps), []
+    for size in (len(rows), 1, 3):
+        trial, after = optuna.create_study().ask(), 0
+        for start in range(0, len(rows), size):
+            after = report(trial, rows[start : start + size], config, after)
+        found.append(list(trial.study.trials[0].intermediate_values))
+        assert after == max(found[-1], default=0)
+    assert found[0] == found[1] == found[2]
+    assert min(len(rows), MAX_REPORTS) // 2 <= len(found[0]) <= MAX_REPORTS
+    assert report(trial, rows, config, after=steps) == steps
+
+
+@pytest.mark.parametrize(
+    ("others", "step", "pruned"), [(5, 300, True), (4, 300, False), (5, 99, False), (5, 100, True)]
+)
+def test_a_trial_is_given_up_after_a_third_of_the_steps_and_five_others(indexed, others, step, pruned):
+    study = indexed.open("one", ("lpips_vgg",), steps=300)
+    for number in range(others):
+        trial = taken(indexed, study, {"beta": 0.1 * number + 0.1})
+        trial.report(1.0, step)
+        study.tell(trial, 1.0)
+    for loss in (0.5, 2.0):
+        trial = taken(indexed, study, {"beta": loss})
+        trial.report(loss, step)
+        assert trial.should_prune() == (loss > 1 and pruned == 1)
+
+
+# -- who takes what ---------------------------------------------------------------------------------------------------
+
+
+def test_waiting_trials_are_taken_once_in_their_order(indexed):
+    study = indexed.open("one", ("psnr",))
+    for number, run_id in enumerate("abca"):
+        indexed.enqueue(study, {"beta": 0.5, "seed": number}, run_id)
+    assert (indexed.waiting(study, set()), indexed.waiting(study, {"a"}), indexed.running(study, set())) == (4, 2, 0)
+    assert indexed.claim(study, {"x"}) is None
+    assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
+    assert [indexed.claim(study, set()).params["seed"] for _ in range(3)] == [0, 1, 3]
+    assert indexed.claim(study, set()) is None
+    assert (indexed.running(study, set()), indexed.running(study, {"a"}), indexed.running(study, {"x"})) == (4, 2, 0)
+    assert indexed.waiting(study, set()) == 0
+    assert indexed.states(study) == {run_id: {"RUNNING"} for run_id in "abc"}
+
+
+def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
+    """SQLite has no row locks: of two that look at once both could take the same."""
+    inside, most, meet = set(), [], threading.Barrier(2)
+
+    class Slow(Index):
+        def _trials(self, *arguments):
+            inside.add(self)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meet.wait(0.2)
+            most.append(len(inside))
+            return super()._trials(*arguments)
+
+        def _start(self, trial_id):
+            inside.discard(self)
+            return super()._start(trial_id)
+
+    url = index.default_url(tmp_path)
+    folder = tmp_path / "studies"
+    first = Index(url, folder)
+    study = first.open("one", ("psnr",))
+    for seed in (0, 1):
+        first.enqueue(study, {"seed": seed})
+    found = []
+
+    def work():
+        one = Slow(url, folder)
+        found.append(one.claim(one.open("one", ("psnr",)), set()).params["seed"])
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(found) == [0, 1]
+    assert max(most) == 1
+
+
+def test_what_a_trial_draws_follows_from_its_study_and_number(tmp_path):
+    """Whoever takes it draws the same, and no two trials or studies draw alike."""
+    space = {"beta": Range(0.1, 4.0, log=True), "code_dim": Range(4, 64)}
+
+    def drawn(folder: str, name: str, count: int) -> list[dict]:
+        one = Index("sqlite:///:memory:", tmp_path / folder)
+        study = one.open(name, ("psnr",))
+        for _ in range(count):
+            one.enqueue(study, {})
+        return [suggest(one.claim(study, set()), space) for _ in range(count)]
+
+    first, again, other = drawn("a", "one-cnn", 3), drawn("b", "one-cnn", 3), drawn("c", "one-vit", 3)
+    assert first == again
+    assert len({values["beta"] for values in first + other}) == 6
+
+
+def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, store):
+    """Neither interrupted ones nor those lost with their worker; waiting and running ones are spoken for."""
+    study, metrics = indexed.open("one", ("psnr",)), ("psnr",)
+    for seed, status in enumerate(["finished", "pruned", *(name for name in FAILURES if name != "pruned")]):
+        run = made(store, status, config=smoke(seed=seed))
+        indexed.tell(study, taken(indexed, study, {"seed": seed}), [run], metrics)
+    assert indexed.ended(study) == indexed.counted(study) == 1 + len(FAILURES)
+    indexed.give_back(study, taken(indexed, study, {"seed": 90}))  # interrupted, and waiting again
+    lost = indexed.claim(study, set())
+    study.tell(lost, state=TrialState.FAIL)  # as Optuna does when heartbeats stop
+    assert indexed.ended(study) == 1 + len(FAILURES)
+    taken(indexed, study, {"seed": 91})
+    indexed.enqueue(study, {"seed": 92})
+    assert indexed.ended(study) == 1 + len(FAILURES)
+    assert indexed.counted(study) == indexed.ended(study) + 2
+
+
+def test_a_trial_that_was_given_back_comes_again_as_it_was(indexed):
+    study = indexed.open("one", ("psnr",))
+    trial = taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
+    trial.set_user_attr("psnr", 20.0)
+    indexed.give_back(study, trial)
+    old, new = study.trials
+    assert (old.state, old.user_attrs["status"]) == (TrialState.FAIL, "interrupted")
+    assert (new.state, new.params, new.user_attrs) == (TrialState.WAITING, {"beta": 0.5, "seed": 3}, {"run_id": "a"})
+    assert indexed.states(study) == {"a": {"FAIL", "WAITING"}}
+    assert suggest(indexed.claim(study, {"a"}), {"beta": Range(0.1, 4.0)}) == {"beta": 0.5}
+    indexed.give_back(study, trial)  # another worker took it for dead meanwhile: no further copy
+    assert len(study.trials) == 2
+
+
+def test_a_lost_trial_comes_back_twice_at_most(indexed):
+    """A trial that kills its worker each time does not go round for ever."""
+    study = indexed.open("one", ("psnr",))
+    trial = taken(indexed, study, {"seed": 0}, "a")
+    callback = indexed.storage.get_heartbeat_stale_trial_callback()
+    for copies in (1, 2, 2):
+        frozen = indexed.storage.get_trial(trial._trial_id)
+        study.tell(trial, state=TrialState.FAIL)
+        callback(study, frozen)
+        assert len(study.trials) == 1 + copies
+        trial = indexed.claim(study, set())
+    assert trial is None
+
+
+# -- how a trial ends -------------------------------------------------------------------------------------------------
+
+
+def test_a_trials_value_is_the_mean_over_its_seeds(indexed, store):
+    """Its attributes are those of the first, and its time that of all: training and scoring."""
+    metrics = ("lpips_vgg", "psnr")
+    study = indexed.open("one", metrics)
+    rows = [(0.4, 20.0), (0.1, 21.0), (0.4, 25.0)]
+    runs = [
+        made(store, config=smoke(seed=s), lpips_vgg=a, psnr=b, train_seconds=10.0 * s, score_seconds=1.0)
+        for s, (a, b) in enumerate(rows)
+    ]
+    indexed.tell(study, taken(indexed, study), runs, metrics)
+    (trial,) = study.trials
+    assert trial.state == TrialState.COMPLETE
+    assert trial.values == pytest.approx([0.3, 22.0])
+    assert (trial.user_attrs["psnr"], trial.user_attrs["run_id"]) == (20.0, runs[0].folder.name)
+    assert trial.user_attrs["seconds"] == indexed.seconds(study) == 33.0
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_one_seed_without_scores_fails_the_trial(indexed, store, status):
+    """Pruned only if that is what the run was; the failed run's time counts as far as it came."""
+    study = indexed.open("one", ("psnr",))
+    history = [{"step": 1, "reconstruction": 1.0, "seconds": 2.0}, {"step": 2, "reconstruction": 1.0, "seconds": 5.5}]
+    runs = [made(store, config=smoke(seed=0)), made(store, status, history, smoke(seed=1))]
+    indexed.tell(study, taken(indexed, study), runs, ("psnr",))
+    (trial,) = study.trials
+    assert trial.state == (TrialState.PRUNED if status == "pruned" else TrialState.FAIL)
+    assert (trial.user_attrs["status"], trial.user_attrs["reason"]) == (status, f"it {status}")
+    assert indexed.seconds(study) == 35.5
+
+
+def test_a_run_that_ended_elsewhere_is_recorded_with_its_curve(indexed, store):
+    study = indexed.open("one", ("psnr",))
+    rows = [{"step": step, "reconstruction": 1 / step, "lpips": 0.0, "seconds": 1.0} for step in (50, 100, 150)]
+    run = made(store, rows=rows, config=smoke(steps=150))
+    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("psnr",), {})
+    (trial,) = study.trials
+    assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, 20.0, {"beta": 0.25, "seed": 0})
+    assert trial.intermediate_values == {step: pytest.approx(-1 / step) for step in (50, 100, 150)}
+    assert indexed.states(study) == {run.folder.name: {"COMPLETE"}}
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_range_is_drawn_from_as_it_says():
+    assert distribution("code_dim", Range(4, 32)) == IntDistribution(4, 32)
+    assert distribution("code_dim", Range(4, 32, log=True)) == IntDistribution(4, 32, log=True)
+    assert distribution("beta", Range(0.05, 4.0, log=True)) == FloatDistribution(0.05, 4.0, log=True)
+    assert distribution("beta", Range(0, 4.0)) == FloatDistribution(0.0, 4.0)
+    assert distribution("grid_size", (4, 8)) == CategoricalDistribution((4, 8))
+    space = {"beta": Range(0.05, 4.0, log=True), "code_dim": Range(4, 32), "grid_size": (4, 8)}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    values = pd.DataFrame([suggest(study.ask(), space) for _ in range(60)])
+    assert values.beta.between(0.05, 4).all()
+    assert (values.beta < math.sqrt(0.05 * 4)).mean() == pytest.approx(0.5, abs=0.25)  # half below the geometric mean
+    assert values.code_dim.between(4, 32).all()
+    assert set(values.grid_size) == {4, 8}
+
+
+def test_an_ablations_values_have_one_distribution_each_so_that_it_can_grow(indexed):
+    """Optuna refuses a parameter whose distribution changes; whatever value a field is given later must be in it."""
+    study = indexed.open("one", ("psnr",))
+    wanted = {"beta": (0.0, 1e-5, 100.0), "codebook_size": (1, 2**20), "quantizer": ("ema", "l2")}
+    wanted |= {"gradient": ("rotation", "straight_through"), "kmeans_init": (False, True), "augment": ("none", "blog")}
+    for name, values in wanted.items():
+        for value in values:
+            indexed.enqueue(study, {name: value})
+            assert indexed.claim(study, set()).params == {name: value}
+    with pytest.raises(UserError, match="data is text"):
+        distribution("data")
+
+
+def test_shares_of_importance_sum_to_one_in_each_backbone():
+    """PSNR follows K (by orders of magnitude) in one backbone and the seed in the other."""
+    rows = []
+    for backbone in ("cnn", "vit"):
+        for k in (64, 512, 4096):
+            for seed in (0, 1, 2):
+                psnr = math.log2(k) if backbone == "cnn" else 10.0 * seed
+                config = make_config(backbone, "smoke", codebook_size=k, seed=seed)
+                rows.append({**asdict(config), "status": "finished", "psnr": psnr + 0.01 * seed})
+    table = pd.DataFrame(rows, columns=frame([]).columns)
+    found = importances(table, "psnr")
+    shares = found.set_index(["backbone", "parameter"]).importance
+    assert found.groupby("backbone").importance.sum().tolist() == pytest.approx([1, 1])
+    assert shares["cnn", "codebook_size"] > 0.9
+    assert shares["vit", "seed"] > 0.9
+    failed = table.assign(status=table.status.where(table.backbone == "cnn", "crashed"))
+    assert set(importances(failed, "psnr").backbone) == {"cnn"}
+    assert importances(table.assign(psnr=20.0), "psnr").empty
+    assert importances(table.assign(codebook_size=64), "psnr").empty  # the seed alone is nothing swept
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:secret@host:5432/x", "postgresql+psycopg://me:***@host:5432/x"),
+        ("postgresql://me@host/x", "postgresql://me@host/x"),
+        ("sqlite:///results/a:b@c.db", "sqlite:///results/a:b@c.db"),
+    ],
+)
+def test_a_printed_address_has_no_password(url, shown):
+    assert without_password(url) == shown
+
+
+def test_a_picture_attached_again_shows_what_is_in_the_file_now(indexed, tmp_path):
+    one, path = indexed.open("study", ("psnr",)), tmp_path / "plot.png"
+    for content in (b"the first runs", b"all runs"):
+        path.write_bytes(content)
+        indexed.attach(one, "", [("Plot", path)])
+        (picture,) = get_all_artifact_meta(one)
+        assert (indexed.folder / "artifacts" / picture.artifact_id).read_bytes() == content
+
+
+# -- what the dashboard shows -----------------------------------------------------------------------------------------
+
+
+def test_a_trials_note_has_each_runs_picture_and_scores_or_why_it_has_none(indexed, store):
+    study = indexed.open("one", ("psnr",))
+    runs = [made(store, config=smoke(seed=0), psnr=20.126, other=3.0), made(store, "crashed", config=smoke(seed=1))]
+    (runs[0].folder / "reconstructions.png").write_bytes(b"a picture")
+    trial = taken(indexed, study)
+    indexed.tell(study, trial, runs, ("psnr",))
+    (artifact,) = [meta.artifact_id for meta in get_all_artifact_meta(study.trials[0], storage=indexed.storage)]
+    lines = get_note(trial).splitlines()
+    assert lines[0] == f"**{runs[0].folder.name}**: finished"
+    assert f"![reconstructions](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})" in lines
+    assert "| PSNR dB ↑ | 20.13 |" in lines
+    assert "| bits per image ↓ | 112 |" in lines
+    assert not any("other" in line for line in lines)
+    assert f"**{runs[1].folder.name}**: crashed, it crashed" in lines
+
+
+def test_a_studys_note_is_its_text_and_each_picture_below_its_caption(indexed, tmp_path):
+    study, path = indexed.open("study", ("psnr",)), tmp_path / "plot.png"
+    path.write_bytes(b"a plot")
+    indexed.attach(study, "what was found", [("A plot", path)])
+    (picture,) = get_all_artifact_meta(study)
+    shown = f"![plot](/artifacts/{study._study_id}/{picture.artifact_id})"
+    assert get_note(study) == f"what was found\n\n### A plot\n\n{shown}"
+
+
+def test_the_database_lies_among_the_studies(tmp_path):
+    assert index.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
+
+
+# -- what is drawn, recorded and weighed ------------------------------------------------------------------------------
+
+
+def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [suggest(study.ask(), {"code_dim": Range(1, 1024, log=True)})["code_dim"] for _ in range(60)]
+    assert sum(value < 32 for value in drawn) == pytest.approx(30, abs=12)
+    assert set(map(type, drawn)) == {int}
+
+
+def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
+    known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
+    for values, log in known.items():
+        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+    for values in ((True, False), ("ema", "l2"), (1, "auto")):
+        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+
+
+def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
+    """Four runs are enough; of many some are drawn, not the first."""
+    rows = [asdict(smoke(beta=1.0 + i, seed=i)) | {"status": "finished", "psnr": float(i)} for i in range(20)]
+    table = pd.DataFrame(rows, columns=frame([]).columns)
+    looked_at = []
+    monkeypatch.setattr(
+        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+    )
+    assert not importances(table[:4], "psnr").empty
+    assert importances(table[:3], "psnr").empty
+    gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
+    assert not importances(gappy, "psnr").empty
+    assert not any(map(math.isnan, looked_at))
+    monkeypatch.setattr(index, "MAX_ROWS", 10)
+    looked_at.clear()
+    importances(table, "psnr")
+    assert len(set(looked_at)) == 10
+    assert max(looked_at) > 10
+
+
+def test_a_run_that_made_no_step_has_cost_nothing(store):
+    assert index._seconds(made(store, "crashed", config=smoke(seed=0))) == 0
+    assert index._seconds(made(store, "crashed", [{"seconds": 2.0}, {"seconds": 5.0}], smoke(seed=1))) == 5
+    assert index._seconds(made(store, config=smoke(seed=2), train_seconds=30.0, score_seconds=4.0)) == 34
+    (made(store, "crashed", config=smoke(seed=3)).folder / "history.jsonl").unlink()
+    assert index._seconds(store.run(smoke(seed=3))) == 0
+
+
+def test_a_trial_of_several_metrics_has_no_curve(indexed, store):
+    """Optuna has intermediate values for one objective only."""
+    study, metrics = indexed.open("two", ("psnr", "lpips_vgg")), ("psnr", "lpips_vgg")
+    rows = [{"step": 150, "reconstruction": 1.0, "seconds": 1.0}]
+    indexed.add(study, {"beta": 0.25}, [made(store, rows=rows, config=smoke(steps=150))], metrics, {})
+    assert [(trial.values, trial.intermediate_values) for trial in study.trials] == [([20.0, 0.4], {})]
+
+
+def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
+    study = indexed.open("one", ("psnr",))
+    taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
+    indexed.recover(study)
+    assert (indexed.running(study, set()), indexed.waiting(study, set())) == (1, 0)  # its heartbeat is young
+    monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
+    indexed.recover(study)
+    assert (indexed.running(study, set()), indexed.waiting(study, {"a"})) == (0, 1)
+    assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}

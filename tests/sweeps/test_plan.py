@@ -1,0 +1,300 @@
+"""Plans: which cells a study consists of, what is missing of them, and what the rest will cost."""
+
+import importlib
+import itertools
+import json
+from dataclasses import asdict, replace
+
+import pandas as pd
+import pytest
+
+from backbones import BACKBONES
+from bench.analysis.frames import frame
+from bench.core.errors import UserError
+from bench.core.store import FAILURES
+from bench.priors.config import PriorConfig
+from bench.priors.models import PRIORS
+from bench.sweeps import plan
+from bench.sweeps.plan import Ablation, Plan, Range, Search, estimates, parse_study, read_space
+from bench.tokenizers.config import Config, make_config
+
+SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))
+SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_dim": Range(4, 32)}
+
+
+def planned(study, folder, *arguments: str) -> Plan:
+    words = ["--preset", "smoke", "--device", "cpu", "--precision", "fp32", "--results", str(folder), *arguments]
+    return Plan(study, parse_study(study, "", words))
+
+
+def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
+    """Leaves a run folder of ``config`` that ended with ``status``."""
+    run = plan.store.run(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write("config.json", {"config": asdict(config), "environment": {}})
+    if status == "finished":
+        run.write("metrics.json", {"metrics": {"train_seconds": 60.0}, "protocol": {}})
+    elif status != "unfinished":
+        run.fail(status, "")
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_seeds_times_values_each_once_and_seed_after_seed(tmp_path):
+    found = planned(SWEEP, tmp_path, "--beta", "0.5", "1.0", "0.5", "--seeds", "3", "1", "3")
+    assert found.backbones == ("cnn", "vit")
+    for backbone, cells in found.cells.items():
+        expected = [
+            {"beta": beta, "codebook_size": k, "seed": seed}
+            for seed, beta, k in itertools.product((3, 1), (0.5, 1.0), (64, 128))
+        ]
+        assert [cell.params for cell in cells] == expected
+        usual = {"device": "cpu", "precision": "fp32"}
+        configs = [make_config(backbone, "smoke", **usual, **params) for params in expected]
+        assert [cell.run.folder.name for cell in cells] == [config.run_id() for config in configs]
+    names = [cell.run.folder.name for cells in found.cells.values() for cell in cells]
+    assert len(names) == len(set(names)) == 16
+
+
+def test_a_studys_settings_go_before_the_presets_and_flags_before_both(tmp_path):
+    study = replace(SWEEP, settings={"steps": 77, "lr": 0.5})
+    (config,) = planned(study, tmp_path, "--lr", "0.25").configs("cnn", {"beta": 0.5, "seed": 4})
+    preset = make_config("cnn", "smoke")
+    assert (config.steps, config.lr, config.beta, config.seed) == (77, 0.25, 0.5, 4)
+    assert (config.grid_size, config.width) == (preset.grid_size, preset.width)
+
+
+def test_a_search_trial_is_a_run_per_seed(tmp_path):
+    found = planned(Search("search", SPACE, backbones=("cnn",), seeds=(0, 5)), tmp_path)
+    params = {"beta": 0.3, "codebook_size": 64, "code_dim": 7}
+    configs = found.configs("cnn", params)
+    assert [config.seed for config in configs] == [0, 5]
+    assert all((c.beta, c.codebook_size, c.code_dim) == (0.3, 64, 7) for c in configs)
+    assert found.cells == {"cnn": []}
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_missing_is_what_has_neither_scores_nor_failed_for_good(tmp_path, retry):
+    """A run that a search pruned says nothing about a cell; a failed one is run again when that is asked for."""
+    study = Ablation("lr", {"lr": tuple(0.001 * k for k in range(1, 10))}, backbones=("cnn",), seeds=(0,))
+    found = planned(study, tmp_path, *(["--retry-failed"] if retry else []))
+    statuses = ["finished", "unfinished", *FAILURES]
+    for cell, status in zip(found.cells["cnn"], statuses, strict=False):
+        ended(found, found.configs("cnn", cell.params)[0], status)
+    done = {"finished"} if retry else {"finished", *FAILURES} - {"pruned"}
+    wanted = [status for status in (*statuses, "never started") if status not in done]
+    missing = [cell.params["lr"] for cell in found.missing("cnn")]
+    known = dict(zip(study.sweep["lr"], [*statuses, "never started"], strict=True))
+    assert [known[lr] for lr in missing] == wanted
+
+
+def test_no_config_of_a_plan_is_unchecked(tmp_path):
+    """What cannot work in the last cell, or at a search's first values, is told before anything runs."""
+    for study in (
+        Ablation("grid", {"grid_size": (4, 3)}, backbones=("cnn",)),
+        Search("search", {"grid_size": (3, 4)}, backbones=("cnn",)),
+        Ablation("priors", {}, backbones=("cnn",), priors=("rnn", "magic")),
+    ):
+        with pytest.raises(UserError, match=r"3|magic"):
+            planned(study, tmp_path)
+
+
+def test_a_search_space_comes_back_from_the_studys_file(tmp_path):
+    found = planned(Search("search", SPACE, backbones=("cnn",)), tmp_path, "--metric", "psnr", "lpips_vgg")
+    header = json.loads(json.dumps(found.header()))
+    assert read_space(header["space"]) == SPACE
+    assert (header["kind"], header["study"], header["sweep"]) == ("search", "search", list(SPACE))
+    assert header["metrics"] == ["psnr", "lpips_vgg"]
+    ablation = planned(SWEEP, tmp_path).header()
+    assert (ablation["kind"], ablation["space"], ablation["sweep"]) == ("ablation", {}, ("beta", "codebook_size"))
+
+
+def test_optimised_is_only_what_has_a_better_and_is_measured_everywhere(tmp_path):
+    for metric in ("sharpness", "tokens", "images_seen", "score_seconds", "peak_memory_mb", "grid_energy_init", "loss"):
+        with pytest.raises(UserError, match=metric):
+            planned(SWEEP, tmp_path, "--metric", "psnr", metric)
+    assert planned(SWEEP, tmp_path, "--metric", "psnr", "params").options.metric == ("psnr", "params")
+
+
+# -- priors -----------------------------------------------------------------------------------------------------------
+
+
+def test_priors_are_planned_over_finished_tokenizers_with_their_seeds(tmp_path):
+    study = Ablation("p", {"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0, 3), priors=("rnn", "independent"))
+    sizes = ("--prior-parameters", "5000", "--prior-steps", "77", "--samples", "64")
+    found = planned(study, tmp_path, *sizes)
+    assert found.priors() == []
+    done = [cell for cell in found.cells["cnn"] if cell.params["beta"] == 1.0]
+    for cell in done:
+        ended(found, found.configs("cnn", cell.params)[0], "finished")
+    other = found.cells["cnn"][0]
+    ended(found, found.configs("cnn", other.params)[0], "diverged")
+    names = {cell.run.folder.name: cell.params["seed"] for cell in done}
+    priors = found.priors()
+    assert [(one.tokenizer, one.prior) for one in priors] == list(itertools.product(names, ("rnn", "independent")))
+    assert all(one.seed == names[one.tokenizer] for one in priors)
+    assert all((one.precision, one.device, one.samples) == ("fp32", "cpu", 64) for one in priors)
+    assert {(one.parameters, one.steps) for one in priors if one.prior == "rnn"} == {(5000, 77)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_priors_are_trained_in_the_precision_of_the_command_line(tmp_path, precision):
+    """Whichever this machine would choose by itself."""
+    study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path, "--precision", precision)
+    ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
+    assert [one.precision for one in found.priors()] == [precision]
+
+
+def test_priors_are_trained_on_the_device_of_the_command_line(tmp_path, monkeypatch):
+    """Also on a machine that would choose its GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path)
+    ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
+    assert [one.device for one in found.priors()] == ["cpu"]
+
+
+def test_a_prior_that_is_named_twice_is_planned_once(tmp_path):
+    study = Ablation("p", {"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    found = planned(study, tmp_path, "--prior", "rnn", "independent", "rnn")
+    for cell in found.cells["cnn"]:
+        ended(found, found.configs("cnn", cell.params)[0], "finished")
+    for config in found.priors():
+        ended(found, config, "finished")
+    assert len(found.priors()) == 4
+    assert found.table().caption.endswith("4 of 4 finished")
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def known(config: Config, seconds: float, status: str = "finished") -> dict:
+    return {**asdict(config), "status": status, "train_seconds": seconds}
+
+
+def table(*rows: dict) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=frame([]).columns)
+
+
+SHAPE = {
+    **{"backbone": "vit", "width": 48, "depth": 4, "image_size": 64, "grid_size": 8, "batch_size": 32},
+    **{"lpips_weight": 0.5, "lpips_net": "vgg", "quantizer": "l2", "codebook_size": 64, "code_dim": 8},
+    **{"device": "cuda", "precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", SHAPE)
+def test_time_is_estimated_from_runs_of_equal_shape_alone(monkeypatch, name):
+    """Each of these fields alone makes a step take another time; what does not change a step does not matter."""
+    config = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=100)
+    measured = []
+    monkeypatch.setattr(plan, "step_seconds", lambda config: measured.append(config) or 7.0)
+    other = replace(config, **{name: SHAPE[name]})
+    assert getattr(other, name) != getattr(config, name)
+    assert estimates([config], table(known(other, 5.0))) == [700.0]
+    assert measured == [config]
+    same = replace(config, seed=9, beta=3.0, lr=0.5, steps=300)
+    assert estimates([config], table(known(other, 5.0), known(same, 30.0))) == pytest.approx([10.0])
+    assert measured == [config]
+
+
+def test_an_estimate_is_the_median_second_per_step_of_finished_runs(monkeypatch):
+    config = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=100)
+    runs = [known(replace(config, seed=s), seconds) for s, seconds in enumerate((10.0, 20.0, 90.0))]
+    longer = replace(config, steps=250)
+    failed = [known(replace(config, seed=s), 1.0, "crashed") for s in range(5, 9)]
+    assert estimates([config, longer], table(*runs, *failed)) == pytest.approx([20.0, 50.0])
+    calls = []
+    monkeypatch.setattr(plan, "step_seconds", lambda config: calls.append(config) or 0.5)
+    assert estimates([config, longer], table(*failed)) == [50.0, 125.0]
+    assert len(calls) == 1  # a shape is timed once
+
+
+def counts(found: Plan, monkeypatch) -> dict[str, list[str]]:
+    """Backbone → cells × seeds, finished, failed, to run and minutes, at one second a step."""
+    monkeypatch.setattr(plan, "step_seconds", lambda config: 1.0)
+    columns = [list(column.cells) for column in found.table().columns]
+    return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
+
+
+def test_a_plans_table_counts_cells_and_prices_what_is_missing(tmp_path, monkeypatch):
+    found = planned(SWEEP, tmp_path, "--steps", "60")
+    for cell, status in zip(found.cells["cnn"], ("finished", "crashed", "unfinished"), strict=False):
+        run = cell.run
+        run.folder.mkdir(parents=True)
+        if status == "finished":
+            run.write("metrics.json", {"metrics": {}, "protocol": {}})
+        elif status == "crashed":
+            run.fail(status, "")
+    assert counts(found, monkeypatch) == {
+        "cnn": ["4 × 2", "1", "1", "6", "6.0 min"],
+        "vit": ["4 × 2", "0", "0", "8", "8.0 min"],
+    }
+    assert found.table().caption.startswith("14 minutes")
+
+
+def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):
+    study = Search("search", {"beta": Range(0.1, 4.0)}, backbones=("cnn", "vit"), seeds=(0,))
+    found = planned(study, tmp_path, "--trials", "5", "--steps", "60")
+    for beta, status in ((0.5, "finished"), (0.6, "diverged"), (0.7, "pruned"), (0.8, "unfinished")):
+        config = found.configs("cnn", {"beta": beta})[0]
+        ended(found, config, status)
+        found.store.extend_study(found.name, found.header(), {config.run_id(): {"backbone": "cnn", "beta": beta}})
+    (tmp_path / "runs" / found.configs("cnn", {"beta": 0.5})[0].run_id() / "config.json").unlink()  # times unknown
+    assert counts(found, monkeypatch) == {
+        "cnn": ["5 × 1", "1", "2", "2", "2.0 min"],
+        "vit": ["5 × 1", "0", "0", "5", "5.0 min"],
+    }
+
+
+def test_a_search_over_two_seeds_is_priced_at_two_runs_a_trial(tmp_path, monkeypatch):
+    study = Search("search", {"beta": Range(0.1, 4.0)}, backbones=("cnn",), seeds=(0, 1))
+    found = planned(study, tmp_path, "--trials", "3", "--steps", "60")
+    assert counts(found, monkeypatch) == {"cnn": ["3 × 2", "0", "0", "6", "6.0 min"]}
+
+
+# -- the studies ------------------------------------------------------------------------------------------------------
+
+ALL = tuple(BACKBONES)
+STUDIES = {
+    "backbones": ({"quantizer": ("ema",)}, {}, ALL, (0, 1, 2)),
+    "beta": ({"beta": (0.1, 0.25, 0.5, 1.0, 2.0)}, {}, ALL, (0, 1, 2)),
+    "celeba_sweep": (
+        {"beta": (0.25, 0.75, 1.25, 1.75), "lr": (1e-3, 1e-4, 1e-5), "codebook_size": (128, 256, 512)},
+        {
+            **{"data": "celeba", "grid_size": 16, "code_dim": 64, "quantizer": "standard", "lpips_weight": 0.0},
+            **{"steps": 10_000, "batch_size": 32},
+        },
+        ("cnn",),
+        (0,),
+    ),
+    "codebook_size": ({"codebook_size": (64, 256, 1024, 4096)}, {}, ALL, (0, 1, 2)),
+    "gan_weight": ({"gan_weight": (0.0, 0.1, 0.3, 1.0)}, {}, ALL, (0, 1, 2)),
+    "grid_size": ({"grid_size": (1, 2, 4, 8, 16)}, {}, ALL, (0, 1, 2)),
+    "learning_rate": ({"lr": (3e-4, 1e-3, 2e-3, 5e-3)}, {}, ALL, (0, 1, 2)),
+    "priors": ({"grid_size": (4, 8, 16)}, {}, ALL, (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_ablation_sweeps_what_its_docstring_says(name):
+    study = importlib.import_module(f"studies.{name}").STUDY
+    assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
+    assert study.priors == (tuple(PRIORS) if name == "priors" else ())
+
+
+def test_the_search_is_over_what_its_docstring_says():
+    study = importlib.import_module("studies.search").STUDY
+    assert study.space == {
+        "beta": Range(0.05, 4.0, log=True),
+        "codebook_size": (128, 256, 512, 1024, 2048),
+        "grid_size": (4, 8, 16),
+        "code_dim": (4, 8, 16, 32, 64),
+        "lr": Range(2e-4, 1e-2, log=True),
+    }
+    assert (study.settings, study.backbones, study.seeds) == ({}, ALL, (0,))
+    for field, choice in study.space.items():  # the preset's own value can be found
+        own = getattr(make_config("cnn", "cpu"), field)
+        assert choice.low <= own <= choice.high if isinstance(choice, Range) else own in choice

@@ -1,0 +1,827 @@
+"""Studies: every planned cell exactly once, whatever happens; files are the truth, Optuna an index of them."""
+
+import contextlib
+import importlib
+import json
+import re
+import threading
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.artifacts import get_all_artifact_meta
+from optuna_dashboard import get_note
+
+from backbones import BACKBONES
+from bench import study as study_command
+from bench.analysis.frames import CONFIG, METRICS, frame
+from bench.core.errors import UserError
+from bench.core.store import Store
+from bench.priors.config import PriorConfig
+from bench.sweeps import index, plan
+from bench.sweeps import workers as study
+from bench.sweeps.child import Outcome
+from bench.sweeps.index import Index, default_url
+from bench.sweeps.plan import Ablation, Plan, Range, Search, parse_study
+from bench.tokenizers.config import make_config
+from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
+
+STUDIES = sorted(path.stem for path in (Path(__file__).parents[2] / "studies").glob("[a-z]*.py"))
+BETA = Ablation("beta", sweep={"beta": (0.25, 1.0)}, backbones=("cnn", "vit"), seeds=(0,))
+SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_dim": Range(4, 32)}
+SEARCH = Search("search", SPACE, backbones=("cnn", "vit"))
+
+
+class FakeChild:
+    """In place of a training process: fabricates the run, or ends as ``plan`` says for the n-th call."""
+
+    def __init__(self, endings=()):
+        self.calls, self.endings, self.lock = [], list(endings), threading.Lock()
+
+    def __call__(self, config, store, fid_weights, threads, watch, timeout):
+        with self.lock:
+            self.calls.append(config)
+            ending = self.endings.pop(0) if self.endings else "finished"
+        if (
+            watch([{"step": config.steps // 2, "reconstruction": getattr(config, "beta", 0.0), "perplexity": 9.0}])
+            == "interrupted"
+        ):
+            return Outcome("interrupted")
+        if ending == "finished" and isinstance(config, PriorConfig):
+            fabricate_prior(store, config, 5.0, 100.0)
+        elif ending == "finished":
+            fabricate(store, config, quality=0.01 * config.beta)
+        elif ending not in ("interrupted", "blocked"):
+            fabricate_failed(store, config, ending)
+        return Outcome(ending, f"it {ending}" if ending != "finished" else "")
+
+
+class Written:
+    """In place of a report."""
+
+    def __init__(self, folder):
+        picture = folder / "plot.png"
+        picture.write_bytes(b"png")
+        self.page, self.charts = folder / "report.html", [type("Chart", (), {"title": "plot", "path": picture})]
+
+
+@pytest.fixture
+def child(monkeypatch, tmp_path):
+    fake = FakeChild()
+    monkeypatch.setattr(study, "run_in_child", fake)
+    monkeypatch.setattr(study, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(study, "write_report", lambda names, root, **options: Written(tmp_path))
+    monkeypatch.setattr(study, "IDLE_SECONDS", 0.05)
+    return fake
+
+
+def start(what, tmp_path, *arguments) -> int:
+    return study.main(what, "", ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), *arguments])
+
+
+def planned(tmp_path, *arguments) -> Plan:
+    """BETA's plan, as ``start`` makes it."""
+    common = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
+    return Plan(BETA, parse_study(BETA, "", [*common, *arguments]))
+
+
+def optuna_studies(tmp_path) -> dict[str, optuna.Study]:
+    url = default_url(tmp_path)
+    return {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
+
+
+def states(tmp_path) -> Counter:
+    return Counter(trial.state.name for one in optuna_studies(tmp_path).values() for trial in one.trials)
+
+
+def test_every_cell_is_run_once_and_a_finished_study_does_nothing(child, tmp_path, capsys):
+    assert start(BETA, tmp_path) == 0
+    assert Counter((config.backbone, config.beta, config.seed) for config in child.calls) == Counter(
+        (name, beta, 0) for name in ("cnn", "vit") for beta in (0.25, 1.0)
+    )
+    assert states(tmp_path) == {"COMPLETE": 4}
+    assert "4 trials to run" in capsys.readouterr().err
+    child.calls.clear()
+    assert start(BETA, tmp_path) == 0
+    assert not child.calls
+    assert "nothing to do" in capsys.readouterr().err
+    assert states(tmp_path) == {"COMPLETE": 4}
+
+
+def test_one_more_seed_runs_only_that_seed(child, tmp_path):
+    start(BETA, tmp_path)
+    child.calls.clear()
+    start(BETA, tmp_path, "--seeds", "0", "1")
+    assert {config.seed for config in child.calls} == {1}
+    assert len(child.calls) == 4
+
+
+def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
+    what = planned(tmp_path, "--seeds", "0", "1")
+    for backbone in what.backbones:  # a command that was stopped before it ran anything
+        study.queue(what, backbone, Index(default_url(tmp_path), tmp_path / "studies"))
+    start(BETA, tmp_path, "--seeds", "1", "--backbone", "vit")
+    assert {(config.backbone, config.seed) for config in child.calls} == {("vit", 1)}
+    assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
+
+
+def test_workers_share_the_cells_without_running_any_twice(child, tmp_path):
+    """Two commands at once, three workers each, on one SQLite file."""
+    arguments = ("--seeds", *map(str, range(5)), "--workers", "3")
+    commands = [threading.Thread(target=start, args=(BETA, tmp_path, *arguments)) for _ in range(2)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert max(Counter(config.run_id() for config in child.calls).values()) == 1
+    assert len(child.calls) == 20
+    assert states(tmp_path) == {"COMPLETE": 20}
+
+
+def test_failures_are_told_apart_retried_with_a_bound_and_never_stop_the_study(child, tmp_path, capsys):
+    one = Ablation("beta", sweep={"beta": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}, backbones=("cnn",), seeds=(0,))
+    child.endings = [
+        *("crashed", "crashed", "finished"),  # retried twice: passes
+        *("crashed", "crashed", "crashed"),  # given up
+        *("out_of_memory", "out_of_memory"),  # retried once
+        "diverged",
+        "timed_out",
+        "finished",
+    ]
+    assert start(one, tmp_path) == 1
+    assert Counter(config.beta for config in child.calls) == {0.1: 3, 0.2: 3, 0.3: 2, 0.4: 1, 0.5: 1, 0.6: 1}
+    table = frame(Store(tmp_path).runs()).set_index("beta").status
+    assert list(table.sort_index()) == ["finished", "crashed", "out_of_memory", "diverged", "timed_out", "finished"]
+    (indexed,) = optuna_studies(tmp_path).values()
+    assert states(tmp_path) == {"COMPLETE": 2, "FAIL": 4}
+    failed = {t.params["beta"]: t.user_attrs["status"] for t in indexed.trials if t.state.name == "FAIL"}
+    assert failed == {0.2: "crashed", 0.3: "out_of_memory", 0.4: "diverged", 0.5: "timed_out"}
+
+    child.calls.clear()
+    assert start(one, tmp_path) == 1  # failures are not run again by themselves
+    assert not child.calls
+    assert "4" in capsys.readouterr().err
+    assert start(one, tmp_path, "--retry-failed") == 0
+    assert sorted(config.beta for config in child.calls) == [0.2, 0.3, 0.4, 0.5]
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(child, tmp_path, monkeypatch):
+    class Stopping(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            if len(self.calls) == 2:
+                self.stop()
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    stopping = Stopping()
+    workers = {}
+    original = study.Workers.run
+
+    def run(self):
+        workers["now"] = self
+        original(self)
+
+    stopping.stop = lambda: workers["now"].stop.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "run_in_child", stopping)
+        patch.setattr(study.Workers, "run", run)
+        assert start(BETA, tmp_path) == 130
+    assert sum(run.finished for run in Store(tmp_path).runs()) == 2
+    assert not states(tmp_path)["RUNNING"]
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 2  # what was missing, the interrupted one included
+    assert states(tmp_path)["COMPLETE"] == 4
+    assert not states(tmp_path)["WAITING"]
+
+
+def test_what_the_store_has_finished_is_adopted(child, tmp_path):
+    """Also what runs outside of any study finished, such as bench.run."""
+    fabricate(Store(tmp_path), make_config("cnn", "smoke", beta=0.25, device="cpu"))
+    start(BETA, tmp_path)
+    assert len(child.calls) == 3
+    assert states(tmp_path) == {"COMPLETE": 4}
+
+
+def test_files_are_the_truth(child, tmp_path):
+    """A run folder that vanished is run again, whatever the database says."""
+    start(BETA, tmp_path)
+    lost = Store(tmp_path).run(child.calls[0])
+    (lost.folder / "metrics.json").unlink()
+    config = child.calls[0]
+    child.calls.clear()
+    start(BETA, tmp_path)
+    assert child.calls == [config]
+    assert lost.finished
+
+
+def test_a_failed_cell_that_was_finished_elsewhere_is_recorded_as_finished(child, tmp_path):
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+    child.endings = ["diverged"]
+    assert start(one, tmp_path) == 1
+    fabricate(Store(tmp_path), child.calls[0])
+    for _ in range(2):  # once
+        assert start(one, tmp_path) == 0
+        assert states(tmp_path) == {"FAIL": 1, "COMPLETE": 1}
+    assert len(child.calls) == 1
+
+
+def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(index, "GRACE_SECONDS", 1)
+    what = planned(tmp_path)
+    dead = Index(default_url(tmp_path), tmp_path / "studies")
+    assert study.queue(what, "cnn", dead) == 2
+    one = study.open_study(what, "cnn", dead)
+    taken = dead.claim(one, set())
+    dead.storage.record_heartbeat(taken._trial_id)  # its last
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 4
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+    assert not any(count > 1 for count in Counter(config.run_id() for config in child.calls).values())
+    dead.tell(one, taken, [Store(tmp_path).named(taken.user_attrs["run_id"])], ("lpips_vgg",))  # it was not dead at all
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+
+
+def test_deleting_the_database_and_rebuilding_gives_the_same_index(child, tmp_path, capsys):
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(SEARCH, tmp_path, "--trials", "3")
+
+    def contents():
+        return {
+            name: sorted((t.state.name, sorted(t.params.items()), t.values, t.user_attrs["run_id"]) for t in one.trials)
+            for name, one in optuna_studies(tmp_path).items()
+        }
+
+    before = contents()
+    (tmp_path / "studies" / "optuna.db").unlink()
+    assert study_command.rebuild(results=tmp_path) == 0
+    assert contents() == before
+    assert study_command.rebuild(results=tmp_path) == 0  # and again adds nothing
+    assert contents() == before
+    child.calls.clear()
+    start(SEARCH, tmp_path, "--trials", "3")
+    assert not child.calls
+    with pytest.raises(UserError, match="no study 'nothing'"):
+        study_command.rebuild(("nothing",), results=tmp_path)
+    capsys.readouterr()
+    study_command.show(tmp_path)
+    assert "beta-smoke" in capsys.readouterr().out
+
+
+def test_a_search_gives_every_backbone_the_same_budget(child, tmp_path):
+    assert start(SEARCH, tmp_path, "--trials", "6", "--workers", "2") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 6, "vit": 6}
+    for config in child.calls:
+        assert 0.1 <= config.beta <= 4
+        assert config.codebook_size in (64, 256)
+        assert 4 <= config.code_dim <= 32
+    assert len({config.beta for config in child.calls}) == 12  # no two workers or backbones draw alike
+    child.calls.clear()
+    assert start(SEARCH, tmp_path, "--trials", "6") == 0
+    assert not child.calls
+    assert start(SEARCH, tmp_path, "--trials", "7") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 1, "vit": 1}
+
+
+def test_a_hopeless_search_trial_is_pruned_and_stays_pruned(child, tmp_path):
+    class Pruning(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            self.calls.append(config)
+            loss = 1.0 if len(self.calls) <= 6 else 100.0
+            row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
+            if watch([row]) == "pruned":
+                fabricate_failed(store, config, "pruned")
+                return Outcome("pruned", "hopeless")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    pruning = Pruning()
+    study.run_in_child = pruning  # the fixture puts the real one back
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "8") == 0  # pruned is not failed
+    assert states(tmp_path) == {"COMPLETE": 6, "PRUNED": 2}
+    assert Counter(run.status for run in Store(tmp_path).runs()) == {"finished": 6, "pruned": 2}
+
+
+def test_an_ablation_gives_up_no_cell_for_its_curve(child, tmp_path):
+    """However much worse than the others it is: its scores are what an ablation is for."""
+    said = []
+
+    class Curves(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            loss = 1.0 if len(self.calls) < 6 else 100.0
+            said.append(watch([{"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}]))
+            return super().__call__(config, store, fid_weights, threads, lambda rows: None, timeout)
+
+    study.run_in_child = Curves()  # the fixture puts the real one back
+    one = Ablation("beta", sweep={"beta": tuple(0.1 * k for k in range(1, 9))}, backbones=("cnn",), seeds=(0,))
+    assert start(one, tmp_path) == 0
+    assert said == [None] * 8
+
+
+def test_several_metrics_make_a_search_multi_objective(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "3", "--metric", "lpips_vgg", "bits_per_image") == 0
+    (one,) = optuna_studies(tmp_path).values()
+    assert one.metric_names == ["lpips_vgg", "bits_per_image"]
+    assert all(len(trial.values) == 2 for trial in one.trials)
+    assert start(alone, tmp_path, "--trials", "3") == 2  # the same study with another metric
+
+
+def test_a_search_over_several_seeds_takes_their_mean(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1")
+    assert Counter(config.seed for config in child.calls) == {0: 2, 1: 2}
+    (one,) = optuna_studies(tmp_path).values()
+    table = frame(Store(tmp_path).runs())
+    means = sorted(table.groupby("beta").lpips_vgg.mean())
+    assert sorted(trial.value for trial in one.trials) == pytest.approx(means)
+
+
+def test_a_searchs_time_is_bounded_per_backbone(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(Index, "seconds", lambda self, one: 10.0 * self.ended(one))
+    start(SEARCH, tmp_path, "--trials", "9", "--timeout", "25")
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 3, "vit": 3}
+
+
+def test_the_dashboard_has_pictures_metrics_and_names(child, tmp_path):
+    start(BETA, tmp_path)
+    for one in optuna_studies(tmp_path).values():
+        assert one.metric_names == ["lpips_vgg"]
+        for trial in one.trials:
+            (picture,) = get_all_artifact_meta(trial, storage=one._storage)
+            assert (tmp_path / "studies" / "artifacts" / picture.artifact_id).is_file()
+            note = one._storage.get_study_system_attrs(one._study_id)
+            assert f"/artifacts/{one._study_id}/{trial._trial_id}/{picture.artifact_id}" in json.dumps(note)
+            assert trial.user_attrs["psnr"] > 0
+            assert trial.value == trial.user_attrs["lpips_vgg"]
+            assert trial.intermediate_values
+        assert "![plot](/artifacts/" in get_note(one)
+        assert [meta.filename for meta in get_all_artifact_meta(one)] == ["plot.png"]
+    start(BETA, tmp_path)  # attaches again: replaces
+    for one in optuna_studies(tmp_path).values():
+        assert len(get_all_artifact_meta(one)) == 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path, capsys):
+    module = importlib.import_module(f"studies.{name}")
+    assert module.STUDY.name == name
+    searching = isinstance(module.STUDY, Search)
+    swept = module.STUDY.space if searching else module.STUDY.sweep
+    assert set(swept) <= set(CONFIG)
+    with pytest.raises(SystemExit):
+        parse_study(module.STUDY, module.__doc__, ["--help"])
+    flags = capsys.readouterr().out
+    for field in set(CONFIG) - {"seed"} - (set(swept) if searching else set()):
+        assert re.search(rf"--{field.replace('_', '-')}[ ,]", flags), field
+    for flag in (
+        "--seeds",
+        "--workers",
+        "--storage",
+        "--plan, --no-plan",
+        *(("--trials", "--timeout") if searching else ()),
+    ):
+        assert f"{flag} " in flags
+    for field in swept:
+        index.distribution(field)
+    assert set(CONFIG) <= set(frame([]).columns)
+    assert not set(CONFIG) & set(METRICS)
+
+
+def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
+    start(BETA, tmp_path, "--backbone", "cnn")
+    child.calls.clear()
+    capsys.readouterr()
+    assert start(BETA, tmp_path, "--seeds", "0", "1", "--plan", "--steps", "150") == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip().startswith(("cnn", "vit"))}
+    assert rows["cnn"][1:7] == ["2", "×", "2", "2", "0", "2"]
+    assert rows["vit"][1:7] == ["2", "×", "2", "0", "0", "4"]
+    assert not child.calls
+    assert float(rows["cnn"][7]) == pytest.approx(2 * 34 / 60, abs=0.06)  # fabricated runs take 34 s
+
+
+def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
+    def name(*arguments):
+        return Plan(BETA, parse_study(BETA, "", ["--results", str(tmp_path), *arguments])).name
+
+    assert name() == "beta-cpu"
+    assert name("--preset", "smoke", "--beta", "0.5", "--seeds", "7", "--device", "cpu") == "beta-smoke"
+    assert name("--steps", "300") == name("--steps", "300", "--backbone", "cnn") == "beta-cpu-steps=300"
+    folders = {name("--data", f"folder:{tmp_path}/{letter}/images") for letter in "ab"}
+    assert len(folders) == 2
+    assert all(re.fullmatch("beta-cpu-images-[0-9a-f]{6}", folder) for folder in folders)
+    assert name("--match", "params:1M") == "beta-cpu-match=params_1M"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--metric", "beauty"), ["beauty", "lpips_vgg"]),
+        (("--workers", "0"), ["workers", "0"]),
+        (("--trial-timeout", "-1"), ["trial-timeout", "-1"]),
+        (("--beta",), ["--beta", "one value"]),
+        (("--grid-size", "3"), ["3"]),
+        (("--backbone", "resnet"), ["resnet", "convnext"]),
+        (("--storage", "nonsense"), ["nonsense", "--storage"]),
+        (("--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), ["127.0.0.1", "--storage"]),
+        (("--storage", "oracle://me:secret@127.0.0.1:1/x"), ["oracle"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_cost_nothing(child, tmp_path, capsys, arguments, words):
+    assert start(BETA, tmp_path, *arguments) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words)
+    assert "Traceback" not in err
+    assert "secret" not in err
+    assert not child.calls
+
+
+def test_importance_finds_what_matters(tmp_path):
+    """LPIPS made to follow β alone: β gets nearly all, the seed nearly nothing."""
+    store = Store(tmp_path)
+    for beta in (0.25, 0.5, 1.0, 2.0):
+        for seed in range(3):
+            fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
+    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    assert found.sum() == pytest.approx(1)
+    assert found["beta"] > 0.9
+    assert index.importances(frame([]), "lpips_vgg").empty
+    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+
+
+def test_all_backbones_by_default():
+    assert Ablation("x", {}).backbones == Search("x", {}).backbones == tuple(BACKBONES)
+
+
+def test_estimates_scale_with_steps(tmp_path):
+    store = Store(tmp_path)
+    config = make_config("cnn", "smoke", device="cpu", precision="fp32")
+    fabricate(store, config)
+    known = frame(store.runs())
+    seconds = 30 + config.width / 10
+    longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
+    assert plan.estimates([config, longer], known) == pytest.approx([seconds, 2 * seconds])
+    other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
+    (measured,) = plan.estimates([other], known)
+    assert measured > 0
+
+
+def test_a_rebuilt_search_goes_on(child, tmp_path):
+    """The rebuilt trials must have the distributions that the search samples from."""
+    start(SEARCH, tmp_path, "--trials", "3")
+    (tmp_path / "studies" / "optuna.db").unlink()
+    study_command.rebuild(results=tmp_path)
+    child.calls.clear()
+    assert start(SEARCH, tmp_path, "--trials", "5") == 0
+    assert Counter(config.backbone for config in child.calls) == {"cnn": 2, "vit": 2}
+    assert states(tmp_path) == {"COMPLETE": 10}
+
+
+def test_no_two_trials_of_a_search_draw_alike_whenever_they_are_started(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(Index, "seconds", lambda self, one: 10.0 * self.ended(one))
+    for timeout in ("25", "55", "999"):  # stopped twice, by time
+        start(SEARCH, tmp_path, "--trials", "8", "--timeout", timeout)
+    assert len(child.calls) == len({config.run_id() for config in child.calls}) == 16
+
+
+@pytest.mark.parametrize("metric", ["lpips_vgg", "psnr"])
+def test_pruning_hits_the_worse_loss_whichever_way_the_metric_goes(child, tmp_path, monkeypatch, metric):
+    losses = [1.0] * 6 + [0.01, 100.0]
+
+    class Pruning(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            loss = losses[len(self.calls)]
+            self.calls.append(config)
+            row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
+            if watch([row]) == "pruned":
+                self.endings.append(loss)
+                fabricate_failed(store, config, "pruned")
+                return Outcome("pruned", "hopeless")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    pruning = Pruning()
+    monkeypatch.setattr(study, "run_in_child", pruning)
+    start(Search("search", SPACE, backbones=("cnn",)), tmp_path, "--trials", "8", "--metric", metric)
+    assert pruning.endings == [100.0]
+
+
+def test_a_run_that_a_search_pruned_is_no_cell_of_an_ablation(child, tmp_path):
+    fabricate_failed(Store(tmp_path), make_config("cnn", "smoke", beta=0.25, device="cpu"), "pruned")
+    assert start(BETA, tmp_path) == 0
+    assert len(child.calls) == 4
+
+
+def test_a_worker_that_dies_before_its_first_heartbeat_is_noticed(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(index, "GRACE_SECONDS", 1)
+    what = planned(tmp_path)
+    dead = Index(default_url(tmp_path), tmp_path / "studies")
+    study.queue(what, "cnn", dead)
+    assert dead.claim(study.open_study(what, "cnn", dead), set()) is not None  # and not a beat more
+    assert start(BETA, tmp_path) == 0
+    assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
+
+
+def test_a_crash_whose_retry_was_interrupted_is_tried_again(child, tmp_path, monkeypatch):
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+    seen = []
+    original = study.Workers.run
+
+    def run(self):
+        seen.append(self)
+        original(self)
+
+    class Stopping(FakeChild):
+        def __call__(self, *arguments):
+            outcome = super().__call__(*arguments)
+            seen[-1].stop.set()
+            return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Workers, "run", run)
+        patch.setattr(study, "run_in_child", Stopping(["crashed"]))
+        assert start(one, tmp_path) == 130
+    assert start(one, tmp_path) == 0
+    assert len(child.calls) == 1
+
+
+def test_what_lies_about_in_the_results_folder_disturbs_nothing(child, tmp_path, capsys):
+    start(BETA, tmp_path)
+    (tmp_path / "studies" / ".beta-smoke-x1.json").write_text("")  # left by a kill in the middle of a write
+    for name, text in (("alien", "{}"), ("torn", ""), ("other", "[1]")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "config.json").write_text(text)
+    assert study_command.show(tmp_path) == 0
+    assert study_command.rebuild(results=tmp_path) == 0
+    assert len(frame(Store(tmp_path).runs())) == 4
+    assert start(BETA, tmp_path, "--plan") == 0
+    run = Store(tmp_path).runs()[0]
+    (run.folder / "per_image.npz").write_bytes(b"PK torn")
+    assert run.per_image() == {}
+    with pytest.raises(UserError, match="no studies in"):
+        study_command.rebuild(results=tmp_path / "typo")
+
+
+def test_a_full_disk_ends_the_command_and_is_nobodys_failure(child, tmp_path, capsys):
+    child.endings = ["finished", "blocked"]
+    assert start(BETA, tmp_path) == 2
+    assert "it blocked" in capsys.readouterr().err
+    assert Counter(run.status for run in Store(tmp_path).runs())["blocked"] == 0
+
+
+def test_seeds_and_metrics_that_would_be_mixed_are_not(child, tmp_path):
+    alone = Search("search", SPACE, backbones=("cnn",))
+    start(alone, tmp_path, "--trials", "1")
+    start(alone, tmp_path, "--trials", "1", "--seeds", "0", "1")
+    assert len(optuna_studies(tmp_path)) == 2
+    assert start(alone, tmp_path, "--match", "time:60s") == 2
+    assert start(BETA, tmp_path, "--metric", "params") == 0
+    assert start(BETA, tmp_path, "--metric", "peak_memory_mb") == 2
+
+
+def test_fields_without_a_default_may_be_searched(child, tmp_path):
+    wide = Search("wide", {"width": Range(8, 16), "augment": ("none", "flip")}, backbones=("cnn",))
+    assert start(wide, tmp_path, "--trials", "2") == 0
+    assert all(8 <= config.width <= 16 for config in child.calls)
+
+
+def test_a_worker_takes_from_the_backbone_that_has_had_fewest(child, tmp_path):
+    """However far a study comes, its backbones come equally far."""
+    assert start(BETA, tmp_path, "--beta", "0.25", "--seeds", "0", "1") == 0
+    assert [(config.backbone, config.seed) for config in child.calls] == [
+        ("cnn", 0),
+        ("vit", 0),
+        ("cnn", 1),
+        ("vit", 1),
+    ]
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, None), (3, 2)])
+def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads):
+    found = []
+
+    class Counting(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            found.append((threads, timeout))
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    monkeypatch.setattr(study, "run_in_child", Counting())
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    one = Ablation("one", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("independent",))
+    assert start(one, tmp_path, "--workers", str(workers), "--trial-timeout", "77") == 0
+    assert found == [(threads, 77.0)] * 2  # a tokenizer and a prior
+
+
+def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, monkeypatch):
+    """And the pruner sees the curve of the first seed alone."""
+
+    class Curves(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            watch([{"step": config.steps - 10 * (1 + config.seed), "reconstruction": 5.0, "perplexity": 9.0}])
+            return super().__call__(config, store, fid_weights, threads, watch, timeout)
+
+    curves = Curves(["diverged", "finished", "finished"])
+    monkeypatch.setattr(study, "run_in_child", curves)
+    alone = Search("search", SPACE, backbones=("cnn",))
+    assert start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1") == 1
+    assert [config.seed for config in curves.calls] == [0, 0, 1]
+    (one,) = optuna_studies(tmp_path).values()
+    assert [trial.state.name for trial in one.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.intermediate_values for trial in one.trials] == [{curves.calls[0].steps - 10: 5.0}] * 2
+
+
+def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
+    """However often it is planned: waiting ones are part of its budget."""
+    words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials", "3"]
+    what, one = Plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
+    assert [study.queue(what, "cnn", one) for _ in range(2)] == [3, 3]
+    assert states(tmp_path) == {"WAITING": 3}
+
+
+def test_a_search_trial_that_another_worker_runs_is_part_of_the_budget(child, tmp_path):
+    """Where more trials wait than are now asked for, none is begun beyond those."""
+    words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials"]
+    more, fewer = (Plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
+    one = Index(default_url(tmp_path), tmp_path / "studies")
+    study.queue(more, "cnn", one)
+    opened = study.open_study(fewer, "cnn", one)
+    assert one.claim(opened, set()) is not None
+    assert not study.Workers(fewer, one, 1)._take("cnn", opened)
+    assert states(tmp_path) == {"RUNNING": 1, "WAITING": 2}
+
+
+def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
+    """Its worker was taken for dead and was not: no attempt is counted, and what it finished is taken over."""
+    one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
+
+    class Busy(FakeChild):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout):
+            self.calls.append(config)
+            if len(self.calls) < 5:
+                return Outcome("busy")
+            fabricate(store, config)
+            return Outcome("finished")
+
+    busy = Busy()
+    study.run_in_child = busy  # the fixture puts the real one back
+    assert start(one, tmp_path) == 0
+    assert len(busy.calls) == 5
+    assert states(tmp_path) == {"COMPLETE": 1}
+
+
+def test_a_study_ends_with_1_as_long_as_a_planned_run_has_no_scores(child, tmp_path):
+    child.endings = ["finished", "diverged"]
+    assert start(BETA, tmp_path) == 1
+    assert start(BETA, tmp_path, "--plan") == 0
+    child.endings = []
+    assert start(BETA, tmp_path, "--retry-failed") == 0
+
+
+def test_a_study_that_is_extended_keeps_what_it_lists(child, tmp_path):
+    """Its file lists every run with its backbone and values, those of earlier commands included."""
+    start(BETA, tmp_path, "--beta", "0.25")
+    start(BETA, tmp_path, "--backbone", "vit", "--beta", "4.0", "--seeds", "1")
+    record = Store(tmp_path).study("beta-smoke")
+    rows = sorted((row["backbone"], row["beta"], row["seed"]) for row in record["runs"].values())
+    assert rows == [("cnn", 0.25, 0), ("vit", 0.25, 0), ("vit", 4.0, 1)]
+    for run_id, row in record["runs"].items():
+        config = Store(tmp_path).named(run_id).config()
+        assert {name: config[name] for name in row} == row
+    assert (record["kind"], record["sweep"], record["metrics"]) == ("ablation", ["beta"], ["lpips_vgg"])
+
+
+def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
+    """The metrics that were asked for before PSNR and perplexity, or why there are none."""
+    child.endings = ["finished", "diverged"]
+    one = Ablation("beta", sweep={"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,))
+    assert start(one, tmp_path, "--metric", "ssim", "fid_vgg16") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    (run,) = [run for run in Store(tmp_path).runs() if run.finished]
+    scores = [f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr")]
+    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)}, " in shown
+    assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
+
+
+def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monkeypatch):
+    totals, bars = [], []
+
+    class Bar(study.Bar):
+        def __init__(self, label, total, *rest):
+            super().__init__(label, total, *rest)
+            totals.append(total)
+            bars.append(self)
+
+    monkeypatch.setattr(study, "Bar", Bar)
+    assert start(BETA, tmp_path, "--steps", "50") == 0
+    assert totals == [4 * 50]
+    assert [bar.done for bar in bars] == [4 * 50]
+
+
+def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path, capsys):
+    """The other studies of the folder stay out of the database; without names all are rebuilt."""
+    other = Ablation("other", sweep={"beta": (0.5,)}, backbones=("cnn",), seeds=(0,))
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(other, tmp_path)
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    assert study.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
+    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke-cnn", "beta-smoke-vit"]
+    ended = [trial.state.name for trial in optuna.load_study(study_name="beta-smoke-vit", storage=elsewhere).trials]
+    assert sorted(ended) == ["COMPLETE", "FAIL"]  # failures are on file, too
+    assert study.rebuild(results=tmp_path, storage=elsewhere) == 0
+    assert "other-smoke-cnn" in optuna.get_all_study_names(elsewhere)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "study beta-smoke: 4 trials added" in err
+    assert "study beta-smoke: 0 trials added" in err
+
+
+def test_the_list_counts_the_runs_of_each_study_by_how_they_ended(child, tmp_path, capsys):
+    other = Ablation("other", sweep={"beta": (0.5,)}, backbones=("vit",), seeds=(0,))
+    child.endings = ["finished", "diverged"]
+    start(BETA, tmp_path)
+    start(other, tmp_path)
+    capsys.readouterr()
+    study.show(tmp_path)
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["beta-smoke"] == "beta-smoke ablation beta cnn, vit 3 finished, 1 diverged"
+    assert lines["other-smoke"] == "other-smoke ablation beta vit 1 finished"
+
+
+# -- priors -----------------------------------------------------------------------------------------------------------
+
+GRIDS = Ablation("priors", sweep={"grid_size": (4, 8)}, backbones=("cnn",), seeds=(0,), priors=("rnn", "independent"))
+
+
+def test_priors_follow_their_tokenizers_once_each(child, tmp_path, capsys):
+    assert start(GRIDS, tmp_path, "--workers", "2", "--prior-steps", "77") == 0
+    kinds = [type(config).__name__ for config in child.calls]
+    assert kinds == ["Config"] * 2 + ["PriorConfig"] * 4
+    made = Counter((config.tokenizer, config.prior) for config in child.calls[2:])
+    tokenizers = [run.folder.name for run in Store(tmp_path).runs()]
+    assert made == {(name, prior): 1 for name in tokenizers for prior in GRIDS.priors}
+    assert {config.steps for config in child.calls if getattr(config, "prior", "") == "rnn"} == {77}
+    assert "nothing to do" not in capsys.readouterr().err
+    assert start(GRIDS, tmp_path, "--prior-steps", "77") == 0
+    assert len(child.calls) == 6
+    assert "nothing to do" in capsys.readouterr().err
+    assert start(GRIDS, tmp_path, "--prior-steps", "77", "--plan") == 0
+    assert "priors, not in these minutes: 4 of 4 finished" in " ".join(capsys.readouterr().out.split())
+    assert start(GRIDS, tmp_path, "--prior-steps", "77", "--prior", "mamba") == 0
+    assert len(child.calls) == 8
+    assert "nothing to do" not in capsys.readouterr().err  # though every tokenizer was there
+
+
+def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
+    child.endings = ["finished", "finished", "diverged"]
+    assert start(GRIDS, tmp_path) == 1
+    assert Counter(run.status for run in Store(tmp_path).priors()) == {"finished": 3, "diverged": 1}
+    assert "diverged: it diverged" in " ".join(capsys.readouterr().err.split())
+    assert start(GRIDS, tmp_path) == 1
+    assert len(child.calls) == 6
+    assert start(GRIDS, tmp_path, "--retry-failed") == 0
+    assert len(child.calls) == 7
+
+
+def test_interrupted_priors_go_on(child, tmp_path, capsys):
+    """And only those count as done that ended."""
+    child.endings = ["finished", "finished", "finished", "interrupted"]
+
+    class Stop(threading.Event):
+        def is_set(self):
+            return len(child.calls) > 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "interruptible", lambda: contextlib.nullcontext(Stop()))
+        assert start(GRIDS, tmp_path) == 130
+    assert "stopped after 1 of 4 priors" in " ".join(capsys.readouterr().err.split())
+    assert start(GRIDS, tmp_path) == 0
+    assert all(run.finished for run in Store(tmp_path).priors())
+
+
+def test_a_prior_that_another_command_has_is_waited_for(child, tmp_path):
+    """However long that takes: no attempt is counted."""
+    child.endings = ["finished", "finished", *["busy"] * 5]
+
+    class Busy(FakeChild):
+        def __call__(self, config, *rest):
+            outcome = super().__call__(config, *rest)
+            if outcome.status == "busy":
+                Store(tmp_path).run(config).forgive()  # a busy run is not recorded as failed
+            return outcome
+
+    study.run_in_child = Busy(child.endings)  # the fixture puts the real one back
+    assert start(GRIDS, tmp_path) == 0
+    assert all(run.finished for run in Store(tmp_path).priors())
+    assert len(study.run_in_child.calls) == 2 + 4 + 5
+
+
+def test_a_prior_whose_folder_cannot_be_written_ends_the_command(child, tmp_path, capsys):
+    """With the reason, and nothing is recorded against the prior."""
+    child.endings = ["finished", "finished", "blocked"]
+    assert start(GRIDS, tmp_path) == 2
+    assert "error: it blocked" in " ".join(capsys.readouterr().err.split())
+    assert not any(run.reason for run in Store(tmp_path).priors())

@@ -1,0 +1,360 @@
+"""From the command line to a Config: a flag that was given wins, whatever its value; all else is the preset's."""
+
+import errno
+import math
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+
+from backbones import BACKBONES
+from bench.core.cli import guarded
+from bench.core.environment import has_fast_bf16
+from bench.core.errors import Interrupted, UserError
+from bench.metrics import MINIMUM_SIZE
+from bench.quantizers import QUANTIZERS
+from bench.run import RunArguments
+from bench.sweeps.plan import Ablation, Plan, parse_study
+from bench.tokenizers.arguments import parse
+from bench.tokenizers.config import PRESETS, PROTOCOL_VERSION, Config, make_config, preset_settings
+from bench.tokenizers.tokenizer import Tokenizer, parameter_count
+
+DEFAULTS = {field.name: field.default for field in fields(Config)}
+# What a preset sets for all backbones or for one, and width and depth, which it sets for each.
+SET = [
+    (preset, name)
+    for preset, chosen in PRESETS.items()
+    for name in sorted({*preset_settings(preset), *(n for own in chosen.get("own", {}).values() for n in own)})
+]
+
+
+def flags(name: str, value: object) -> list[str]:
+    return [f"--{name.replace('_', '-')}", str(value)]
+
+
+def command_line(*arguments: str) -> list[Config]:
+    return parse(RunArguments, list(arguments), "run", "").configs()
+
+
+@pytest.mark.parametrize(("preset", "name"), SET)
+def test_a_flag_that_was_given_wins_over_the_preset(preset, name):
+    """Also where it says what is the default elsewhere: of the field, of the preset, of another backbone."""
+    own = [settings[name] for settings in PRESETS[preset].get("own", {}).values() if name in settings]
+    for value in {DEFAULTS[name], preset_settings(preset).get(name, DEFAULTS[name]), *own}:
+        given = command_line("--preset", preset, "--backbone", *BACKBONES, *flags(name, value), "--device", "cpu")
+        usual = [make_config(backbone, preset, device="cpu") for backbone in BACKBONES]
+        assert [getattr(config, name) for config in given] == [value] * len(BACKBONES)
+        assert [{**asdict(config), name: None} for config in given] == [{**asdict(one), name: None} for one in usual]
+        for backbone, config in zip(BACKBONES, given, strict=True):
+            assert make_config(backbone, preset, device="cpu", **{name: value}) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("name", "value"), [("width", 24), ("depth", 3)])
+def test_sizes_that_were_given_win_over_those_of_the_preset(preset, name, value):
+    configs = command_line("--preset", preset, "--backbone", *BACKBONES, *flags(name, value))
+    assert {getattr(config, name) for config in configs} == {value}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_flags_a_command_line_is_the_preset(preset):
+    configs = command_line("--preset", preset, "--backbone", *BACKBONES)
+    assert configs == [make_config(name, preset) for name in BACKBONES]
+    for config in configs:
+        own = PRESETS[preset].get("own", {}).get(config.backbone, {})
+        settings = {**DEFAULTS, **preset_settings(preset), **own}
+        width, depth = PRESETS[preset]["size"][config.backbone]
+        assert asdict(config) == {**settings, "backbone": config.backbone, "width": width, "depth": depth}
+
+
+def test_every_backbone_and_seed_is_one_config():
+    configs = command_line("--preset", "smoke", "--backbone", "cnn", "vit", "--seeds", "3", "5")
+    assert [(config.backbone, config.seed) for config in configs] == [("cnn", 3), ("cnn", 5), ("vit", 3), ("vit", 5)]
+
+
+def test_an_image_has_grid_size_squared_tokens():
+    assert [make_config("cnn", grid_size=side).tokens for side in (1, 4, 16)] == [1, 16, 256]
+
+
+def test_help_shows_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        command_line("--preset", "blog256", "--help")
+    assert "(default: 8192)" in capsys.readouterr().out  # of codebook_size
+
+
+@pytest.mark.parametrize("words", [["--no-final-conv"], ["--no_final_conv"], ["--final-conv"]])
+def test_switches_count_as_given_under_either_name(words, monkeypatch):
+    monkeypatch.setitem(PRESETS["smoke"], "final_conv", True)
+    (config,) = command_line("--preset", "smoke", "--backbone", "vit", *words)
+    assert config.final_conv == (words == ["--final-conv"])
+    (config,) = command_line("--preset", "smoke", "--backbone", "vit")
+    assert config.final_conv
+
+
+@pytest.mark.parametrize("word", ["--grid-size=32", "--grid_size=32"])
+def test_flags_are_known_with_an_equals_sign_and_with_underscores(word):
+    (config,) = command_line("--preset", "blog256", "--backbone", "convnext", word)
+    assert config.grid_size == 32
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_sweep_over_what_a_preset_sets_trains_every_value(tmp_path, backbone):
+    study = Ablation("both", sweep={"attention": (0, 1)}, backbones=(backbone,), seeds=(0,))
+    plan = Plan(study, parse_study(study, "", ["--preset", "blog256", "--results", str(tmp_path)]))
+    configs = [plan.configs(backbone, cell.params)[0] for cell in plan.cells[backbone]]
+    assert [config.attention for config in configs] == [0, 1]
+    assert len({cell.run.folder for cell in plan.cells[backbone]}) == 2
+
+
+def test_a_study_is_named_by_what_was_given_and_is_not_usual(tmp_path):
+    def name(*arguments, settings=None, preset="blog256"):
+        study = Ablation("one", sweep={"beta": (0.25,)}, settings=settings or {}, backbones=("cnn",), seeds=(0,))
+        return Plan(study, parse_study(study, "", ["--preset", preset, "--results", str(tmp_path), *arguments])).name
+
+    assert name() == "one-blog256"
+    assert name("--steps", "30000", "--device", "cpu", "--beta", "0.5") == "one-blog256"  # usual, machine, swept
+    assert name("--steps", "7") == "one-blog256-steps=7"
+    assert name("--grid-size", "32") == "one-blog256-grid_size=32"  # which convnext would not have without it
+    assert name("--grid-size", "32", preset="blog256-fair") == "one-blog256-fair"
+    assert name(settings={"grid_size": 32}) == "one-blog256"  # for all backbones, by the study itself
+    assert name(settings={"steps": 7}) == "one-blog256"
+    assert name("--steps", "30000", settings={"steps": 7}) == "one-blog256-steps=30000"
+
+
+def test_the_settings_of_a_study_win_over_the_preset_and_flags_over_both(tmp_path):
+    study = Ablation("one", sweep={"beta": (0.25,)}, settings={"steps": 700}, backbones=("cnn",), seeds=(0,))
+
+    def steps(*arguments):
+        plan = Plan(study, parse_study(study, "", ["--preset", "smoke", "--results", str(tmp_path), *arguments]))
+        return plan.configs("cnn", {"beta": 0.25, "seed": 0})[0].steps
+
+    assert steps() == 700  # the field's default, and not smoke's
+    assert steps("--steps", "150") == 150
+
+
+def test_none_means_the_presets_own():
+    assert make_config("vit", "smoke", steps=None, width=None) == make_config("vit", "smoke")
+
+
+def test_unknown_names_are_one_sentence():
+    with pytest.raises(UserError, match="unknown setting 'stepz'"):
+        make_config("vit", "smoke", stepz=7)
+    with pytest.raises(UserError, match="unknown preset 'smok'"):
+        make_config("vit", "smok")
+    with pytest.raises(UserError, match="unknown backbone 'vitt'"):
+        make_config("vitt")
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+OTHER = {  # another valid value of every field, of a convnext with ema codes
+    **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
+    **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
+    **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
+    **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
+    **{"gan_ramp": 0.25, "gan_warmup": 0.25, "gan_loss": "nonsaturating", "gan_adaptive": False, "gan_lr": 0.5},
+    **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},
+    **{"batch_size": 7, "lr": 0.5, "warmup": 7, "weight_decay": 0.5, "grad_clip": 0.5, "weight_ema": 0.5},
+    **{"augment": "none", "precision": "bf16", "device": "cuda", "seed": 1, "patch_overlap": True},
+    **{"final_conv": True, "pretrained": True},
+}
+
+
+@pytest.fixture
+def config() -> Config:
+    return make_config("convnext", "smoke", precision="fp32", device="cpu")
+
+
+def test_every_field_is_part_of_the_identity(config):
+    assert OTHER.keys() == DEFAULTS.keys(), "another value of every setting belongs into OTHER"
+    ids = {config.run_id(), *(replace(config, **{name: value}).run_id() for name, value in OTHER.items())}
+    assert len(ids) == 1 + len(OTHER)
+
+
+def test_the_protocol_version_is_part_of_the_identity(config, monkeypatch):
+    before = config.run_id()
+    monkeypatch.setattr("bench.tokenizers.config.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    assert config.run_id() != before
+
+
+def test_an_id_is_a_folder_name_that_says_what_ran(config):
+    assert config.run_id().startswith("convnext-ema-")
+    assert replace(config, backbone="timm:resnet18").run_id().startswith("timm-resnet18-ema-")
+    assert config.run_id() == replace(config).run_id()
+
+
+@pytest.mark.parametrize(("cuda", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_what_the_machine_has_and_as_good_as_saying_so(config, monkeypatch, cuda, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    auto = replace(config, device="auto", precision="auto")
+    for fast in ({device}, set()):  # devices that have bf16
+        monkeypatch.setattr("bench.tokenizers.config.has_fast_bf16", fast.__contains__)
+        found = auto.resolved()
+        assert (found.device, found.precision) == (device, "bf16" if fast else "fp32")
+        assert auto.run_id() == replace(config, device=device, precision=found.precision).run_id()
+        assert config.resolved().precision == "fp32"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_is_chosen_only_where_hardware_has_it(monkeypatch, has):
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or has)
+    assert has_fast_bf16("cpu") is has
+    assert has_fast_bf16("cuda:1") is has
+    assert asked == {"including_emulation": False}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_an_open_entropy_weight_is_the_quantizers_own(config, quantizer):
+    usual = {"lfq": 0.1, "simvq": 0.02}.get(quantizer, 0.0)
+    opened = replace(config, quantizer=quantizer)
+    assert opened.resolved().entropy_weight == usual
+    assert replace(opened, entropy_weight=0.7).resolved().entropy_weight == 0.7
+    assert replace(opened, entropy_weight=0.0).resolved().entropy_weight == 0.0
+    assert opened.run_id() == replace(opened, entropy_weight=usual).run_id()
+
+
+def test_a_folder_is_known_by_its_real_path(config, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    real = f"folder:{(tmp_path / 'images').resolve()}"
+    assert replace(config, data=f"folder:{tmp_path / 'link'}").resolved().data == real
+    monkeypatch.chdir(tmp_path)
+    assert replace(config, data="folder:images/../link").resolved().data == real
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert replace(config, data="folder:~/images").resolved().data == real
+    assert config.resolved().data == "photos"
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+LEAST = {  # the smallest value that is allowed, and one that is not
+    **dict.fromkeys(("width", "depth", "code_dim", "steps", "batch_size", "gan_width", "gan_layers"), (1, 0)),
+    **dict.fromkeys(("codebook_size", "grid_size"), (1, 0)),
+    **dict.fromkeys(("attention", "warmup", "revive_after", "seed"), (0, -1)),
+    **dict.fromkeys(("beta", "lpips_weight", "gan_weight", "gan_lr", "lecam_weight", "r1_weight"), (0.0, -1e-9)),
+    **dict.fromkeys(("weight_decay", "grad_clip", "entropy_weight"), (0.0, -1e-9)),
+    **dict.fromkeys(("gan_start", "gan_ramp", "gan_warmup", "ema_decay", "weight_ema"), (0.0, -1e-9)),
+    "lr": (1e-9, 0.0),
+}
+MOST = {
+    **dict.fromkeys(("gan_start", "gan_ramp", "gan_warmup"), (1.0, 1.0 + 1e-9)),
+    **dict.fromkeys(("ema_decay", "weight_ema"), (1 - 1e-9, 1.0)),
+    "seed": (2**31 - 1, 2**31),
+}
+
+
+@pytest.mark.parametrize(("name", "allowed", "refused"), [(k, *v) for k, v in [*LEAST.items(), *MOST.items()]])
+def test_ranges_end_where_they_say(config, name, allowed, refused):
+    replace(config, **{name: allowed}).check()
+    with pytest.raises(UserError, match=rf"^{name} (is )?{refused}"):
+        replace(config, **{name: refused}).check()
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Config) if "float" in str(field.type)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_setting_may_be_infinite_or_no_number(config, name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value}"):
+        replace(config, **{name: value}).check()
+
+
+def test_a_temperature_is_above_zero(config):
+    gumbel = replace(config, quantizer="gumbel")
+    replace(gumbel, temperature=1e-9).check()
+    with pytest.raises(UserError, match="temperature is 0"):
+        replace(gumbel, temperature=0.0).check()
+
+
+@pytest.mark.parametrize("net", MINIMUM_SIZE)
+def test_images_are_large_enough_for_both_networks_that_score_them(config, net):
+    """31 pixels for AlexNet, whichever network the loss uses."""
+    replace(config, lpips_net=net, image_size=32, grid_size=4).check()
+    with pytest.raises(UserError, match="image_size is 30; LPIPS needs at least 31"):
+        replace(config, lpips_net=net, image_size=30, grid_size=15).check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quantizer", "augment", "reconstruction", "lpips_net", "gradient", "gan_loss", "gan_norm", "precision"],
+)
+def test_choices_are_named_when_none_was_met(config, name):
+    with pytest.raises(UserError, match=f"unknown {name} 'nonsense'; choose from .*{getattr(config, name)}"):
+        replace(config, **{name: "nonsense"}).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({"patch_overlap": True}, "vit, mamba, bimamba, hybrid"),
+        ({"final_conv": True}, "vit, mamba, bimamba, hybrid"),
+        ({"pretrained": True}, "timm:MODEL"),
+        ({"temperature": 0.5}, "gumbel"),
+        ({"ema_decay": 0.5, "quantizer": "l2"}, "ema, ema_l2, residual"),
+        ({"entropy_weight": 0.5, "quantizer": "fsq"}, "standard, "),
+        ({"beta": 0.5, "quantizer": "fsq"}, "standard, "),
+        ({"revive_after": 9, "quantizer": "lfq"}, "standard, "),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(config, settings, fix):
+    """And says who makes use of it (bug 16)."""
+    with pytest.raises(UserError, match=rf"of which .* makes no use; leave it out or choose from .*{fix}"):
+        replace(config, **settings).check()
+
+
+@pytest.mark.parametrize(("grid_size", "works"), [(1, True), (32, True), (12, False), (64, False), (3, False)])
+def test_a_grid_divides_the_image_as_a_power_of_two(config, grid_size, works):
+    if works:
+        replace(config, grid_size=grid_size).check()
+    else:
+        with pytest.raises(UserError, match="choose from 32, 16, 8, 4, 2, 1"):
+            replace(config, grid_size=grid_size).check()
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "blog256"])
+def test_a_preset_gives_all_backbones_as_many_parameters(preset):
+    """Within 5 % of their median, at one grid and one number of codes."""
+    configs = [make_config(name, preset) for name in BACKBONES]
+    with torch.device("meta"):
+        counts = [parameter_count(m.encoder) + parameter_count(m.decoder) for m in map(Tokenizer, configs)]
+    median = sorted(counts)[len(counts) // 2]
+    assert all(abs(count / median - 1) < 0.05 for count in counts), dict(zip(BACKBONES, counts, strict=True))
+    assert len({(config.grid_size, config.codebook_size, config.image_size) for config in configs}) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_work(preset):
+    for name in BACKBONES:
+        make_config(name, preset, device="cpu").check()
+
+
+# --------------------------------------------------------------------------------------------------- mistakes and stops
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (UserError("beta is -1; it must be 0 or more"), 2, "beta is -1; it must be 0 or more"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.pt"), 2, "No space left on device while writing x.pt"),
+        (OSError(errno.EROFS, "Read-only file system", "x.pt"), 2, "choose another --results"),
+        (Interrupted("stopped at step 3 of 9; the same command continues from there"), 130, "stopped at step 3 of 9"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence_and_an_exit_code(capsys, raised, code, said):
+    def work() -> int:
+        raise raised
+
+    assert guarded(work) == code
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_errors_are_not_hidden_and_exit_codes_pass():
+    with pytest.raises(FileNotFoundError):
+        guarded(lambda: open("/no/such/file").close() or 0)
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 // 0)
+    assert guarded(lambda: 1) == 1

@@ -1,0 +1,193 @@
+"""Matched budgets: every backbone at the same parameters, FLOPs or time."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+
+from backbones import BACKBONES
+from bench import run
+from bench.core.errors import UserError
+from bench.sweeps.plan import Ablation, Plan, parse_study
+from bench.tokenizers import budgets as module
+from bench.tokenizers.arguments import parse
+from bench.tokenizers.budgets import TOLERANCE, WIDEST, match, nearest_width, step_seconds
+from bench.tokenizers.config import make_config
+from bench.tokenizers.costs import static_costs
+from bench.tokenizers.tokenizer import Tokenizer
+from tests.tokenizers.test_config import OTHER
+
+
+def total(config, kind):
+    """Both sides' parameters or FLOPs, counted on the model itself."""
+    costs = static_costs(Tokenizer(config).eval())
+    return [costs[f"{kind}_{side}"] for side in {"params": ("encoder", "decoder"), "flops": ("encode", "decode")}[kind]]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("budget", ["params:1M", "params:4M", "flops:200M"])
+def test_budgets_are_met_within_two_percent(backbone, budget):
+    kind, amount = {"params:1M": ("params", 1e6), "params:4M": ("params", 4e6), "flops:200M": ("flops", 2e8)}[budget]
+    config = match(make_config(backbone), budget)
+    assert sum(total(config, kind)) == pytest.approx(amount, rel=TOLERANCE)
+    before = make_config(backbone)
+    assert replace(config, width=before.width, depth=before.depth) == before  # nothing else changed
+
+
+def test_no_pretrained_weights_are_fetched_to_count_with(monkeypatch):
+    """A budget is met by shapes, which random weights have too."""
+    create, asked = timm.create_model, []
+
+    def note(name, pretrained=False, **options):
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", note)
+    config = make_config("timm:resnet18", "smoke", pretrained=True)
+    costs = {kind: cost(config) for kind, cost in module.COSTS.items()}
+    assert asked
+    assert not any(asked)
+    assert costs == {kind: sum(total(replace(config, pretrained=False), kind)) for kind in costs}
+
+
+def test_parameters_of_either_side_are_its_own():
+    tokenizer = Tokenizer(make_config("vit", quantizer="standard"))
+    costs = static_costs(tokenizer)
+    for side in ("encoder", "decoder"):
+        assert costs[f"params_{side}"] == sum(p.numel() for p in getattr(tokenizer, side).parameters())
+
+
+def test_matching_is_repeatable_and_grows_with_the_budget():
+    config = make_config("vit")
+    assert match(config, "params:2M") == match(config, "params:2M")
+    assert match(config, "params:500k").width < match(config, "params:2M").width
+    assert match(match(config, "params:2M"), "params:2M") == match(config, "params:2M")
+
+
+def test_time_sets_the_steps(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path))
+    seconds = step_seconds(tiny)
+    assert seconds > 0
+    monkeypatch.setattr(module, "train", None)  # the second time nothing is trained
+    assert step_seconds(replace(tiny, seed=9, steps=99)) == seconds
+    config = match(tiny, "time:2min")
+    assert config.steps == round(120 / seconds)
+    assert replace(config, steps=tiny.steps) == tiny
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Training whose steps take 10 s in the first quarter and 2 s afterwards; gives the configs that were timed."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    configs = []
+
+    def train(config, images, folder):
+        assert images.shape[1:] == (config.image_size, config.image_size, 3)
+        configs.append(config)
+        steps = np.arange(config.steps)
+        seconds = np.where(steps < config.steps // 4, 10.0, 2.0).cumsum()
+        rows = [json.dumps({"step": int(step) + 1, "seconds": seconds[step]}) for step in steps]
+        (folder / "history.jsonl").write_text("\n".join(rows))
+
+    monkeypatch.setattr(module, "train", train)
+    return configs
+
+
+def test_a_step_is_timed_after_it_has_warmed_up(tiny, timed):
+    assert step_seconds(tiny) == pytest.approx(2.0)
+    assert match(tiny, "time:1min").steps == 30
+    assert match(tiny, "time:60s").steps == 30
+    assert match(tiny, "time:0.1s").steps == 1
+    assert len(timed) == 1  # and remembered
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_costs_time_is_timed_anew(tiny, timed, monkeypatch, name):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    base = replace(tiny, precision="fp32", backbone="convnext")
+    step_seconds(base)
+    step_seconds(replace(base, **{name: OTHER[name]}))
+    free = {"data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed", "steps"}
+    assert len(timed) == (1 if name in free else 2)
+
+
+def test_another_machine_times_anew(tiny, timed, monkeypatch):
+    step_seconds(tiny)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    step_seconds(tiny)
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    step_seconds(tiny)
+    assert len(timed) == 3
+
+
+def test_the_nearest_width_is_the_nearest():
+    for amount in (1, 9, 10, 90.5, 2000, 10**9):
+        found = nearest_width(lambda width: width**2, amount)
+        widths = range(1, 2 * WIDEST)
+        assert found == min(widths, key=lambda width: abs(width**2 - amount)) or found == WIDEST < amount**0.5
+
+
+def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
+    """Its own first, then one more, one fewer, two more."""
+    tried = []
+
+    def cost(config):
+        tried.append(config.depth)
+        return 1000 * config.depth  # whatever the width
+
+    monkeypatch.setitem(module.COSTS, "params", cost)
+    config = replace(make_config("vit"), depth=4)
+    assert match(config, "params:3k").depth == 3
+    assert list(dict.fromkeys(tried)) == [4, 5, 3]
+    assert match(config, "params:6k").depth == 6
+    with pytest.raises(UserError, match="the nearest is 6,000 at width"):
+        match(config, "params:7k")
+    assert match(config, "params:4.07k").depth == 4  # within 2 %
+    with pytest.raises(UserError):
+        match(config, "params:4.09k")
+
+
+@pytest.mark.parametrize(
+    "budget",
+    ["", "params", "params:", "params:0", "params:4T", "time:60", "time:0s", "weight:3", "params:1.2.3M", "4M"],
+)
+def test_a_malformed_budget_is_one_sentence(budget):
+    with pytest.raises(UserError, match="params:4M"):
+        match(make_config("cnn"), budget)
+
+
+def test_an_impossible_budget_names_the_nearest():
+    with pytest.raises(UserError, match=r"vit cannot meet params:10 .* width 1"):
+        match(make_config("vit"), "params:10")
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"), [("params:1M", "width"), ("params:1M", "depth"), ("flops:1G", "width"), ("time:9s", "steps")]
+)
+def test_what_was_given_is_not_solved_for(capsys, budget, name):
+    assert run.main(["--backbone", "vit", "--match", budget, f"--{name}", "3", "--list"]) == 2
+    assert f"{name} is 3, and --match {budget} sets it; leave out one of them" in capsys.readouterr().err
+
+
+def test_what_a_budget_does_not_set_may_be_given(timed):
+    (config,) = parse(run.RunArguments, ["--match", "params:1M", "--steps", "3"], "run", "").configs()
+    assert config.steps == 3
+    (config,) = parse(run.RunArguments, ["--match", "time:60s", "--width", "24"], "run", "").configs()
+    assert (config.width, config.steps) == (24, 30)
+
+
+def test_a_budget_reaches_every_command(tmp_path, capsys):
+    assert run.main(["--backbone", "cnn", "bimamba", "--match", "params:500k", "--list"]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│ cnn" in line or "│ bimamba" in line]
+    assert [float(row[4]) + float(row[5]) for row in rows] == pytest.approx([0.5, 0.5], abs=0.02)
+
+    study = Ablation("beta", sweep={"grid_size": (4, 8)}, backbones=("cnn", "vit"), seeds=(0,))
+    plan = Plan(study, parse_study(study, "", ["--match", "params:1M", "--results", str(tmp_path)]))
+    assert plan.name == "beta-cpu-match=params_1M"
+    for backbone, cells in plan.cells.items():
+        for cell in cells:
+            (config,) = plan.configs(backbone, cell.params)
+            assert sum(total(config, "params")) == pytest.approx(1e6, rel=TOLERANCE)
+    assert run.main(["--match", "4M"]) == 2

@@ -1,0 +1,878 @@
+"""The training loop: repeatable, resumable to the bit, honest about divergence, and true to every setting."""
+
+import ast
+import json
+import math
+import os
+import pickle
+import signal
+import threading
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.core.errors import Diverged, Interrupted, UserError
+from bench.data import batch
+from bench.metrics import perceptual
+from bench.quantizers import QUANTIZERS, Quantized
+from bench.tokenizers import train as module
+from bench.tokenizers.config import Config
+from bench.tokenizers.tokenizer import Tokenizer
+from bench.tokenizers.train import Window, learning_rate, parameter_groups, rewind, step_seed
+from tests.watched import Crash, Toy, Watch, adamw, checkpoint, rows, same, tensors
+
+every = pytest.mark.parametrize("quantizer", QUANTIZERS)
+
+
+@pytest.fixture
+def tiny(tiny):
+    """In the same arithmetic on every machine."""
+    return replace(tiny, precision="fp32")
+
+
+@pytest.fixture
+def watch(images, tmp_path, monkeypatch):
+    return Watch(images.train, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Runs train Toys; every one of them is in this list."""
+    made = []
+    monkeypatch.setattr(module, "Tokenizer", lambda config: made.append(Toy(config)) or made[-1])
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- repeat, resume, stop
+
+
+@every
+def test_same_seed_same_bits(watch, tiny, quantizer):
+    config = replace(tiny, quantizer=quantizer, steps=6)
+    first = watch.train(config, "a").weights
+    torch.rand(7)  # what happened before must not matter
+    assert same(first, watch.train(config, "b").weights)
+    assert not same(first, watch.train(replace(config, seed=1), "c").weights)
+
+
+@every
+def test_resume_is_bit_exact(watch, tiny, quantizer):
+    """Weights, optimiser, average, codebook statistics and every random draw, in the middle of an epoch, where it was
+    stopped and nowhere else, and after every stop (bug 14)."""
+    config = replace(tiny, quantizer=quantizer, augment="blog", weight_ema=0.3)
+    config = replace(config, revive_after=1) if "revive_after" in QUANTIZERS[quantizer].settings else config
+    whole = watch.train(config, "whole")
+    for stop in (1, 5, 11):
+        with pytest.raises(Crash):
+            watch.train(config, "parts", crash_at=stop)
+        assert checkpoint(watch.folder / "parts")["at"] == (stop, float(stop))
+    parts = watch.train(config, "parts")
+    assert len(parts.steps) == 1  # only what was missing
+    assert same(parts.weights, whole.weights)
+    assert same(checkpoint(parts.folder), checkpoint(whole.folder))
+    assert parts.rows == whole.rows
+    assert parts.seconds == whole.seconds == 12.0
+
+
+def test_seconds_are_those_of_the_steps_and_include_earlier_parts(watch, tiny, toys):
+    """Not those of the start; on a clock that moves by one second a step."""
+    watch.clock = 1000.0
+    with pytest.raises(Crash):
+        watch.train(tiny, crash_at=7)
+    watch.clock += 5000.0  # the pause is nobody's
+    trained = watch.train(tiny)
+    assert trained.seconds == 12.0
+    assert [row["seconds"] for row in trained.rows] == list(range(1, 13))
+
+
+def test_a_run_that_had_ended_is_not_trained_on(watch, tiny):
+    first = watch.train(tiny)
+    again = watch.train(tiny)
+    assert again.steps == []
+    assert again.seconds == first.seconds == 12.0
+    assert same(again.weights, first.weights)
+    assert len(again.rows) == 12
+
+
+def test_resume_continues_the_history_without_gaps_or_repeats(watch, tiny, toys):
+    with pytest.raises(Crash):
+        watch.train(tiny, "parts", crash_at=6)
+    with (watch.folder / "parts/history.jsonl").open("a") as file:
+        file.write('{"step": 7, "reconstruction": 1.0}\n{"step": 8, "reconst')  # beyond the checkpoint; torn
+    parts, whole = watch.train(tiny, "parts"), watch.train(tiny, "whole")
+    assert parts.rows == whole.rows
+    assert [row["step"] for row in whole.rows] == list(range(1, 13))
+    names = {"step", "lr", "reconstruction", "quantizer", "grad_norm", "distortion", "perplexity", "codes_used"}
+    assert whole.rows[0].keys() == names | {"seconds"}
+
+
+def test_rewind_keeps_whole_rows_up_to_the_step(tmp_path):
+    history = tmp_path / "history.jsonl"
+    rewind(history, 3)
+    assert history.read_text() == ""
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    history.write_text("\n".join(lines) + '\n{"step": 3, "x')
+    rewind(history, 3)
+    assert history.read_text() == "\n".join(lines[:3]) + "\n"
+
+
+def test_no_resume_starts_again(watch, tiny, toys):
+    config = replace(tiny, steps=4)
+    whole = watch.train(config, "whole")
+    watch.train(tiny, "other")
+    other = watch.train(config, "other", resume=False)
+    assert same(other.weights, whole.weights)
+    assert other.seconds == 4.0
+    assert other.rows == whole.rows  # and none of before
+
+
+def test_a_checkpoint_is_due_after_its_interval_and_writing_takes_2_percent_at_most(watch, tiny, toys, monkeypatch):
+    """Writing takes 0.07 seconds here, so that every 2 seconds become every 3.5 after the first."""
+    written, save = [], module.save
+
+    def slow(path, state, step, seconds):
+        save(path, state, step, seconds)
+        watch.clock += 0.07
+        written.append((step, seconds))
+
+    monkeypatch.setattr(module, "save", slow)
+    watch.train(tiny, checkpoint_seconds=2.0)
+    assert [step for step, _ in written] == [3, 7, 11]
+    assert [seconds for _, seconds in written] == pytest.approx([3, 7.07, 11.14])
+    written.clear()
+    watch.train(tiny, "quick", checkpoint_seconds=4.0)
+    assert [step for step, _ in written] == [5, 10]
+
+
+def test_a_damaged_checkpoint_is_refused(watch, tiny):
+    (watch.folder / "run").mkdir()
+    path = watch.folder / "run/checkpoint.pt"
+    for content in (b"not a checkpoint", b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no checkpoint of this run; delete it or pass --no-resume"):
+            watch.train(tiny)
+    watch.train(replace(tiny, width=24), resume=False)
+    with pytest.raises(UserError, match="no checkpoint of this run"):
+        watch.train(tiny)
+
+
+def test_nothing_in_a_checkpoint_is_executed(watch, tiny):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(watch.folder / "executed"),)
+
+    (watch.folder / "run").mkdir()
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        write({"tokenizer": Evil()}, watch.folder / "run/checkpoint.pt")
+        with pytest.raises(UserError, match="no checkpoint of this run"):
+            watch.train(tiny)
+        assert not (watch.folder / "executed").exists()
+
+
+def during(toys, step, act):
+    """Has ``act`` called in that step of the next Toy."""
+    forward = Toy.forward
+
+    class Acting(Toy):
+        def forward(self, x):
+            if len(self.seen) == step:
+                act()
+            return forward(self, x)
+
+    return lambda config: toys.append(Acting(config)) or toys[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_call_goes_on(watch, tiny, toys, monkeypatch, number):
+    whole = watch.train(tiny, "whole")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Tokenizer", during(toys, 5, lambda: os.kill(os.getpid(), number)))
+        with pytest.raises(Interrupted, match="step 6 of 12"):
+            watch.train(tiny, "parts", checkpoint_seconds=math.inf)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert checkpoint(watch.folder / "parts")["at"] == (6, 6.0)
+    parts = watch.train(tiny, "parts")
+    assert same(parts.weights, whole.weights)
+    assert len(parts.steps) == 6
+
+
+def test_a_second_signal_stops_at_once(watch, tiny, toys, monkeypatch):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, twice))
+    with pytest.raises(KeyboardInterrupt):
+        watch.train(tiny)
+    assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
+
+
+def test_other_threads_train_too(watch, tiny, toys):
+    """Signal handlers can be set by the main thread only."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(watch.train(tiny)))
+    thread.start()
+    thread.join()
+    assert len(done[0].rows) == 12
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["decoder.last_layer", "pull"])
+def test_divergence_stops_the_run_and_is_never_saved(watch, tiny, toys, monkeypatch, part, value):
+    """Of the pixel loss and its gradients, or of the quantizer's loss alone, whose gradient stays 1."""
+
+    def spoil():
+        with torch.no_grad():
+            toys[-1].get_parameter(part).fill_(value)
+
+    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, spoil))
+    with pytest.raises(Diverged, match=r"not finite by step 6; try --lr below 0\.002$"):
+        watch.train(tiny)
+    assert [row["step"] for row in rows(watch.folder / "run")] == [1, 2, 3, 4, 5]
+    assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
+    assert all(value.isfinite().all() for _, value in tensors(checkpoint(watch.folder / "run")))
+
+
+# ----------------------------------------------------------------------------------------------- one step after another
+
+
+def test_every_step_trains_on_its_own_batch(watch, tiny, toys):
+    """Batch k of (seed, k), augmented as the config says: 12 batches of 8 are two epochs of 48 images."""
+    config = replace(tiny, seed=3)
+    for augment in ("flip", "none", "blog"):
+        watch.train(replace(config, augment=augment), augment)
+        seen = [x for x, *_ in toys[-1].seen]
+        expected = [batch(watch.images, 3, step, 8, augment, "cpu") for step in range(12)]
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert not torch.equal(seen[0], seen[6])
+
+
+def test_without_augmentation_an_epoch_is_every_image_once(watch, tiny, toys):
+    watch.train(replace(tiny, augment="none"))
+    pixels = [image.tobytes() for x, *_ in toys[-1].seen[:6] for image in x.contiguous().numpy()]
+    photos = (torch.from_numpy(watch.images).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous().numpy()
+    assert sorted(pixels) == sorted(photo.tobytes() for photo in photos)
+
+
+def test_every_step_has_random_draws_of_its_own(watch, tiny, toys):
+    """Which depend on nothing but (seed, step)."""
+    for seed in (0, 1):
+        watch.train(replace(tiny, seed=seed), f"{seed}")
+    seeds = [seed for toy in toys for *_, seed in toy.seen]
+    assert len(set(seeds)) == 24
+    assert seeds == [step_seed(seed, step) for seed in (0, 1) for step in range(12)]
+    codes = [quantized.codes for _, _, quantized, _ in toys[0].seen]
+    assert not any(torch.equal(codes[0], other) for other in codes[1:])
+
+
+def test_step_seeds_never_meet():
+    """Neither for neighbours nor at the ends of the ranges; torch takes them all."""
+    seeds, steps = (0, 1, 2, 2**31 - 1), (0, 1, 2, 699, 2**16, 2**31, 2**32 - 1)
+    found = [step_seed(seed, step) for seed in seeds for step in steps]
+    assert len(set(found)) == len(found)
+    assert max(found) < 2**63
+
+
+def test_no_two_seeds_share_the_draws_of_a_step():
+    """On the CPU too, whose generator forgets all but 32 bits of what it is given."""
+    places = [(seed, step) for seed in range(20) for step in range(100)]
+    draws = [torch.rand(2, generator=torch.Generator().manual_seed(step_seed(*place))) for place in places]
+    assert len({tuple(pair.tolist()) for pair in draws}) == len(places)
+
+
+def test_gradients_are_those_of_the_step_s_own_loss(watch, tiny, toys):
+    """Of mean squared or absolute error between colour and image, in closed form. Colours beyond [-1, 1] have one,
+    what was accumulated before is gone, and norms above 1 are not clipped by 0."""
+    for name, derivative in (("l2", lambda error: 2 * error), ("l1", torch.sign)):
+        trained = watch.train(replace(tiny, reconstruction=name, grad_clip=0.0), name)
+        for step, (x, x_hat, *_) in zip(trained.steps, toys[-1].seen, strict=True):
+            colour = next(g for g in step.gradients if g.shape == (1, 3, 1, 1))
+            expected = derivative(x_hat - x).mean((0, 2, 3)) / 3
+            torch.testing.assert_close(colour.flatten(), expected)
+            assert (colour.flatten()[[0, 2]].sign() == torch.tensor([-1, 1])).all()  # at -3 and 3
+        assert trained.steps[0].norm() > 1 or name == "l1"
+
+
+def test_the_quantizer_s_loss_is_added_once_whatever_its_gradient(watch, tiny, toys):
+    trained = watch.train(replace(tiny, grad_clip=0.0))
+    pulls = [gradient.item() for step in trained.steps for gradient in step.gradients if gradient.shape == (1, 1)]
+    assert pulls == [1.0] * 12
+
+
+def test_terms_are_logged_unweighted(watch, tiny, toys):
+    for name, loss in (("l2", lambda a, b: (a - b).square()), ("l1", lambda a, b: (a - b).abs())):
+        trained = watch.train(replace(tiny, reconstruction=name), name)
+        for row, (x, x_hat, quantized, _) in zip(trained.rows, toys[-1].seen, strict=True):
+            assert row["reconstruction"] == pytest.approx(float(loss(x_hat, x).mean()), rel=1e-5)
+            assert row["quantizer"] == pytest.approx(float(quantized.loss.detach()), rel=1e-5)
+            assert row["distortion"] == pytest.approx(float(quantized.distortion), rel=1e-5)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_the_perceptual_loss_is_lpips_of_images_in_its_range(watch, tiny, toys, net):
+    """Logged as it is and added by its weight: the gradient at the colour is that of the sum, in [-1, 1]."""
+    config = replace(tiny, lpips_weight=3.0, lpips_net=net, grad_clip=0.0, batch_size=2, steps=1)
+    (step,), (row,) = (trained := watch.train(config)).steps, trained.rows
+    x, *_ = toys[-1].seen[0]
+    colour = torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1).requires_grad_()
+    distance = perceptual(net, torch.device("cpu"))(colour.expand_as(x), x).mean()
+    assert row["lpips"] == pytest.approx(float(distance.detach()), rel=1e-4)
+    (F.mse_loss(colour.expand_as(x), x) + 3.0 * distance).backward()
+    found = next(gradient for gradient in step.gradients if gradient.shape == (1, 3, 1, 1))
+    torch.testing.assert_close(found, colour.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_without_weight_there_is_no_perceptual_loss(watch, tiny, toys, monkeypatch):
+    monkeypatch.setattr(module, "perceptual", None)
+    assert "lpips" not in watch.train(replace(tiny, steps=1)).rows[0]
+
+
+def test_the_applied_rate_warms_up_and_follows_the_cosine(watch, tiny, toys):
+    config = replace(tiny, lr=0.01, warmup=4)
+    trained = watch.train(config)
+    expected = [0.01 * min(1, (k + 1) / 4) * 0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
+    assert [step.rates for step in trained.steps] == [pytest.approx([rate] * 2) for rate in expected]
+    assert [row["lr"] for row in trained.rows] == pytest.approx(expected)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero(tiny):
+    config = replace(tiny, lr=1.0, warmup=10, steps=100)
+    rates = [learning_rate(config, step) for step in range(100)]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(100)]
+    assert [rate / share for rate, share in zip(rates[:10], cosine, strict=False)] == pytest.approx(
+        [n / 10 for n in range(1, 11)]
+    )
+    assert rates[9:] == pytest.approx(cosine[9:])
+    assert 0 < rates[-1] < 1e-3
+    assert learning_rate(replace(config, warmup=0), 0) == learning_rate(replace(config, warmup=1), 0) == 1.0
+    assert learning_rate(replace(config, lr=0.3), 50) == pytest.approx(0.15)  # half way, half the peak
+
+
+def test_an_update_is_adamw_s(watch, tiny, toys):
+    """With betas 0.9 and 0.95, and the decay of either group, from the recorded gradients by the paper's formulas."""
+    config = replace(tiny, lr=0.01, weight_decay=0.5, grad_clip=0.1)
+    steps = watch.train(config).steps
+    assert {tuple(step.decays) for step in steps} == {(0.5, 0.0)}
+    for step, expected in zip(steps, adamw(steps, (0.9, 0.95)), strict=True):
+        for after, weight in zip(step.after, expected, strict=True):
+            torch.testing.assert_close(after.double(), weight, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_decay_shrinks_matrices_by_rate_times_decay(watch, tiny, toys):
+    """And nothing else that has no gradient."""
+    for decay in (0.0, 0.5):
+        trained = watch.train(replace(tiny, lr=0.1, weight_decay=decay), f"{decay}")
+        for step in trained.steps:
+            for before, after in zip(step.before, step.after, strict=True):
+                if before.shape == (2, 2):
+                    torch.testing.assert_close(after, before * (1 - step.rates[0] * decay))
+                if before.shape == (2,):
+                    assert torch.equal(after, torch.ones(2))
+
+
+def test_grad_clip_bounds_the_norm_of_all_gradients_together(watch, tiny):
+    """The log has the norm before; 0 does not clip; what is below the bound stays as it is."""
+    free = watch.train(replace(tiny, grad_clip=0.0), "free")
+    norms = [step.norm() for step in free.steps]
+    assert [row["grad_norm"] for row in free.rows] == pytest.approx(norms, rel=1e-4)
+    bound = norms[0] / 3
+    clipped = watch.train(replace(tiny, grad_clip=bound), "clipped")
+    assert clipped.rows[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-4)
+    for step, row in zip(clipped.steps, clipped.rows, strict=True):
+        assert step.norm() == pytest.approx(min(row["grad_norm"], bound), rel=1e-4)
+    for gradient, whole in zip(clipped.steps[0].gradients, free.steps[0].gradients, strict=True):
+        torch.testing.assert_close(gradient, whole / 3, rtol=1e-4, atol=1e-9)  # the direction stays
+    loose = watch.train(replace(tiny, grad_clip=1e9), "loose")
+    assert same(loose.weights, free.weights)
+
+
+def test_only_the_average_s_weights_are_returned(watch, tiny):
+    """In eval mode and frozen: parameters averaged after every step, buffers (codes that are moving averages of their
+    own) the last."""
+    config = replace(tiny, weight_ema=0.3)  # below (1 + n) / (10 + n) from the third step on
+    trained = watch.train(config)
+    means = [torch.zeros_like(tensor) for tensor in trained.steps[0].after]
+    for n, step in enumerate(trained.steps):
+        decay = min(0.3, (1 + n) / (10 + n)) if n else 0.0
+        means = [decay * mean + (1 - decay) * after for mean, after in zip(means, step.after, strict=True)]
+    groups = parameter_groups(trained.tokenizer, 0.0)
+    found = [parameter for group in groups for parameter in group["params"]]
+    for parameter, mean in zip(found, means, strict=True):
+        torch.testing.assert_close(parameter, mean, rtol=1e-4, atol=1e-7)
+    live = checkpoint(trained.folder)["tokenizer"]
+    for name, buffer in trained.tokenizer.named_buffers():
+        assert torch.equal(buffer, live[name]), name
+    assert not any(part.training for part in trained.tokenizer.modules())
+    assert not any(parameter.requires_grad for parameter in trained.tokenizer.parameters())
+
+
+def test_weight_ema_0_returns_the_last_weights(watch, tiny):
+    trained = watch.train(replace(tiny, weight_ema=0.0))
+    assert same(trained.weights, checkpoint(trained.folder)["tokenizer"])
+    last = [parameter for group in parameter_groups(trained.tokenizer, 0.0) for parameter in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(last, trained.steps[-1].after, strict=True))
+
+
+def test_weight_average_is_the_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average, expected = module.averaged(model, 0.9), 0.0
+    for n in range(100):
+        with torch.no_grad():
+            model.weight.fill_(n)
+        average.update_parameters(model)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = n if n == 0 else decay * expected + (1 - decay) * n
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_encoder_and_decoder_from_the_first_codes_on(watch, tiny, monkeypatch, precision, dtype):
+    """Losses are float32 all the same."""
+    found = set()
+
+    class Spied(Tokenizer):
+        def __init__(self, config):
+            super().__init__(config)
+            for part in (self.encoder, self.decoder):
+                part.register_forward_hook(lambda part, x, y: found.add(y.dtype))
+
+    compared = []
+    loss = lambda x_hat, x: compared.append((x_hat.dtype, x.dtype)) or F.mse_loss(x_hat, x)  # noqa: E731
+    monkeypatch.setattr(module, "Tokenizer", Spied)
+    monkeypatch.setitem(module.RECONSTRUCTION, "l2", loss)
+    watch.train(replace(tiny, precision=precision, steps=1))
+    assert found == {dtype}
+    assert compared == [(torch.float32, torch.float32)]
+
+
+def test_images_and_model_are_sent_to_the_device(watch, tiny, toys, monkeypatch):
+    sent = []
+    monkeypatch.setattr(module, "batch", lambda *arguments: sent.append(arguments[-1]) or batch(*arguments))
+    monkeypatch.setattr(module, "to_device", lambda part, device: sent.append(device) or part)
+    watch.train(replace(tiny, device="cpu:0", steps=2, gan_weight=0.5))
+    assert len(sent) >= 5  # tokenizer, discriminator, the first codes' batches, two steps'
+    assert set(sent) == {"cpu:0"}
+
+
+# ------------------------------------------------------------------------------------------------------------- the log
+
+
+advance = module.Bar.advance
+
+
+def entropy_exp(codes: list[torch.Tensor]) -> float:
+    """Perplexity, by numpy."""
+    counts = np.unique(torch.cat([each.flatten() for each in codes]).numpy(), return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_a_row_stands_for_all_steps_since_the_last(watch, tiny, toys):
+    """Means of every term, and perplexity and codes in use over all codes together (bug 9)."""
+    config = replace(tiny, steps=600, codebook_size=64, batch_size=1, grad_clip=0.0)  # a row every three steps
+    with pytest.raises(Crash):
+        watch.train(config, crash_at=9)
+    seen, found = toys[-1].seen, rows(watch.folder / "run")
+    assert [row["step"] for row in found] == [3, 6, 9]
+    for row in found:
+        window = seen[row["step"] - 3 : row["step"]]
+        codes = [quantized.codes for _, _, quantized, _ in window]
+        assert row["perplexity"] == pytest.approx(entropy_exp(codes))
+        assert row["perplexity"] > max(entropy_exp([each]) for each in codes)
+        assert row["codes_used"] == len(torch.cat(codes).unique())
+        errors = [float(F.mse_loss(x_hat, x)) for x, x_hat, *_ in window]
+        assert row["reconstruction"] == pytest.approx(sum(errors) / 3, rel=1e-5)
+        distortions = [float(quantized.distortion) for _, _, quantized, _ in window]
+        assert row["distortion"] == pytest.approx(sum(distortions) / 3, rel=1e-5)
+
+
+def test_a_term_s_mean_is_over_the_steps_that_had_it():
+    def quantized(codes, distortion):
+        return Quantized(torch.zeros(()), torch.tensor(codes), torch.zeros(()), torch.tensor(distortion))
+
+    window = Window(8)
+    window.add(quantized([[0, 1]], 1.0), {"reconstruction": torch.tensor(2.0, requires_grad=True)})
+    window.add(quantized([[2, 3]], 3.0), {"reconstruction": torch.tensor(4.0), "gan": torch.tensor(5.0)})
+    expected = {"reconstruction": 3.0, "distortion": 2.0, "gan": 5.0, "codes_used": 4}
+    assert window.means() == expected | {"perplexity": pytest.approx(4.0)}
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(9, 1), (399, 1), (400, 2), (1000, 5), (40_000, 50)])
+def test_about_200_rows_are_logged(watch, tiny, toys, steps, interval):
+    """But never fewer than one every 50 steps."""
+    with pytest.raises(Crash):
+        watch.train(replace(tiny, steps=steps, batch_size=1), crash_at=min(steps - 1, 2 * interval))
+    found = [row["step"] for row in rows(watch.folder / "run")]
+    assert found[:2] == [interval, 2 * interval]
+
+
+def test_the_last_step_is_logged_always(watch, tiny, toys):
+    """A run of 401 steps logs every second."""
+    with pytest.raises(Crash):
+        watch.train(replace(tiny, steps=401, batch_size=1), crash_at=2)
+    forward = torch.load(watch.folder / "run/checkpoint.pt", weights_only=True)
+    forward["at"] = (398, 2.0)
+    torch.save(forward, watch.folder / "run/checkpoint.pt")
+    trained = watch.train(replace(tiny, steps=401, batch_size=1))
+    assert [row["step"] for row in trained.rows] == [2, 400, 401]
+    assert checkpoint(trained.folder)["at"] == (401, 5.0)
+
+
+def test_the_bar_counts_every_step_and_names_the_run(watch, tiny, toys, monkeypatch):
+    """From where the run goes on, at the speed of this part alone: a step of 8 images a second."""
+    bars = []
+
+    class Bar(module.Bar):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.figures = []
+            bars.append(self)
+
+        def advance(self, count=1, figures=""):
+            self.figures.append(figures)
+            super().advance(count, figures)
+
+    monkeypatch.setattr(module, "Bar", Bar)
+    with pytest.raises(Crash):
+        watch.train(tiny, crash_at=5)
+    watch.train(tiny)
+    first, second = bars
+    assert (first.label, first.start, first.done, first.total) == ("cnn ema seed 0", 0, 5, 12)
+    assert (second.start, second.done, second.total) == (5, 12, 12)
+    assert len(second.figures) == 7
+    assert all(figures.endswith("  8 images/s") for figures in first.figures + second.figures)
+
+
+def test_the_bar_counts_steps_not_rows(watch, tiny, toys, monkeypatch):
+    """A run of 400 steps logs every second."""
+    moved = []
+    monkeypatch.setattr(module.Bar, "advance", lambda self, count, figures: moved.append(count) or advance(self, count))
+    with pytest.raises(Crash):
+        watch.train(replace(tiny, steps=400, batch_size=1), crash_at=7)
+    assert moved == [2, 2, 2]
+
+
+def test_figures_of_the_bar():
+    row = {"reconstruction": 0.12345, "perplexity": 209.6, "codes_used": 300}
+    assert module.describe(row, 512, 99.7) == "loss 0.1235  perplexity 210  codes 300/512  100 images/s"
+    assert "loss 0.1235  lpips 0.457  perplexity" in module.describe(row | {"lpips": 0.4567}, 512, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- what is built
+
+
+def test_the_codebook_starts_at_codes_of_enough_training_images(watch, tiny, toys):
+    """Not augmented, no image twice, eight tokens for every code, or one batch at least, or all there are."""
+    photos = {image.tobytes() for image in (torch.from_numpy(watch.images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+              .contiguous().numpy()}  # fmt: skip
+    for codebook_size, count in ((2, 8), (16, 8), (17, 16), (64, 32), (512, 48)):
+        watch.train(replace(tiny, codebook_size=codebook_size, augment="blog", steps=1), f"{codebook_size}")
+        (given,) = toys[-1].quantizer.given
+        found = {image.tobytes() for image in given.contiguous().numpy()}
+        assert len(given) == len(found) == count
+        assert found <= photos
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_codebook_starts_at_the_images_that_its_seed_trains_on_first(watch, tiny, toys, seed):
+    """Repetitions of a run that began at the same images would differ by less than chance makes them."""
+    watch.train(replace(tiny, codebook_size=64, augment="none", seed=seed, steps=1))
+    (given,) = toys[-1].quantizer.given
+    expected = [batch(watch.images, seed, step, 8, "none", "cpu") for step in range(4)]
+    assert torch.equal(given, torch.cat(expected))
+    assert torch.equal(given[:8], toys[-1].seen[0][0])
+
+
+@pytest.mark.parametrize("quantizer", ["standard", "ema"])
+def test_first_codes_are_outputs_of_the_encoder(watch, tiny, quantizer):
+    """Of images in the range and order of training, without augmentation."""
+    config = replace(tiny, quantizer=quantizer).resolved()
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(config)
+    codebook = tokenizer.quantizer.codebook.detach().clone()
+    with torch.no_grad():
+        tokens = tokenizer.encoder(batch(watch.images, 0, 0, 8, "none", "cpu")).movedim(1, -1).reshape(-1, 4)
+    module.initialise_codebook(tokenizer, watch.images, torch.autocast("cpu", torch.bfloat16, enabled=False))
+    found = tokenizer.quantizer.codebook.detach()
+    assert not torch.equal(found, codebook)
+    assert (found[:, None] - tokens).abs().amax(-1).amin(1).max() < 1e-5
+    assert len(found.unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("backbone", ["cnn", "vit", "bimamba"])
+def test_weight_decay_spares_what_is_no_weight(tiny, backbone):
+    tokenizer = Tokenizer(replace(tiny, backbone=backbone, quantizer="l2"))
+    groups = parameter_groups(tokenizer, 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed, free = (set(map(id, group["params"])) for group in groups)
+    for name, parameter in tokenizer.named_parameters():
+        spared = parameter.ndim < 2 or name.split(".")[-1] in ("codebook", "position", "A_log", "D", "dt_bias")
+        assert (id(parameter) in free) == spared, name
+        assert (id(parameter) in decayed) != spared, name
+
+
+def test_what_a_layer_marks_does_not_decay():
+    """A matrix, too."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    model[1].weight._no_weight_decay = True
+    decayed, free = (group["params"] for group in parameter_groups(model, 0.1))
+    assert [tuple(parameter.shape) for parameter in decayed] == [(3, 2)]
+    assert [tuple(parameter.shape) for parameter in free] == [(3,), (4, 3), (4,)]
+
+
+@every
+def test_two_images_are_learned_by_heart(watch, tiny, quantizer):
+    """With any quantizer the loss ends far below where it began; 0.1 to 0.22 of it here."""
+    watch.images = watch.images[[0, 30]]
+    size = {"batch_size": 2, "codebook_size": 64, "augment": "none", "lr": 1e-2, "weight_ema": 0.0}
+    trained = watch.train(replace(tiny, quantizer=quantizer, steps=60, **size), checkpoint_seconds=math.inf)
+    losses = [row["reconstruction"] for row in trained.rows]
+    assert losses[-1] < 0.4 * losses[0]
+
+
+# -------------------------------------------------------------------------------------------------------- every setting
+
+
+def test_beta_scales_the_commitment_alone(watch, tiny):
+    """The first step's loss is β times the distortion; nothing else of that step knows β (bugs 1 and 2)."""
+    for beta in (0.25, 0.5):
+        (row,) = watch.train(replace(tiny, beta=beta, steps=1), f"{beta}").rows
+        assert row["quantizer"] == pytest.approx(beta * row["distortion"], rel=1e-4)
+    assert same(*[{k: row[k] for k in ("reconstruction", "distortion")} for row in
+                  (rows(watch.folder / name)[0] for name in ("0.25", "0.5"))])  # fmt: skip
+
+
+def encoder_and_decoder(trained):
+    """Gradients of the first step, as one vector for either side."""
+    names = [name for name, _ in trained.tokenizer.named_parameters()]
+    order = parameter_groups(trained.tokenizer, 0.0)
+    parameters = [id(parameter) for group in order for parameter in group["params"]]
+    by_id = {id(parameter): name for name, parameter in trained.tokenizer.named_parameters()}
+    assert len(names) == len(parameters)
+    sides = {"encoder": [], "decoder": [], "quantizer": []}
+    for key, gradient in zip(parameters, trained.steps[0].gradients, strict=True):
+        sides[by_id[key].partition(".")[0]].append(gradient.flatten())
+    return torch.cat(sides["encoder"]), torch.cat(sides["decoder"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"), [("gradient", ("straight_through", "rotation")), ("temperature", (1.0, 0.5))]
+)
+def test_gradient_and_temperature_change_the_encoder_s_gradient_alone(watch, tiny, setting, values):
+    """The forward pass, and with it the decoder's gradient, knows nothing of them."""
+    config = replace(tiny, quantizer="gumbel" if setting == "temperature" else "ema", steps=1, grad_clip=0.0)
+    first, second = (watch.train(replace(config, **{setting: value}), f"{value}") for value in values)
+    for name in ("reconstruction", "quantizer", "distortion"):
+        assert first.rows[0][name] == pytest.approx(second.rows[0][name], rel=1e-5)
+    (encoder, decoder), (other_encoder, other_decoder) = map(encoder_and_decoder, (first, second))
+    torch.testing.assert_close(decoder, other_decoder, rtol=1e-3, atol=1e-6)
+    assert (encoder - other_encoder).norm() > 1e-3 * encoder.norm()
+
+
+def test_ema_decay_sets_what_remains_of_the_running_sums(watch, tiny):
+    """After one step the sizes sum up to γK + (1 − γ)N, for K that start at 1 and N tokens."""
+    for decay in (0.9, 0.5):
+        trained = watch.train(replace(tiny, ema_decay=decay, steps=1), f"{decay}")
+        total = float(trained.tokenizer.quantizer.cluster_size.sum())
+        assert total == pytest.approx(decay * 16 + (1 - decay) * 8 * 16, rel=1e-5)
+
+
+def test_kmeans_init_starts_nearer_to_the_tokens(watch, tiny):
+    """Lloyd's algorithm goes on from the random codes and never gets worse."""
+    config = replace(tiny, steps=1, augment="none")
+    random, centroids = (watch.train(replace(config, kmeans_init=on), f"{on}").rows[0] for on in (False, True))
+    assert centroids["distortion"] < random["distortion"]
+
+
+def test_entropy_weight_scales_the_penalty(watch, tiny):
+    config = replace(tiny, quantizer="standard", steps=1)
+    plain, once, twice = (
+        watch.train(replace(config, entropy_weight=weight), f"{weight}").rows[0]["quantizer"]
+        for weight in (0, 0.1, 0.2)
+    )
+    assert once < plain  # the penalty is negative
+    assert twice - plain == pytest.approx(2 * (once - plain), rel=1e-4)
+
+
+def test_codes_are_reset_after_revive_after_and_never_with_0(watch, tiny):
+    """In ``standard`` a code that no token chose has no gradient and no decay: it can only move by a reset. 128 tokens
+    a step are half an equal share for 256 codes: with 1, none is idle for longer than two steps."""
+    config = replace(tiny, quantizer="standard", codebook_size=256, weight_ema=0.0)
+    first = watch.train(replace(config, steps=1, lr=1e-12, revive_after=0), "first").tokenizer.quantizer.codebook
+    never = watch.train(replace(config, revive_after=0), "never").tokenizer.quantizer
+    unused = never.idle == 12 * 128
+    assert unused.any()
+    torch.testing.assert_close(never.codebook[unused], first[unused], rtol=0, atol=1e-9)
+    soon = watch.train(replace(config, revive_after=1), "soon").tokenizer.quantizer
+    assert soon.idle.max() <= 256
+    assert not torch.isclose(soon.codebook[unused], first[unused], rtol=0, atol=1e-9).all(1).any()
+
+
+def test_steps_batch_size_and_seed_are_those_of_the_run(watch, tiny, toys):
+    trained = watch.train(replace(tiny, steps=5, batch_size=3, seed=2))
+    assert [len(x) for x, *_ in toys[-1].seen] == [3] * 5
+    assert trained.rows[-1]["step"] == 5
+    assert torch.equal(toys[-1].seen[4][0], batch(watch.images, 2, 4, 3, "flip", "cpu"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_first_weights_follow_from_the_seed(watch, tiny, seed):
+    torch.manual_seed(seed)
+    expected = Tokenizer(tiny.resolved())
+    first = watch.train(replace(tiny, seed=seed, steps=1)).steps[0].before
+    drawn = [parameter for group in parameter_groups(expected, 0.0) for parameter in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn, strict=True))
+
+
+# A value for each setting that is not the one of ``tiny``.
+CHANGES = {
+    "backbone": "convnext",
+    "width": 24,
+    "depth": 2,
+    "patch_overlap": True,
+    "final_conv": True,
+    "attention": 1,
+    "pretrained": None,  # checked in test_backbones
+    "quantizer": "l2",
+    "image_size": None,  # the data's; checked below
+    "grid_size": 8,
+    "codebook_size": 17,
+    "code_dim": 5,
+    "beta": 1.0,
+    "ema_decay": 0.5,
+    "kmeans_init": True,
+    "entropy_weight": 0.1,
+    "gradient": "rotation",
+    "temperature": 0.5,
+    "revive_after": 1,
+    "reconstruction": "l1",
+    "lpips_weight": 0.5,
+    "lpips_net": "vgg",
+    "gan_weight": 1.0,
+    "gan_start": 0.7,
+    "gan_ramp": 0.9,
+    "gan_warmup": 0.0,
+    "gan_loss": "nonsaturating",
+    "gan_adaptive": False,
+    "gan_lr": 1.0,
+    "gan_width": 4,
+    "gan_layers": 1,
+    "gan_norm": "spectral",
+    "lecam_weight": 1.0,
+    "r1_weight": 1.0,
+    "steps": 11,
+    "batch_size": 7,
+    "lr": 1e-3,
+    "warmup": 5,
+    "weight_decay": 0.5,
+    "grad_clip": 1e-3,
+    "weight_ema": 0.1,
+    "augment": "none",
+    "precision": "bf16",
+    "device": None,  # checked in test_config
+    "data": None,  # checked in test_trial
+    "seed": 1,
+}
+
+
+# What each setting does, and in which direction: the tests that say so.
+PROPERTIES = {
+    "backbone": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "width": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "depth": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "patch_overlap": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "final_conv": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "attention": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "pretrained": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
+    "quantizer": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "data": "tokenizers/test_trial.py::test_data_and_image_size_reach_the_loader",
+    "image_size": "tokenizers/test_train.py::test_image_size_changes_the_model",
+    "grid_size": "tokenizers/test_tokenizer.py::test_codes_are_a_grid_of_integers",
+    "codebook_size": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "code_dim": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
+    "beta": "tokenizers/test_train.py::test_beta_scales_the_commitment_alone",
+    "ema_decay": "tokenizers/test_train.py::test_ema_decay_sets_what_remains_of_the_running_sums",
+    "kmeans_init": "tokenizers/test_train.py::test_kmeans_init_starts_nearer_to_the_tokens",
+    "entropy_weight": "tokenizers/test_train.py::test_entropy_weight_scales_the_penalty",
+    "gradient": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "temperature": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "revive_after": "tokenizers/test_train.py::test_codes_are_reset_after_revive_after_and_never_with_0",
+    "reconstruction": "tokenizers/test_train.py::test_gradients_are_those_of_the_step_s_own_loss",
+    "lpips_weight": "tokenizers/test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
+    "lpips_net": "tokenizers/test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
+    "gan_weight": "tokenizers/test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
+    "gan_start": "tokenizers/test_gan.py::test_gan_start_and_warmup_set_the_steps_at_which_things_begin",
+    "gan_ramp": "tokenizers/test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
+    "gan_warmup": "tokenizers/test_gan.py::test_gan_start_and_warmup_set_the_steps_at_which_things_begin",
+    "gan_loss": "tokenizers/test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_adaptive": "tokenizers/test_gan.py::test_an_adaptive_adversary_pulls_as_hard_as_the_fidelity_does",
+    "gan_lr": "tokenizers/test_gan.py::test_the_discriminator_is_updated_by_adamw_at_its_share_of_the_rate",
+    "gan_width": "tokenizers/test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_layers": "tokenizers/test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "gan_norm": "tokenizers/test_gan.py::test_settings_of_the_discriminator_reach_it",
+    "lecam_weight": "tokenizers/test_gan.py::test_regularisers_scale_their_own_gradient_alone",
+    "r1_weight": "tokenizers/test_gan.py::test_regularisers_scale_their_own_gradient_alone",
+    "steps": "tokenizers/test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
+    "batch_size": "tokenizers/test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
+    "lr": "tokenizers/test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "warmup": "tokenizers/test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "weight_decay": "tokenizers/test_train.py::test_weight_decay_shrinks_matrices_by_rate_times_decay",
+    "grad_clip": "tokenizers/test_train.py::test_grad_clip_bounds_the_norm_of_all_gradients_together",
+    "weight_ema": "tokenizers/test_train.py::test_only_the_average_s_weights_are_returned",
+    "augment": "tokenizers/test_train.py::test_every_step_trains_on_its_own_batch",
+    "precision": "tokenizers/test_train.py::test_precision_is_that_of_encoder_and_decoder_from_the_first_codes_on",
+    "device": "tokenizers/test_train.py::test_images_and_model_are_sent_to_the_device",
+    "seed": "tokenizers/test_train.py::test_first_weights_follow_from_the_seed",
+}
+
+
+def test_every_setting_is_in_both_tables_and_its_property_is_tested():
+    """The tests that are named exist, under that name."""
+    names = {field.name for field in fields(Config)}
+    assert CHANGES.keys() == names, "another value of every setting belongs into CHANGES"
+    assert PROPERTIES.keys() == names, "the test that says what a setting does belongs into PROPERTIES"
+    folder = Path(__file__).parents[1]
+    for file in {test.partition("::")[0] for test in PROPERTIES.values()}:
+        tree = ast.parse((folder / file).read_text(encoding="utf-8"))
+        there = {f"{file}::{part.name}" for part in tree.body if isinstance(part, ast.FunctionDef)}
+        assert {test for test in PROPERTIES.values() if test.startswith(file)} <= there
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Config, dict[str, torch.Tensor]]:
+    """Weights that a config gave, so that none is trained twice."""
+    return {}
+
+
+@pytest.mark.parametrize("name", [name for name, value in CHANGES.items() if value is not None])
+def test_every_setting_changes_the_result(watch, tiny, known, name):
+    """Flags that are parsed and never used (bug 16)."""
+    base = replace(tiny, codebook_size=64 if name == "revive_after" else 16)
+    if name == "temperature":
+        base = replace(base, quantizer="gumbel")
+    if name == "lpips_net":
+        base = replace(base, lpips_weight=0.5, steps=2)
+    if name in ("patch_overlap", "final_conv"):
+        base = replace(base, backbone="vit")
+    if name.startswith(("gan_", "lecam_", "r1_")):
+        base = replace(base, gan_weight=0.5, gan_start=0.3, gan_warmup=0.2, gan_ramp=0.2, gan_width=8, gan_layers=2)
+    changed = replace(base, **{name: CHANGES[name]})
+    for config in {base, changed} - known.keys():
+        known[config] = watch.train(config, config.run_id(), checkpoint_seconds=math.inf).weights
+    a, b = known[base], known[changed]
+    assert {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()} or not same(a, b)
+
+
+def test_image_size_changes_the_model(tiny):
+    sizes = [
+        Tokenizer(replace(tiny, image_size=size)).decode(torch.zeros(1, 4, 4, dtype=torch.int64)).shape
+        for size in (32, 64)
+    ]
+    assert sizes == [(1, 3, 32, 32), (1, 3, 64, 64)]
