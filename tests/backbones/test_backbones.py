@@ -33,7 +33,7 @@ from bench.quantizers import QUANTIZERS
 from bench.tokenizers import train
 from bench.tokenizers.config import PRESETS, make_config
 from bench.tokenizers.tokenizer import Tokenizer, parameter_count, to_device
-from bench.tokenizers.train import parameter_groups
+from bench.training.loop import parameter_groups
 
 import timm  # isort: skip  (after backbones, which repairs torchvision)
 
