@@ -78,8 +78,8 @@ def fit(
     checkpoint found there is continued. One is written every ``checkpoint_seconds``, or less often if writing takes
     more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
-    config, average = learner.config, averaged(learner.model, learner.config.weight_ema)
-    state = {**learner.parts, "average": average}
+    config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
+    state = {**learner.parts, "ema": ema}
     checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
     if resume and checkpoint.exists():
         first, seconds = restore(checkpoint, state, config.device)
@@ -97,7 +97,7 @@ def fit(
             torch.manual_seed(step_seed(config.seed, step))
             rate = learning_rate(config, step)
             window.add(learner.step(step, rate))
-            average.update_parameters(learner.model)
+            ema.update_parameters(learner.model)
             done = step + 1
             if done % log_every and done < config.steps:
                 continue  # nothing above waits for the device; everything below does
@@ -119,7 +119,7 @@ def fit(
             if interrupted.is_set():
                 raise Interrupted(f"stopped at step {done} of {config.steps}; the same command continues from there")
 
-    return average.module.eval().requires_grad_(False), spent if first < config.steps else seconds
+    return ema.module.eval().requires_grad_(False), spent if first < config.steps else seconds
 
 
 class Window:
