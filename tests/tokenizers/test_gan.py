@@ -16,7 +16,7 @@ from bench.tokenizers import train as module
 from bench.tokenizers.discriminator import LECAM_DECAY, Adversary, PatchGAN
 from bench.tokenizers.losses import ADAPTIVE_CAP, ADVERSARIAL, RECONSTRUCTION, adaptive_weight, gradient_penalty, lecam
 from bench.tokenizers.tokenizer import Tokenizer
-from tests.watched import Crash, Toy, Watch, adamw, checkpoint, same
+from tests.watched import Crash, Toy, adamw, checkpoint, same
 
 every_loss = pytest.mark.parametrize("name", ADVERSARIAL)
 every_norm = pytest.mark.parametrize("norm", ["group", "spectral"])
@@ -27,11 +27,6 @@ def gan(tiny):
     """Discriminator from step 2, seen by the tokenizer from step 4, fully from step 7, of 12."""
     shares = {"gan_start": 4 / 12, "gan_warmup": 2 / 12, "gan_ramp": 3 / 12, "precision": "fp32"}
     return replace(tiny, gan_weight=0.5, gan_width=8, gan_layers=2, batch_size=4, **shares).resolved()
-
-
-@pytest.fixture
-def watch(images, tmp_path, monkeypatch):
-    return Watch(images.train, tmp_path, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
