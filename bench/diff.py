@@ -60,17 +60,17 @@ def show(a: Run, b: Run) -> None:
     if set(found.config) == {"seed"}:
         _say("The same configuration with another seed: the differences are seed noise.")
     _show_pairs("Environment", found.environment, "The same environment.")
-    if found.scores is None:
+    if not (a.finished and b.finished):
         _say("No metrics to compare: both runs must be finished.")
         return
 
-    refusals, changes, wins, images = found.scores
-    _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
-    if refusals:
-        _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
-    stdout.print(metric_table(changes))
-    if wins:
-        shares = [f"{100 * share:.0f} % of {images} images by {METRICS[name].label}" for name, share in wins.items()]
+    _show_pairs("Protocol", found.refusals, "The same protocol and equal bits per image: the two may be ranked.")
+    if found.refusals:
+        _say(f"The two must not be ranked against each other: they differ in {', '.join(found.refusals)}.")
+    stdout.print(metric_table(found.changes))
+    if found.wins:
+        each = f"% of {found.images} images by"
+        shares = [f"{100 * share:.0f} {each} {METRICS[name].label}" for name, share in found.wins.items()]
         _say(f"B better on {', '.join(shares)}.")
 
 

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.files import atomic_path
 
-from .frames import METRICS, PRIOR_METRICS, TOKENIZER, machines, main_metric, protocols, settings, summary
+from .frames import CLOCKED, METRICS, PRIOR_METRICS, machines, main_metric, protocols, settings, summary
 from .galleries import learning_curves, reconstructions, samples
 from .looks import (
     BITS,
@@ -66,10 +66,9 @@ def draw(
 ) -> list[Chart]:
     """Draws what ``table`` (of ``frame``) can show into ``folder/NAME.png`` and ``NAME.svg``.
 
-    ``priors`` (of ``prior_frame``) are those over the codes of ``table``. ``importances`` has one row per ``backbone``
-    and ``parameter`` with its ``importance``, which sums to 1 within a backbone. Returns the charts in
-    reading order; none for rows without scores. Equal rows give equal bytes. Raises OSError where ``folder`` cannot be
-    written.
+    ``priors`` is the frame of those over the codes of ``table``. ``importances`` has one row per ``backbone`` and
+    ``parameter`` with its ``importance``, which sums to 1 within a backbone. Returns the charts in reading order; none
+    for rows without scores. Equal rows give equal bytes. Raises OSError where ``folder`` cannot be written.
     """
     charts = []
     with matplotlib.rc_context(STYLE):
@@ -134,10 +133,8 @@ def _series(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str, means: bo
         look = look_of(name)
         own = rows[rows.backbone == name]
         at = x[own.index] + dodge * (index - (len(names) - 1) / 2)
-        size = 9 if means else 24
-        axes.scatter(
-            at, own[metric], s=size, alpha=0.5, linewidths=0, rasterized=len(own) > 200, **look
-        )  # an SVG of more is large
+        size, many = 9 if means else 24, len(own) > 200  # an SVG holds many as an image
+        axes.scatter(at, own[metric], s=size, alpha=0.5, linewidths=0, rasterized=many, **look)
         mean, std = own[metric].groupby(at).mean(), own[metric].groupby(at).std()
         if means and dodge:
             axes.errorbar(mean.index, mean, std, linestyle="none", markersize=5, capsize=2, **look)
@@ -309,7 +306,7 @@ def cost(scope: Scope) -> Iterator[Drawing]:
     table = summary(scope.rows)
     costs = ("params", "flops", "train_seconds", "images_per_second_decode")
     scored = [name for name in costs if scope.rows[name].notna().any()]
-    names = [name for name in scored if machines(scope.rows) == 1 or name not in TOKENIZER.clocked]
+    names = [name for name in scored if machines(scope.rows) == 1 or name not in CLOCKED]
     if len(table) < 2 or not names:
         return
     varied = settings(scope.rows)

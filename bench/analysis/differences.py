@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bench.core.store import Run
 
-from .frames import METRICS, TOKENIZER, Metric, differing, frame
+from .frames import CLOCKED, METRICS, Metric, differing, frame
 
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
@@ -21,22 +21,16 @@ class Change(NamedTuple):
     verdict: str
 
 
-class Scores(NamedTuple):
-    """``refusals`` say why two finished runs must not be ranked against each other. ``wins`` is by metric on which
-    share of ``images`` B is better; empty where that is not known, or the two are not ranked."""
+class Difference(NamedTuple):
+    """How run B differs from run A. The rest is empty unless both are finished: why the two must not be ranked against
+    each other, metrics that both have, and where known, by metric, on which share of ``images`` B is better."""
 
+    config: Pairs
+    environment: Pairs
     refusals: Pairs
     changes: list[Change]
     wins: dict[str, float]
     images: int
-
-
-class Difference(NamedTuple):
-    """How run B differs from run A; ``scores`` is None unless both are finished."""
-
-    config: Pairs
-    environment: Pairs
-    scores: Scores | None
 
 
 def compare(a: Run, b: Run) -> Difference:
@@ -44,16 +38,16 @@ def compare(a: Run, b: Run) -> Difference:
     config = _unequal(a.config(), b.config())
     environment = _unequal(_flat(a.environment()), _flat(b.environment()))
     if not (a.finished and b.finished):
-        return Difference(config, environment, None)
+        return Difference(config, environment, {}, [], {}, 0)
     table = frame([a, b])
     refusals = differing(table[:1], table[1:])
     ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
     if environment.keys() & {"processor", "threads"}:
-        ranked -= set(TOKENIZER.clocked)
+        ranked -= set(CLOCKED)
     both = [name for name in METRICS if name in table and not table[name].isna().any()]
     changes = [_change(METRICS[name], *table[name], name in ranked) for name in both]
     scored = ranked and all((run.folder / "per_image.npz").is_file() for run in (a, b))
-    return Difference(config, environment, Scores(refusals, changes, *(_wins(a, b) if scored else ({}, 0))))
+    return Difference(config, environment, refusals, changes, *(_wins(a, b) if scored else ({}, 0)))
 
 
 def _change(metric: Metric, a: float, b: float, ranked: bool) -> Change:

@@ -86,6 +86,12 @@ PRIOR_METRICS: dict[str, Metric] = {
     "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
     "train_seconds": Metric("train s", ".0f", "lower"),
 }
+# True of one machine only.
+CLOCKED = (
+    *("images_per_second_encode", "images_per_second_decode"),
+    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+)
+REFERENCES = ("_kmeans", "_real", "_shuffled")  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
 
@@ -104,8 +110,6 @@ class Kind(NamedTuple):
     settings: tuple[str, ...]  # those of them that a table lists where several values were run, in its order
     models: tuple[str, ...]  # columns that name what was trained
     metrics: dict[str, Metric]
-    references: tuple[str, ...]  # suffixes of metrics that were measured of something else, for comparison
-    clocked: tuple[str, ...]  # metrics that are true of one machine only
     environment: tuple[str, ...]
 
 
@@ -131,8 +135,6 @@ TOKENIZER = Kind(
     settings=tuple(name for name in CONFIG if name not in IDENTITY),
     models=("backbone",),
     metrics=METRICS,
-    references=("_kmeans",),
-    clocked=("images_per_second_encode", "images_per_second_decode", "train_seconds"),
     environment=("commit", "processor", "threads"),
 )
 _RENAMED = tuple(map(_renamed, CONFIG))
@@ -146,8 +148,6 @@ PRIOR = Kind(
     ),
     models=("backbone", "prior"),
     metrics=PRIOR_METRICS,
-    references=("_real", "_shuffled"),
-    clocked=("images_per_second_sample", "sampling_speedup", "train_seconds"),
     environment=("processor", "threads"),
 )
 
@@ -163,7 +163,7 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
     rows = [_row(run, kind) for run in runs]
     columns = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
     table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
-    numeric = [name for name in table if name in kind.metrics or name.endswith(kind.references)]
+    numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
     table[numeric] = table[numeric].astype(float)
     return table
 

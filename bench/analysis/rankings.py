@@ -11,9 +11,9 @@ import pandas as pd
 
 from .frames import (
     BUDGETS,
+    CLOCKED,
     METRICS,
     PRIOR,
-    TOKENIZER,
     UNMATCHED,
     blocks,
     differing,
@@ -33,7 +33,7 @@ SCORES = (
     *("grid_edges", "perplexity", "usage"),
 )
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
-RANKED = (*SCORES, *FIXED, *TOKENIZER.clocked)  # dead codes are (1 − usage) · K
+RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))  # dead codes are (1 − usage) · K
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
     *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copies", "params_prior", "flops_prior"),
@@ -53,7 +53,7 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     names = [name for name in RANKED if name in table]
     off = unmatched(table)
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
-    unequal = [name for name in TOKENIZER.clocked if name in names and machines(block) > 1]
+    unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
     notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
@@ -107,7 +107,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     table = summary(block, kind=PRIOR).sort_values(main, kind="stable")
     by = [*table.columns[: table.columns.get_loc("n")], "n"]
     names = [name for name in GENERATED if name in table]
-    rows = _ranked(table, by, names, PRIOR.clocked if machines(block) > 1 else ())
+    rows = _ranked(table, by, names, CLOCKED if machines(block) > 1 else ())
     references = []
     for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
         for backbone, own in block.groupby("backbone"):

@@ -46,19 +46,10 @@ def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
 
 
 def _telling(groups: list[pd.DataFrame]) -> list[str]:
-    """As few protocol columns as tell the groups apart, digests only where nothing readable does."""
-    if len(groups) < 2:
-        return []
-    heads = pd.concat([group.head(1) for group in groups]).astype(str)
-    names = [name for name in heads if name.startswith("protocol_")]
-    chosen, apart = [], 1
-    readable = ["protocol_data", "protocol_image_size"]
-    digests = ["protocol_fingerprint", "protocol_split"]
-    for name in sorted(names, key=lambda name: (name in digests) - (name in readable)):
-        count = len(heads[[*chosen, name]].drop_duplicates())
-        if count > apart:
-            chosen, apart = [*chosen, name], count
-    return chosen
+    """Protocol columns that tell the groups apart: those that a reader knows, else the first that does."""
+    heads = pd.concat([group.head(1) for group in groups]).astype(str) if groups else pd.DataFrame()
+    names = [name for name in heads if name.startswith("protocol_") and heads[name].nunique() > 1]
+    return [name for name in names if name in ("protocol_data", "protocol_image_size")] or names[:1]
 
 
 def block_scopes(scope: Scope, protocols_drawn: int) -> list[Scope]:

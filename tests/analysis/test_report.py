@@ -15,12 +15,11 @@ import pytest
 from PIL import Image
 
 from bench import report as command
-from bench.analysis import charts, contents, pages, rankings, tables
+from bench.analysis import charts, contents, rankings, report, tables
 from bench.analysis.contents import Report, Selection, select
-from bench.analysis.frames import CONFIG, METRICS, PRIOR, TOKENIZER, blocks, frame, with_rates
-from bench.analysis.pages import markdown
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
-from bench.analysis.report import write_report
+from bench.analysis.report import markdown, write_report
 from bench.analysis.statistics import Verdict
 from bench.analysis.tables import NONE, heading
 from bench.core.errors import UserError
@@ -113,17 +112,18 @@ def test_ties_as_shown_are_all_marked(store):
 
 @pytest.mark.parametrize("machine", [{"threads": 64}, {"processor": "y"}])
 def test_clocks_of_different_machines_are_not_ranked(machine):
-    scores = {"lpips_alex": 0.3, "params": 1e6} | dict.fromkeys(TOKENIZER.clocked, 10.0)
+    clocked = [name for name in CLOCKED if name in METRICS]
+    scores = {"lpips_alex": 0.3, "params": 1e6} | dict.fromkeys(clocked, 10.0)
     other = {name: 2 * value for name, value in scores.items()}
     failed = made((smoke(), {}), status="diverged")[:0]
     sheet = ranking(made((smoke(), scores), (smoke("vit"), other)), failed)
-    assert {name: bold(sheet, name) for name in TOKENIZER.clocked} == {
+    assert {name: bold(sheet, name) for name in clocked} == {
         "train_seconds": {"cnn"},
         "images_per_second_encode": {"vit"},
         "images_per_second_decode": {"vit"},
     }
     sheet = ranking(made((smoke(), scores), (smoke("vit"), other | machine)), failed)
-    assert all(bold(sheet, name) == set() for name in TOKENIZER.clocked)
+    assert all(bold(sheet, name) == set() for name in clocked)
     assert bold(sheet, "params") == {"cnn"}
     assert any("2 different machines" in note and METRICS["train_seconds"].label in note for note in sheet.notes)
 
@@ -855,7 +855,7 @@ def test_columns_of_numbers_may_have_gaps_and_are_aligned_to_the_right():
         ["backbone", "psnr"], [[CELL("vit", order="vit"), CELL("2.00", "± 1", 2.0, True)], [CELL("a\n|b"), GAP]]
     )
     assert sheet.numeric == [False, True]
-    assert pages._markdown(sheet).splitlines() == [
+    assert report._markdown(sheet).splitlines() == [
         *("| backbone | PSNR dB ↑ |", "| --- | ---: |"),
         *("| vit | **2.00 ± 1** |", r"| a \|b | – |"),
     ]
@@ -867,7 +867,7 @@ def test_markdown_has_facts_rankings_and_verdicts_and_no_heading_without_rows(st
     text = markdown(found)
     assert text.startswith("# All runs\n\n- backbones: cnn, vit\n- swept: beta 0.25, 1\n")
     assert "\n\nover beta 0.25, 1:\n\n- " in text
-    assert all(f"\n- {pages._inline(sentence)}" in text for sentence in found.blocks[0].headline)
+    assert all(f"\n- {report._inline(sentence)}" in text for sentence in found.blocks[0].headline)
     assert not re.search("^## (Not ranked|Without)", text, re.M)
     failed = fabricate_failed(store, make_config("vit", "smoke", seed=9))
     fabricate(store, make_config("vit", "smoke", codebook_size=16))
@@ -890,7 +890,7 @@ def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store
     sweep(store, EFFECTS, betas=(0.25, 1.0, 2.0, 4.0, 8.0))
     fabricate(store, make_config("vit", "smoke", codebook_size=16))
     found = report_of(store)
-    pages.show(found)
+    report.show(found)
     out = capsys.readouterr().out
     block = found.blocks[1]
     table = out[out.index(block.title) :].split("over beta")[0].splitlines()
@@ -905,7 +905,7 @@ def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store
 
 
 def test_the_terminal_is_silent_about_what_there_is_not(capsys):
-    pages.show(about((smoke(), {"psnr": 20.0})))
+    report.show(about((smoke(), {"psnr": 20.0})))
     out = capsys.readouterr().out
     assert not {"ranked", "Generation", "over"} & set(out.split())
 
