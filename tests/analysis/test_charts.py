@@ -302,6 +302,9 @@ def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost,
     points = axes.transData.transform([(row[cost], row[metric]) for row in rows])
     assert not any(box.contains(*point) for box in boxes for point in points)
     assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+    for box, (x, y) in zip(boxes, points[[0, 1, 4]], strict=True):  # on the cheaper and better side
+        assert (box.x1 < x) == (METRICS[cost].better == "lower")
+        assert (box.y0 > y) == (METRICS[metric].better == "higher")
     assert "Beside the rings: β. " in drawing.caption
     several = [missing | row | {"lr": 0.1 + i} for i, row in enumerate(rows)]
     backbones = [missing | row | {"beta": 1.0, "backbone": who} for row, who in zip(rows, FIVE, strict=False)]
