@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import tyro
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.frames import CLOCKED, METRICS, differing, frame
+from bench.analysis.differences import Change, Pairs, compare
+from bench.analysis.frames import METRICS
 from bench.core.cli import guarded
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
@@ -55,72 +55,41 @@ def show(a: Run, b: Run) -> None:
     for letter, run in (("A", a), ("B", b)):
         _say(f"{letter}: {run.folder}" + ("" if run.finished else f" ({run.status}: {run.reason or 'no scores yet'})"))
 
-    config = _differences(a.config(), b.config())
-    _show_pairs("Configuration", config, "The same configuration.")
-    if set(config) == {"seed"}:
+    found = compare(a, b)
+    _show_pairs("Configuration", found.config, "The same configuration.")
+    if set(found.config) == {"seed"}:
         _say("The same configuration with another seed: the differences are seed noise.")
-    environment = _differences(_flat(a.environment()), _flat(b.environment()))
-    _show_pairs("Environment", environment, "The same environment.")
+    _show_pairs("Environment", found.environment, "The same environment.")
     if not (a.finished and b.finished):
         _say("No metrics to compare: both runs must be finished.")
         return
 
-    table = frame([a, b])
-    refusals = differing(table[:1], table[1:])
-    _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
-    if refusals:
-        _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
-    ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
-    if environment.keys() & {"processor", "threads"}:
-        ranked -= set(CLOCKED)
-    stdout.print(metric_table(table, ranked))
-    if ranked and all((run.folder / "per_image.npz").is_file() for run in (a, b)):
-        _say(image_line(a, b))
+    _show_pairs("Protocol", found.refusals, "The same protocol and equal bits per image: the two may be ranked.")
+    if found.refusals:
+        _say(f"The two must not be ranked against each other: they differ in {', '.join(found.refusals)}.")
+    stdout.print(metric_table(found.changes))
+    if found.wins:
+        each = f"% of {found.images} images by"
+        shares = [f"{100 * share:.0f} {each} {METRICS[name].label}" for name, share in found.wins.items()]
+        _say(f"B better on {', '.join(shares)}.")
 
 
-def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
-    """Metrics that both rows of ``table`` (A, then B) have; those in ``ranked`` get a word on B."""
+def metric_table(changes: list[Change]) -> Table:
+    """A row per metric that both runs have, with a word on B where the two may be ranked."""
     shown = Table(title="Metrics", title_justify="left", box=box.SIMPLE_HEAD)
     shown.add_column("metric", no_wrap=True)
     for heading in ("A", "B", "B - A", "change"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("B is")
-    for name, metric in METRICS.items():
-        if name not in table or table[name].isna().any():
-            continue
-        a, b = table[name]
-        numbers = [f"{value:{metric.form}}" for value in (a, b)]
-        word = "–"
-        if name in ranked:
-            good, bad = "[green]better[/]", "[red]worse[/]"
-            word = "equal" if numbers[0] == numbers[1] else good if (b < a) == (metric.better == "lower") else bad
+    words = {"better": "[green]better[/]", "worse": "[red]worse[/]", "equal": "equal", "": "–"}
+    for metric, a, b, verdict in changes:
+        numbers = [f"{value:{metric.form}}" for value in (a, b)] + [f"{b - a:+{metric.form}}"]
         change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
-        shown.add_row(f"{metric.label} {metric.arrow}", *numbers, f"{b - a:+{metric.form}}", change, word)
+        shown.add_row(f"{metric.label} {metric.arrow}", *numbers, change, words[verdict])
     return shown
 
 
-def image_line(a: Run, b: Run) -> str:
-    """On what share of the validation images B has the better score; both runs scored the same images."""
-    scores_a, scores_b = a.per_image(), b.per_image()
-    gains = {name: scores_b[name] - scores_a[name] for name in METRICS if name in scores_a and name in scores_b}
-    wins = {name: gain < 0 if METRICS[name].better == "lower" else gain > 0 for name, gain in gains.items()}
-    shares = [f"{100 * won.mean():.0f} % of {len(won)} images by {METRICS[name].label}" for name, won in wins.items()]
-    return f"B better on {', '.join(shares)}."
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Entries that are not equal: name → (value in ``a``, value in ``b``)."""
-    pairs = {name: (a.get(name), b.get(name)) for name in {**a, **b}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _flat(environment: dict[str, Any]) -> dict[str, Any]:
-    versions = environment.get("versions", {})
-    rest = {name: value for name, value in environment.items() if name != "versions"}
-    return rest | {f"versions.{name}": version for name, version in versions.items()}
-
-
-def _show_pairs(title: str, pairs: dict[str, tuple[Any, Any]], otherwise: str) -> None:
+def _show_pairs(title: str, pairs: Pairs, otherwise: str) -> None:
     if not pairs:
         _say(otherwise)
         return

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.frames import PRIOR_METRICS
+from bench.analysis.tables import Group, score_table
 from bench.core.cli import guarded
 from bench.core.errors import Diverged, UserError
 from bench.core.progress import console, say, stdout
@@ -34,15 +34,6 @@ COLUMNS = (
     *("coded_bits_per_token", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
     *("precision_vgg16", "recall_vgg16", "copies", "images_per_second_sample", "train_seconds"),
 )
-SHORT = {  # headings, by lines
-    "coded_bits_per_token": "bits/\ntoken",
-    "coded_bits_per_pixel": "bits/\npixel",
-    "precision_vgg16": "prec.\n",
-    "recall_vgg16": "rec.\n",
-    "copies": "copies\n",
-    "images_per_second_sample": "draw\n/s",
-    "train_seconds": "train\ns",
-}
 
 
 @dataclass(frozen=True)
@@ -105,35 +96,14 @@ def work(arguments: list[str]) -> int:
 
 def result_table(runs: list[Run]) -> Table:
     """One row per prior, and the floors and ceilings under them; the best over one tokenizer's codes is bold."""
-    rows = [(run.config(), run.metrics()) for run in runs]
-    shown = {name: PRIOR_METRICS[name] for name in COLUMNS if all(name in metrics for _, metrics in rows)}
-    several = len({config["tokenizer"] for config, _ in rows}) > 1
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("prior, seed", no_wrap=True)
-    table.add_column("M\npar.", justify="right", no_wrap=True)
-    for name, metric in shown.items():
-        heading = SHORT.get(name, metric.label.replace(" ", "\n"))
-        table.add_column(f"{heading}\n{metric.arrow}", justify="right", no_wrap=True)
-    for index, (config, metrics) in enumerate(rows):
-        if several and (index == 0 or config["tokenizer"] != rows[index - 1][0]["tokenizer"]):
-            table.add_row(f"[italic]{config['tokenizer']}[/]")
-        cells = [f"{metrics['params_prior'] / 1e6:.2f}" if metrics["params_prior"] else "–"]
-        rivals = [other for its, other in rows if its["tokenizer"] == config["tokenizer"]]
-        for name, metric in shown.items():
-            values = [other[name] for other in rivals]
-            best = {"lower": min(values), "higher": max(values), "": None}[metric.better]
-            bold = len(rivals) > 1 and metrics[name] == best
-            cells.append(f"[bold]{metrics[name]:{metric.form}}[/]" if bold else f"{metrics[name]:{metric.form}}")
-        table.add_row(f"{config['prior']} {config['seed']}", *cells)
-        last = index + 1 == len(rows) or rows[index + 1][0]["tokenizer"] != config["tokenizer"]
-        if last:
-            table.add_section()
-            for name, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
-                values = [metrics.get(f"{column}{name}") for column in shown]
-                shows = zip(values, shown.values(), strict=True)
-                table.add_row(label, "–", *("–" if value is None else f"{value:{m.form}}" for value, m in shows))
-            table.add_section()
-    return table
+    groups = []
+    for tokenizer, own in groupby(runs, lambda run: run.config()["tokenizer"]):
+        rows = [(f"{run.config()['prior']} {run.config()['seed']}", run.metrics()) for run in own]
+        rows = [(label, metrics["params_prior"], metrics) for label, metrics in rows]
+        groups.append(Group(rows, [("real codes", "_real"), ("shuffled codes", "_shuffled")], title=tokenizer))
+    if len(groups) == 1:
+        groups = [groups[0]._replace(title="")]
+    return score_table("prior, seed", COLUMNS, groups)
 
 
 def protocol_line(run: Run) -> str:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-from bench.analysis.frames import METRICS, UNMATCHED, frame, unmatched
+from bench.analysis.frames import UNMATCHED, frame, unmatched
+from bench.analysis.tables import Group, score_table
 from bench.core.cli import guarded
 from bench.core.errors import Diverged
 from bench.core.progress import console, stdout
@@ -47,7 +47,6 @@ COLUMNS = (
     *("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
 )
-SHORT = {"perplexity": "perp.\n", "images_per_second_encode": "enc.\n/s", "images_per_second_decode": "dec.\n/s"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,34 +89,18 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
     rows = [(run.config(), run.metrics()) for run in runs]
     off = unmatched(frame(runs))
+    marks = [f" {UNMATCHED}" if marked else "" for marked in off]
+    group = Group(
+        rows=[
+            (f"{config['backbone']} {config['quantizer']} {config['seed']}{mark}", metrics["params"], metrics)
+            for (config, metrics), mark in zip(rows, marks, strict=True)
+        ],
+        references=[("k-means on patches", "_kmeans")],
+        diverged=[f"{config.backbone} {config.quantizer} {config.seed}" for config, _ in failed],
+    )
     config, metrics = rows[0]
-    shown = {name: METRICS[name] for name in COLUMNS if all(name in metrics for _, metrics in rows)}
-    best = {
-        name: (min if metric.better == "lower" else max)(metrics[name] for _, metrics in rows)
-        for name, metric in shown.items()
-    }
-
     bits = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {config['codebook_size']}"
-    table = Table(title=bits, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("tokenizer, seed", no_wrap=True)
-    table.add_column("M\npar.", justify="right", no_wrap=True)
-    for name, metric in shown.items():
-        heading = SHORT.get(name, metric.label.replace(" ", "\n"))
-        table.add_column(f"{heading}\n{metric.arrow}", justify="right", no_wrap=True)
-
-    for (config, metrics), marked in zip(rows, off, strict=True):
-        cells = [f"{(metrics['params_encoder'] + metrics['params_decoder']) / 1e6:.2f}"]
-        for name, metric in shown.items():
-            bold = len(rows) > 1 and metrics[name] == best[name]
-            cells.append(f"[bold]{metrics[name]:{metric.form}}[/]" if bold else f"{metrics[name]:{metric.form}}")
-        mark = f" {UNMATCHED}" if marked else ""
-        table.add_row(f"{config['backbone']} {config['quantizer']} {config['seed']}{mark}", *cells)
-    for config, _ in failed:
-        table.add_row(f"{config.backbone} {config.quantizer} {config.seed}", "[red]diverged[/]")
-    table.add_section()
-    reference = {name: metrics.get(f"{name}_kmeans") for name in shown}
-    cells = ["–" if value is None else f"{value:{shown[name].form}}" for name, value in reference.items()]
-    table.add_row("k-means on patches", "–", *cells)
+    table = score_table("tokenizer, seed", COLUMNS, [group], bits)
     if off.any():
         table.caption = f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"
     return table

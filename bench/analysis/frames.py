@@ -7,7 +7,7 @@ and equal bits per image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
     "train_seconds": Metric("train s", ".0f", "lower"),
     "score_seconds": Metric("score s", ".0f", ""),
 }
-# Of priors, in frames of their own (``prior_frame``).
+# Of priors, in frames of their own.
 PRIOR_METRICS: dict[str, Metric] = {
     "coded_bits_per_token": Metric("bits per token", ".3f", "lower"),
     "coded_bits_per_image": Metric("coded bits per image", ".0f", "lower"),
@@ -86,8 +86,12 @@ PRIOR_METRICS: dict[str, Metric] = {
     "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
     "train_seconds": Metric("train s", ".0f", "lower"),
 }
-PRIOR_CLOCKED = ("images_per_second_sample", "sampling_speedup", "train_seconds")
-CLOCKED = ("images_per_second_encode", "images_per_second_decode", "train_seconds")  # true of one machine only
+# True of one machine only.
+CLOCKED = (
+    *("images_per_second_encode", "images_per_second_decode"),
+    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+)
+REFERENCES = ("_kmeans", "_real", "_shuffled")  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
 
@@ -98,71 +102,83 @@ DEFAULTS = {field.name: field.default for field in fields(Config) if field.defau
 IDENTITY = ("backbone", "seed", "device", "precision", "data", "image_size")
 
 
-def frame(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row per run: ``run_id``, ``status``, ``reason``, every Config field, every metric, ``params`` and ``flops``
-    (encoder + decoder), ``protocol_*``, ``commit``, ``processor``, ``threads``.
+class Kind(NamedTuple):
+    """What frames of tokenizers and of priors do not have in common."""
 
-    A run that was not finished has its Config, its bits (from the Config) and missing metrics. Its folder's path is in
-    ``folder``. Columns exist also when there are no rows.
-    """
-    rows = [_row(run) for run in runs]
-    columns = ["run_id", "status", "reason", *CONFIG, *METRICS, "commit", "processor", "threads", "folder"]
-    table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
-    numeric = [name for name in table if name in METRICS or name.endswith("_kmeans")]
-    table[numeric] = table[numeric].astype(float)
-    return table
+    row: Callable[[Run], dict[str, Any]]  # what was set in a run, by column
+    fields: tuple[str, ...]  # those columns
+    settings: tuple[str, ...]  # those of them that a table lists where several values were run, in its order
+    models: tuple[str, ...]  # columns that name what was trained
+    metrics: dict[str, Metric]
+    environment: tuple[str, ...]
 
 
-def _row(run: Run) -> dict[str, Any]:
-    config, environment = run.config(), run.environment()
-    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **DEFAULTS, **config}
-    row |= {name: environment.get(name) for name in ("commit", "processor", "threads")}
-    row["folder"] = str(run.folder)
+def _tokenizer_row(run: Run) -> dict[str, Any]:
+    config = {**DEFAULTS, **run.config()}
     bits = config["grid_size"] ** 2 * math.log2(config["codebook_size"])
-    row |= {"tokens": config["grid_size"] ** 2, "bits_per_image": bits}
-    row["bits_per_pixel"] = bits / config["image_size"] ** 2
-    if run.finished:
-        row |= run.metrics()
-        row |= {f"protocol_{name}": value for name, value in run.protocol().items()}
-    return row
+    config |= {"tokens": config["grid_size"] ** 2, "bits_per_image": bits}
+    return {**config, "bits_per_pixel": bits / config["image_size"] ** 2}
 
 
-def prior_frame(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row per prior: ``run_id``, ``status``, ``reason``, every PriorConfig field, those Config fields of its
-    tokenizer that PriorConfig does not have, the others as ``tokenizer_FIELD``, every metric, ``tokenizer_digest``,
-    ``protocol_*``, ``processor``, ``threads`` and ``folder``.
+def _prior_row(run: Run) -> dict[str, Any]:
+    return {**{_renamed(name): value for name, value in run.tokenizer().items()}, **run.config()}
 
-    A prior that was not finished has missing metrics. Columns exist also when there are no rows.
+
+def _renamed(name: str) -> str:
+    """What a Config field is called in a prior's row: another name where PriorConfig has that field too."""
+    return f"tokenizer_{name}" if name in PRIOR_CONFIG else name
+
+
+TOKENIZER = Kind(
+    row=_tokenizer_row,
+    fields=CONFIG,
+    settings=tuple(name for name in CONFIG if name not in IDENTITY),
+    models=("backbone",),
+    metrics=METRICS,
+    environment=("commit", "processor", "threads"),
+)
+_RENAMED = tuple(map(_renamed, CONFIG))
+PRIOR = Kind(
+    row=_prior_row,
+    fields=(*PRIOR_CONFIG, *_RENAMED),
+    settings=tuple(
+        name
+        for name in sorted((*_RENAMED, *PRIOR_CONFIG), key=lambda name: name.startswith("tokenizer_"))
+        if name.removeprefix("tokenizer_") not in ("tokenizer", "prior", *IDENTITY)
+    ),
+    models=("backbone", "prior"),
+    metrics=PRIOR_METRICS,
+    environment=("processor", "threads"),
+)
+
+
+def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
+    """One row per run: ``run_id``, ``status``, ``reason``, what was set, every metric, ``protocol_*``, the machine and
+    the path of its ``folder``.
+
+    Of a tokenizer every Config field. Of a prior every PriorConfig field, those Config fields of its tokenizer that
+    PriorConfig does not have, the others as ``tokenizer_FIELD``, and ``tokenizer_digest``. A run that was not finished
+    has missing metrics, but its bits, which follow from the Config. Columns exist also when there are no rows.
     """
-    rows = []
-    for run in runs:
-        over = {f"tokenizer_{name}" if name in PRIOR_CONFIG else name: own for name, own in run.tokenizer().items()}
-        row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **over, **run.config()}
-        row |= {name: run.environment().get(name) for name in ("processor", "threads")}
-        if run.finished:
-            protocol = run.protocol()
-            row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
-            row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}
-        rows.append({**row, "folder": str(run.folder)})
-    fields_of_both = [f"tokenizer_{name}" if name in PRIOR_CONFIG else name for name in CONFIG]
-    columns = ["run_id", "status", "reason", *PRIOR_CONFIG, *fields_of_both, *PRIOR_METRICS, "processor", "threads"]
-    columns += ["folder"]
+    rows = [_row(run, kind) for run in runs]
+    columns = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
     table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
-    numeric = [name for name in table if name in PRIOR_METRICS or name.endswith(("_real", "_shuffled"))]
+    numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
     table[numeric] = table[numeric].astype(float)
     return table
 
 
-def prior_settings(priors: pd.DataFrame) -> list[str]:
-    """What was set differently among ``priors`` of one kind over tokenizers of one backbone, the seed apart."""
-    names = [name for name in CONFIG if name not in PRIOR_CONFIG]
-    names += [*PRIOR_CONFIG, *(f"tokenizer_{name}" for name in CONFIG if name in PRIOR_CONFIG)]
-    apart = {"tokenizer", "prior", *IDENTITY, *(f"tokenizer_{name}" for name in IDENTITY)}
-    names = [name for name in names if name not in apart]
-    if priors.empty:
-        return []
-    counts = priors.groupby(["backbone", "prior"])[names].nunique(dropna=False).max()
-    return list(counts.index[counts > 1])
+def _row(run: Run, kind: Kind) -> dict[str, Any]:
+    environment = run.environment()
+    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **kind.row(run)}
+    row |= {name: environment.get(name) for name in kind.environment}
+    row["folder"] = str(run.folder)
+    if run.finished:
+        protocol = run.protocol()
+        if "tokenizer" in protocol:
+            row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
+        row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}
+    return row
 
 
 def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:
@@ -202,37 +218,57 @@ def differing(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def settings(table: pd.DataFrame) -> list[str]:
-    """Config fields that take several values within one backbone: what an ablation swept. The seed is not one."""
-    names = [name for name in CONFIG if name not in IDENTITY]
-    counts = table.groupby("backbone")[names].nunique(dropna=False) if len(table) else pd.DataFrame()
-    return [name for name in names if len(counts) and counts[name].max() > 1]
+def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
+    """Fields that take several values within one model: what an ablation swept. The seed is not one."""
+    if table.empty:
+        return []
+    counts = table.groupby(list(kind.models))[list(kind.settings)].nunique(dropna=False).max()
+    return list(counts.index[counts > 1])
 
 
 def uneven(table: pd.DataFrame) -> list[str]:
     """Config fields that are fixed within each backbone but differ from one backbone to another, such as width."""
-    names = [name for name in CONFIG if name not in IDENTITY and name not in settings(table)]
+    swept = settings(table)
+    names = [name for name in TOKENIZER.settings if name not in swept]
     return [name for name in names if table[name].nunique(dropna=False) > 1]
 
 
-def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Mean and spread over seeds: one row per backbone and setting of a block.
+def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kind = TOKENIZER) -> pd.DataFrame:
+    """Mean and spread over seeds: one row per model and setting of a block.
 
-    Columns: ``backbone``, the settings, ``n`` (scored seeds), ``failed`` (rows of
-    ``unscored`` with the block's data, image size and bits, whether the same setting was ever scored or not), and per
-    metric ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
+    Columns: ``backbone``, the settings, of priors ``prior``, ``n`` (scored seeds), ``failed`` (rows of ``unscored``
+    with the block's data, image size and bits, whether the same setting was ever scored or not), and per metric
+    ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
     """
     failed = block.iloc[:0]
     if unscored is not None and len(unscored):
         failed = unscored.merge(block[["data", "image_size", "bits_per_image"]].drop_duplicates())
-    by = ["backbone", *settings(pd.concat([block, failed]))]
-    names = [name for name in METRICS if name in block and block[name].notna().any()]
+    first, *others = kind.models
+    by = [first, *settings(pd.concat([block, failed]), kind), *others]
+    names = [name for name in kind.metrics if name in block and block[name].notna().any()]
     groups = block.groupby(by, dropna=False)
     table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)
     table = table[[column for name in names for column in (name, f"{name}_std")]]
     sizes = [groups.size(), failed.groupby(by, dropna=False).size()]
     counts = pd.concat(sizes, axis=1, keys=["n", "failed"], sort=False)  # values may be of several types
     return counts.fillna(0).astype(int).join(table).reset_index()
+
+
+def main_metric(table: pd.DataFrame) -> str:
+    """The column that ranks the finished rows of ``table``: an LPIPS that no run was trained on, where there is one.
+
+    A perceptual loss flatters its own metric: runs trained on lpips_alex are ranked by lpips_vgg, others by lpips_alex.
+    Falls back to the LPIPS that was scored, then to psnr.
+    """
+    scored = table[table.status == "finished"]
+    trained_on = (scored.lpips_weight > 0) & (scored.lpips_net == "alex")
+    names = ("lpips_vgg", "lpips_alex") if trained_on.any() else ("lpips_alex", "lpips_vgg")
+    return next((name for name in names if scored[name].notna().any()), "psnr")
+
+
+def machines(table: pd.DataFrame) -> int:
+    """On how many kinds of machine rows were made: clocked metrics of several are not compared."""
+    return len(table[["processor", "threads"]].drop_duplicates())
 
 
 def unmatched(table: pd.DataFrame) -> pd.Series:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,8 @@ import pandas as pd
 from scipy import stats
 
 from bench.core.store import Run
-from bench.tokenizers.config import Config
 
-from .frames import METRICS, settings
+from .frames import DEFAULTS, METRICS, settings
 
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
@@ -146,13 +145,12 @@ def setting_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> 
     The reference is the Config field's default where it was run, else the smallest value. Other swept settings are
     paired and averaged, seeds counted and verdicts reached as in ``backbone_verdicts``.
     """
-    defaults = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
     swept, pairs = settings(block), []
     for name in swept:
         coded, known = _coded(block, [other for other in swept if other != name])
         for backbone, rows in coded.groupby("backbone"):
             sides = _sides(rows, name, metrics)
-            default = defaults[name] if defaults.get(name) in sides else min(sides)
+            default = DEFAULTS[name] if DEFAULTS.get(name) in sides else min(sides)
             for value in sides:
                 if value != default:
                     names = f"{name}={_text(value)}", f"{name}={_text(default)}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -28,6 +30,15 @@ def tile(rows: list[np.ndarray], scale: int) -> Image.Image:
             sheet[r * (height + GAP) :, c * (width + GAP) :][:height, :width] = image
     picture = Image.fromarray(sheet)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def label_rows(axes: Axes, height: int, words: list[str], **style: Any) -> None:
+    """Writes ``words`` beside the rows of a picture of that height in pixels."""
+    axes.set_yticks([(i + 0.5) * height / len(words) for i in range(len(words))], words, **style)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.grid(False)
+    sns.despine(ax=axes, left=True, bottom=True)
 
 
 def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) -> None:
@@ -92,12 +103,7 @@ def _picture(path: Path, rows: list[np.ndarray], words: list[str], title: str, w
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="none")
     axes.set_title(title, loc="left")
-    places = [(i + 0.5) * sheet.height / len(words) for i in range(len(words))]
-    axes.set_yticks(places, words)
-    axes.tick_params(length=0)
-    axes.set_xticks([])
-    axes.grid(False)
-    sns.despine(ax=axes, left=True, bottom=True)
+    label_rows(axes, sheet.height, words)
     _save(figure, path)
 
 

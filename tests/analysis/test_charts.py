@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from backbones import BACKBONES
-from bench.analysis import charts
-from bench.analysis.charts import Scope, controlled, draw, main_metric, pareto
-from bench.analysis.frames import METRICS, frame, prior_frame
+from bench.analysis import charts, galleries, looks, slices
+from bench.analysis.charts import draw, pareto
+from bench.analysis.frames import METRICS, PRIOR, frame, main_metric
+from bench.analysis.slices import Scope, controlled
 from bench.core.store import Store
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, sweep
@@ -98,7 +99,7 @@ def test_every_chart_is_a_png_and_an_svg_whose_text_is_text(drawn):
         assert chart.path == folder / f"{name}.png"
         with Image.open(chart.path) as picture:
             picture.load()
-            assert picture.width == round(charts.WIDTH * charts.DPI)
+            assert picture.width == round(looks.WIDTH * looks.DPI)
         text = words(folder / f"{name}.svg")
         assert chart.title in text
         assert "mathdefault" not in text
@@ -121,7 +122,7 @@ def test_captions_name_the_slice_and_what_is_left_out(drawn):
 
 def test_a_diverged_run_is_dashed_to_where_it_stopped(drawn, store):
     assert "stopped" in words(drawn["learning_curves"].path.with_suffix(".svg"))
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     dashed = [line for axes in drawing.figure.axes for line in axes.get_lines() if line.get_linestyle() == "--"]
     crosses = [line for axes in drawing.figure.axes for line in axes.get_lines() if line.get_marker() == "x"]
     assert [list(line.get_xdata()) for line in dashed] == [[1, 2, 3], [1, 2, 3, 4]]  # loss, while finite; perplexity
@@ -137,7 +138,7 @@ def test_lines_are_the_means_of_the_slice(store):
         assert METRICS[metric].label in axes.get_ylabel()
         means = rows.groupby(["backbone", "codebook_size"])[metric].mean()
         for backbone in ("cnn", "vit"):
-            np.testing.assert_allclose(lines(axes)[charts.PALETTE[backbone]], means[backbone])
+            np.testing.assert_allclose(lines(axes)[looks.PALETTE[backbone]], means[backbone])
     reference = next(line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == "_")
     np.testing.assert_allclose(reference.get_ydata(), rows.groupby("codebook_size").lpips_vgg_kmeans.mean())
 
@@ -149,7 +150,7 @@ def test_heat_maps_and_rate_distortion_show_means(store):
     (drawing,) = charts.heatmaps(scope(table, "codebook_size"))
     np.testing.assert_allclose(drawing.figure.axes[0].collections[0].get_array().ravel(), means)
     (drawing,) = charts.rate_distortion(scope(table, "codebook_size"))
-    np.testing.assert_allclose(lines(drawing.figure.axes[0])[charts.PALETTE["vit"]], means["vit"])
+    np.testing.assert_allclose(lines(drawing.figure.axes[0])[looks.PALETTE["vit"]], means["vit"])
     np.testing.assert_allclose(drawing.figure.axes[0].get_xticks(), [96 / 1024, 112 / 1024])
 
 
@@ -178,7 +179,7 @@ def test_the_bold_curve_is_the_mean_of_the_finished_seeds(tmp_path):
         run = fabricate(store, config) if seed < 2 else fabricate_failed(store, config)
         rows = [{"step": s, "reconstruction": v, "perplexity": 3.0} for s, v in zip((10, 20), loss, strict=True)]
         (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     drawn = [line for line in drawing.figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
     bold = max(drawn, key=lambda line: line.get_linewidth())
     assert list(bold.get_ydata()) == [2.0, 0.375]
@@ -206,7 +207,7 @@ def test_a_gallery_shows_each_runs_own_reconstructions_of_its_lowest_seed(tmp_pa
         run = fabricate(store, make_config(name, "smoke", seed=seed))
         x = np.zeros((2, 8, 8, 3), dtype=np.uint8)
         np.savez(run.folder / "samples.npz", x=x, x_hat=x + 50 * number + 50)
-    (drawing,) = charts.reconstructions(scope(frame(store.runs())))
+    (drawing,) = galleries.reconstructions(scope(frame(store.runs())))
     picture = np.asarray(drawing.figure.axes[0].images[0].get_array())
     third = len(picture) // 3
     assert [int(picture[third * row + third // 2, 4, 0]) for row in range(3)] == [0, 100, 200]
@@ -224,12 +225,12 @@ def test_generation_is_drawn_at_each_priors_mean_rate_and_distance():
         for prior, grid, rate, distance in (("rnn", 4, 0.1, 80.0), ("rnn", 8, 0.4, 60.0), ("mamba", 4, 0.2, 70.0))
         for seed in (0, 1)
     ]
-    (drawing,) = charts.generation(pd.DataFrame(rows, columns=[*prior_frame([]).columns, *PRIOR_EXTRA]), 6)
+    (drawing,) = charts.generation(pd.DataFrame(rows, columns=[*frame([], PRIOR).columns, *PRIOR_EXTRA]), 6)
     (axes,) = drawing.figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("bits per pixel under the prior ↓", "gFID vgg16 ↓")
     shown = {line.get_marker(): line.get_xydata().round(6).tolist() for line in axes.get_lines()}
-    assert shown[charts.PRIOR_MARKERS["rnn"]] == [[0.105, 80.5], [0.405, 60.5]]
-    assert shown[charts.PRIOR_MARKERS["mamba"]] == [[0.205, 70.5]]
+    assert shown[looks.PRIOR_MARKERS["rnn"]] == [[0.105, 80.5], [0.405, 60.5]]
+    assert shown[looks.PRIOR_MARKERS["mamba"]] == [[0.205, 70.5]]
     assert {y for _, y in shown["None"]} == {44.0}  # real codes, at the grid where they are best
 
 
@@ -282,28 +283,40 @@ def test_the_ringed_points_of_a_faster_decoder_are_the_fast_and_good(tmp_path):
     assert list(ringed[:, 0]) == [300, 200]
 
 
-def test_labels_beside_points_touch_neither_points_nor_each_other(tmp_path):
-    store = Store(tmp_path)
-    for name, quality, params in zip(FIVE, (0.0, 0.01, 0.0, 0.01, 0.15), (0, 5, 15, 30, 200), strict=True):
-        fabricate(store, make_config(name, "smoke"), quality, params_encoder=400_000 + 1000 * params)
-    (drawing,) = charts.cost(scope(frame(store.runs())))
+@pytest.mark.parametrize(("cost", "metric"), [("params", "psnr"), ("images_per_second_decode", "lpips_vgg")])
+def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost, metric):
+    """Whichever direction of cost and score is better; not where several settings or none were swept."""
+    values = [(1.0, 20.0), (2.0, 25.0), (2.5, 22.0), (3.0, 24.0), (4.0, 30.0), (5.0, 21.0)]
+    signs = [1 if METRICS[name].better == better else -1 for name, better in ((cost, "lower"), (metric, "higher"))]
+    rows = [
+        {"beta": 1.0 + i, cost: 6e6 + signs[0] * x * 1e6, metric: 40 + signs[1] * y} for i, (x, y) in enumerate(values)
+    ]
+    missing = dict.fromkeys(("params", "flops", "train_seconds", "images_per_second_decode"))
+    (drawing,) = charts.cost(scope(made(*(missing | row for row in rows))))
     charts._save(drawing, tmp_path / "cost.png")
-    drawing.figure.set_dpi(charts.DPI)
-    axes = drawing.figure.axes[0]
+    drawing.figure.set_dpi(looks.DPI)
+    (axes,) = drawing.figure.axes
+    assert [label.get_text() for label in axes.texts] == ["1", "2", "5"]
     boxes = [label.get_window_extent() for label in axes.texts]
-    assert len(boxes) >= 3
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    points = axes.transData.transform(
-        [line.get_xydata()[0] for line in axes.get_lines() if line.get_marker() != "None"]
-    )
-    assert len(points) == len(FIVE)
+    points = axes.transData.transform([(row[cost], row[metric]) for row in rows])
     assert not any(box.contains(*point) for box in boxes for point in points)
     assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+    for box, (x, y) in zip(boxes, points[[0, 1, 4]], strict=True):  # on the cheaper and better side
+        assert (box.x1 < x) == (METRICS[cost].better == "lower")
+        assert (box.y0 > y) == (METRICS[metric].better == "higher")
+    assert "Beside the rings: β. " in drawing.caption
+    several = [missing | row | {"lr": 0.1 + i} for i, row in enumerate(rows)]
+    backbones = [missing | row | {"beta": 1.0, "backbone": who} for row, who in zip(rows, FIVE, strict=False)]
+    for others in (several, backbones):
+        (drawing,) = charts.cost(scope(made(*others)))
+        assert not drawing.figure.axes[0].texts
+        assert "Beside" not in drawing.caption
 
 
 def test_a_backbone_looks_the_same_in_every_company(tmp_path):
-    looks = [tuple(charts._look(name).values()) for name in BACKBONES]
-    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(BACKBONES)
+    known = [tuple(looks.look_of(name).values()) for name in BACKBONES]
+    assert len({colour for colour, _ in known}) == len({marker for _, marker in known}) == len(BACKBONES)
     alone, together = Store(tmp_path / "1"), Store(tmp_path / "2")
     sweep(alone, {"vit": 0.0}, seeds=(0, 1))
     sweep(together, {"cnn": 0.0, "vit": 0.0}, seeds=(0, 1))
@@ -311,7 +324,7 @@ def test_a_backbone_looks_the_same_in_every_company(tmp_path):
     for store in (alone, together):
         (drawing,) = charts.sweeps(scope(frame(store.runs()), "beta"))
         colours.append(set(lines(drawing.figure.axes[0])))
-    assert colours == [{charts.PALETTE["vit"]}, {charts.PALETTE["cnn"], charts.PALETTE["vit"]}]
+    assert colours == [{looks.PALETTE["vit"]}, {looks.PALETTE["cnn"], looks.PALETTE["vit"]}]
 
 
 def test_without_scores_nothing_is_drawn(tmp_path):
@@ -362,7 +375,7 @@ def test_many_blocks_are_cut_to_the_largest(tmp_path, monkeypatch):
         for backbone in ("cnn", "vit"):
             for seed in range(1 if k == 16 else 2):
                 fabricate(store, make_config(backbone, "smoke", codebook_size=k, seed=seed))
-    monkeypatch.setattr(charts, "BLOCKS", 3)
+    monkeypatch.setattr(slices, "BLOCKS", 3)
     monkeypatch.setattr(charts, "CHARTS", [(charts.cost, "block")])
     made = draw(frame(store.runs()), tmp_path / "charts")
     assert [chart.name for chart in made] == [f"cost_{bits}bits" for bits in (48, 80, 96)]
@@ -399,7 +412,7 @@ def test_a_random_search_shows_points_and_each_backbones_best_run(tmp_path):
             "All 6 scored runs. The other settings vary too: this one's own effect does not show."
         )
         assert not drawing.figure.axes[0].get_lines()
-    (drawing,) = charts.reconstructions(scope(table))
+    (drawing,) = galleries.reconstructions(scope(table))
     assert "each backbone's best by LPIPS vgg (settings differ)" in drawing.caption
     labels = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     best = table.groupby("backbone").lpips_vgg.min()
@@ -412,26 +425,26 @@ def test_only_the_same_images_are_shown_side_by_side(tmp_path):
     runs = [fabricate(store, make_config(name, "smoke")) for name in ("cnn", "mamba", "vit")]
     with np.load(runs[1].folder / "samples.npz") as arrays:
         np.savez(runs[1].folder / "samples.npz", x=255 - arrays["x"], x_hat=arrays["x_hat"])
-    (drawing,) = charts.reconstructions(scope(frame(runs)))
+    (drawing,) = galleries.reconstructions(scope(frame(runs)))
     labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
     assert labels == ["original", "cnn", "vit"]
     assert "1 of 3 runs kept other images and are left out." in drawing.caption
     (runs[0].folder / "samples.npz").unlink()
     (runs[1].folder / "samples.npz").write_bytes(b"PK torn")
-    (drawing,) = charts.reconstructions(scope(frame(runs)))
+    (drawing,) = galleries.reconstructions(scope(frame(runs)))
     assert len(drawing.figure.axes[0].get_yticklabels()) == 2
     (runs[1].folder / "samples.npz").write_bytes(b"")
-    assert charts._samples(str(runs[1].folder)) is None
+    assert galleries._kept(str(runs[1].folder), "x") == []
 
 
 def test_few_learning_curves_are_read_of_many_runs(tmp_path, monkeypatch):
     store = Store(tmp_path)
     sweep(store, {"cnn": 0.0, "vit": 0.0}, betas=(0.25, 1.0, 2.0), seeds=range(3))
     read = []
-    history = charts._history
-    monkeypatch.setattr(charts, "_history", lambda folder: read.append(folder) or history(folder))
-    monkeypatch.setattr(charts, "CURVES", 12)
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    history = galleries._history
+    monkeypatch.setattr(galleries, "_history", lambda folder: read.append(folder) or history(folder))
+    monkeypatch.setattr(galleries, "CURVES", 12)
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     assert len(read) == len(set(read)) == 12
     assert "12 of 18 runs, at most 2 seeds of a setting" in drawing.caption
 
@@ -481,7 +494,7 @@ def made_priors(*rows: dict) -> pd.DataFrame:
     usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_pixel": 0.1, "gfid_vgg16": 80.0, "gfid_vgg16_real": 40.0}
     usual |= {"gkid_vgg16_real": 0.1, "samples": 512, "temperature": 1.0, "protocol_count": 64, "data": "photos"}
     usual |= {"image_size": 32, "folder": "nowhere", "protocol_data": "photos"}
-    columns = dict.fromkeys([*prior_frame([]).columns, *usual, *(name for row in rows for name in row)])
+    columns = dict.fromkeys([*frame([], PRIOR).columns, *usual, *(name for row in rows for name in row)])
     return pd.DataFrame([usual | row for row in rows], columns=list(columns))
 
 
@@ -494,8 +507,8 @@ def entries(figure) -> dict[str, tuple]:
 
 
 def axis_of(values: list, name: str):
-    axes = charts._figure(2).subplots()
-    charts._scale_x(axes, pd.Series(values), name)
+    axes = looks.new_figure(2).subplots()
+    looks.scale_x(axes, pd.Series(values), name)
     return axes
 
 
@@ -529,23 +542,38 @@ def test_an_axis_of_words_has_a_tick_for_each_and_room_at_both_ends():
     assert ticks(axes) == {0: "ema", 1: "l2"}
     assert axes.get_xlim() == (-0.5, 1.5)
     assert ticks(axis_of([True, False], "kmeans_init")) == {0: "False", 1: "True"}
-    assert len(ticks(axis_of([f"w{i:02}" for i in range(charts.TICKS + 1)], "quantizer"))) == charts.TICKS + 1
+    assert len(ticks(axis_of([f"w{i:02}" for i in range(20)], "quantizer"))) == 20
 
 
-def test_labels_of_ticks_do_not_touch_and_many_values_have_round_ticks():
-    """A crowded value keeps its tick; beyond a dozen, matplotlib chooses."""
-    assert ticks(axis_of([1.0, 1.001, 1.5, 2.0], "beta")) == {1.0: "1", 1.001: "", 1.5: "1.5", 2.0: "2"}
-    assert ticks(axis_of([1.0, 1.02, 10.0], "lr")) == {1.0: "1", 1.02: "", 10.0: "10"}
-    many = [1.013 * (i + 1) for i in range(charts.TICKS + 1)]
-    assert not set(axis_of(many, "beta").get_xticks()) & set(many)
-    assert len(ticks(axis_of(many[:-1], "dead_codes"))) == charts.TICKS
+def test_numbers_that_stand_close_have_round_ticks_and_words_slanted_labels():
+    """Where labels at the values would touch; the more so the longer they are."""
+
+    def slant(values: list) -> set[float]:
+        return {label.get_rotation() for label in axis_of(values, "quantizer").get_xticklabels()}
+
+    assert slant(["ema", "l2"]) == {0}
+    assert slant([f"a long name {i}" for i in range(4)]) == {45}
+    assert set(ticks(axis_of([1.0, 1.1, 2.0], "beta"))) == {1.0, 1.1, 2.0}
+    for close in ([1.0, 1.05, 1.5, 2.0], [1.01, 1.11, 2.01], [1.013 * (i + 1) for i in range(20)]):
+        axes = axis_of(close, "beta")
+        axes.plot(close, close)
+        assert close[1] not in axes.get_xticks()
+        axes.figure.draw_without_rendering()
+        inside = [label.get_text() for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if at]
+        assert len(inside) >= 3
+        assert all(len(text) <= 4 for text in inside)
+    axes = axis_of([1e-4, 1.1e-4, 1e-2], "lr")
+    axes.plot([1e-4, 1e-2], [0, 1])
+    axes.figure.draw_without_rendering()
+    assert {"0.0001", "0.0003", "0.001", "0.01"} <= {label.get_text() for label in axes.get_xticklabels()}
+    assert axis_of([0.125, 0.13, 0.625], "bits_per_pixel").get_xscale() == "log"
 
 
 def test_a_logarithmic_axis_has_plain_numbers_at_ones_twos_and_fives():
-    axes = charts._figure(2).subplots()
+    axes = looks.new_figure(2).subplots()
     axes.set_yscale("log")
     axes.set_ylim(0.1, 10)
-    charts._plain_log(axes.yaxis)
+    looks.plain_log(axes.yaxis)
     axes.figure.draw_without_rendering()
     shown = [text.get_text() for text in axes.get_yticklabels() if 0.1 <= text.get_position()[1] <= 10]
     assert shown == ["0.1", "0.2", "0.5", "1", "2", "5", "10"]
@@ -554,24 +582,24 @@ def test_a_logarithmic_axis_has_plain_numbers_at_ones_twos_and_fives():
 
 def test_values_stand_in_order_and_of_many_the_range_is_kept():
     """Numbers by size, words by letters, and of more than fit some between both ends."""
-    assert charts._levels(pd.Series([100, 9, 10, 9])) == [9, 10, 100]
-    assert charts._levels(pd.Series(["b", None, "a"])) == ["a", "b"]
-    assert charts._levels(pd.Series(range(9)), 3) == [0, 4, 8]
-    assert charts._levels(pd.Series([3, 1]), 8) == [1, 3]
-    assert list(charts._positions(pd.Series([4, 2, 4]))) == [4, 2, 4]
-    assert list(charts._positions(pd.Series(["l2", "ema", "fsq"]))) == [2, 0, 1]
-    assert list(charts._positions(pd.Series([True, False]))) == [1, 0]
+    assert looks.levels_of(pd.Series([100, 9, 10, 9])) == [9, 10, 100]
+    assert looks.levels_of(pd.Series(["b", None, "a"])) == ["a", "b"]
+    assert looks.levels_of(pd.Series(range(9)), 3) == [0, 4, 8]
+    assert looks.levels_of(pd.Series([3, 1]), 8) == [1, 3]
+    assert list(looks.places_of(pd.Series([4, 2, 4]))) == [4, 2, 4]
+    assert list(looks.places_of(pd.Series(["l2", "ema", "fsq"]))) == [2, 0, 1]
+    assert list(looks.places_of(pd.Series([True, False]))) == [1, 0]
 
 
 def test_values_are_shown_in_few_characters():
     shown = {0.123456: "0.123", 12.0: "12", 128: "128", "ema": "ema", "folder:/a/b/birds": "birds", "a/b": "a/b"}
-    assert {value: charts._show(value) for value in shown} == shown
-    assert charts._show("x" * 24) == "x" * 24
-    assert charts._show("0123456789" * 3) == "01234567…"
-    assert charts._label("psnr") == "PSNR dB ↑"
-    assert charts._label("code_dim") == "d"
-    assert charts._label("weight_decay") == "weight decay"
-    assert charts._label("sharpness") == "sharpness"
+    assert {value: looks.brief(value) for value in shown} == shown
+    assert looks.brief("x" * 24) == "x" * 24
+    assert looks.brief("0123456789" * 3) == "01234567…"
+    assert looks.label_of("psnr") == "PSNR dB ↑"
+    assert looks.label_of("code_dim") == "d"
+    assert looks.label_of("weight_decay") == "weight decay"
+    assert looks.label_of("sharpness") == "sharpness"
 
 
 @pytest.mark.parametrize("field", ["beta", "quantizer"])
@@ -623,7 +651,7 @@ def test_a_legend_shows_each_backbone_as_it_is_drawn():
     assert list(shown) == ["cnn", "vit", "k-means on patches"]
     drawn = {line.get_color(): line.get_marker() for line in drawing.figure.axes[0].get_lines()}
     assert all(drawn[colour] == marker for colour, marker in list(shown.values())[:2])
-    assert shown["cnn"] == tuple(charts._look("cnn").values())
+    assert shown["cnn"] == tuple(looks.look_of("cnn").values())
     (drawing,) = charts.sweeps(scope(made(*rows).drop(columns="psnr_kmeans"), "beta"))
     assert list(entries(drawing.figure)) == ["cnn", "vit"]
 
@@ -666,7 +694,9 @@ def test_a_heat_map_names_rows_columns_and_the_spread_of_a_place():
 
 def curves_of(drawing) -> list[list[list[float]]]:
     """Of the first axes, the joined means in order: x and y of each."""
-    joined = [line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == charts._look("cnn")["marker"]]
+    joined = [
+        line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == looks.look_of("cnn")["marker"]
+    ]
     return [[list(line.get_xdata() * 1024), list(line.get_ydata())] for line in joined]
 
 
@@ -708,7 +738,7 @@ def test_each_kind_of_prior_is_shown_at_its_own_usual_settings():
     rows = [{"prior": "rnn", "steps": steps, "grid_size": grid} for steps, grid in ((1, 4), (1, 8), (2, 4))]
     rows += [{"prior": "mamba", "steps": steps, "seed": seed} for seed, steps in enumerate((3, 2, 3))]
     rows += [{"prior": "rnn", "steps": 1, "seed": 3}, {"prior": "rnn", "steps": 1, "seed": 4}]
-    shown = charts._usual(made_priors(*rows))
+    shown = slices.usual(made_priors(*rows))
     assert sorted(zip(shown.prior, shown.steps, strict=True)) == [("mamba", 3)] * 2 + [("rnn", 1)] * 4
     assert set(shown.grid_size) == {4, 8}
 
@@ -719,8 +749,8 @@ def test_priors_of_one_protocol_share_a_chart_and_their_legend_names_backbones_a
     (drawing,) = charts._drawings(made(), None, made_priors(*others, *rows))
     assert drawing.caption.startswith("4 priors, means over seeds; 512 samples each, at temperature 1, against all 64")
     shown = entries(drawing.figure)
-    assert shown["cnn"][0] == charts.PALETTE["cnn"]
-    assert {name: shown[name][1] for name in ("rnn", "mamba")} == {n: charts.PRIOR_MARKERS[n] for n in ("rnn", "mamba")}
+    assert shown["cnn"][0] == looks.PALETTE["cnn"]
+    assert {name: shown[name][1] for name in ("rnn", "mamba")} == {n: looks.PRIOR_MARKERS[n] for n in ("rnn", "mamba")}
     assert "real codes" in shown
 
 
@@ -736,18 +766,20 @@ def test_samples_are_of_the_largest_grid_and_the_lowest_seed_lowest_rate_first(t
         for grid, seed in ((8, 1), (8, 0), (4, 0)):
             folder = tmp_path / f"{prior}{grid}{seed}"
             folder.mkdir()
-            np.savez(folder / "samples.npz", x=np.full((charts.PICTURES + 2, 128, 2, 3), next(shade), dtype=np.uint8))
+            np.savez(
+                folder / "samples.npz", x=np.full((galleries.PICTURES + 2, 128, 2, 3), next(shade), dtype=np.uint8)
+            )
             row = {"prior": prior, "grid_size": grid, "seed": seed, "folder": str(folder)}
             rows.append(row | {"coded_bits_per_pixel": rate, "coded_bits_per_token": 10 * rate})
-    (drawing,) = charts.samples(made_priors(*rows))
+    (drawing,) = galleries.samples(made_priors(*rows))
     (axes,) = drawing.figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["rnn\nover cnn\n2.00 bits", "mamba\nover cnn\n3.00 bits"]
     picture = np.asarray(axes.images[0].get_array())
     assert [int(picture[int(height), 0, 0]) for height in axes.get_yticks()] == [50, 20]
-    assert picture.shape[1] == charts.PICTURES * 4 - 2
+    assert picture.shape[1] == galleries.PICTURES * 4 - 2
     assert "of seed 0, at the grid of 8×8 codes, lowest rate first" in drawing.caption
-    assert not list(charts.samples(made_priors({"folder": str(tmp_path / "none")})))
+    assert not list(galleries.samples(made_priors({"folder": str(tmp_path / "none")})))
 
 
 def costs(*rows: dict) -> pd.DataFrame:
@@ -764,7 +796,7 @@ def test_a_point_of_cost_is_a_mean_with_its_deviation_over_seeds():
     axes = drawing.figure.axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("parameters ↓", "PSNR dB ↑")
     points = {bar[0].get_color(): bar[0].get_xydata().tolist() for bar in axes.containers}
-    assert points == {charts.PALETTE["cnn"]: [[1.5e6, 22.0]], charts.PALETTE["vit"]: [[1e6, 30.0]]}
+    assert points == {looks.PALETTE["cnn"]: [[1.5e6, 22.0]], looks.PALETTE["vit"]: [[1e6, 30.0]]}
     (segment,) = axes.containers[0][2][0].get_segments()
     np.testing.assert_allclose(segment, [[1.5e6, 22 - 8**0.5], [1.5e6, 22 + 8**0.5]])
     assert list(entries(drawing.figure)) == ["cnn", "vit", "Pareto front"]
@@ -785,16 +817,7 @@ def test_the_front_is_steps_from_the_cheapest_to_the_best():
     assert front.get_xydata().tolist() == [[1e6, 20.0], [2e6, 25.0], [4e6, 30.0]]
     assert axes.collections[-1].get_offsets().tolist() == front.get_xydata().tolist()
     assert (axes.get_xscale(), seconds.get_xscale()) == ("log", "linear")
-    assert {text.get_text() for text in axes.texts} == {"0.25", "0.5", "1", "2"}
-    assert "Beside the points: β. " in drawing.caption
-
-
-def test_of_many_points_only_those_of_the_front_have_labels():
-    rows = [{"beta": 1.0 + i, "params": 1e6 * (1 + i), "psnr": 20.0 + (i in (5, 12)) + i / 99} for i in range(14)]
-    (drawing,) = charts.cost(scope(costs(*rows)))
-    front = {"1", "2", "3", "4", "5", "6", "13"}
-    shown = {text.get_text() for text in drawing.figure.axes[0].texts}
-    assert {"6", "13"} <= shown <= front
+    assert [text.get_text() for text in axes.texts] == ["0.5", "1", "0.25"]
 
 
 def curve(store: Store, config, losses=(), status="finished", **more) -> None:
@@ -809,7 +832,7 @@ def test_curves_stand_in_a_row_per_quantity_and_a_column_per_backbone(tmp_path):
     store, heights = Store(tmp_path), {("cnn", 0.25): 1.0, ("cnn", 1.0): 2.0, ("vit", 0.25): 3.0, ("vit", 1.0): 4.0}
     for (who, beta), height in heights.items():
         curve(store, make_config(who, "smoke", beta=beta), (height, height))
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     upper_left, upper_right, lower_left, lower_right = drawing.figure.axes
     assert [axes.get_title() for axes in drawing.figure.axes] == ["cnn", "vit", "", ""]
     assert [axes.get_yscale() for axes in drawing.figure.axes] == ["log", "log", "linear", "linear"]
@@ -831,41 +854,41 @@ def test_curves_of_backbones_alone_have_their_colours(tmp_path):
     store = Store(tmp_path)
     for who, height in (("vit", 1.0), ("cnn", 2.0)):
         curve(store, make_config(who, "smoke"), (height, height))
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     shown = {line.get_ydata()[0]: line.get_color() for line in drawing.figure.axes[0].get_lines()}
-    assert shown == {1: charts.PALETTE["vit"], 2: charts.PALETTE["cnn"]}
+    assert shown == {1: looks.PALETTE["vit"], 2: looks.PALETTE["cnn"]}
     assert {label: look[0] for label, look in entries(drawing.figure).items()} == {
-        who: charts.PALETTE[who] for who in ("cnn", "vit")
+        who: looks.PALETTE[who] for who in ("cnn", "vit")
     }
     assert [axes.get_xlabel() for axes in drawing.figure.axes] == ["step", "step"]
 
 
 def test_of_many_values_and_seeds_few_curves_are_drawn_and_the_caption_says_so(tmp_path):
     store = Store(tmp_path)
-    for number in range(charts.HUES + 1):
+    for number in range(galleries.HUES + 1):
         curve(store, make_config("cnn", "smoke", beta=1.0 + number), (1.0, 2.0))
-    for seed in range(1, charts.CURVE_SEEDS + 2):
+    for seed in range(1, galleries.CURVE_SEEDS + 2):
         curve(store, make_config("cnn", "smoke", beta=1.0, seed=seed), (1.0, 2.0))
     curve(store, make_config("cnn", "smoke", beta=2.0, seed=1), (1.0,), "interrupted")
-    (drawing,) = charts.learning_curves(scope(frame(store.runs())))
-    assert len(entries(drawing.figure)) == charts.HUES
+    (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
+    assert len(entries(drawing.figure)) == galleries.HUES
     assert drawing.caption.startswith("Thin: 12 of 15 runs, at most 5 seeds of a setting, averaged to 60 points;")
     assert drawing.caption.endswith("Not all values of β are shown.")
 
 
 def test_a_point_of_a_curve_is_the_mean_of_its_window(tmp_path):
     run = fabricate_failed(Store(tmp_path), make_config("cnn", "smoke"))
-    rows = [{"step": step, "reconstruction": float(step)} for step in range(2 * charts.CURVE_POINTS)]
+    rows = [{"step": step, "reconstruction": float(step)} for step in range(2 * galleries.CURVE_POINTS)]
     (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = charts._history(str(run.folder))
-    assert list(shown.reconstruction) == list(shown.step) == [2 * i + 0.5 for i in range(charts.CURVE_POINTS)]
+    shown = galleries._history(str(run.folder))
+    assert list(shown.reconstruction) == list(shown.step) == [2 * i + 0.5 for i in range(galleries.CURVE_POINTS)]
 
 
 def test_a_bar_of_importance_has_the_colour_of_its_backbone():
     shares = pd.DataFrame([("vit", "beta", 0.7), ("cnn", "beta", 0.2)], columns=["backbone", "parameter", "importance"])
     figure = charts.importance(shares).figure
     bars = {matplotlib.colors.to_hex(bar.get_facecolor()): bar.get_width() for bar in figure.axes[0].patches}
-    assert bars == {charts.PALETTE["cnn"]: 0.2, charts.PALETTE["vit"]: 0.7}
+    assert bars == {looks.PALETTE["cnn"]: 0.2, looks.PALETTE["vit"]: 0.7}
     assert list(entries(figure)) == ["cnn", "vit"]
     assert figure.axes[0].get_xlabel() == "importance (share within a backbone)"
 
@@ -874,11 +897,11 @@ def test_a_swept_gallery_is_of_the_best_backbone_and_names_the_values(tmp_path):
     """At most eight values, with both ends, and eight images of each."""
     store = Store(tmp_path)
     for who, quality in (("cnn", 0.0), ("vit", 0.1), ("mamba", 0.05)):
-        for number in range(charts.HUES + 1):
+        for number in range(galleries.HUES + 1):
             run = fabricate(store, make_config(who, "smoke", beta=1.0 + number), quality)
-            x = np.zeros((charts.PICTURES + 1, 128, 2, 3), dtype=np.uint8)
+            x = np.zeros((galleries.PICTURES + 1, 128, 2, 3), dtype=np.uint8)
             np.savez(run.folder / "samples.npz", x=x, x_hat=x + number)
-    _, drawing = charts.reconstructions(scope(frame(store.runs())))
+    _, drawing = galleries.reconstructions(scope(frame(store.runs())))
     assert (drawing.name, drawing.title) == ("reconstructions_beta", "Reconstructions by β, vit")
     (axes,) = drawing.figure.axes
     labels = [label.get_text().split("\n") for label in axes.get_yticklabels()]
@@ -886,7 +909,7 @@ def test_a_swept_gallery_is_of_the_best_backbone_and_names_the_values(tmp_path):
     table = frame(store.runs())
     first = table[(table.backbone == "vit") & (table.beta == 1)].iloc[0]
     assert labels[1][1:] == [f"LPIPS vgg {first.lpips_vgg:.3f}", f"PSNR dB {first.psnr:.2f}"]
-    assert axes.images[0].get_array().shape[1] == charts.PICTURES * 4 - 2
+    assert axes.images[0].get_array().shape[1] == galleries.PICTURES * 4 - 2
     assert "differ" not in drawing.caption
 
 
@@ -897,19 +920,19 @@ def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
     rows[1]["psnr"], rows[4]["psnr"] = 21.0, 22.0
     rows.append({"beta": 2.0, "psnr": 19.0})
     few = [{"backbone": who, "codebook_size": 16, "psnr": 30.0} for who in ("cnn", "vit")]
-    chosen, words = charts._representative(made(*few, *rows))
+    chosen, words = slices.representative(made(*few, *rows))
     shown = {row.backbone: (row.codebook_size, row.psnr) for row in chosen.itertuples()}
     assert shown == {"cnn": (64, 21.0), "vit": (64, 20.0), "mamba": (64, 22.0)}
     assert len(chosen) == 3
     assert words == ", each backbone's best by PSNR dB (settings differ)"
-    chosen, words = charts._representative(made(*few, *rows[:4]))
+    chosen, words = slices.representative(made(*few, *rows[:4]))
     assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
 
 
 def test_failures_are_counted_with_those_on_the_same_images():
     table = made({}, {"seed": 1, "status": "crashed"}, {"seed": 2, "status": "crashed", "image_size": 64})
     table = pd.concat([table, made({"seed": 3, "status": "crashed", "data": "cifar10"})], ignore_index=True)
-    (wide,) = charts._protocol_scopes(table)
+    (wide,) = slices.protocol_scopes(table)
     assert list(wide.unscored.seed) == [1]
     assert wide.note == "photos, 64 validation images of 32×32."
 
@@ -922,25 +945,25 @@ def test_titles_name_the_fields_that_tell_protocols_apart():
         for i, (d, s) in enumerate(groups)
     ]
     rows = [row | {"protocol_fingerprint": str(i)} for i, row in enumerate(rows)]
-    scopes = charts._protocol_scopes(made(*rows))
+    scopes = slices.protocol_scopes(made(*rows))
     assert [scope.title for scope in scopes] == [f"data {data}, image_size {size}" for data, size in groups]
-    assert [scope.title for scope in charts._protocol_scopes(made(rows[0]))] == [""]
-    assert [scope.suffix for scope in charts._protocol_scopes(made(rows[0]))] == [""]
+    assert [scope.title for scope in slices.protocol_scopes(made(rows[0]))] == [""]
+    assert [scope.suffix for scope in slices.protocol_scopes(made(rows[0]))] == [""]
 
 
 def test_blocks_come_in_the_order_of_their_bits_and_share_the_room_with_other_protocols():
     """Bits are no axis within a block, though grid and K may differ there."""
     rows = [{"codebook_size": k, "seed": seed} for k, count in ((16, 1), (64, 3), (32, 2)) for seed in range(count)]
-    (wide,) = charts._protocol_scopes(made(*rows))
-    assert [scope.suffix for scope in charts._block_scopes(wide, 1)] == ["_64bits", "_80bits", "_96bits"]
-    assert [scope.title for scope in charts._block_scopes(wide, 3)] == ["80 bits per image", "96 bits per image"]
+    (wide,) = slices.protocol_scopes(made(*rows))
+    assert [scope.suffix for scope in slices.block_scopes(wide, 1)] == ["_64bits", "_80bits", "_96bits"]
+    assert [scope.title for scope in slices.block_scopes(wide, 3)] == ["80 bits per image", "96 bits per image"]
     equal = made(
         {"grid_size": 4, "codebook_size": 256},
         {"grid_size": 8, "codebook_size": 4},
         {"beta": 9.0, "codebook_size": 256},
     )
-    (wide,) = charts._protocol_scopes(equal)
-    (block,) = charts._block_scopes(wide, 1)
+    (wide,) = slices.protocol_scopes(equal)
+    (block,) = slices.block_scopes(wide, 1)
     assert (wide.fields, block.fields) == (["codebook_size", "grid_size"], ["beta"])
 
 

@@ -14,13 +14,11 @@ from bench.analysis.frames import (
     BUDGETS,
     CLOCKED,
     METRICS,
-    PRIOR_CLOCKED,
+    PRIOR,
     PRIOR_METRICS,
     blocks,
     differing,
     frame,
-    prior_frame,
-    prior_settings,
     protocols,
     settings,
     summary,
@@ -113,9 +111,8 @@ def test_every_metric_is_better_in_the_direction_that_its_meaning_gives(metrics,
 
 def test_metrics_are_clocked_that_a_faster_machine_changes():
     """Training time and every throughput; the time that scoring takes is not compared at all."""
-    for metrics, clocked in ((METRICS, CLOCKED), (PRIOR_METRICS, PRIOR_CLOCKED)):
-        times = {name for name in metrics if "second" in name or "speedup" in name} - {"score_seconds"}
-        assert set(clocked) == times
+    times = {name for name in {*METRICS, *PRIOR_METRICS} if "second" in name or "speedup" in name}
+    assert set(CLOCKED) == times - {"score_seconds"}
 
 
 # -- one row per run --------------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ def test_the_rate_of_codes_is_that_of_the_best_prior_over_them():
     configs = [smoke(), smoke(seed=1), smoke("vit")]
     rates = [(configs[0], "rnn", 90.0), (configs[0], "mamba", 80.0), (configs[0], "independent", 100.0)]
     rates += [(configs[2], "independent", 70.0)]
-    priors = prior_frame(prior_over(*one) for one in rates)
+    priors = frame((prior_over(*one) for one in rates), PRIOR)
     table = with_rates(frame(scored(config) for config in configs), priors)
     assert list(table.run_id) == [config.run_id() for config in configs]
     assert table.coded_bits_per_image.fillna(-1).tolist() == [80.0, -1, 70.0]
@@ -312,20 +309,20 @@ def test_the_rate_of_codes_is_that_of_the_best_prior_over_them():
 def test_a_priors_row_tells_its_settings_from_its_tokenizers():
     over = smoke("vit", steps=77, lr=0.5, seed=4, beta=0.5)
     run = prior_over(over, "rnn", 80.0, steps=11, seed=1, top_k=3)
-    (row,) = prior_frame([run]).to_dict("records")
+    (row,) = frame([run], PRIOR).to_dict("records")
     assert {name: row[name] for name in asdict(run.asked)} == asdict(run.asked)
     assert (row["tokenizer_steps"], row["tokenizer_lr"], row["tokenizer_seed"]) == (77, 0.5, 4)
     assert (row["backbone"], row["beta"], row["coded_bits_per_image"]) == ("vit", 0.5, 80.0)
     assert row["tokenizer_digest"] == over.run_id()[-8:]
     assert "protocol_tokenizer" not in row  # else no two tokenizers' priors would share a table
     assert row["protocol_data"] == "photos"
-    unfinished = prior_frame([Known(run.asked, "diverged", {"gfid_vgg16": 1.0}, {}, over)])
+    unfinished = frame([Known(run.asked, "diverged", {"gfid_vgg16": 1.0}, {}, over)], PRIOR)
     assert unfinished.gfid_vgg16.isna().all()
 
 
 def test_settings_of_priors_are_theirs_and_their_tokenizers_but_no_seed():
     def swept(*runs):
-        return prior_settings(prior_frame(runs))
+        return settings(frame(runs, PRIOR), PRIOR)
 
     one, two = smoke(), smoke(seed=1)
     assert swept(prior_over(one, "rnn", 1.0), prior_over(two, "rnn", 2.0, seed=1)) == []
@@ -333,7 +330,7 @@ def test_settings_of_priors_are_theirs_and_their_tokenizers_but_no_seed():
     assert swept(prior_over(one, "rnn", 1.0), prior_over(smoke(beta=1.0), "rnn", 1.0)) == ["beta"]
     longer = smoke(steps=999)
     assert swept(prior_over(one, "rnn", 1.0), prior_over(longer, "rnn", 1.0, top_k=5)) == ["top_k", "tokenizer_steps"]
-    assert prior_settings(prior_frame([])) == []
+    assert settings(frame([], PRIOR), PRIOR) == []
 
 
 # -- gaps -------------------------------------------------------------------------------------------------------------
@@ -346,7 +343,7 @@ def test_columns_of_numbers_are_numbers_also_where_none_was_measured():
     bounds = {"gfid_vgg16_real": None, "gfid_vgg16_shuffled": None}
     run = prior_over(smoke(), "rnn", 80.0)
     run.scores |= bounds
-    priors = prior_frame([run])
+    priors = frame([run], PRIOR)
     assert all(priors[name].dtype == float for name in (*PRIOR_METRICS, *bounds))
     with_kmeans = scored(smoke())
     with_kmeans.scores["psnr_kmeans"] = None
@@ -357,7 +354,7 @@ def test_a_run_without_scores_has_its_tokens_and_its_machine():
     (row,) = frame([Known(smoke(grid_size=8), "crashed")]).to_dict("records")
     assert row["tokens"] == 64
     assert {name: row[name] for name in MACHINE} == MACHINE
-    (prior,) = prior_frame([Known(PriorConfig("t", "rnn"), "crashed", over=smoke())]).to_dict("records")
+    (prior,) = frame([Known(PriorConfig("t", "rnn"), "crashed", over=smoke())], PRIOR).to_dict("records")
     assert (prior["processor"], prior["threads"], prior["folder"]) == ("x", 2, prior["run_id"])
 
 

@@ -1,0 +1,187 @@
+"""Charts of what runs kept beside their scores: how they learned, what they reconstruct, what priors generate."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from bench.core.plots import tile
+from bench.core.store import FAILURES, Run
+
+from .frames import METRICS, main_metric
+from .looks import (
+    BITS,
+    Drawing,
+    add_legend,
+    brief,
+    is_number,
+    label_of,
+    levels_of,
+    look_of,
+    new_figure,
+    picture_rows,
+    plain_log,
+)
+from .slices import Scope, best_first, first_sweep, representative
+
+HUES = 8  # values of one setting among learning curves and pictures
+CURVE_SEEDS, CURVES, CURVE_POINTS = 5, 150, 60  # seeds of one setting; runs in all; points of one run
+PICTURES = 8  # images side by side
+QUANTITIES = {"reconstruction": "reconstruction loss ↓", "lpips": "LPIPS loss ↓", "perplexity": "perplexity ↑"}
+
+
+def learning_curves(scope: Scope) -> Iterator[Drawing]:
+    """``learning_curves``: training losses and perplexity against steps, of the first swept setting's values.
+
+    Runs that failed are dashed up to ×, where they stopped.
+    """
+    stopped = scope.unscored[scope.unscored.status.isin(FAILURES)]
+    field, rows, words = first_sweep(pd.concat([scope.rows, stopped], ignore_index=True))
+    values = levels_of(rows[field or "backbone"], HUES)
+    rows = rows[rows[field or "backbone"].isin(values)]
+    setting = ["backbone", field] if field else ["backbone"]
+    seeds = max(1, min(CURVE_SEEDS, CURVES // rows.groupby(setting).ngroups))
+    rows = rows.sort_values("seed", kind="stable").groupby(setting).head(seeds)
+    curves = {index: _history(folder) for index, folder in rows.folder.items()}
+    known = [name for name in QUANTITIES if any(name in curve for curve in curves.values())]
+    if not known:
+        return
+    ramp = sns.color_palette("viridis" if is_number(rows[field or "backbone"]) else "Dark2", len(values) + 1)
+    colours = {value: ramp[i] if field else look_of(value)["color"] for i, value in enumerate(values)}
+    figure, grid = _curve_axes(known, sorted(rows.backbone.unique()) if field else [""])
+    for (quantity, backbone), axes in grid.items():
+        shown = rows[rows.backbone == backbone] if backbone else rows
+        for value, runs in shown.groupby(field or "backbone"):
+            _curves(axes, runs, curves, quantity, colours[value])
+    lines = {brief(value): {"color": colours[value]} for value in values}  # without viridis' last: too faint a yellow
+    if (rows.status != "finished").any():
+        lines["stopped"] = {"color": "0.3", "linestyle": "--", "marker": "x", "markersize": 5}
+    add_legend(figure, [], lines, title=label_of(field) if field else None)
+    caption = f"Thin: {len(rows)} of {len(scope.rows) + len(stopped)} runs, at most {seeds} seeds of a setting{words}, "
+    caption += f"averaged to {CURVE_POINTS} points; bold: mean over finished seeds."
+    if field and len(values) < scope.rows[field].nunique():
+        caption += f" Not all values of {label_of(field)} are shown."
+    title = f"Learning curves by {label_of(field)}" if field else "Learning curves"
+    yield Drawing("learning_curves", title, caption, figure)
+
+
+def _history(folder: str) -> pd.DataFrame:
+    """A run's history as means over at most CURVE_POINTS windows; no rows where it cannot be read."""
+    try:
+        history = pd.DataFrame(Run(Path(folder)).history())
+    except (OSError, ValueError):
+        return pd.DataFrame()
+    return history.groupby(np.arange(len(history)) // math.ceil(max(1, len(history) / CURVE_POINTS))).mean()
+
+
+def _curve_axes(quantities: list[str], names: list[str]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """One axes per quantity and column of ``names``; without names, the quantities side by side."""
+    if names == [""]:
+        figure = new_figure(2.9)
+        panels = figure.subplots(1, len(quantities), squeeze=False).T
+    else:
+        figure = new_figure(0.8 + 1.7 * len(quantities))
+        panels = figure.subplots(len(quantities), len(names), squeeze=False, sharex="col", sharey="row")
+    grid = {(quantity, name): panels[i, j] for i, quantity in enumerate(quantities) for j, name in enumerate(names)}
+    for (quantity, name), axes in grid.items():
+        if quantity != "perplexity":
+            axes.set_yscale("log")
+            plain_log(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if name == names[0]:
+            axes.set_ylabel(QUANTITIES[quantity])
+        if quantity == quantities[0]:
+            axes.set_title(name, fontsize=9)
+        if quantity == quantities[-1] or names == [""]:
+            axes.set_xlabel("step")
+    return figure, grid
+
+
+def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], quantity: str, colour: Any) -> None:
+    """One thin line per run, dashed to × for one that failed, and the bold mean of the finished."""
+    finished = []
+    for index, row in rows.iterrows():
+        if quantity not in curves[index]:
+            continue
+        line = curves[index].set_index("step")[quantity]
+        line = line[np.isfinite(line)]
+        if row.status == "finished":
+            finished.append(line)
+            axes.plot(line.index, line, color=colour, linewidth=0.6, alpha=0.5)
+        else:
+            axes.plot(line.index, line, color=colour, linewidth=1, linestyle="--")
+            axes.plot(line.index[-1:], line.iloc[-1:], color=colour, marker="x", markersize=5, markeredgewidth=1.5)
+    if finished:
+        mean = pd.concat(finished, axis=1).mean(axis=1)
+        axes.plot(mean.index, mean, color=colour, linewidth=1.4)
+
+
+def reconstructions(scope: Scope) -> Iterator[Drawing]:
+    """``reconstructions``: the same images by every backbone; ``reconstructions_FIELD``: by the first swept setting's
+    values, in the backbone that is best there."""
+    yield from _gallery(*representative(scope.rows), "backbone", "reconstructions", "Reconstructions")
+    field, rows, words = first_sweep(scope.rows)
+    if field:
+        metric = main_metric(rows)
+        best = best_first(rows.groupby("backbone")[[metric]].mean(), metric).index[0]
+        rows = rows[(rows.backbone == best) & rows[field].isin(levels_of(rows[field], HUES))]
+        title = f"Reconstructions by {label_of(field)}, {best}"
+        yield from _gallery(rows, words, field, f"reconstructions_{field}", title)
+
+
+def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> Iterator[Drawing]:
+    """Originals, then a row of reconstructions per value of ``by``: of its lowest seed that kept samples of them."""
+    seeds = [own.iterrows() for _, own in rows.sort_values("seed", kind="stable").groupby(by)]
+    kept = [next(((row, *pair) for _, row in own if (pair := _kept(row.folder, "x", "x_hat"))), None) for own in seeds]
+    kept = [found for found in kept if found]
+    same = [found for found in kept if np.array_equal(found[1], kept[0][1])]
+    if not same:
+        return
+    metrics = dict.fromkeys([main_metric(rows), "psnr"])
+    labels = ["original"]
+    for row, _, _ in same:
+        scores = [f"{METRICS[metric].label} {row[metric]:{METRICS[metric].form}}" for metric in metrics]
+        labels.append("\n".join([row.backbone if by == "backbone" else f"{label_of(by)} = {brief(row[by])}", *scores]))
+    picture = tile([same[0][1], *(x_hat for _, _, x_hat in same)], scale=max(1, 128 // same[0][1].shape[1]))
+    figure = picture_rows(picture, labels)
+    caption = f"One run per row, the lowest seed{words}; scores are means over the whole validation set."
+    if by in BITS:
+        caption += " The bits of an image differ between rows."
+    if len(same) < len(kept):
+        caption += f" {len(kept) - len(same)} of {len(kept)} runs kept other images and are left out."
+    yield Drawing(name, title, caption, figure)
+
+
+def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
+    """``samples``: a row of samples per prior and backbone, of the largest grid's lowest seed."""
+    rows = rows[rows.grid_size == rows.grid_size.max()].sort_values(["backbone", "prior", "seed"], kind="stable")
+    rows = rows.groupby(["backbone", "prior"]).head(1).sort_values("coded_bits_per_pixel").head(HUES)
+    kept = [(row, images) for _, row in rows.iterrows() if (images := _kept(row.folder, "x"))]
+    if not kept:
+        return
+    labels = [f"{row.prior}\nover {row.backbone}\n{row.coded_bits_per_token:.2f} bits" for row, _ in kept]
+    picture = tile([images for _, (images,) in kept], scale=max(1, 128 // kept[0][1][0].shape[1]))
+    caption = f"One prior per row, of seed {kept[0][0].seed}, at the grid of {kept[0][0].grid_size}×"
+    caption += f"{kept[0][0].grid_size} codes, lowest rate first; bits per token. Samples are not chosen."
+    yield Drawing("samples", "Samples", caption, picture_rows(picture, labels))
+
+
+def _kept(folder: str, *names: str) -> list[np.ndarray]:
+    """Up to PICTURES images of each of ``names`` that a run kept, (N, H, W, 3) uint8; nothing where one is missing."""
+    try:
+        with np.load(Path(folder) / "samples.npz") as arrays:
+            return [arrays[name][:PICTURES] for name in names]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return []

@@ -1,0 +1,163 @@
+"""What charts look like: figures, the colour and marker of each backbone, labels, axes and legends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL.Image import Image
+
+from backbones import BACKBONES
+from bench.core.plots import label_rows
+from bench.priors.models import PRIORS
+
+from .frames import METRICS
+
+WIDTH = 7.2  # inches: at this width a printed page keeps the text at its size
+DPI = 120
+TEXT = 8  # points, the smallest text
+
+BITS = ("codebook_size", "grid_size")  # the settings that change the bits of an image
+DOUBLED = (*BITS, "bits_per_pixel")  # their axes are logarithmic to base 2
+FIELD_LABELS = {"beta": "β", "codebook_size": "K", "grid_size": "grid size", "code_dim": "d", "lr": "learning rate"}
+
+# The same for a backbone in every chart, whichever others stand beside it.
+PALETTE = dict(zip(sorted(BACKBONES), sns.color_palette("colorblind", len(BACKBONES)).as_hex(), strict=True))
+PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
+MARKERS = {name: "osD^vP*X"[i % 8] for i, name in enumerate(sorted(BACKBONES))}
+
+
+class Drawing(NamedTuple):
+    """A chart that is not saved yet."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def label_of(name: str) -> str:
+    """A setting or metric as an axis calls it; the arrow points where it gets better."""
+    if name in METRICS:
+        return f"{METRICS[name].label} {METRICS[name].arrow}".strip()
+    return FIELD_LABELS.get(name, name.replace("_", " "))
+
+
+def brief(value: Any) -> str:
+    """A value in few characters; of a folder its last part."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = str(value)
+    text = text.rpartition("/")[2] if text.startswith("folder:") else text
+    return text if len(text) <= 24 else f"{text[:8]}…"
+
+
+def at_words(fixed: dict[str, Any]) -> str:
+    """At which values settings are fixed, after a comma; nothing where none is."""
+    pairs = ", ".join(f"{label_of(name)} = {brief(value)}" for name, value in fixed.items())
+    return f", at {pairs}" if fixed else ""
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure of so many inches."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(rect=(0.01, 0, 0.98, 1))  # room for fonts that run wider than the one measured
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def new_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` axes, two a row."""
+    rows, columns = math.ceil(count / 2), min(2, count)
+    figure = new_figure(0.8 + 2.1 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def look_of(backbone: str) -> dict[str, Any]:
+    """Colour and marker; a backbone that is no longer registered is dark grey."""
+    return {"color": PALETTE.get(backbone, "0.25"), "marker": MARKERS.get(backbone, "p")}
+
+
+def add_legend(
+    figure: Figure, backbones: list[str], lines: dict[str, dict[str, Any]], title: str | None = None
+) -> None:
+    """Markers of ``backbones`` and ``lines`` by their label, below the axes."""
+    looks = {name: {"linestyle": "none", "markersize": 5, **look_of(name)} for name in sorted(backbones)}
+    handles = [Line2D([], [], label=label, **look) for label, look in {**looks, **lines}.items()]
+    style = {"fontsize": TEXT + 0.5, "title_fontsize": TEXT + 0.5}
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), title=title, **style)
+
+
+def places_of(values: pd.Series) -> pd.Series:
+    """Where values stand on an axis: numbers at themselves, others at 0, 1, … in order."""
+    if is_number(values):
+        return values.astype(float)
+    return values.map({level: float(i) for i, level in enumerate(levels_of(values))})
+
+
+def levels_of(values: pd.Series, most: int | None = None) -> list[Any]:
+    """The different values in order; at most ``most`` of them, evenly spaced, with both ends."""
+    levels = sorted(values.dropna().unique(), key=None if is_number(values) else str)
+    count = min(len(levels), most or len(levels))
+    return [levels[round(i)] for i in np.linspace(0, len(levels) - 1, count)]
+
+
+def is_number(values: pd.Series) -> bool:
+    """Whether a column holds numbers, and not just True and False."""
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def scale_x(axes: Axes, values: pd.Series, name: str) -> None:
+    """An axis of ``values``, of ``name``: logarithmic from a ratio of 10 on, or if DOUBLED, else plain.
+
+    Ticks stand at the values; where their labels would touch, numbers have round ticks and words are slanted.
+    """
+    ticks = pd.Series(values.to_numpy(), index=places_of(values)).dropna()
+    ticks = ticks[~ticks.index.duplicated()].sort_index()
+    low, high, number = ticks.index.min(), ticks.index.max(), is_number(values)
+    logarithmic = number and low > 0 and (high >= 10 * low or name in DOUBLED)
+    if logarithmic:
+        axes.set_xscale("log", base=2 if name in DOUBLED else 10)
+    if not number:
+        axes.set_xlim(low - 0.5, high + 0.5)
+    axes.set_xlabel(label_of(name))
+    labels = [brief(value) for value in ticks]
+    place = np.log(ticks.index) if logarithmic else np.asarray(ticks.index)
+    closest = np.diff(place).min(initial=math.inf) / max(place[-1] - place[0], 1e-12)
+    crowded = closest < 0.026 * max(map(len, labels))  # parts of the axis; a character is about 5 points wide
+    if not (number and crowded):
+        axes.set_xticks(list(ticks.index), labels, rotation=45 if crowded else 0)
+    elif logarithmic and high >= 10 * low:
+        plain_log(axes.xaxis, (1, 3))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def plain_log(axis: Axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis at these multiples of powers of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def picture_rows(picture: Image, labels: list[str]) -> Figure:
+    """A figure of ``picture``, rows of tiles with a label each."""
+    figure = new_figure(0.4 + min(0.83 * WIDTH * picture.height / picture.width, 1.2 * len(labels)))
+    axes = figure.subplots()
+    axes.imshow(picture)
+    label_rows(axes, picture.height, labels, fontsize=TEXT)
+    return figure

@@ -1,0 +1,217 @@
+"""The sheets of a report: which model is best, which blocks are not compared, verdicts, failures, all runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .frames import (
+    BUDGETS,
+    CLOCKED,
+    METRICS,
+    PRIOR,
+    UNMATCHED,
+    blocks,
+    differing,
+    machines,
+    main_metric,
+    settings,
+    summary,
+    uneven,
+    unmatched,
+)
+from .statistics import Verdict
+from .tables import NONE, Cell, Sheet, best_of, cell, text_of
+
+LIMIT = 500  # rows of one table on the page
+SCORES = (
+    *("fid", "fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "sharpness", "grid_energy"),
+    *("grid_edges", "perplexity", "usage"),
+)
+FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
+RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))  # dead codes are (1 − usage) · K
+GENERATED = (
+    *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
+    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copies", "params_prior", "flops_prior"),
+    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+)
+
+
+def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
+    """Mean ± standard deviation over seeds per backbone and setting of ``block``, the best in its main metric first.
+
+    Marked is the best of a column, as shown; not in columns without a better or where all are equal, and in clocked
+    ones only when all rows were measured on one machine. ``failed``: runs to be counted beside the scored ones.
+    """
+    main = main_metric(block)
+    table = summary(block, failed).sort_values(main, ascending=METRICS[main].better == "lower", kind="stable")
+    by = [*table.columns[: table.columns.get_loc("n")], "n", "failed"]
+    names = [name for name in RANKED if name in table]
+    off = unmatched(table)
+    table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
+    unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
+    notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
+    if unequal:
+        labels = ", ".join(METRICS[name].label for name in unequal)
+        notes.append(f"Measured on {machines(block)} different machines and therefore not ranked: {labels}.")
+    if off.any():
+        limits = ", ".join(f"{METRICS[name].label} {limit:.0%}" for name, limit in BUDGETS.items())
+        notes.append(f"{UNMATCHED} off the backbones' median in every budget ({limits}); --match gives equal ones.")
+    if nets := trained_on(block):
+        notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
+    keys = [*by, *names]
+    return Sheet(keys, _ranked(table, by, names, unequal), list(_references(block, keys)), notes, main)
+
+
+def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Sequence[str]) -> list[list[Cell]]:
+    """Rows of a ``summary``: columns ``by`` as they are, scores ``names`` with spread and mark, those of ``unequal``
+    without a mark."""
+    best = {name: best_of(table[name], name) for name in names if name not in unequal}
+    return [
+        [cell(name, row[name]) for name in by]
+        + [cell(name, row[name], None if name in FIXED else row[f"{name}_std"], best.get(name)) for name in names]
+        for row in table.head(LIMIT).to_dict("records")
+    ]
+
+
+def _references(block: pd.DataFrame, keys: list[str]) -> Iterator[list[Cell]]:
+    """k-means at each grid and K of the block: what the same bits buy without any network."""
+    for _, group in block.groupby(["grid_size", "codebook_size"]):
+        first = group.iloc[0]
+        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
+        yield [cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys]
+
+
+def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
+    """Title and ranking of each group of priors over tokenizers that spend equal bits, scored by one protocol; and the
+    priors without scores."""
+    finished = priors[priors.status == "finished"]
+    bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
+    for block in blocks(finished.assign(bits_per_image=bits)):
+        first = block.iloc[0]
+        size = f"{first.image_size}×{first.image_size}"
+        amount = f"{first.bits_per_image:.0f} bits per image before coding"
+        yield f"{first.data} {size}, {amount}, {_sampling(first)}", prior_ranking(block)
+    if len(unfinished := priors[priors.status != "finished"]):
+        yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
+
+
+def prior_ranking(block: pd.DataFrame) -> Sheet:
+    """Mean ± standard deviation over seeds per backbone, setting and prior of ``block``, the best in gFID first, with
+    the rows that bound them."""
+    main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
+    table = summary(block, kind=PRIOR).sort_values(main, kind="stable")
+    by = [*table.columns[: table.columns.get_loc("n")], "n"]
+    names = [name for name in GENERATED if name in table]
+    rows = _ranked(table, by, names, CLOCKED if machines(block) > 1 else ())
+    references = []
+    for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
+        for backbone, own in block.groupby("backbone"):
+            known = {"backbone": backbone, "prior": label}
+            known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
+            references.append([cell(key, known.get(key)) for key in (*by, *names)])
+    first, floor = block.iloc[0], block.coded_bits_per_token_independent
+    notes = [
+        f"{_sampling(first)}, against all {first.protocol_count:.0f} "
+        f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
+        f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
+        f"{floor.max():.2f} bits per token.",
+        "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
+        "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
+        "reconstructed validation images are; 0.05 is innocent.",
+    ]
+    return Sheet([*by, *names], rows, references, [*notes, *_cut(len(table))], main)
+
+
+def _sampling(prior: pd.Series) -> str:
+    how = f"{prior.samples} samples, temperature {prior.temperature:g}"
+    return how + (f", top {prior.top_k}" if prior.top_k else "")
+
+
+def protocol_of(block: pd.DataFrame) -> dict[str, str]:
+    """How all rows of a block were measured."""
+    first = block.filter(like="protocol_").iloc[0]
+    return {name.removeprefix("protocol_"): text_of(value) for name, value in first.items()}
+
+
+def _protocol_line(protocol: dict[str, str]) -> str:
+    shown = ("data", "split", "count", "image_size", "rounding", "extractor_vgg16", "device", "version")
+    each = [f"{name.replace('_', ' ')} {_short(protocol[name])}" for name in shown if name in protocol]
+    return f"Protocol: {'; '.join(each)}."
+
+
+def _uneven(block: pd.DataFrame) -> list[str]:
+    values = block.groupby("backbone")[uneven(block)].first()
+    each = [f"{name} ({', '.join(f'{who} {text_of(v)}' for who, v in values[name].items())})" for name in values]
+    return [f"Not equal across backbones: {', '.join(each)}."] if each else []
+
+
+def trained_on(table: pd.DataFrame) -> str:
+    """Labels of the perceptual metrics that some run was trained on."""
+    return " and ".join(METRICS[f"lpips_{net}"].label for net in sorted(set(table.lpips_net[table.lpips_weight > 0])))
+
+
+def refusals(parts: list[pd.DataFrame]) -> Sheet:
+    """Why blocks are not ranked against the first one: a row per block and field that differs."""
+    rows = [
+        [Cell(str(number), order=number), *(Cell(text, order=text) for text in (name, _short(its), _short(first)))]
+        for number, block in enumerate(parts[1:], 2)
+        for name, (first, its) in differing(parts[0], block).items()
+    ]
+    return Sheet(["block", "differs in", "its value", "block 1 has"], rows)
+
+
+def verdict_list(verdicts: Sequence[Verdict]) -> Sheet:
+    """Pairs of backbones or settings: difference, intervals over seeds and over images, adjusted p, and the verdict."""
+    rows = []
+    for one in verdicts[:LIMIT]:
+        form = f"+.{int(METRICS[one.metric].form[1:-1]) + 1}f"
+        words = f"{one.better} better" if one.better else "not distinguishable" if one.interval else "too few seeds"
+        texts = (METRICS[one.metric].label, one.a, one.b, one.within)
+        rows.append([Cell(text, order=text) for text in texts])
+        rows[-1] += [Cell(str(one.n), order=one.n), Cell(_signed([one.difference], form), order=one.difference)]
+        rows[-1] += [Cell(_signed(ends, form), order=ends and ends[0]) for ends in (one.interval, one.image_interval)]
+        rows[-1] += [Cell(NONE if one.p is None else f"{one.p:.2g}", order=one.p), Cell(words, "", words, one.better)]
+    keys = ["metric", "a", "b", "within", "n", "a − b", "95 % over seeds", "95 % over images", "p", "verdict"]
+    return Sheet(keys, rows, notes=_cut(len(verdicts)))
+
+
+def failures(unscored: pd.DataFrame) -> Sheet:
+    """Runs without scores, by status."""
+    keys = ["status", "reason", "backbone", *settings(unscored), "seed", "run_id"]
+    return _listing(unscored.sort_values(["status", "run_id"]), keys)
+
+
+def run_list(table: pd.DataFrame, parts: list[pd.DataFrame]) -> Sheet:
+    """Every run with its settings, status and scores, and its block where there are several."""
+    numbers = {row: number for number, part in enumerate(parts, 1) for row in part.index}
+    keys = [*(["block"] if len(parts) > 1 else []), "backbone", *settings(table), "seed"]
+    scores = [name for name in (*SCORES, *FIXED) if table[name].notna().any()]
+    table = table.assign(block=pd.Series(numbers, dtype=float))
+    table = table.sort_values(keys, key=lambda column: column.astype(str) if column.dtype == object else column)
+    return _listing(table, [*keys, "status", *scores, "run_id"])
+
+
+def _listing(table: pd.DataFrame, keys: list[str]) -> Sheet:
+    rows = [[cell(key, row[key]) for key in keys] for row in table[keys].head(LIMIT).to_dict("records")]
+    return Sheet(keys, rows, notes=[f"{note} All are in runs.csv." for note in _cut(len(table))])
+
+
+def _signed(values: Sequence[float] | None, form: str) -> str:
+    """One number or the ends of an interval, with minus signs."""
+    if values is None or pd.isna(values[0]):
+        return NONE
+    return " to ".join(f"{value:{form}}" for value in values).replace("-", "−")
+
+
+def _short(value: Any) -> str:
+    """A value with long digests cut."""
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{10,}\b", r"\1…", text_of(value))
+
+
+def _cut(count: int) -> list[str]:
+    return [f"The first {LIMIT} of {count:,} rows."] if count > LIMIT else []

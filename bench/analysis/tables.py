@@ -1,0 +1,134 @@
+"""Cells and sheets, what page, Markdown and terminal are made of, and the table of scores that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+
+from .frames import METRICS, PRIOR_METRICS
+
+LABELS = METRICS | PRIOR_METRICS
+# Shown in millions, in this format.
+MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}
+HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
+SHORT = {  # headings on the terminal, by lines, where labels are too wide
+    "perplexity": "perp.\n",
+    "images_per_second_encode": "enc.\n/s",
+    "images_per_second_decode": "dec.\n/s",
+    "coded_bits_per_token": "bits/\ntoken",
+    "coded_bits_per_pixel": "bits/\npixel",
+    "precision_vgg16": "prec.\n",
+    "recall_vgg16": "rec.\n",
+    "copies": "copies\n",
+    "images_per_second_sample": "draw\n/s",
+}
+NONE = "–"
+
+
+class Cell(NamedTuple):
+    """One place of a table: its text, its spread, what sorting compares (None: goes last), whether it is the best."""
+
+    text: str
+    spread: str = ""
+    order: float | str | None = None
+    best: bool = False
+
+
+class Sheet(NamedTuple):
+    """A table for page, Markdown and terminal alike: a key per column, rows, grey reference rows and notes.
+
+    ``order`` is the key of the column by which the rows are sorted.
+    """
+
+    keys: Sequence[str]
+    rows: list[list[Cell]]
+    references: Sequence[list[Cell]] = ()
+    notes: Sequence[str] = ()
+    order: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(isinstance(cell.order, Real) for cell in column) for column in zip(*self.rows, strict=True)]
+
+
+def cell(key: str, value: Any, spread: float | None = None, best: str | None = None) -> Cell:
+    """A value of column ``key`` with its standard deviation; ``best`` is the text that is marked."""
+    if pd.isna(value):
+        return Cell(NONE)
+    width = "" if pd.isna(spread) else f"± {text_of(spread, key)}"
+    text = text_of(value, key)
+    return Cell(text, width, float(value) if isinstance(value, Real) else str(value), text == best)
+
+
+def text_of(value: Any, key: str = "") -> str:
+    """A value as column ``key`` shows it."""
+    if not isinstance(value, Real):
+        return "none" if pd.isna(value) else str(value)
+    if key in MILLIONS:
+        return f"{value / 1e6:{MILLIONS[key]}}"
+    return f"{value:{LABELS[key].form}}" if key in LABELS else f"{value:.10g}"
+
+
+def best_of(column: pd.Series, key: str) -> str | None:
+    """The best value as shown; None where none is better or all are shown equal."""
+    better, known = LABELS[key].better, column.dropna()
+    if not better or known.map(lambda value: text_of(value, key)).nunique() < 2:
+        return None
+    return text_of(known.min() if better == "lower" else known.max(), key)
+
+
+def heading(key: str) -> str:
+    """What a column is called, with an arrow towards the better values."""
+    label, arrow = (LABELS[key].label, LABELS[key].arrow) if key in LABELS else (key, "")
+    return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
+
+
+class Group(NamedTuple):
+    """Rows of a table of scores that compete, each with its label, number of parameters and scores; labels of those
+    that diverged; and below them references: label, and the suffix of their scores among those of the last row."""
+
+    rows: Sequence[tuple[str, float, dict[str, Any]]]
+    references: Sequence[tuple[str, str]]
+    diverged: Sequence[str] = ()
+    title: str = ""
+
+
+def score_table(first: str, columns: Sequence[str], groups: Sequence[Group], title: str | None = None) -> Table:
+    """For the terminal: a row per run under ``first``, and those of ``columns`` that all runs have.
+
+    The best of a column within a group is bold, where there is more than one row to choose from.
+    """
+    known = [scores for group in groups for _, _, scores in group.rows]
+    shown = {name: LABELS[name] for name in columns if all(name in scores for scores in known)}
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column(first, no_wrap=True)
+    table.add_column("M\npar.", justify="right", no_wrap=True)
+    for name, metric in shown.items():
+        words = SHORT.get(name, metric.label.replace(" ", "\n"))
+        table.add_column(f"{words}\n{metric.arrow}", justify="right", no_wrap=True)
+    for group in groups:
+        if group.title:
+            table.add_row(f"[italic]{group.title}[/]")
+        for label, parameters, scores in group.rows:
+            cells = [f"{parameters / 1e6:.2f}" if parameters else NONE]
+            for name, metric in shown.items():
+                values = [others[name] for _, _, others in group.rows]
+                best = {"lower": min(values), "higher": max(values), "": None}[metric.better]
+                text = f"{scores[name]:{metric.form}}"
+                cells.append(f"[bold]{text}[/]" if len(values) > 1 and scores[name] == best else text)
+            table.add_row(label, *cells)
+        for label in group.diverged:
+            table.add_row(label, "[red]diverged[/]")
+        table.add_section()
+        for label, suffix in group.references:
+            values = [group.rows[-1][2].get(f"{name}{suffix}") for name in shown]
+            texts = (NONE if v is None else f"{v:{m.form}}" for v, m in zip(values, shown.values(), strict=True))
+            table.add_row(label, NONE, *texts)
+        table.add_section()
+    return table
