@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.progress import Bar
 from bench.data import batch_indices
-from bench.tokenizers.budgets import TOLERANCE, nearest_width
-from bench.tokenizers.tokenizer import parameter_count
+from bench.tokenizers.sizes import TOLERANCE, nearest_width, parameter_count
 from bench.tokenizers.train import (
     averaged,
     interruptible,
