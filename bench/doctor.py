@@ -18,10 +18,10 @@ from rich.text import Text
 
 from backbones import torchvision_repair
 from backbones.ssd import scan_backend
+from bench.core.device import resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
 from bench.core.progress import stdout
-from bench.core.settings import resolve_device, resolve_precision
 from bench.core.store import Store
 from bench.metrics import weights
 

@@ -15,8 +15,8 @@ from typing import Annotated
 import tyro
 
 from bench.core.cli import guarded
+from bench.core.device import check_device, resolve_device
 from bench.core.progress import stdout
-from bench.core.settings import check_device, resolve_device
 from bench.core.store import find_tokenizer
 from bench.priors.codes import encode, load_data
 from bench.tokenizers.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""What the settings of every kind of run share: limits that stand with the field, what ``auto`` means, an identity.
+"""What the settings of every kind of run share: limits that stand with the field, one check of them, an identity.
 
 A config is a frozen dataclass. What a field may be is part of its type, read by ``check_fields``: a Literal, ``OneOf``
 the keys of a visible dict, or a number within a ``Limit``.
@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import torch
-
-from .environment import has_fast_bf16
 from .errors import UserError
 
 
@@ -79,24 +76,6 @@ def check_fields(config: Any) -> None:
 @cache
 def _types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
-
-
-def resolve_device(device: str) -> str:
-    """``device``, or for ``auto`` the GPU where there is one, else the CPU."""
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """``precision``, or for ``auto`` bf16 where ``device`` has it in hardware, else fp32."""
-    return precision if precision != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
-
-
-def check_device(device: str) -> None:
-    """Raises UserError unless tensors can be made on ``device``, which is not ``auto``."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} is not available here; use --device cpu") from error
 
 
 def identity(version: int, config: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
+from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.settings import (
     Count,
     Fraction,
@@ -15,11 +16,8 @@ from bench.core.settings import (
     Seed,
     Weight,
     at_least,
-    check_device,
     check_fields,
     identity,
-    resolve_device,
-    resolve_precision,
 )
 
 from .models import LEARNED, PRIORS

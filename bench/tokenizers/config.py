@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from backbones import Backbone, backbone, users
 from backbones.layers import downsamplings
+from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.settings import (
     NOT_NEGATIVE,
@@ -25,11 +26,8 @@ from bench.core.settings import (
     StepShare,
     Weight,
     check_choice,
-    check_device,
     check_fields,
     identity,
-    resolve_device,
-    resolve_precision,
 )
 from bench.data import AUGMENTATIONS
 from bench.metrics import MINIMUM_SIZE

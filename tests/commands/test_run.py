@@ -294,7 +294,7 @@ def test_doctor_tells_the_precision_of_the_device_that_runs_would_take(tmp_path,
     """Whatever the other one could do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("bench.core.settings.has_fast_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr("bench.core.device.has_fast_bf16", lambda device: device == "cuda")
     monkeypatch.setattr(doctor_module, "scan_backend", lambda: "PyTorch")
     found = checked(tmp_path, monkeypatch)
     assert found["precision"].found.startswith(precision)

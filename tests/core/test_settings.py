@@ -18,7 +18,6 @@ from bench.core.settings import (
     StepShare,
     Weight,
     at_least,
-    check_device,
     check_fields,
     identity,
 )
@@ -86,9 +85,3 @@ def test_an_identity_is_that_of_version_and_values():
     ids = {identity(1, Toy()), identity(2, Toy()), identity(1, Toy(count=2)), identity(1, Toy(name="other"))}
     assert len(ids) == 4
     assert identity(1, Toy()) == identity(1, Toy(count=1))
-
-
-def test_a_device_that_is_not_there_is_one_sentence():
-    check_device("cpu")
-    with pytest.raises(UserError, match="device 'cuda:77' is not available here; use --device cpu"):
-        check_device("cuda:77")

@@ -230,7 +230,7 @@ def test_auto_is_what_the_machine_has_and_as_good_as_saying_so(config, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     auto = replace(config, device="auto", precision="auto")
     for fast in ({device}, set()):  # devices that have bf16
-        monkeypatch.setattr("bench.core.settings.has_fast_bf16", fast.__contains__)
+        monkeypatch.setattr("bench.core.device.has_fast_bf16", fast.__contains__)
         found = auto.resolved()
         assert (found.device, found.precision) == (device, "bf16" if fast else "fp32")
         assert auto.run_id() == replace(config, device=device, precision=found.precision).run_id()
@@ -422,6 +422,8 @@ def test_a_new_backbone_has_a_size_in_every_preset(toy, preset):
     config.check()
     assert config.depth == PRESETS[preset]["depth"]
     assert parameters(config) == pytest.approx(PRESETS[preset]["params"], rel=0.02)
+    others = [parameters(make_config(name, preset)) for name in SIZES[preset]]
+    assert 0.95 * min(others) < parameters(config) < 1.05 * max(others)
     assert make_config(toy, preset, width=7, depth=3, device="cpu") == replace(config, width=7, depth=3)
 
 
