@@ -3,7 +3,7 @@
 Every Encoder and Decoder is built as ``(image_size, grid_size, code_dim, width, depth, **options)`` and maps
 (B, 3, image_size, image_size) in [-1, 1] to (B, code_dim, grid_size, grid_size) and back. At one grid all of them make
 the same number of tokens, so all of them spend the same bits. To add one: write ``backbones/NAME.py`` and add a line to
-``BACKBONES``.
+``BACKBONES``. Widths are solved for, so any from 1 on has to work, and a greater one may not have fewer parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is everything in place? One line each, and one line that mends what is not.
+"""Is everything in place? One line each, and one line that fixes what is not.
 
 python -m bench.doctor
 """
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from backbones import torchvision_repair
 from backbones.ssd import scan_backend
-from bench.core.environment import has_fast_bf16
+from bench.core.device import resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
 from bench.core.progress import stdout
@@ -41,15 +41,14 @@ def checks(results: Path) -> Iterator[Check]:
     """Looks at this machine, downloading nothing."""
     python = ".".join(map(str, sys.version_info[:3]))
     yield Check("python", sys.version_info >= (3, 10), python, "install Python 3.10 or newer")
-    if torch.cuda.is_available():
-        device = "cuda"
+    device = resolve_device("auto")
+    if device == "cuda":
         yield Check("device", True, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     else:
-        device = "cpu"
         found = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
         yield Check("device", None, found, "for a GPU install a CUDA build of torch; smoke and cpu need none")
-    precision = "bf16" if has_fast_bf16(device) else "fp32 (no bfloat16 in hardware)"
-    yield Check("precision", True, precision)
+    precision = resolve_precision("auto", device)
+    yield Check("precision", True, precision if precision == "bf16" else "fp32 (no bfloat16 in hardware)")
 
     how = "import repaired (its operators do not fit this torch)" if torchvision_repair.REPAIRED else "healthy"
     yield Check("torchvision", True, f"{metadata.version('torchvision')}, {how}")

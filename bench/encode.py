@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from bench.core.cli import guarded
-from bench.core.errors import UserError
+from bench.core.device import check_device, resolve_device
 from bench.core.progress import stdout
 from bench.core.store import find_tokenizer
 from bench.priors.codes import encode, load_data
@@ -36,18 +35,15 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
     return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
 
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, encodes, and says where the codes are. Returns the exit code."""
     options = tyro.cli(Options, args=arguments, prog="python -m bench.encode", description=__doc__)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} is not available here; use --device cpu") from error
+    device = resolve_device(options.device)
+    check_device(device)
     for name in options.run:
         folder = find_tokenizer(name, options.results).folder
         tokenizer = Tokenizer.from_run(folder, device)

@@ -58,7 +58,7 @@ def work(arguments: list[str]) -> int:
     """Parses the command line and does what it says. Returns the exit code."""
     options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
     if options.list:
-        stdout.print(size_table(options.configs()))
+        stdout.print(size_table(options.configs(), options.timed))
         return 0
     return compare(options)
 
@@ -134,11 +134,12 @@ def next_command(options: RunArguments, runs: list[Run]) -> str:
     return "\n".join([*lines, f"Generate images: python -m bench.prior {folder}"])
 
 
-def size_table(configs: list[Config]) -> Table:
-    """Parameters, FLOPs and tokens of each config; nothing is trained."""
+def size_table(configs: list[Config], timed: bool = False) -> Table:
+    """Parameters, FLOPs and tokens of each config, and its steps where they are ``timed``; nothing is trained."""
     first = configs[0]
     table = Table(title=f"{first.image_size}×{first.image_size} images", title_justify="left")
-    for heading in ("backbone", "width", "depth", "encoder M", "decoder M", "encode MFLOP", "decode MFLOP", "tokens"):
+    headings = ("backbone", "width", "depth", "encoder M", "decoder M", "encode MFLOP", "decode MFLOP", "tokens")
+    for heading in (*headings, "steps") if timed else headings:
         table.add_column(heading, justify="left" if heading == "backbone" else "right")
     for config in configs:
         config.check()
@@ -146,7 +147,8 @@ def size_table(configs: list[Config]) -> Table:
         millions = [f"{costs[name] / 1e6:.2f}" for name in ("params_encoder", "params_decoder")]
         flops = [f"{costs[name] / 1e6:.0f}" for name in ("flops_encode", "flops_decode")]
         sizes = [str(config.width), str(config.depth)]
-        table.add_row(config.backbone, *sizes, *millions, *flops, f"{config.grid_size}×{config.grid_size}")
+        steps = [str(config.steps)] if timed else []
+        table.add_row(config.backbone, *sizes, *millions, *flops, f"{config.grid_size}×{config.grid_size}", *steps)
     return table
 
 

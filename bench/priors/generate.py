@@ -19,7 +19,8 @@ from bench.core.progress import Bar
 from bench.data import Data, eval_batches
 from bench.metrics import ImageSet, full_precision, to_uint8, weights
 from bench.tokenizers.costs import flops
-from bench.tokenizers.tokenizer import Tokenizer, parameter_count
+from bench.tokenizers.sizes import parameter_count
+from bench.tokenizers.tokenizer import Tokenizer
 
 from .codes import Codes
 from .config import PRIOR_VERSION, PriorConfig

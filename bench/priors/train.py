@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bench.core.errors import UserError
 from bench.data import batch_indices
-from bench.tokenizers.budgets import TOLERANCE, nearest_width
-from bench.tokenizers.tokenizer import parameter_count
+from bench.tokenizers.sizes import TOLERANCE, nearest_width, parameter_count
 from bench.training.loop import adamw, autocast, descend, fit
 
 from .codes import Codes

@@ -27,7 +27,8 @@ from bench.metrics import weights
 from bench.priors.config import PriorConfig
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.budgets import step_seconds
-from bench.tokenizers.config import PRESETS, Config, preset_settings
+from bench.tokenizers.config import Config, preset_settings
+from bench.tokenizers.presets import PRESETS
 
 DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
 TYPES = get_type_hints(Config)
@@ -199,7 +200,7 @@ class Plan:
     def name(self) -> str:
         """The study's name, its preset, and every setting that differs from what these two say."""
         usual = DEFAULTS | {**preset_settings(self.options.preset), **self.study.settings}
-        own = PRESETS[self.options.preset].get("own", {}).values()
+        own = PRESETS[self.options.preset]["own"].values()
         uneven = {name for settings in own for name in settings} - {*self.study.settings}  # no value of them is usual
         machine = ("device", "precision", *self.swept)
         words = [self.study.name, self.options.preset]

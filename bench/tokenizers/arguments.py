@@ -9,22 +9,25 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from backbones import BACKBONES
 from bench.core.errors import UserError
 
 from .budgets import match
 from .config import Config, make_config, preset_settings
+
+BACKBONE = f"{', '.join(BACKBONES)} or timm:MODEL; several are run in turn and compared"
+OPEN = tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")
 
 
 @dataclass(frozen=True)
 class Arguments(Config):
     """A Config whose backbone and seed may be several, and whose size defaults to the preset's."""
 
-    backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("convnext",)
-    """cnn, convnext, vit, mamba, bimamba, hybrid or timm:MODEL; several are run in turn and compared"""
-    width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    backbone: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=BACKBONE)] = ("convnext",)
+    width: Annotated[int | None, OPEN] = None
     """channels at the token grid; the preset's own matches parameters across backbones"""
-    depth: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid); default as for width"""
+    depth: Annotated[int | None, OPEN] = None
+    """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid)"""
     seed: tyro.conf.Suppress[int] = 0
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
@@ -44,6 +47,11 @@ class Arguments(Config):
         ``given`` names them; the other fields hold the preset's values for --help alone."""
         return {name: getattr(self, name) for name in _FIELDS if name in self.given - {"backbone", "seed"}}
 
+    @property
+    def timed(self) -> bool:
+        """Whether the budget to match is one of time, which sets the steps."""
+        return (self.match or "").startswith("time:")
+
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
         """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs. Raises
         UserError on a budget for what was given."""
@@ -51,7 +59,7 @@ class Arguments(Config):
         config = make_config(backbone, self.preset, **settings, seed=seed)
         if self.match is None:
             return config
-        for name in ("steps",) if self.match.startswith("time:") else ("width", "depth"):
+        for name in ("steps",) if self.timed else ("width", "depth"):
             if settings.get(name) is not None:
                 raise UserError(f"{name} is {settings[name]}, and --match {self.match} sets it; leave out one of them")
         config.check()  # before a model of it is built

@@ -20,11 +20,10 @@ from bench.core.files import atomic_path, cache_dir
 
 from .config import Config
 from .costs import static_costs
-from .tokenizer import Tokenizer, parameter_count
+from .sizes import TOLERANCE, nearest_width, parameters
+from .tokenizer import Tokenizer
 from .train import train
 
-TOLERANCE = 0.02  # of a budget of parameters or FLOPs
-WIDEST = 8192
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60}
 TIMED_STEPS = 16  # trained to learn how long one takes
 TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed")
@@ -66,35 +65,14 @@ def _parse(budget: str) -> tuple[str, float]:
     return kind, float(number) * UNITS[unit]
 
 
-def _shapes(config: Config) -> Tokenizer:
-    with torch.device("meta"):
-        return Tokenizer(replace(config, pretrained=False))
-
-
-@cache
-def _params(config: Config) -> float:
-    tokenizer = _shapes(config)
-    return parameter_count(tokenizer.encoder) + parameter_count(tokenizer.decoder)
-
-
 @cache
 def _flops(config: Config) -> float:
-    costs = static_costs(_shapes(config))
+    with torch.device("meta"):
+        costs = static_costs(Tokenizer(replace(config, pretrained=False)))
     return costs["flops_encode"] + costs["flops_decode"]
 
 
-COSTS: dict[str, Callable[[Config], float]] = {"params": _params, "flops": _flops}
-
-
-def nearest_width(cost: Callable[[int], float], amount: float) -> int:
-    """The width whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows."""
-    low, high = 1, 2
-    while high < WIDEST and cost(high) < amount:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < amount else (low, middle)
-    return min((low, high), key=lambda width: abs(cost(width) - amount))
+COSTS: dict[str, Callable[[Config], float]] = {"params": parameters, "flops": _flops}
 
 
 def step_seconds(config: Config) -> float:

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .tokenizer import Tokenizer, parameter_count
+from .sizes import parameter_count
+from .tokenizer import Tokenizer
 
 THROUGHPUT_BATCH = 64
 THROUGHPUT_SECONDS = 10.0  # after which nothing more is timed: large models on a CPU

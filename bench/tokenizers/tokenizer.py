@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from backbones import backbone
 from bench.core.errors import UserError
 from bench.core.store import Run
 from bench.quantizers import QUANTIZERS, Quantized
 
 from .config import Config
+from .sizes import sides
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,17 +29,15 @@ class Tokenizer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        encoder, decoder, *options = backbone(config.backbone)
-        encoder_options, decoder_options = ({name: getattr(config, name) for name in names} for names in options)
+        encoder, decoder = sides(config)
         quantizer = QUANTIZERS[config.quantizer]
-        shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
         settings = {name: getattr(config.resolved(), name) for name in quantizer.settings}
         try:
-            self.encoder = encoder(*shape, **encoder_options)
+            self.encoder = encoder()
         except ValueError as error:
             raise UserError(str(error)) from error
         self.quantizer = quantizer(config.codebook_size, config.code_dim, **settings)
-        self.decoder = decoder(*shape, **decoder_options)
+        self.decoder = decoder()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized."""
@@ -68,11 +66,6 @@ class Tokenizer(nn.Module):
         tokenizer.config = config
         safetensors.torch.load_model(tokenizer, run.folder / "tokenizer.safetensors")
         return tokenizer.to(device).eval().requires_grad_(False)
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Scalars that training would change in ``module``."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def to_device(module: Module, device: str) -> Module:

@@ -21,7 +21,8 @@ from bench.training.trial import begun, complete, write_weights
 from .config import Config
 from .costs import static_costs, throughput
 from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
-from .tokenizer import Tokenizer, parameter_count
+from .sizes import parameter_count
+from .tokenizer import Tokenizer
 from .train import train
 
 PICTURES = 12  # images in the reconstruction picture

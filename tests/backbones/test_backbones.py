@@ -31,8 +31,10 @@ from backbones.ssd import Mamba2
 from bench.core.errors import UserError
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers import train
-from bench.tokenizers.config import PRESETS, make_config
-from bench.tokenizers.tokenizer import Tokenizer, parameter_count, to_device
+from bench.tokenizers.config import make_config
+from bench.tokenizers.presets import PRESETS
+from bench.tokenizers.sizes import parameter_count
+from bench.tokenizers.tokenizer import Tokenizer, to_device
 from bench.training.loop import parameter_groups
 
 import timm  # isort: skip  (after backbones, which repairs torchvision)

@@ -28,7 +28,8 @@ from bench.metrics import from_uint8, weights
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers import trial
 from bench.tokenizers.arguments import parse
-from bench.tokenizers.config import PRESETS, PROTOCOL_VERSION, Config, make_config
+from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
+from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.tokenizer import Tokenizer
 from tests.fabricate import fabricate
 
@@ -293,7 +294,7 @@ def test_doctor_tells_the_precision_of_the_device_that_runs_would_take(tmp_path,
     """Whatever the other one could do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(doctor_module, "has_fast_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr("bench.core.device.has_fast_bf16", lambda device: device == "cuda")
     monkeypatch.setattr(doctor_module, "scan_backend", lambda: "PyTorch")
     found = checked(tmp_path, monkeypatch)
     assert found["precision"].found.startswith(precision)
@@ -533,11 +534,11 @@ def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, mo
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
 def test_encode_takes_the_gpu_where_there_is_one_and_counts_both_splits(tmp_path, monkeypatch, capsys, there, device):
     """Unless it is told otherwise; megabytes are those of all codes together."""
-    asked, empty = [], SimpleNamespace(empty=lambda count, device: asked.append(device))
-    empty.cuda = SimpleNamespace(is_available=lambda: there)
+    asked = []
     grids = [np.zeros((count, 32, 32), dtype=np.uint16) for count in (1000, 500)]
     codes = SimpleNamespace(train=grids[0], val=grids[1], grid_size=32)
-    monkeypatch.setattr(encode, "torch", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(encode, "check_device", asked.append)
     monkeypatch.setattr(encode, "find_tokenizer", lambda *arguments: Store(tmp_path).named("toy"))
     monkeypatch.setattr(encode, "Tokenizer", SimpleNamespace(from_run=lambda folder, device: asked.append(device)))
     monkeypatch.setattr(encode, "load_data", lambda *arguments: None)

@@ -25,7 +25,7 @@ from bench.priors.models.pixelcnn import GatedLayer, gate
 from bench.priors.models.sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer
 from bench.priors.train import build as build_prior
 from bench.priors.train import train_prior
-from bench.tokenizers.tokenizer import parameter_count
+from bench.tokenizers.sizes import parameter_count
 from bench.training import loop
 from bench.training.loop import parameter_groups
 
@@ -755,7 +755,7 @@ def test_every_auto_is_replaced_and_the_floor_ignores_training(monkeypatch):
     assert {PriorConfig("t", "rnn").resolved().precision} <= {"bf16", "fp32"}
     assert PriorConfig("t", "rnn").resolved().device in ("cpu", "cuda")
     for fast, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("bench.priors.config.has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("bench.core.device.has_fast_bf16", lambda device, fast=fast: fast)
         assert PriorConfig("t", "rnn", device="cpu").resolved().precision == precision
         assert PriorConfig("t", "rnn", precision="fp32", device="cpu").resolved().precision == "fp32"
         assert PriorConfig("t", "independent", device="cpu").resolved().precision == "fp32"

@@ -3,29 +3,68 @@
 import errno
 import math
 from dataclasses import asdict, fields, replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from torch import nn
 
-from backbones import BACKBONES
+from backbones import BACKBONES, Backbone
 from bench.core.cli import guarded
 from bench.core.environment import has_fast_bf16
 from bench.core.errors import Interrupted, UserError
 from bench.metrics import MINIMUM_SIZE
 from bench.quantizers import QUANTIZERS
-from bench.run import RunArguments
+from bench.quantizers.codebook import GRADIENTS
+from bench.run import RunArguments, main
 from bench.sweeps.plan import Ablation, Plan, parse_study
 from bench.tokenizers.arguments import parse
-from bench.tokenizers.config import PRESETS, PROTOCOL_VERSION, Config, make_config, preset_settings
-from bench.tokenizers.tokenizer import Tokenizer, parameter_count
+from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config, preset_settings
+from bench.tokenizers.losses import ADVERSARIAL, RECONSTRUCTION
+from bench.tokenizers.presets import PRESETS
+from bench.tokenizers.sizes import parameters, width_of
 
+TYPES = get_type_hints(Config)
 DEFAULTS = {field.name: field.default for field in fields(Config)}
-# What a preset sets for all backbones or for one, and width and depth, which it sets for each.
+# What a preset sets for all backbones or for one, but for the sizes of models.
 SET = [
     (preset, name)
     for preset, chosen in PRESETS.items()
-    for name in sorted({*preset_settings(preset), *(n for own in chosen.get("own", {}).values() for n in own)})
+    for name in sorted({*preset_settings(preset), *(n for own in chosen["own"].values() for n in own)})
+    if name not in ("width", "depth")
 ]
+# Width and depth, which are part of the identity of every run that was ever made: no change of a preset, of a backbone
+# or of how widths are solved may move them.
+SMALL = {"cnn": (738, 2), "convnext": (1073, 2), "vit": (512, 8)}
+SMALL |= {"mamba": (472, 8), "bimamba": (454, 6), "hybrid": (443, 8)}
+SIZES = {
+    "smoke": {
+        **{"cnn": (40, 3), "convnext": (56, 3), "vit": (64, 2)},
+        **{"mamba": (56, 2), "bimamba": (48, 2), "hybrid": (52, 2)},
+    },
+    "cpu": {
+        **{"cnn": (128, 1), "convnext": (128, 2), "vit": (112, 2)},
+        **{"mamba": (104, 2), "bimamba": (88, 2), "hybrid": (80, 3)},
+    },
+    "vqgan64": {
+        **{"cnn": (315, 2), "convnext": (452, 2), "vit": (250, 6)},
+        **{"mamba": (229, 6), "bimamba": (233, 4), "hybrid": (215, 6)},
+    },
+    "vqvae32": {
+        **{"cnn": (96, 2), "convnext": (134, 2), "vit": (99, 3)},
+        **{"mamba": (93, 3), "bimamba": (95, 2), "hybrid": (82, 3)},
+    },
+    "celeba64": {
+        **{"cnn": (128, 2), "convnext": (180, 2), "vit": (128, 3)},
+        **{"mamba": (119, 3), "bimamba": (120, 2), "hybrid": (108, 3)},
+    },
+    "vitvqgan-s": SMALL,
+    "blog256": {
+        **{"cnn": (384, 2), "convnext": (384, 2), "vit": (768, 12)},
+        **{"mamba": (768, 12), "bimamba": (768, 12), "hybrid": (768, 12)},
+    },
+    "blog256-fair": SMALL,
+}
 
 
 def flags(name: str, value: object) -> list[str]:
@@ -39,7 +78,7 @@ def command_line(*arguments: str) -> list[Config]:
 @pytest.mark.parametrize(("preset", "name"), SET)
 def test_a_flag_that_was_given_wins_over_the_preset(preset, name):
     """Also where it says what is the default elsewhere: of the field, of the preset, of another backbone."""
-    own = [settings[name] for settings in PRESETS[preset].get("own", {}).values() if name in settings]
+    own = [settings[name] for settings in PRESETS[preset]["own"].values() if name in settings]
     for value in {DEFAULTS[name], preset_settings(preset).get(name, DEFAULTS[name]), *own}:
         given = command_line("--preset", preset, "--backbone", *BACKBONES, *flags(name, value), "--device", "cpu")
         usual = [make_config(backbone, preset, device="cpu") for backbone in BACKBONES]
@@ -61,9 +100,9 @@ def test_without_flags_a_command_line_is_the_preset(preset):
     configs = command_line("--preset", preset, "--backbone", *BACKBONES)
     assert configs == [make_config(name, preset) for name in BACKBONES]
     for config in configs:
-        own = PRESETS[preset].get("own", {}).get(config.backbone, {})
+        own = PRESETS[preset]["own"].get(config.backbone, {})
         settings = {**DEFAULTS, **preset_settings(preset), **own}
-        width, depth = PRESETS[preset]["size"][config.backbone]
+        width, depth = SIZES[preset][config.backbone]
         assert asdict(config) == {**settings, "backbone": config.backbone, "width": width, "depth": depth}
 
 
@@ -79,7 +118,10 @@ def test_an_image_has_grid_size_squared_tokens():
 def test_help_shows_the_values_of_the_preset(capsys):
     with pytest.raises(SystemExit):
         command_line("--preset", "blog256", "--help")
-    assert "(default: 8192)" in capsys.readouterr().out  # of codebook_size
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: 8192)" in said  # of codebook_size
+    assert said.count("(default: the preset's)") == 2  # of width and depth, which differ between backbones
+    assert f"{', '.join(BACKBONES)} or timm:MODEL" in said
 
 
 @pytest.mark.parametrize("words", [["--no-final-conv"], ["--no_final_conv"], ["--final-conv"]])
@@ -188,7 +230,7 @@ def test_auto_is_what_the_machine_has_and_as_good_as_saying_so(config, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     auto = replace(config, device="auto", precision="auto")
     for fast in ({device}, set()):  # devices that have bf16
-        monkeypatch.setattr("bench.tokenizers.config.has_fast_bf16", fast.__contains__)
+        monkeypatch.setattr("bench.core.device.has_fast_bf16", fast.__contains__)
         found = auto.resolved()
         assert (found.device, found.precision) == (device, "bf16" if fast else "fp32")
         assert auto.run_id() == replace(config, device=device, precision=found.precision).run_id()
@@ -252,7 +294,7 @@ def test_ranges_end_where_they_say(config, name, allowed, refused):
         replace(config, **{name: refused}).check()
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Config) if "float" in str(field.type)])
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind in (float, float | None)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_setting_may_be_infinite_or_no_number(config, name, value):
     with pytest.raises(UserError, match=rf"^{name} is {value}"):
@@ -281,6 +323,14 @@ def test_images_are_large_enough_for_both_networks_that_score_them(config, net):
 def test_choices_are_named_when_none_was_met(config, name):
     with pytest.raises(UserError, match=f"unknown {name} 'nonsense'; choose from .*{getattr(config, name)}"):
         replace(config, **{name: "nonsense"}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [("gradient", GRADIENTS), ("gan_loss", ADVERSARIAL), ("reconstruction", RECONSTRUCTION)],
+)
+def test_the_choices_of_a_type_are_those_that_there_are(name, variants):
+    assert set(get_args(TYPES[name])) == set(variants)
 
 
 @pytest.mark.parametrize(
@@ -318,11 +368,72 @@ def test_a_grid_divides_the_image_as_a_power_of_two(config, grid_size, works):
 def test_a_preset_gives_all_backbones_as_many_parameters(preset):
     """Within 5 % of their median, at one grid and one number of codes."""
     configs = [make_config(name, preset) for name in BACKBONES]
-    with torch.device("meta"):
-        counts = [parameter_count(m.encoder) + parameter_count(m.decoder) for m in map(Tokenizer, configs)]
+    counts = [parameters(config) for config in configs]
     median = sorted(counts)[len(counts) // 2]
     assert all(abs(count / median - 1) < 0.05 for count in counts), dict(zip(BACKBONES, counts, strict=True))
     assert len({(config.grid_size, config.codebook_size, config.image_size) for config in configs}) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_sizes_of_a_preset_stay_what_they_were(preset):
+    """Those of timm:MODEL are those of the CNN, whose decoder it has."""
+    configs = {name: make_config(name, preset) for name in (*SIZES[preset], "timm:resnet18")}
+    expected = {**SIZES[preset], "timm:resnet18": SIZES[preset]["cnn"]}
+    assert {name: (config.width, config.depth) for name, config in configs.items()} == expected
+
+
+@pytest.mark.parametrize("given", [{"depth": 3}, {"grid_size": 16}, {"code_dim": 5}, {"image_size": 128}])
+def test_the_width_of_a_preset_depends_on_nothing_that_was_given(given):
+    assert make_config("vit", "cpu", **given).width == SIZES["cpu"]["vit"][0]
+
+
+def test_making_a_config_draws_no_random_numbers():
+    width_of.cache_clear()
+    parameters.cache_clear()
+    before = torch.get_rng_state()
+    make_config("hybrid", "smoke")
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.fixture
+def toy(monkeypatch) -> str:
+    """A backbone that nobody but BACKBONES knows of: patches through ``depth`` convolutions of 1×1."""
+
+    def blocks(width, depth):
+        return (nn.Conv2d(width, width, 1) for _ in range(depth))
+
+    def encoder(image_size, grid_size, code_dim, width, depth, attention):
+        patch = image_size // grid_size
+        first, last = nn.Conv2d(3 * patch**2, width, 1), nn.Conv2d(width, code_dim, 1)
+        return nn.Sequential(nn.PixelUnshuffle(patch), first, *blocks(width, depth), last)
+
+    def decoder(image_size, grid_size, code_dim, width, depth, attention):
+        patch = image_size // grid_size
+        first, last = nn.Conv2d(code_dim, width, 1), nn.Conv2d(width, 3 * patch**2, 1)
+        return nn.Sequential(first, *blocks(width, depth), last, nn.PixelShuffle(patch))
+
+    monkeypatch.setitem(BACKBONES, "toy", Backbone(encoder, decoder))
+    return "toy"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_new_backbone_has_a_size_in_every_preset(toy, preset):
+    config = make_config(toy, preset, device="cpu")
+    config.check()
+    assert config.depth == PRESETS[preset]["depth"]
+    assert parameters(config) == pytest.approx(PRESETS[preset]["params"], rel=0.02)
+    others = [parameters(make_config(name, preset)) for name in SIZES[preset]]
+    assert 0.95 * min(others) < parameters(config) < 1.05 * max(others)
+    assert make_config(toy, preset, width=7, depth=3, device="cpu") == replace(config, width=7, depth=3)
+
+
+def test_a_new_backbone_is_listed_matched_and_studied(toy, tmp_path, capsys):
+    arguments = ["--backbone", "cnn", toy, "--list", "--device", "cpu"]
+    assert main(arguments) == main([*arguments, "--match", "params:300k"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if "│ toy" in line]) == 2
+    study = Ablation("beta", sweep={"beta": (0.25,)}, backbones=(toy,), seeds=(0,))
+    plan = Plan(study, parse_study(study, "", ["--results", str(tmp_path), "--device", "cpu"]))
+    assert [cell.run.folder.name.startswith("toy-ema-") for cell in plan.cells[toy]] == [True]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

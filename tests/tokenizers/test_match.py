@@ -13,9 +13,10 @@ from bench.core.errors import UserError
 from bench.sweeps.plan import Ablation, Plan, parse_study
 from bench.tokenizers import budgets as module
 from bench.tokenizers.arguments import parse
-from bench.tokenizers.budgets import TOLERANCE, WIDEST, match, nearest_width, step_seconds
+from bench.tokenizers.budgets import match, step_seconds
 from bench.tokenizers.config import make_config
 from bench.tokenizers.costs import static_costs
+from bench.tokenizers.sizes import TOLERANCE, WIDEST, nearest_width
 from bench.tokenizers.tokenizer import Tokenizer
 from tests.tokenizers.test_config import OTHER
 
@@ -129,6 +130,20 @@ def test_the_nearest_width_is_the_nearest():
         assert found == min(widths, key=lambda width: abs(width**2 - amount)) or found == WIDEST < amount**0.5
 
 
+@pytest.mark.parametrize(
+    "cost", [lambda w: w, lambda w: w**2, lambda w: w**3, lambda w: (-(-w // 32)) ** 2, lambda w: 7]
+)
+def test_the_nearest_width_is_found_in_few_looks(cost):
+    """However cost grows: evenly, in steps, or not at all."""
+    for amount in (1, 6.9, 7.1, 500, 65_000, 10**7):
+        looks = []
+        found = nearest_width(lambda width, looks=looks: looks.append(width) or cost(width), amount)
+        best = min(abs(cost(width) - amount) for width in range(1, WIDEST + 1))
+        assert abs(cost(found) - amount) == best
+        assert len(looks) <= 40
+        assert all(1 <= width <= WIDEST for width in looks)
+
+
 def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
     """Its own first, then one more, one fewer, two more."""
     tried = []
@@ -176,6 +191,16 @@ def test_what_a_budget_does_not_set_may_be_given(timed):
     assert config.steps == 3
     (config,) = parse(run.RunArguments, ["--match", "time:60s", "--width", "24"], "run", "").configs()
     assert (config.width, config.steps) == (24, 30)
+
+
+def test_a_budget_of_time_lists_the_steps_that_it_sets(timed, capsys):
+    assert run.main(["--backbone", "cnn", "--match", "time:60s", "--list"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (row,) = (line for line in lines if line[:2] == ["│", "cnn"])
+    assert row[-2] == "30"
+    assert any("steps" in line for line in lines)
+    assert run.main(["--backbone", "cnn", "--list"]) == 0
+    assert "steps" not in capsys.readouterr().out
 
 
 def test_a_budget_reaches_every_command(tmp_path, capsys):

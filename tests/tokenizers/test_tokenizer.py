@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from backbones import Backbone, backbone
+from backbones import BACKBONES, Backbone, backbone
 from bench.core.errors import UserError
 from bench.quantizers import QUANTIZERS, Quantizer
-from bench.tokenizers import tokenizer as module
-from bench.tokenizers.tokenizer import Tokenizer, parameter_count, to_device
+from bench.tokenizers.sizes import parameter_count
+from bench.tokenizers.tokenizer import Tokenizer, to_device
 
 every = pytest.mark.parametrize("quantizer", QUANTIZERS)
 
@@ -109,7 +109,7 @@ def test_settings_of_the_backbone_reach_both_sides(tiny, monkeypatch):
         return build
 
     fake = Backbone(side("encoder"), side("decoder"), ("attention", "pretrained"), ("attention", "final_conv"))
-    monkeypatch.setattr(module, "backbone", lambda name: {"vit": fake}[name])
+    monkeypatch.setitem(BACKBONES, "vit", fake)
     sizes = {"image_size": 64, "grid_size": 8, "code_dim": 5, "width": 24, "depth": 3}
     Tokenizer(replace(tiny, backbone="vit", **sizes, attention=2, pretrained=True, final_conv=True))
     assert built == {

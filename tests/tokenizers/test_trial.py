@@ -20,7 +20,8 @@ from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8,
 from bench.tokenizers import evaluate, trial
 from bench.tokenizers.config import make_config
 from bench.tokenizers.evaluate import PatchKMeans, kmeans_reference, protocol, score, score_untrained
-from bench.tokenizers.tokenizer import Tokenizer, parameter_count, to_device
+from bench.tokenizers.sizes import parameter_count
+from bench.tokenizers.tokenizer import Tokenizer, to_device
 from bench.tokenizers.trial import codebook_images, finish, run_trial, sample_reconstructions
 from tests.fabricate import fabricate
 from tests.tokenizers.test_train import CHANGES

@@ -1,0 +1,26 @@
+"""Where a run computes, and in what arithmetic: what ``auto`` stands for on this machine, and whether it is there."""
+
+from __future__ import annotations
+
+import torch
+
+from .environment import has_fast_bf16
+from .errors import UserError
+
+
+def resolve_device(device: str) -> str:
+    """``device``, or for ``auto`` the GPU where there is one, else the CPU."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """``precision``, or for ``auto`` bf16 where ``device`` has it in hardware, else fp32."""
+    return precision if precision != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def check_device(device: str) -> None:
+    """Raises UserError unless tensors can be made on ``device``, which is not ``auto``."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} is not available here; use --device cpu") from error

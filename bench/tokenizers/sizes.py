@@ -1,0 +1,65 @@
+"""How large a model is, told by shapes alone: its parameters, and the width that gives it so many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from backbones import backbone
+
+if TYPE_CHECKING:
+    from .config import Config
+
+TOLERANCE = 0.02  # of a budget of parameters or FLOPs
+WIDEST = 8192
+
+
+def sides(config: Config) -> list[Callable[[], nn.Module]]:
+    """What builds the encoder of ``config``, and what builds its decoder."""
+    *modules, encoder_options, decoder_options = backbone(config.backbone)
+    shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
+    return [
+        partial(module, *shape, **{name: getattr(config, name) for name in options})
+        for module, options in zip(modules, (encoder_options, decoder_options), strict=True)
+    ]
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Scalars that training would change in ``module``."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@cache
+def parameters(config: Config) -> int:
+    """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
+    with torch.device("meta"):
+        return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
+
+
+@cache
+def width_of(config: Config, amount: int) -> int:
+    """The width at which ``config``, whose own width does not matter, has ``amount`` parameters or nearly so."""
+    return nearest_width(lambda width: parameters(replace(config, width=width)), amount)
+
+
+def nearest_width(cost: Callable[[int], float], amount: float) -> int:
+    """The width up to WIDEST whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows.
+
+    Looks a few times where cost grows about with the square of width, and at most a few dozen times where it does not.
+    """
+    low, high, width, step = 1, WIDEST, 64, 1  # cost(low) < amount <= cost(high), but for the ends
+    while high - low > 1:
+        found = cost(width)
+        guess = round(width * (amount / found) ** 0.5)
+        if found < amount:
+            low, guess = width, max(guess, width + step)
+        else:
+            high, guess = width, min(guess, width - step)
+        width = guess if low < guess < high else (low + high) // 2
+        step *= 2
+    return min((low, high), key=lambda width: abs(cost(width) - amount))

@@ -1,0 +1,87 @@
+"""What the settings of every kind of run share: limits beside the field, one check, one identity."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+
+from bench.core.errors import UserError
+from bench.core.settings import (
+    NOT_NEGATIVE,
+    Count,
+    Fraction,
+    Natural,
+    OneOf,
+    Positive,
+    Seed,
+    StepShare,
+    Weight,
+    at_least,
+    check_fields,
+    identity,
+)
+
+COLOURS = {"red": 1, "blue": 2}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """One field of every kind."""
+
+    count: Count = 1
+    natural: Natural = 0
+    weight: Weight = 0.0
+    positive: Positive = 1.0
+    fraction: Fraction = 0.0
+    share: StepShare = 1.0
+    seed: Seed = 0
+    samples: Annotated[int, at_least(4)] = 4
+    open: Annotated[float | None, NOT_NEGATIVE] = None
+    colour: Annotated[str, OneOf(COLOURS)] = "red"
+    net: Literal["alex", "vgg"] = "alex"
+    name: str = "anything"
+    free: float = -1.0
+    switch: bool = False
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("count", 0, "count is 0; it must be at least 1"),
+        ("natural", -1, "natural is -1; it must be 0 or more"),
+        ("weight", -0.5, "weight is -0.5; it must be 0 or more"),
+        ("positive", 0.0, "positive is 0.0; it must be above 0"),
+        ("fraction", 1.0, "fraction is 1.0; it must be at least 0 and below 1"),
+        ("share", 1.5, "share is 1.5; it is a share of the steps, from 0 to 1"),
+        ("seed", 2**31, "seed is 2147483648; it must be below 2**31"),
+        ("seed", -1, "seed is -1; it must be 0 or more"),
+        ("samples", 3, "samples is 3; it must be at least 4"),
+        ("open", -1.0, "open is -1.0; it must be 0 or more"),
+        ("weight", math.nan, "weight is nan; it must be 0 or more"),
+        ("free", math.nan, "free is nan; it must be a finite number"),
+        ("weight", math.inf, "weight is inf; it must be a finite number"),
+        ("colour", "green", "unknown colour 'green'; choose from red, blue"),
+        ("net", "squeeze", "unknown net 'squeeze'; choose from alex, vgg"),
+    ],
+)
+def test_the_first_field_that_its_type_does_not_allow_is_one_sentence(field, value, sentence):
+    with pytest.raises(UserError) as raised:
+        check_fields(Toy(**{field: value}))
+    assert str(raised.value) == sentence
+
+
+def test_what_the_types_allow_passes():
+    check_fields(Toy())
+    check_fields(Toy(open=0.0, seed=2**31 - 1, share=0.0, fraction=0.999, colour="blue", net="vgg", switch=True))
+
+
+def test_choices_are_those_of_the_dict_when_asked(monkeypatch):
+    monkeypatch.setitem(COLOURS, "green", 3)
+    check_fields(Toy(colour="green"))
+
+
+def test_an_identity_is_that_of_version_and_values():
+    ids = {identity(1, Toy()), identity(2, Toy()), identity(1, Toy(count=2)), identity(1, Toy(name="other"))}
+    assert len(ids) == 4
+    assert identity(1, Toy()) == identity(1, Toy(count=1))
