@@ -16,8 +16,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from backbones import torchvision_repair
 from backbones.ssd import scan_backend
+from backbones.torchvision_repair import repair
 from bench.core.environment import has_fast_bf16
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
@@ -51,7 +51,7 @@ def checks(results: Path) -> Iterator[Check]:
     precision = "bf16" if has_fast_bf16(device) else "fp32 (no bfloat16 in hardware)"
     yield Check("precision", True, precision)
 
-    how = "import repaired (its operators do not fit this torch)" if torchvision_repair.REPAIRED else "healthy"
+    how = "import repaired (its operators do not fit this torch)" if repair() else "healthy"
     yield Check("torchvision", True, f"{metadata.version('torchvision')}, {how}")
 
     scan = scan_backend()

@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-from bench.analysis.frames import METRICS, UNMATCHED, frame, unmatched
 from bench.core.cli import guarded
 from bench.core.errors import Diverged
 from bench.core.progress import console, stdout
@@ -29,7 +28,6 @@ from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.tokenizers.trial import run_trial
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ def work(arguments: list[str]) -> int:
 
 def compare(options: RunArguments) -> int:
     """Runs every config, prints the table, and returns the exit code."""
+    from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
+
     store = Store(options.results)
     finished: list[Run] = []
     failed: list[tuple[Config, str]] = []
@@ -88,6 +88,8 @@ def compare(options: RunArguments) -> int:
 
 def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
+    from bench.analysis.frames import METRICS, UNMATCHED, frame, unmatched
+
     rows = [(run.config(), run.metrics()) for run in runs]
     off = unmatched(frame(runs))
     config, metrics = rows[0]
