@@ -4,17 +4,3 @@ from .batches import AUGMENTATIONS, batch, batch_indices, eval_batches, to_float
 from .decoding import Data, load
 from .pictures import to_pixels, to_rgb
 from .sources import DATASETS, photographs
-
-__all__ = [
-    "AUGMENTATIONS",
-    "DATASETS",
-    "Data",
-    "batch",
-    "batch_indices",
-    "eval_batches",
-    "load",
-    "photographs",
-    "to_float",
-    "to_pixels",
-    "to_rgb",
-]

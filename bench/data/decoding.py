@@ -76,7 +76,7 @@ def load(data: str, image_size: int) -> Data:
     except OSError as error:  # those of single images and downloads do not come this far
         raise UserError(
             f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
-            "free space or mend permissions there, or set VQBENCH_CACHE to another folder"
+            "free space or fix permissions there, or set VQBENCH_CACHE to another folder"
         ) from error
     classes = tuple(fields["classes"])
     skipped = tuple(fields["skipped"])

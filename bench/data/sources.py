@@ -125,7 +125,7 @@ def _open_torchvision(kind: str, train: dict, val: dict, image_size: int) -> tup
     except Exception as error:  # network, checksum, torn archive, no gdown for CelebA: it raises nearly every kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"cannot get {kind} ({reason}): mend that, place its files below {root} yourself, "
+            f"cannot get {kind} ({reason}): fix that, place its files below {root} yourself, "
             "or give your images as folder:PATH"
         ) from error
 
@@ -239,4 +239,4 @@ DATASETS: dict[str, Callable[[int], Source]] = {
     "celeba": partial(_torchvision, "CelebA", {"split": "train"}, {"split": "test"}),
     "flowers102": partial(_torchvision, "Flowers102", {"split": "train"}, {"split": "test"}),
 }
-"""Data sets by name: image_size -> Source. Beside them ``folder:PATH`` takes any folder of images."""
+"""Data sets by name: image_size -> Source. Besides them ``folder:PATH`` takes any folder of images."""

@@ -25,33 +25,9 @@ from .codes import CodeHistogram, CodeScores
 from .distances import FrechetStatistics, KernelDistance
 from .extractors import EXTRACTORS, digests
 from .images import PixelScores, from_uint8, full_precision, psnr, ssim, to_uint8
-from .perceptual import MINIMUM_SIZE, LPIPSScores, Perceptual, perceptual
+from .lpips import MINIMUM_SIZE, LPIPSScores, Perceptual, perceptual
 from .registry import Batch, Evaluator, Metric, Setup
 from .sets import PRECISION_NEIGHBOURS, ImageSet, InceptionScores
 
 # Every score of reconstructions, in the order of tables. Each network runs in one of them.
 EVALUATORS: tuple[type[Evaluator], ...] = (InceptionScores, LPIPSScores, PixelScores, ArtefactScores, CodeScores)
-
-__all__ = [
-    "EVALUATORS",
-    "EXTRACTORS",
-    "MINIMUM_SIZE",
-    "PRECISION_NEIGHBOURS",
-    "Artefacts",
-    "Batch",
-    "CodeHistogram",
-    "FrechetStatistics",
-    "ImageSet",
-    "KernelDistance",
-    "Metric",
-    "Perceptual",
-    "Setup",
-    "digests",
-    "from_uint8",
-    "full_precision",
-    "perceptual",
-    "psnr",
-    "ssim",
-    "to_uint8",
-    "weights",
-]

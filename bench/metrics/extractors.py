@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import weights
 from .images import from_uint8
-from .perceptual import perceptual, pool
+from .lpips import perceptual, pool
 
 Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 → (B, dimension) float32, both on one device
 

@@ -45,5 +45,3 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 # Of the entropy penalty, where Config leaves it open. Without it lfq falls to a handful of codes, and simvq, which
 # resets none, used half of 512 on the photographs and scored 0.8 dB lower. All others: none.
 ENTROPY_WEIGHT: dict[str, float] = {"lfq": 0.1, "simvq": 0.02}
-
-__all__ = ["ENTROPY_WEIGHT", "GRADIENTS", "QUANTIZERS", "Quantized", "Quantizer", "nearest"]

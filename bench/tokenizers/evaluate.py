@@ -85,7 +85,7 @@ def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
 
 
 def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
-    """Everything that must be equal for two scores to be comparable, beside the bits spent."""
+    """Everything that must be equal for two scores to be comparable, besides the bits spent."""
     return {
         "version": PROTOCOL_VERSION,
         "data": data.name,
