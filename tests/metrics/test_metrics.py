@@ -20,6 +20,7 @@ from bench.core.errors import UserError
 from bench.core.files import sha256_file
 from bench.metrics import (
     EVALUATORS,
+    EXTRACTORS,
     Artefacts,
     Batch,
     CodeHistogram,
@@ -27,6 +28,7 @@ from bench.metrics import (
     ImageSet,
     KernelDistance,
     Setup,
+    digests,
     distances,
     from_uint8,
     full_precision,
@@ -35,6 +37,7 @@ from bench.metrics import (
     to_uint8,
     weights,
 )
+from bench.metrics.extractors import Extractor
 
 CPU = torch.device("cpu")
 
@@ -393,6 +396,24 @@ def test_sets_of_images_are_compared_on_both_networks_where_both_have_features()
         assert pair[0].distances(pair[1]).keys() == names  # no FID against nothing
     with pytest.raises(ValueError, match="3 and 8 images are too small"):
         image_set(vgg[:3]).distances(image_set(other))
+
+
+def test_an_extractor_is_one_entry(monkeypatch):
+    """From which sets of images, the names of cached files and what identifies it follow."""
+    trunk("vgg")
+    monkeypatch.setattr(weights, "inception", lambda path: None)
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    corner = Extractor("_corner", "corner", "top left, ", 3, lambda *_: lambda x: x[:, :, 0, 0].float(), str)
+    monkeypatch.setitem(EXTRACTORS, "corner", corner)
+    x, x_hat = photographs(5, 12)
+    made, real = (ImageSet.of(images.split(2)) for images in (x_hat, x))
+    assert torch.equal(made.features["corner"], x_hat[:, :, 0, 0].float())
+    assert made.features["inception"].shape == (0, 2048)
+    expected = statistics(made.features["corner"]).distance(statistics(real.features["corner"]))
+    assert made.distances(real)["gfid_corner"] == pytest.approx(expected)
+    assert digests("file") == f"{weights.weights_digest('vgg')}-{weights.weights_digest('inception')}-file"
+    assert digests(None) == f"{weights.weights_digest('vgg')}-none-None"
+    assert corner.identity("file") == "top left, file"
 
 
 class Scores:
