@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import torchvision_repair  # noqa: F401  isort: skip  (before timm, which imports torchvision)
-from . import cnn, convnext, hybrid, mamba, timm_encoder, vit
+from . import cnn, convnext, hybrid, mamba, vit
+from .torchvision_repair import repair
 
 
 class Backbone(NamedTuple):
@@ -45,9 +45,7 @@ BACKBONES: dict[str, Backbone] = {
     "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *TOKENS),
     "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *TOKENS),
 }
-TIMM = Backbone(
-    timm_encoder.Encoder, cnn.Decoder, ("attention", "pretrained")
-)  # its Encoder takes the model's name too
+TIMM_OPTIONS = ("attention", "pretrained")  # of the Encoder of timm:MODEL
 
 
 def backbone(name: str) -> Backbone:
@@ -57,8 +55,11 @@ def backbone(name: str) -> Backbone:
     """
     kind, _, model = name.partition(":")
     if kind == "timm":
+        repair()
+        from . import timm_encoder  # and timm, which takes longer than all else here
+
         timm_encoder.check_name(model)
-        return TIMM._replace(Encoder=partial(TIMM.Encoder, model))
+        return Backbone(partial(timm_encoder.Encoder, model), cnn.Decoder, TIMM_OPTIONS)
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} or timm:MODEL")
     return BACKBONES[name]
@@ -66,4 +67,5 @@ def backbone(name: str) -> Backbone:
 
 def users(option: str) -> list[str]:
     """Names of the backbones that take ``option``."""
-    return [name for name, chosen in {**BACKBONES, "timm:MODEL": TIMM}.items() if option in chosen.options]
+    taken = {name: chosen.options for name, chosen in BACKBONES.items()} | {"timm:MODEL": TIMM_OPTIONS}
+    return [name for name, options in taken.items() if option in options]

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .layers import PyramidDecoder, PyramidEncoder, mlp, zero_init
+from .layers import PyramidDecoder, PyramidEncoder, mlp, timm_layer, zero_init
+
+
+def norm(channels: int) -> nn.Module:
+    """LayerNorm over the channels of (B, channels, H, W)."""
+    return timm_layer("LayerNorm2d")(channels)
 
 
 class NeXtformerBlock(nn.Module):
@@ -19,7 +23,7 @@ class NeXtformerBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1 = LayerNorm2d(channels)
+        self.norm1 = norm(channels)
         self.depthwise = zero_init(nn.Conv2d(channels, channels, 7, padding=3, groups=channels))
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = mlp(channels)
@@ -29,5 +33,5 @@ class NeXtformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x.movedim(1, -1))).movedim(-1, 1)
 
 
-Encoder = partial(PyramidEncoder, NeXtformerBlock, LayerNorm2d)
-Decoder = partial(PyramidDecoder, NeXtformerBlock, LayerNorm2d)
+Encoder = partial(PyramidEncoder, NeXtformerBlock, norm)
+Decoder = partial(PyramidDecoder, NeXtformerBlock, norm)

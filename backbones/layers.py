@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import Attention, SwiGLU
 from torch import Tensor, nn
+
+from .torchvision_repair import repair
 
 Layer = Callable[[int], nn.Module]  # builds a layer of so many channels
 HEAD_DIM = 32  # of attention
@@ -49,10 +51,16 @@ def orthogonal(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def mlp(width: int) -> SwiGLU:
+def timm_layer(name: str) -> Callable[..., nn.Module]:
+    """A layer of timm: imported when the first backbone is built, because it takes longer than all else here."""
+    repair()
+    return getattr(importlib.import_module("timm.layers"), name)
+
+
+def mlp(width: int) -> nn.Module:
     """SwiGLU feed-forward layer on (…, width). Hidden width 8/3 of it, in steps of 8: as many parameters as the usual
     two-layer network with a hidden width of 4 (Shazeer 2020)."""
-    layer = SwiGLU(width, hidden_features=round(width / 3) * 8, bias=False)
+    layer = timm_layer("SwiGLU")(width, hidden_features=round(width / 3) * 8, bias=False)
     zero_init(layer.fc2)
     return layer
 
@@ -66,7 +74,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads=-(-width // HEAD_DIM), attn_head_dim=HEAD_DIM)
+        self.attention = timm_layer("Attention")(width, num_heads=-(-width // HEAD_DIM), attn_head_dim=HEAD_DIM)
         zero_init(self.attention.proj)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = mlp(width)

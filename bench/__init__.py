@@ -1,3 +1,37 @@
-"""The harness: configuration, quantizers, losses, data, metrics, training, run store, command line."""
+"""Which backbone makes the best discrete image tokenizer, at what cost?
 
-import backbones.torchvision_repair  # noqa: F401  (before anything that imports torchvision)
+The public face, from which nothing is imported before it is used::
+
+    import bench
+
+    data = bench.load_data("photos", 64)
+    tokenizer = bench.Tokenizer.from_run("results/runs/RUN")
+    metrics, per_image = bench.score(tokenizer, tokenizer.config.codebook_size, data.val)
+    table = bench.load_runs("results")  # a pandas DataFrame, one row per run
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Config": ("bench.tokenizers.config", "Config"),
+    "make_config": ("bench.tokenizers.config", "make_config"),
+    "run_trial": ("bench.tokenizers.trial", "run_trial"),
+    "Tokenizer": ("bench.tokenizers.tokenizer", "Tokenizer"),
+    "Prior": ("bench.priors.models", "Prior"),
+    "load_data": ("bench.data", "load"),
+    "load_runs": ("bench.analysis.frames", "load_runs"),
+    "score": ("bench.tokenizers.evaluate", "score"),
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

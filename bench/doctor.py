@@ -16,8 +16,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from backbones import torchvision_repair
 from backbones.ssd import scan_backend
+from backbones.torchvision_repair import repair
 from bench.core.device import resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
@@ -50,7 +50,7 @@ def checks(results: Path) -> Iterator[Check]:
     precision = resolve_precision("auto", device)
     yield Check("precision", True, precision if precision == "bf16" else "fp32 (no bfloat16 in hardware)")
 
-    how = "import repaired (its operators do not fit this torch)" if torchvision_repair.REPAIRED else "healthy"
+    how = "import repaired (its operators do not fit this torch)" if repair() else "healthy"
     yield Check("torchvision", True, f"{metadata.version('torchvision')}, {how}")
 
     scan = scan_backend()

@@ -18,8 +18,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-from bench.analysis.frames import UNMATCHED, frame, unmatched
-from bench.analysis.tables import Group, score_table
 from bench.core.cli import guarded
 from bench.core.errors import Diverged
 from bench.core.progress import console, stdout
@@ -29,7 +27,6 @@ from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.tokenizers.trial import run_trial
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,8 @@ def work(arguments: list[str]) -> int:
 
 def compare(options: RunArguments) -> int:
     """Runs every config, prints the table, and returns the exit code."""
+    from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
+
     store = Store(options.results)
     finished: list[Run] = []
     failed: list[tuple[Config, str]] = []
@@ -87,6 +86,9 @@ def compare(options: RunArguments) -> int:
 
 def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
+    from bench.analysis.frames import UNMATCHED, frame, unmatched
+    from bench.analysis.tables import Group, score_table
+
     rows = [(run.config(), run.metrics()) for run in runs]
     off = unmatched(frame(runs))
     marks = [f" {UNMATCHED}" if marked else "" for marked in off]

@@ -13,11 +13,14 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from backbones.torchvision_repair import repair
 from bench.core.files import cache_dir
 from bench.data import Data
 from bench.tokenizers import train
 from bench.tokenizers.config import Config, make_config
 from tests.watched import Toy, Watch
+
+repair()  # before test modules import torchvision, timm, lpips or torch-fidelity themselves
 
 
 @pytest.fixture

@@ -9,83 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from bench.core.store import Run
+from bench.core.store import Run, Store
+from bench.metrics import EVALUATORS, Metric
+from bench.priors import generate
 from bench.priors.config import PriorConfig
+from bench.tokenizers import costs
 from bench.tokenizers.config import Config
 
-
-class Metric(NamedTuple):
-    """How a metric is shown: its label, number format, and which direction is better ("lower", "higher" or "")."""
-
-    label: str
-    form: str
-    better: str
-
-    @property
-    def arrow(self) -> str:
-        """↓ where lower is better, ↑ where higher is, else nothing."""
-        return {"lower": "↓", "higher": "↑", "": ""}[self.better]
-
-
+# In the order of tables. Described where they are computed: scores of reconstructions, and costs
 METRICS: dict[str, Metric] = {
-    "fid": Metric("FID", ".1f", "lower"),
-    "fid_vgg16": Metric("FID vgg16", ".1f", "lower"),
-    "kid_vgg16": Metric("KID vgg16", ".4f", "lower"),
-    "lpips_alex": Metric("LPIPS alex", ".3f", "lower"),
-    "lpips_vgg": Metric("LPIPS vgg", ".3f", "lower"),
-    "psnr": Metric("PSNR dB", ".2f", "higher"),
-    "ssim": Metric("SSIM", ".3f", "higher"),
-    "sharpness": Metric("sharpness", ".2f", ""),
-    "grid_energy": Metric("grid energy dB", ".1f", "lower"),
-    "grid_edges": Metric("grid edges dB", ".1f", "lower"),
-    "grid_energy_init": Metric("grid energy dB, untrained", ".1f", ""),
-    "grid_edges_init": Metric("grid edges dB, untrained", ".1f", ""),
-    "perplexity": Metric("perplexity", ".0f", "higher"),
-    "usage": Metric("usage", ".2f", "higher"),
-    "dead_codes": Metric("dead codes", ".0f", "lower"),
-    "tokens": Metric("tokens", ".0f", ""),
-    "bits_per_image": Metric("bits per image", ".0f", "lower"),
-    "bits_per_pixel": Metric("bits per pixel", ".3f", "lower"),
-    "images_seen": Metric("images seen", ",.0f", ""),
-    "params": Metric("parameters", ",.0f", "lower"),
-    "params_encoder": Metric("parameters encoder", ",.0f", "lower"),
-    "params_decoder": Metric("parameters decoder", ",.0f", "lower"),
-    "flops": Metric("FLOPs", ",.0f", "lower"),
-    "flops_encode": Metric("FLOPs encode", ",.0f", "lower"),
-    "flops_decode": Metric("FLOPs decode", ",.0f", "lower"),
-    "images_per_second_encode": Metric("encode images/s", ".0f", "higher"),
-    "images_per_second_decode": Metric("decode images/s", ".0f", "higher"),
-    "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
-    "train_seconds": Metric("train s", ".0f", "lower"),
-    "score_seconds": Metric("score s", ".0f", ""),
+    **{name: metric for evaluator in EVALUATORS for name, metric in evaluator.METRICS.items()},
+    **costs.METRICS,
 }
-# Of priors, in frames of their own.
-PRIOR_METRICS: dict[str, Metric] = {
-    "coded_bits_per_token": Metric("bits per token", ".3f", "lower"),
-    "coded_bits_per_image": Metric("coded bits per image", ".0f", "lower"),
-    "coded_bits_per_pixel": Metric("coded bits per pixel", ".4f", "lower"),
-    "coded_bits_per_token_train": Metric("bits per token, training", ".3f", ""),
-    "coded_bits_per_token_independent": Metric("bits per token, independent", ".3f", ""),
-    "gfid": Metric("gFID", ".1f", "lower"),
-    "gfid_vgg16": Metric("gFID vgg16", ".1f", "lower"),
-    "gkid_vgg16": Metric("gKID vgg16", ".3f", "lower"),
-    "precision_vgg16": Metric("precision vgg16", ".2f", "higher"),
-    "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
-    "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
-    "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
-    "copies": Metric("copies", ".2f", ""),
-    "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
-    "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
-    "params_prior": Metric("parameters", ",.0f", "lower"),
-    "flops_prior": Metric("FLOPs", ",.0f", "lower"),
-    "grids_seen": Metric("grids seen", ",.0f", ""),
-    "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
-    "train_seconds": Metric("train s", ".0f", "lower"),
-}
+PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
 CLOCKED = (
     *("images_per_second_encode", "images_per_second_decode"),
@@ -150,6 +91,11 @@ PRIOR = Kind(
     metrics=PRIOR_METRICS,
     environment=("processor", "threads"),
 )
+
+
+def load_runs(results: str | Path = "results") -> pd.DataFrame:
+    """All runs of tokenizers below ``results``, one row each: see ``frame``."""
+    return frame(Store(Path(results)).runs())
 
 
 def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:

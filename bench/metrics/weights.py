@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-import lpips
 import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from backbones.torchvision_repair import repair
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir, sha256_file
 from bench.core.progress import Bar, console
@@ -69,7 +68,14 @@ def trunk_path(net: str) -> Path:
 
 def inception_path() -> Path:
     """Where FID's Inception weights are kept, under torch-fidelity's own file name; the file may not exist yet."""
-    return cache_dir() / "weights" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    return cache_dir() / "weights" / _inception_url().rsplit("/", 1)[-1]
+
+
+def _inception_url() -> str:
+    repair()
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3
 
 
 def weights_digest(name: str) -> str:
@@ -100,12 +106,15 @@ def status() -> list[Status]:
 # ---------------------------------------------------------------------------------------------------------------- LPIPS
 
 
-def lpips_network(net: str) -> lpips.LPIPS:
+def lpips_network(net: str) -> nn.Module:
     """The LPIPS v0.1 network ``alex`` or ``vgg`` with its trunk and linear heads, frozen, in eval mode, on the CPU.
 
     Loads from the cache, or fetches 64 MB once. Draws no random numbers. UserError as in ``trunk_state``.
     """
     state = trunk_state(net)
+    repair()
+    import lpips
+
     # Built without storage: no hub, no seconds spent on initialising classifiers that LPIPS throws away.
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # torchvision dislikes how the package calls it
@@ -225,7 +234,7 @@ class ArrayUnpickler(pickle.Unpickler):
 # ------------------------------------------------------------------------------------------------------------------ FID
 
 
-def inception(path: Path | None = None) -> FeatureExtractorInceptionV3 | None:
+def inception(path: Path | None = None) -> nn.Module | None:
     """torch-fidelity's Inception for FID: (B, 3, H, W) uint8 -> ((B, 2048) float32,), frozen, on the CPU.
 
     With ``path``, those weights and no others. Without, the cached file, or one attempt per process to download it;
@@ -246,12 +255,15 @@ def inception_missing() -> str:
 
 
 @functools.cache
-def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
+def _load_inception(path: Path) -> nn.Module:
     _check_inception("inception", path)
     try:  # torch-fidelity unpickles without limits, so the file has to pass torch's safe loader first
         torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors; take the file that torch-fidelity publishes.") from error
+    repair()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     with torch.random.fork_rng(devices=[]):
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
 
@@ -260,7 +272,7 @@ def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
 def _download_inception(path: Path) -> str:
     """Empty on success, else the reason; remembered, so that a machine without network waits for the timeout once."""
     try:
-        with urlopen(URL_INCEPTION_V3, timeout=5) as response, atomic_path(path) as temporary:
+        with urlopen(_inception_url(), timeout=5) as response, atomic_path(path) as temporary:
             megabytes = int(response.headers.get("Content-Length", 0)) >> 20
             with Bar("Inception weights, MB", megabytes) as bar, open(temporary, "wb") as file:
                 while block := response.read(1 << 20):

@@ -17,7 +17,8 @@ from torch import Tensor
 from bench.core.files import atomic_path, cache_dir
 from bench.core.progress import Bar
 from bench.data import Data, eval_batches
-from bench.metrics import ImageSet, full_precision, to_uint8, weights
+from bench.metrics import EXTRACTORS, ImageSet, Metric, digests, full_precision, to_uint8
+from bench.tokenizers import costs
 from bench.tokenizers.costs import flops
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer
@@ -34,6 +35,28 @@ NEAREST_SIDE = 32  # pixels of the images among which neighbours are looked for
 NEAREST_IMAGES = 50_000  # of the training set, evenly spaced, at most
 SHOWN = 64  # samples in the picture
 TRIED = 16  # grids to measure by how much sampling step by step is faster
+
+METRICS: dict[str, Metric] = {
+    "coded_bits_per_token": Metric("bits per token", ".3f", "lower"),
+    "coded_bits_per_image": Metric("coded bits per image", ".0f", "lower"),
+    "coded_bits_per_pixel": Metric("coded bits per pixel", ".4f", "lower"),
+    "coded_bits_per_token_train": Metric("bits per token, training", ".3f", ""),
+    "coded_bits_per_token_independent": Metric("bits per token, independent", ".3f", ""),
+    "gfid": Metric("gFID", ".1f", "lower"),
+    "gfid_vgg16": Metric("gFID vgg16", ".1f", "lower"),
+    "gkid_vgg16": Metric("gKID vgg16", ".3f", "lower"),
+    "precision_vgg16": Metric("precision vgg16", ".2f", "higher"),
+    "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
+    "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
+    "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
+    "copies": Metric("copies", ".2f", ""),
+    "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
+    "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
+    "params_prior": Metric("parameters", ",.0f", "lower"),
+    "flops_prior": Metric("FLOPs", ",.0f", "lower"),
+    "grids_seen": Metric("grids seen", ",.0f", ""),
+    **{name: costs.METRICS[name] for name in ("peak_memory_mb", "train_seconds")},
+}
 
 
 class Generated(NamedTuple):
@@ -159,15 +182,14 @@ def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
 
 def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
     """Features of the validation images: computed once for a data set, then cached."""
-    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
-    key = f"{data.fingerprint[:16]}-{digests}-{device.partition(':')[0]}"
+    key = f"{data.fingerprint[:16]}-{digests(fid_weights)}-{device.partition(':')[0]}"
     path = cache_dir() / "references" / f"features-{key}.npz"
     if not path.exists():
         real = ImageSet.of(_bar(data.val, "features of validation images"), device, fid_weights)
         with atomic_path(path) as temporary:
-            np.savez(temporary, vgg=real.vgg.numpy(), inception=real.inception.numpy())
+            np.savez(temporary, **{EXTRACTORS[name].weights: x.numpy() for name, x in real.features.items()})
     with np.load(path) as stored:
-        return ImageSet(torch.from_numpy(stored["vgg"]), torch.from_numpy(stored["inception"]))
+        return ImageSet({name: torch.from_numpy(stored[used.weights]) for name, used in EXTRACTORS.items()})
 
 
 def references(
@@ -180,8 +202,7 @@ def references(
     grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed
     validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
-    digests = f"{weights.weights_digest('vgg')}-{weights.inception_digest(fid_weights) or 'none'}"
-    key = f"v{PRIOR_VERSION}-{config.samples}-{digests}-{config.device.partition(':')[0]}"
+    key = f"v{PRIOR_VERSION}-{config.samples}-{digests(fid_weights)}-{config.device.partition(':')[0]}"
     path = folder / f"references-{key}.json"
     if path.exists():
         return json.loads(path.read_text())

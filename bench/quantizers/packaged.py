@@ -1,7 +1,7 @@
 """Quantizers built on the optional package vector-quantize-pytorch, behind the interface of all others.
 
-Each is given tokens (1, N, d) in float32 and left to choose codes; what the package does otherwise than its siblings
-here is undone, and said where it is.
+Each is given tokens (1, N, d) in float32 and left to choose codes. Differences from our quantizers are corrected; each
+is noted inline.
 """
 
 from __future__ import annotations

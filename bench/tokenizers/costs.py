@@ -10,11 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from bench.metrics import Metric
 
 from .sizes import parameter_count
 from .tokenizer import Tokenizer
 
+# Of a run; ``images_seen``, memory and seconds are taken while it trains and is scored (``run_trial``), ``params`` and
+# ``flops`` are the sums of both sides.
+METRICS: dict[str, Metric] = {
+    "images_seen": Metric("images seen", ",.0f", ""),
+    "params": Metric("parameters", ",.0f", "lower"),
+    "params_encoder": Metric("parameters encoder", ",.0f", "lower"),
+    "params_decoder": Metric("parameters decoder", ",.0f", "lower"),
+    "flops": Metric("FLOPs", ",.0f", "lower"),
+    "flops_encode": Metric("FLOPs encode", ",.0f", "lower"),
+    "flops_decode": Metric("FLOPs decode", ",.0f", "lower"),
+    "images_per_second_encode": Metric("encode images/s", ".0f", "higher"),
+    "images_per_second_decode": Metric("decode images/s", ".0f", "higher"),
+    "peak_memory_mb": Metric("peak memory MB", ".0f", "lower"),
+    "train_seconds": Metric("train s", ".0f", "lower"),
+    "score_seconds": Metric("score s", ".0f", ""),
+}
 THROUGHPUT_BATCH = 64
 THROUGHPUT_SECONDS = 10.0  # after which nothing more is timed: large models on a CPU
 
@@ -44,6 +61,8 @@ def flops(module: nn.Module, *inputs: Tensor) -> int:
     attention and scan are made of plain products instead of kernels that differ between devices and that torch's
     FlopCounterMode does not know.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # and triton, where that is installed
+
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     shapes = {name: tensor.to("meta") for name, tensor in tensors}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

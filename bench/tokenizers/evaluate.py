@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.core.files import atomic_path, cache_dir
 from bench.core.progress import Bar
 from bench.data import Data, batch_indices, eval_batches
-from bench.metrics import Artefacts, CodeHistogram, Scores, from_uint8, full_precision, to_uint8, weights
+from bench.metrics import EVALUATORS, EXTRACTORS, Artefacts, Batch, Setup, from_uint8, full_precision, to_uint8, weights
 from bench.quantizers import nearest
 
 from .config import PROTOCOL_VERSION, Config
@@ -40,36 +40,30 @@ class Codec(Protocol):
 
 @torch.no_grad()
 def score(
-    codec: Codec, codebook_size: int, images: np.ndarray, device: str, fid_weights: Path | None, label: str
+    codec: Codec,
+    codebook_size: int,
+    images: np.ndarray,
+    device: str = "cpu",
+    fid_weights: Path | None = None,
+    label: str = "scoring",
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
 
     Encoder and decoder run in float32; reconstructions are clamped and rounded to uint8 before anything is measured.
     """
-    scores, artefacts, histogram = Scores(device, fid_weights), Artefacts(), CodeHistogram(codebook_size)
+    setup = Setup(codebook_size, torch.device(device), fid_weights)
+    evaluators = [evaluator(setup) for evaluator in EVALUATORS]
     with Bar(label, len(images)) as bar:
         for x in eval_batches(images, EVAL_BATCH):
             x = x.to(device)
             with full_precision(x.device):
                 codes = codec.encode(from_uint8(x))
                 x_hat = to_uint8(codec.decode(codes))
-            histogram.update(codes)
-            scores.update(x, x_hat)
-            artefacts.update(x, x_hat)
+            for evaluator in evaluators:
+                evaluator.update(Batch(x, x_hat, codes))
             bar.advance(len(x))
-    tokens = codes[0].numel()
-    bits = tokens * math.log2(codebook_size)
-    metrics = {
-        **scores.result(),
-        **artefacts.result(codes.shape[-1]),
-        "perplexity": histogram.perplexity(),
-        "usage": histogram.usage(),
-        "dead_codes": histogram.dead_codes(),
-        "tokens": tokens,
-        "bits_per_image": bits,
-        "bits_per_pixel": bits / (images.shape[1] * images.shape[2]),
-    }
-    return metrics, scores.per_image
+    metrics = {name: value for evaluator in evaluators for name, value in evaluator.result().items()}
+    return metrics, {name: values for evaluator in evaluators for name, values in evaluator.per_image.items()}
 
 
 @torch.no_grad()
@@ -91,7 +85,7 @@ def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
 
 
 def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
-    """Everything that must be equal for two scores to be comparable, beside the bits spent."""
+    """Everything that must be equal for two scores to be comparable, besides the bits spent."""
     return {
         "version": PROTOCOL_VERSION,
         "data": data.name,
@@ -103,9 +97,8 @@ def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any
         "resizer": "none: one decoded array is reconstructed and compared",
         "rounding": "clamped to [-1, 1], rounded to uint8",
         "precision": "fp32",
-        "extractor_vgg16": f"LPIPS VGG16 relu5_3, mean-pooled, {weights.weights_digest('vgg')}",
-        "extractor_alex": weights.weights_digest("alex"),
-        "extractor_inception": weights.inception_digest(fid_weights),
+        "extractor_alex": weights.weights_digest("alex"),  # of LPIPS alone
+        **{f"extractor_{name}": extractor.identity(fid_weights) for name, extractor in EXTRACTORS.items()},
         "device": device.partition(":")[0],
     }
 

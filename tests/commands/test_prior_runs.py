@@ -284,9 +284,11 @@ def test_distances_agree_with_torch_fidelity_and_are_zero_for_equal_sets():
     sets = [ImageSet.of(images.split(5)) for images in (made, real)]
     with torch.no_grad():
         expected = perceptual("vgg", torch.device("cpu")).features(real.float() / 127.5 - 1)[-1].mean((2, 3))
-    torch.testing.assert_close(sets[1].vgg, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sets[1].features["vgg16"], expected, rtol=1e-4, atol=1e-4)
     distances = sets[0].distances(sets[1])
-    found = prc_features_to_metric(sets[0].vgg, sets[1].vgg, prc_neighborhood=3, verbose=False)
+    found = prc_features_to_metric(
+        sets[0].features["vgg16"], sets[1].features["vgg16"], prc_neighborhood=3, verbose=False
+    )
     assert distances["precision_vgg16"] == found["precision"]
     assert distances["recall_vgg16"] == found["recall"]
     same = sets[1].distances(sets[1])

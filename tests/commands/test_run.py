@@ -89,7 +89,7 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
             raise run.Diverged("loss or gradient not finite by step 1; try --lr below 0.1")
         return fabricate(results, config)
 
-    monkeypatch.setattr(run, "run_trial", run_trial)
+    monkeypatch.setattr(trial, "run_trial", run_trial)
     several = ("--backbone", "cnn", "vit", *TINY, "--no-resume", "--fid-weights", "file")
     code, out, err = command(*several, "--seeds", "0")
     assert code == 0
@@ -116,7 +116,7 @@ def test_a_run_that_was_only_begun_is_not_said_to_be_finished_already(command, m
             raise run.Diverged("too steep")
         return fabricate(results, config)
 
-    monkeypatch.setattr(run, "run_trial", run_trial)
+    monkeypatch.setattr(trial, "run_trial", run_trial)
     ends = [command("--backbone", "cnn", *TINY) for _ in range(3)]
     assert [code for code, _, _ in ends] == [1, 0, 0]
     assert ["already finished" in said for _, _, said in ends] == [False, False, True]
@@ -303,7 +303,7 @@ def test_doctor_tells_the_precision_of_the_device_that_runs_would_take(tmp_path,
 
 @pytest.mark.parametrize("repaired", [True, False])
 def test_doctor_tells_whether_torchvision_had_to_be_repaired(tmp_path, monkeypatch, repaired):
-    monkeypatch.setattr(doctor_module.torchvision_repair, "REPAIRED", repaired)
+    monkeypatch.setattr(doctor_module, "repair", lambda: repaired)
     check = checked(tmp_path, monkeypatch)["torchvision"]
     assert check.good is True
     assert ("repaired" in check.found, "healthy" in check.found) == (repaired, not repaired)

@@ -18,10 +18,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import functional as TF
 
-from bench import data
 from bench.core.errors import UserError
-from bench.data import AUGMENTATIONS, batch, batch_indices, eval_batches, load, to_float, to_pixels, to_rgb
+from bench.data import (
+    AUGMENTATIONS,
+    Data,
+    batch,
+    batch_indices,
+    batches,
+    decoding,
+    eval_batches,
+    load,
+    sources,
+    to_float,
+    to_pixels,
+    to_rgb,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +48,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def decodes(monkeypatch) -> list[str]:
     """Grows by one name for every data set that is really decoded."""
-    names, decode = [], data._decode
-    monkeypatch.setattr(data, "_decode", lambda name, *rest: (names.append(name), decode(name, *rest)))
+    names, decode = [], decoding._decode
+    monkeypatch.setattr(decoding, "_decode", lambda name, *rest: (names.append(name), decode(name, *rest)))
     return names
 
 
@@ -64,9 +78,9 @@ def column_photos() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def small_photos(monkeypatch) -> None:
-    monkeypatch.setattr(data, "photographs", column_photos)
-    monkeypatch.setattr(data, "PHOTO_TRAIN", 200)
-    monkeypatch.setattr(data, "PHOTO_VAL", 100)
+    monkeypatch.setattr(sources, "photographs", column_photos)
+    monkeypatch.setattr(sources, "PHOTO_TRAIN", 200)
+    monkeypatch.setattr(sources, "PHOTO_VAL", 100)
 
 
 def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_photos):
@@ -89,9 +103,9 @@ def test_photo_crops_are_the_same_on_every_machine(small_photos):
 
 
 def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
-    assert (data.PHOTO_TRAIN, data.PHOTO_VAL) == (4096, 512)
-    monkeypatch.setattr(data, "PHOTO_TRAIN", 90)
-    monkeypatch.setattr(data, "PHOTO_VAL", 45)
+    assert (sources.PHOTO_TRAIN, sources.PHOTO_VAL) == (4096, 512)
+    monkeypatch.setattr(sources, "PHOTO_TRAIN", 90)
+    monkeypatch.setattr(sources, "PHOTO_VAL", 45)
     first = load("photos", 64)
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
     second = load("photos", 64)
@@ -102,19 +116,19 @@ def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_
     assert isinstance(first.train, np.memmap)
     assert first.split == "photos: 90 train / 45 val crops of 64×64, left 75 % / right 25 %"
     assert len(first.classes) == 9
-    assert min(image.std(axis=(0, 1)).max() for image in first.val) >= data.PHOTO_CONTRAST
+    assert min(image.std(axis=(0, 1)).max() for image in first.val) >= sources.PHOTO_CONTRAST
 
 
 def test_flat_crops_are_redrawn(small_photos, monkeypatch):
     photo = noise(64, 400, 3)
     photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
     photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
-    monkeypatch.setattr(data, "photographs", lambda: {"bordered": photo})
+    monkeypatch.setattr(sources, "photographs", lambda: {"bordered": photo})
     loaded = load("photos", 16)
-    assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= data.PHOTO_CONTRAST
+    assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= sources.PHOTO_CONTRAST
     for images in (loaded.train, loaded.val):
-        assert not any(data._is_flat(image) for image in images)
-    monkeypatch.setattr(data, "photographs", lambda: {"constant": np.full_like(photo, 7)})
+        assert not any(sources._is_flat(image) for image in images)
+    monkeypatch.setattr(sources, "photographs", lambda: {"constant": np.full_like(photo, 7)})
     assert len(load("photos", 20).train) == 200  # the tries are bounded
 
 
@@ -152,7 +166,7 @@ def test_hidden_files_and_what_lies_in_hidden_folders_are_no_images(tmp_path):
     seen = ("one.png", "shown/two.png")
     for number, name in enumerate((*seen, ".hidden.png", ".thumbnails/one.png", "shown/.trash/deeper/three.png")):
         Image.fromarray(noise(8 + number, 8, 3)).save(tmp_path / name)
-    assert data._find_images(str(tmp_path)) == list(seen)
+    assert sources._find_images(str(tmp_path)) == list(seen)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
@@ -236,10 +250,10 @@ def test_the_names_of_validation_folders_have_an_order(tmp_path):
 
 @given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=60))
 def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
-    train, val = data._split_by_hash(sorted(paths))
+    train, val = sources._split_by_hash(sorted(paths))
     assert sorted(train + val) == sorted(paths)
     assert len(val) == max(1, round(len(paths) / 10))
-    assert data._split_by_hash(sorted(paths, reverse=True)) == (train, val)
+    assert sources._split_by_hash(sorted(paths, reverse=True)) == (train, val)
 
 
 def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
@@ -351,7 +365,7 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
 def test_images_come_in_the_order_of_their_names_whatever_the_chunk(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "pets" / "train", 11, size=(4, 4)).parent
     write_images(folder / "val", 3, size=(4, 4))
-    monkeypatch.setattr(data, "DECODING_CHUNK", 4)
+    monkeypatch.setattr(decoding, "DECODING_CHUNK", 4)
     loaded = load(f"folder:{folder}", 4)
     assert np.array_equal(loaded.train, [noise(4, 4, 3, seed=index) for index in range(11)])
     assert np.array_equal(loaded.val, [noise(4, 4, 3, seed=index) for index in range(3)])
@@ -369,7 +383,7 @@ def painted(folder: Path, colours: dict[str, int], count: int) -> None:
             Image.fromarray(np.full((2, 2, 3), level, np.uint8)).save(folder / name / f"{index:02}.png")
 
 
-def assert_labels_name_the_colours(loaded: data.Data, colours: dict[str, int]) -> None:
+def assert_labels_name_the_colours(loaded: Data, colours: dict[str, int]) -> None:
     assert loaded.classes == tuple(sorted(colours))
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
         assert (labels.dtype, labels.shape) == (np.int64, (len(images),))
@@ -394,11 +408,12 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(mo
     """Data sets of packages name images by number, and both splits have a number 5."""
     levels = {number: np.full((4, 4, 3), number, np.uint8) for number in range(150)}
 
-    def split(broken: int) -> data.Split:
+    def split(broken: int) -> sources.Split:
         readable = {number: image for number, image in levels.items() if number != broken}
-        return data.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
+        return sources.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
 
-    monkeypatch.setitem(data.DATASETS, "toy", lambda size: data.Source("toy", lambda: (split(5), split(-1), "numbers")))
+    source = sources.Source("toy", lambda: (split(5), split(-1), "numbers"))
+    monkeypatch.setitem(sources.DATASETS, "toy", lambda size: source)
     loaded = load("toy", 4)
     assert (len(loaded.train), len(loaded.val), loaded.skipped) == (149, 150, ("5",))
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
@@ -429,11 +444,11 @@ def test_packages_name_classes_in_three_ways_and_minus_one_is_none():
             self.__dict__ |= attributes
 
     for word in ("targets", "labels", "_labels"):
-        named = data._labeller(Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]))
+        named = sources._labeller(Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]))
         assert [named(index) for index in range(2)] == ["c", "a"]
-        assert data._labeller(Labelled(**{word: torch.tensor([7, -1])}))(0) == "7"
-        assert data._labeller(Labelled(**{word: torch.tensor([7, -1])}))(1) == ""
-    assert data._labeller(Labelled())(3) == ""
+        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(0) == "7"
+        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(1) == ""
+    assert sources._labeller(Labelled())(3) == ""
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
@@ -476,15 +491,15 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "cat" / "99.png"))
     assert decoded_anew(lambda: (folder / "train" / "cat" / "99.png").rename(folder / "val" / "bee" / "99.png"))
     assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").unlink())
-    assert decoded_anew(lambda: monkeypatch.setattr(data, "DECODING_VERSION", data.DECODING_VERSION + 1))
+    assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
 
 
 def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes, monkeypatch, small_photos):
-    monkeypatch.setitem(data.DATASETS, "others", data.DATASETS["photos"])
+    monkeypatch.setitem(sources.DATASETS, "others", sources.DATASETS["photos"])
     counts = []
     for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
-        monkeypatch.setattr(data, "PHOTO_TRAIN", train)
-        monkeypatch.setattr(data, "PHOTO_VAL", val)
+        monkeypatch.setattr(sources, "PHOTO_TRAIN", train)
+        monkeypatch.setattr(sources, "PHOTO_VAL", val)
         loaded = load(name, 16)
         counts.append((len(loaded.train), len(loaded.val)))
     assert counts == [(20, 9), (21, 9), (20, 10), (20, 9)]
@@ -520,7 +535,7 @@ def test_two_loads_at_once_decode_once(tmp_path, decodes):
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, cache, monkeypatch, failure):
     folder = write_images(tmp_path / "pets", 5)
-    write = data._write_npy
+    write = decoding._write_npy
 
     def fail_on_the_second(path, *rest):
         if path.name.startswith(".val"):
@@ -530,7 +545,7 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
 
     expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_write_npy", fail_on_the_second)
+        patch.setattr(decoding, "_write_npy", fail_on_the_second)
         with pytest.raises(expected) as raised:
             load(f"folder:{folder}", 8)
     assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
@@ -543,7 +558,7 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
 
 def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "pets", 5)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 * 8 * 8 * 3 - 1}))
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 * 8 * 8 * 3 - 1}))
     with pytest.raises(UserError, match=r"takes 0\.00 GB and .* free some space"):
         load(f"folder:{folder}", 8)
 
@@ -576,16 +591,16 @@ def test_fashion_mnist_through_torchvision(cache):
         assert [loaded.classes[label] for label in labels] == [names[number] for number in numbers]
 
 
-@pytest.mark.parametrize("name", [name for name in data.DATASETS if name != "photos"])
+@pytest.mark.parametrize("name", [name for name in sources.DATASETS if name != "photos"])
 def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
     """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
-    _, train, val = data.DATASETS[name].args
+    _, train, val = sources.DATASETS[name].args
     trained = {"cifar10": {"train": True}, "fashion_mnist": {"train": True}, "stl10": {"split": "unlabeled"}}
     assert train == trained.get(name, {"split": "train"})
     assert val == ({"train": False} if "train" in train else {"split": "test"})
 
 
-def test_options_of_a_split_reach_its_package(cache):
+def test_options_of_a_split_reach_its_package(cache, monkeypatch):
     class Package:
         """Two images of one colour: black to train on, white to validate."""
 
@@ -599,11 +614,12 @@ def test_options_of_a_split_reach_its_package(cache):
         def __getitem__(self, index: int) -> tuple[Image.Image, int]:
             return Image.new("RGB", (4, 4), self.colour), 0
 
-    sources = data._torchvision(Package, {"train": True}, {"train": False}, 4)
-    train, val, how = sources.open()
+    monkeypatch.setattr(datasets, "Package", Package, raising=False)
+    source = sources._torchvision("Package", {"train": True}, {"train": False}, 4)
+    train, val, how = source.open()
     assert (train.read(0).max(), val.read(1).min()) == (0, 255)
     assert how == "images, central squares resized to 4×4, train=True / train=False"
-    assert sources.identity != data._torchvision(Package, {"train": True}, {"train": True}, 4).identity
+    assert source.identity != sources._torchvision("Package", {"train": True}, {"train": True}, 4).identity
 
 
 def test_no_network_is_one_sentence_with_the_fix(cache, monkeypatch):
@@ -701,7 +717,7 @@ def test_blog_windows_are_distributed_like_torchvisions():
     ramp = torch.arange(size, dtype=torch.uint8) * 4
     x = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0, dtype=torch.uint8)))
     rng = torch.Generator().manual_seed(0)
-    y = data._random_resized_crop_and_flip(x.expand(count, -1, -1, -1), rng, flip=0.3).double()
+    y = batches._random_resized_crop_and_flip(x.expand(count, -1, -1, -1), rng, flip=0.3).double()
     across, down = (y[:, 0].mean(dim=1) + 2) / (4 * size), (y[:, 1].mean(dim=2) + 2) / (4 * size)
     first, last = size // 4, 3 * size // 4 - 1  # away from the border, where the outermost pixels are repeated
     width, height = ((values[:, last] - values[:, first]) * size / (last - first) for values in (across, down))
@@ -729,10 +745,10 @@ def test_blog_windows_are_distributed_like_torchvisions():
 
 def test_blog_sharpens_and_stretches_three_in_ten_each():
     x = torch.from_numpy(noise(2000, 3, 8, 8) // 2 + 60)
-    crop = data._random_resized_crop_and_flip(x, torch.Generator().manual_seed(0), flip=0.3)
-    sharp = data.TF.adjust_sharpness(crop, 2)
+    crop = batches._random_resized_crop_and_flip(x, torch.Generator().manual_seed(0), flip=0.3)
+    sharp = TF.adjust_sharpness(crop, 2)
     y = augmented("blog", x)
-    outcomes = (crop, sharp, data.TF.autocontrast(crop), data.TF.autocontrast(sharp))
+    outcomes = (crop, sharp, TF.autocontrast(crop), TF.autocontrast(sharp))
     is_crop, is_sharp, is_stretched, is_both = ((y == outcome).flatten(1).all(dim=1) for outcome in outcomes)
     assert (is_crop | is_sharp | is_stretched | is_both).all()
     assert abs((is_sharp | is_both).float().mean() - 0.3) < 0.04

@@ -1,8 +1,5 @@
 """Metrics agree with their papers, with published values and with the packages that everybody compares against."""
 
-import bench  # noqa: F401  (first: it repairs torchvision, which the packages below import)
-
-# isort: split
 import copy
 import math
 
@@ -22,12 +19,17 @@ from bench import metrics
 from bench.core.errors import UserError
 from bench.core.files import sha256_file
 from bench.metrics import (
+    EVALUATORS,
+    EXTRACTORS,
     Artefacts,
+    Batch,
     CodeHistogram,
     FrechetStatistics,
     ImageSet,
     KernelDistance,
-    Scores,
+    Setup,
+    digests,
+    distances,
     from_uint8,
     full_precision,
     psnr,
@@ -35,6 +37,7 @@ from bench.metrics import (
     to_uint8,
     weights,
 )
+from bench.metrics.extractors import Extractor
 
 CPU = torch.device("cpu")
 
@@ -347,9 +350,8 @@ def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets(
 
 
 def image_set(vgg, inception=None):
-    return ImageSet(
-        torch.as_tensor(vgg).float(), torch.zeros(0, 4) if inception is None else torch.as_tensor(inception)
-    )
+    inception = torch.zeros(0, 4) if inception is None else torch.as_tensor(inception)
+    return ImageSet({"vgg16": torch.as_tensor(vgg).float(), "inception": inception})
 
 
 def test_precision_asks_of_the_made_and_recall_of_the_real():
@@ -396,6 +398,42 @@ def test_sets_of_images_are_compared_on_both_networks_where_both_have_features()
         image_set(vgg[:3]).distances(image_set(other))
 
 
+def test_an_extractor_is_one_entry(monkeypatch):
+    """From which sets of images, the names of cached files and what identifies it follow."""
+    trunk("vgg")
+    monkeypatch.setattr(weights, "inception", lambda path: None)
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    corner = Extractor("_corner", "corner", "top left, ", 3, lambda *_: lambda x: x[:, :, 0, 0].float(), str)
+    monkeypatch.setitem(EXTRACTORS, "corner", corner)
+    x, x_hat = photographs(5, 12)
+    made, real = (ImageSet.of(images.split(2)) for images in (x_hat, x))
+    assert torch.equal(made.features["corner"], x_hat[:, :, 0, 0].float())
+    assert made.features["inception"].shape == (0, 2048)
+    expected = statistics(made.features["corner"]).distance(statistics(real.features["corner"]))
+    assert made.distances(real)["gfid_corner"] == pytest.approx(expected)
+    assert digests("file") == f"{weights.weights_digest('vgg')}-{weights.weights_digest('inception')}-file"
+    assert digests(None) == f"{weights.weights_digest('vgg')}-none-None"
+    assert corner.identity("file") == "top left, file"
+
+
+class Scores:
+    """All evaluators at once, on codes that do not matter."""
+
+    def __init__(self, fid_weights=None):
+        self.evaluators = [evaluator(Setup(4, CPU, fid_weights)) for evaluator in EVALUATORS]
+
+    def update(self, x, x_hat):
+        for evaluator in self.evaluators:
+            evaluator.update(Batch(x, x_hat, torch.zeros(len(x), 8, 8, dtype=torch.int64)))
+
+    def result(self):
+        return {name: value for evaluator in self.evaluators for name, value in evaluator.result().items()}
+
+    @property
+    def per_image(self):
+        return {name: values for evaluator in self.evaluators for name, values in evaluator.per_image.items()}
+
+
 class ToyInception(torch.nn.Module):
     """Like torch-fidelity's it takes uint8 and nothing else: the first ``size`` numbers of every image."""
 
@@ -417,10 +455,10 @@ def test_inception_sees_the_pixels_of_samples(monkeypatch):
     x = x[..., :32, :32]
     found = ImageSet.of(x.split(2), "cpu", "path")
     assert asked == ["path"]
-    assert torch.equal(found.inception, x.flatten(1)[:, :2048].float())
+    assert torch.equal(found.features["inception"], x.flatten(1)[:, :2048].float())
     with torch.no_grad():
         expected = trunk("vgg").features(from_uint8(x))[-1].mean((2, 3))
-    torch.testing.assert_close(found.vgg, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.features["vgg16"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fid_is_of_inception_and_fid_vgg16_of_vgg16(monkeypatch):
@@ -429,18 +467,19 @@ def test_fid_is_of_inception_and_fid_vgg16_of_vgg16(monkeypatch):
     monkeypatch.setattr(weights, "inception", lambda path: asked.append(path) or ToyInception(3))
     x, x_hat = photographs(6, 11)
     x, x_hat = x[..., :32, :32], x_hat[..., :32, :32]
-    scores = Scores("cpu", "path")
-    scores.inception_statistics = FrechetStatistics(3), FrechetStatistics(3)
+    scores = Scores("path")
+    inception, lpips = scores.evaluators[:2]
+    inception.statistics = FrechetStatistics(3), FrechetStatistics(3)
     scores.update(x[:4], x_hat[:4])
     scores.update(x[4:], x_hat[4:])
     first, second = (statistics(images[:, 0, 0, :3].double()) for images in (x_hat, x))
     assert scores.result()["fid"] == pytest.approx(first.distance(second), rel=1e-6)
-    for found, expected in zip(scores.inception_statistics, (first, second), strict=True):
+    for found, expected in zip(inception.statistics, (first, second), strict=True):
         assert torch.equal(found.total, expected.total)  # reconstructions, originals
     features = [trunk("vgg").features(from_uint8(images))[-1].mean((2, 3)) for images in (x_hat, x)]
     first, second = map(statistics, features)
     assert scores.result()["fid_vgg16"] == pytest.approx(first.distance(second), rel=1e-3)
-    for found, expected in zip(scores.vgg_statistics, (first, second), strict=True):
+    for found, expected in zip(lpips.statistics, (first, second), strict=True):
         torch.testing.assert_close(found.total, expected.total, rtol=1e-4, atol=1e-4)
     assert asked == ["path"]
 
@@ -499,7 +538,7 @@ def test_vgg16_distances_equal_torch_fidelity(no_inception, monkeypatch, subset)
     scores = Scores()
     scores.update(x[:10], x_hat[:10])
     scores.update(x[10:], x_hat[10:])
-    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", subset)
+    monkeypatch.setattr(distances, "KID_SUBSET_SIZE", subset)
     found = scores.result()
     expected = fidelity(
         x_hat, x, fid=True, kid=True, kid_subset_size=min(24, subset), feature_extractor="vgg16-relu5_3"
@@ -529,7 +568,7 @@ def test_fid_equals_torch_fidelity(random_inception):
     trunk("vgg")
     x, x_hat = photographs(6, 3)
     random_state = torch.get_rng_state()
-    scores = Scores(inception_path=random_inception)
+    scores = Scores(random_inception)
     assert torch.equal(torch.get_rng_state(), random_state)
     scores.update(x, x_hat)
     expected = fidelity(x_hat, x, fid=True, feature_extractor_weights_path=str(random_inception))
@@ -545,7 +584,8 @@ def test_scores_are_means_over_images_whatever_the_batches(no_inception):
     whole.update(x, x_hat)
     for part, part_hat in zip(x.split(3), x_hat.split(3), strict=True):
         parts.update(part, part_hat)
-    assert set(whole.result()) == {"fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim"}
+    images = {"fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim"}
+    assert images < set(whole.result()) < {name for evaluator in EVALUATORS for name in evaluator.METRICS}
     assert whole.result() == pytest.approx(parts.result(), rel=1e-3, abs=1e-5)
     for name, values in parts.per_image.items():
         assert values.shape == (7,)
@@ -556,12 +596,17 @@ def test_scores_are_means_over_images_whatever_the_batches(no_inception):
         assert (right - wrong).abs().max() > 0.01  # the bug to stay clear of: LPIPS on [0, 1]
 
 
+def test_no_metric_is_given_by_two_evaluators():
+    names = [name for evaluator in EVALUATORS for name in evaluator.METRICS]
+    assert len(names) == len(set(names))
+
+
 def test_scores_run_each_network_once_per_image_in_float32(no_inception):
     x, x_hat = photographs(4, 5)
     plain, cast = Scores(), Scores()
     plain.update(x, x_hat)
     images, hooks = [], []
-    for network in (cast.alex, cast.vgg):
+    for network in (cast.evaluators[1].alex, cast.evaluators[1].vgg):
         hooks.append(network.trunk.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0]))))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast.update(x, x_hat)

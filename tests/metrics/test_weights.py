@@ -1,8 +1,5 @@
 """Pretrained weights: what is loaded is what was pinned, and whatever is not is refused with a sentence that helps."""
 
-import bench  # noqa: F401  (first: it repairs torchvision, which the packages below import)
-
-# isort: split
 import hashlib
 import io
 import os

@@ -198,6 +198,7 @@ def preload() -> object:
     """Imports LIBRARIES, those of them that are installed, and forgets what of the project was imported. Returns what
     has to be kept: torchvision's missing operators live as long as the module that defines them."""
     repair = importlib.import_module("backbones.torchvision_repair")
+    repair.repair()
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

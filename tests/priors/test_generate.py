@@ -80,18 +80,19 @@ class Features:
 
     made: list[np.ndarray]
 
-    def __init__(self, vgg, inception):
-        self.vgg, self.inception = vgg, inception
+    def __init__(self, features):
+        self.features = features
 
     @classmethod
     def of(cls, batches, device="cpu", inception_path=None):
         images = torch.cat([x.float().flatten(1) for x in batches])
         cls.made.append(images.numpy())
-        return cls(images, torch.zeros(0, 2048))
+        return cls({"vgg16": images, "inception": torch.zeros(0, 2048)})
 
     def distances(self, real):
         """Both sets show, and which is which."""
-        return {"gfid_vgg16": float(self.vgg.mean()), "recall_vgg16": float(real.vgg.mean())}
+        made, real = (float(side.features["vgg16"].mean()) for side in (self, real))
+        return {"gfid_vgg16": made, "recall_vgg16": real}
 
 
 @pytest.fixture(autouse=True)
@@ -439,25 +440,27 @@ def test_references_are_computed_once_for_what_they_depend_on(tmp_path, features
 
 def test_features_of_validation_images_are_computed_once_for_a_data_set(features, monkeypatch):
     _, data = toy(random_codes(20, 1), random_codes(8, 2))
-    first = real_features(data, "cpu", None)
+    first = real_features(data, "cpu", None).features["vgg16"]
     assert np.array_equal(features.made[0], data.val.transpose(0, 3, 1, 2).reshape(8, -1))
-    assert real_features(data, "cpu", None).vgg.equal(first.vgg)
+    assert real_features(data, "cpu", None).features["vgg16"].equal(first)
     assert len(features.made) == 1
     other = replace(data, val=images_of(random_codes(8, 3)), fingerprint="1" * 64)
-    assert not real_features(other, "cpu", None).vgg.equal(first.vgg)
+    assert not real_features(other, "cpu", None).features["vgg16"].equal(first)
     real_features(data, "cpu", Path("inception"))
     monkeypatch.setattr(weights, "weights_digest", lambda name: f"other {name}")
     real_features(data, "cpu", None)
     assert len(features.made) == 4
 
 
-def test_cached_features_keep_both_networks(features, monkeypatch):
+def test_cached_features_keep_both_networks(features, monkeypatch, tmp_path):
     _, data = toy(random_codes(5, 1), random_codes(5, 2))
-    made = features(torch.ones(1, 2), torch.zeros(3, 4))
+    made = features({"vgg16": torch.ones(1, 2), "inception": torch.zeros(3, 4)})
     monkeypatch.setattr(features, "of", lambda *arguments: made)
     for _ in range(2):
-        found = real_features(data, "cpu", None)
-        assert (found.vgg.tolist(), found.inception.shape) == ([[1, 1]], (3, 4))
+        found = real_features(data, "cpu", None).features
+        assert (found["vgg16"].tolist(), found["inception"].shape) == ([[1, 1]], (3, 4))
+    (path,) = (tmp_path / "cache" / "references").iterdir()
+    assert set(np.load(path)) == {"vgg", "inception"}  # as files that are there already have it
 
 
 def test_references_are_written_as_they_are_returned(tmp_path):

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from bench.core.errors import UserError
 from bench.data import eval_batches, load
 from bench.metrics import CodeHistogram, from_uint8
-from bench.quantizers import QUANTIZERS, StandardQuantizer
+from bench.quantizers import QUANTIZERS
 from bench.quantizers import codebook as parts
 from bench.quantizers.codebook import entropy_penalty, first_codes, kmeans, nearest, rotate, straight_through
+from bench.quantizers.learned import StandardQuantizer
 from bench.quantizers.packaged import fsq_levels, residual_sizes
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.tokenizer import Tokenizer

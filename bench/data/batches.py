@@ -1,0 +1,110 @@
+"""Batches that are a pure function of (seed, step), and their augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones.torchvision_repair import repair
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """Rows of batch number ``step``: (batch_size,) int64 in [0, count). A pure function of its arguments.
+
+    Batches walk through one fresh permutation an epoch, so every image comes exactly once an epoch; a batch may end
+    one epoch and begin the next.
+    """
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
+    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1], the range of every model here; keeps shape and memory format."""
+    return pixels.to(torch.float32).div(127.5).sub_(1)
+
+
+def batch(
+    images: np.ndarray, seed: int, step: int, batch_size: int, augment: str, device: torch.device | str
+) -> Tensor:
+    """Training batch number ``step``: (batch_size, 3, H, W) float32 in [-1, 1] on ``device``, channels_last.
+
+    A pure function of (images, seed, step): global random states play no part, and the random draws are those of the
+    CPU on any device. ``images`` is (N, H, W, 3) uint8, ``augment`` a name in AUGMENTATIONS.
+    """
+    rows = batch_indices(seed, step, batch_size, len(images))
+    pixels = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    rng = torch.Generator().manual_seed(int(state[0]))
+    return to_float(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
+
+
+def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+    """All of (N, H, W, 3) ``images`` in order, as uint8 (B, 3, H, W) tensors on the CPU; the last may be shorter."""
+    for start in range(0, len(images), batch_size):
+        yield torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
+
+
+# --- augmentations: uint8 (B, 3, H, W) -> the same, so the range holds and resampled images stay images -------------
+
+
+def _uniform(rng: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=rng)
+
+
+def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float, rng: torch.Generator) -> Tensor:
+    rows = (_uniform(rng, len(x)) < probability).nonzero().squeeze(1).to(x.device)
+    return x.index_copy(0, rows, effect(x[rows]))  # only the chosen are computed, and no device has to be waited for
+
+
+def _flip(x: Tensor, rng: torch.Generator) -> Tensor:
+    return _sometimes(x, lambda images: images.flip(-1), 0.5, rng)
+
+
+def _random_resized_crop_and_flip(x: Tensor, rng: torch.Generator, flip: float) -> Tensor:
+    """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling.
+
+    The window is never larger than the image, so there is nothing to antialias.
+    """
+    batch_size, tries = len(x), 10
+    area = _uniform(rng, batch_size, tries, low=0.8, high=1.0)
+    ratio = _uniform(rng, batch_size, tries, low=math.log(3 / 4), high=math.log(4 / 3)).exp()
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()])  # (2, B, tries): width and height
+    size[:, :, -1] = 1  # like torchvision: the first window that fits, else the whole image
+    first = (size <= 1).all(dim=0).float().argmax(dim=1)
+    width, height = size[:, torch.arange(batch_size), first]
+
+    theta = torch.zeros(batch_size, 2, 3)  # output to input coordinates, both in [-1, 1]
+    theta[:, 0, 0] = torch.where(_uniform(rng, batch_size) < flip, -width, width)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * _uniform(rng, batch_size, low=-1.0)
+    theta[:, 1, 2] = (1 - height) * _uniform(rng, batch_size, low=-1.0)
+    grid = F.affine_grid(theta.to(x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
+
+
+def _blog(x: Tensor, rng: torch.Generator) -> Tensor:
+    repair()
+    from torchvision.transforms.functional import adjust_sharpness, autocontrast
+
+    x = _random_resized_crop_and_flip(x, rng, flip=0.3)
+    x = _sometimes(x, partial(adjust_sharpness, sharpness_factor=2.0), 0.3, rng)
+    return _sometimes(x, autocontrast, 0.3, rng)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "none": lambda x, rng: x,
+    "flip": _flip,
+    "blog": _blog,
+}
+"""Augmentations of a whole batch by name: (uint8 (B, 3, H, W), generator on the CPU) -> uint8 of the same shape."""

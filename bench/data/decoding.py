@@ -1,0 +1,189 @@
+"""Decode once: the images of a source become uint8 arrays on disk, which later calls and processes map.
+
+Arrays are (N, H, W, 3): what decoders give, and one image is one contiguous read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from bench.core.errors import UserError
+from bench.core.files import atomic_path, cache_dir
+from bench.core.progress import Bar, console
+
+from .sources import DATASETS, Source, Split, folder_source
+
+DECODING_VERSION = 2  # part of the cache key: raise it when the same files would decode to other pixels
+DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Two splits of equally sized images, and what a protocol has to say about them."""
+
+    name: str  # as given to load()
+    train: np.ndarray  # (N, H, W, 3) uint8, a read-only memory map
+    val: np.ndarray  # the same
+    fingerprint: str  # SHA-256 of the pixels of both splits: equal on any machine that decodes to equal pixels
+    split: str  # e.g. "photos: 4096 train / 512 val crops of 64×64, left 75 % / right 25 %"
+    skipped: tuple[str, ...]  # files that could not be decoded, relative to the folder
+    classes: tuple[str, ...] = ()  # names of what the images show, sorted; none where they have no labels
+    labels: tuple[np.ndarray, np.ndarray] | None = None  # of both splits, (N,) int64 each: places in ``classes``
+
+
+def load(data: str, image_size: int) -> Data:
+    """The images of ``data``, a name in DATASETS or ``folder:PATH``, as squares of ``image_size``.
+
+    The first call decodes (and downloads, where there is a need) into ``cache_dir()/data``; later calls and other
+    processes map the same files. Unreadable files are skipped, and listed in ``Data.skipped``.
+
+    Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an image_size
+    beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
+    """
+    name, _, path = data.partition(":")
+    if name == "folder" and path:
+        source = folder_source(path, image_size)
+    elif data in DATASETS:
+        source = DATASETS[data](image_size)
+    else:
+        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+
+    identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
+    key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = cache_dir() / "data" / key
+    meta = folder / "meta.json"  # written last: where it exists, the arrays are complete
+    try:
+        if not meta.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # another process may be decoding, or just have finished
+                if not meta.exists():
+                    _decode(data, source, image_size, folder)
+        train, val = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
+        fields = json.loads(meta.read_text())
+        labels = tuple(np.load(folder / f"{split}_labels.npy") for split in ("train", "val"))
+    except OSError as error:  # those of single images and downloads do not come this far
+        raise UserError(
+            f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
+            "free space or fix permissions there, or set VQBENCH_CACHE to another folder"
+        ) from error
+    classes = tuple(fields["classes"])
+    skipped = tuple(fields["skipped"])
+    return Data(data, train, val, fields["fingerprint"], fields["split"], skipped, classes, labels if classes else None)
+
+
+def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
+    """Writes train.npy, val.npy and then meta.json into ``folder``; leaves nothing behind if it does not get there."""
+    name = data.partition(":")[0]
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left behind
+    *splits, how = source.open()
+    total = sum(len(split.items) for split in splits)
+    required, free = total * image_size**2 * 3, shutil.disk_usage(folder.parent).free
+    if required > free:
+        raise UserError(
+            f"decoding {data} takes {required / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB left: "
+            "free some space, or set VQBENCH_CACHE to a folder on a larger disk"
+        )
+
+    digest, skipped, counts, names = hashlib.sha256(), [], [], []
+    try:
+        with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            for part, split in zip(("train", "val"), splits, strict=True):
+                before = len(skipped)
+                with atomic_path(folder / f"{part}.npy") as path:
+                    blocks = _decode_blocks(data, split, pool, bar, skipped, limit=total / 100)
+                    counts.append(_write_npy(path, blocks, image_size, digest))
+                unreadable = set(skipped[before:])
+                names.append([split.label(item) for item in split.items if str(item) not in unreadable])
+        if 0 in counts:
+            raise UserError(f"a split of {data} has no readable image ({_first(skipped)}): repair or replace them")
+        classes = _write_labels(folder, names)
+        what = f"{name}: {counts[0]} train / {counts[1]} val {how}"
+        with atomic_path(folder / "meta.json") as path:
+            fields = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped, "classes": classes}
+            path.write_text(json.dumps(fields))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if skipped:
+        message = f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}"
+        console.print(message, markup=False)
+
+
+def _write_labels(folder: Path, names: list[list[str]]) -> list[str]:
+    """Writes what class each image of both splits is of, and returns the classes: none unless every image has one and
+    there are several."""
+    classes = sorted({name for split in names for name in split})
+    if "" in classes or len(classes) < 2:
+        classes = []
+    places = {name: place for place, name in enumerate(classes)}
+    for part, split in zip(("train", "val"), names, strict=True):
+        with atomic_path(folder / f"{part}_labels.npy") as path:
+            np.save(path, np.array([places.get(name, -1) for name in split], dtype=np.int64))
+    return classes
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _decode_blocks(
+    data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, skipped: list[str], limit: float
+) -> Iterator[np.ndarray]:
+    """Yields the decoded images in order as (n, H, W, 3) blocks; appends to ``skipped``, UserError beyond ``limit``."""
+
+    def try_read(item: Any) -> np.ndarray | None:
+        try:
+            return split.read(item)
+        except Exception:  # Pillow's decoders raise nearly every kind for broken files
+            return None
+
+    for start in range(0, len(split.items), DECODING_CHUNK):
+        chunk = split.items[start : start + DECODING_CHUNK]
+        images = list(pool.map(try_read, chunk))
+        skipped += [str(item) for item, image in zip(chunk, images, strict=True) if image is None]
+        if len(skipped) > limit:
+            raise UserError(
+                f"more than 1 % of the images of {data} cannot be decoded (the first: {_first(skipped)}): "
+                "repair or remove them"
+            )
+        bar.advance(len(chunk))
+        if readable := [image for image in images if image is not None]:
+            yield np.stack(readable)
+
+
+def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> int:
+    """Streams uint8 blocks into an .npy file, feeds pixels and shape to ``digest``, returns the number of images.
+
+    Through a file and not a writable memory map: there a full disk is a SIGBUS instead of an OSError.
+    """
+
+    def write_header(count: int) -> None:  # of constant length: NumPy leaves room for the first axis to grow
+        shape = (count, image_size, image_size, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    count = 0
+    with open(path, "wb") as file:
+        write_header(0)
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            count += len(block)
+        file.seek(0)
+        write_header(count)  # known only now: unreadable files have no row
+    digest.update(repr((count, image_size)).encode())
+    return count

@@ -1,0 +1,84 @@
+"""``import bench``: what it offers, and that neither it nor a command line's --help imports what takes seconds."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import bench
+from bench.core.errors import UserError
+from bench.core.store import Store
+from bench.tokenizers.config import make_config
+from tests.fabricate import fabricate
+
+ROOT = Path(__file__).parent.parent
+OFFERED = ["Config", "make_config", "run_trial", "Tokenizer", "Prior", "load_data", "load_runs", "score"]
+SLOW = {
+    *("torchvision", "timm", "torchmetrics", "lpips", "torch_fidelity", "skimage", "pandas", "matplotlib", "seaborn"),
+    *("optuna", "scipy", "sklearn", "transformers", "torch._dynamo", "triton"),
+}
+
+
+def imported(code: str) -> set[str]:
+    """What a fresh process has imported after ``code``."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_command_line_is_parsed_before_anything_slow_is_imported():
+    help_page = "import bench.run\ntry: bench.run.main(['--help'])\nexcept SystemExit: pass"
+    found = imported(help_page)
+    assert "bench.tokenizers.config" in found
+    assert not found & SLOW
+
+
+def test_the_face_imports_nothing_before_use():
+    found = imported("import bench\nassert set(bench.__all__) <= set(dir(bench))")
+    assert not [name for name in found if name.startswith(("bench.", "backbones", "torch", "numpy"))]
+
+
+def test_the_face_offers_these_names_and_says_so_of_others():
+    assert bench.__all__ == OFFERED
+    for name in OFFERED:
+        assert getattr(bench, name).__doc__
+    with pytest.raises(AttributeError, match="module 'bench' has no attribute 'tokeniser'"):
+        _ = bench.tokeniser
+
+
+def test_a_run_by_the_face_alone(tiny, trial_data, tmp_path):
+    """Trained, read back, scored again to the same numbers, and a row of the table."""
+    config = bench.make_config(**{**asdict(tiny), "steps": 2})
+    assert isinstance(config, bench.Config)
+    run = bench.run_trial(config, Store(tmp_path))
+    tokenizer = bench.Tokenizer.from_run(run.folder)
+    metrics, per_image = bench.score(tokenizer, config.codebook_size, trial_data.val)
+    assert metrics["psnr"] == pytest.approx(run.metrics()["psnr"], abs=1e-3)
+    assert per_image["psnr"].shape == (len(trial_data.val),)
+    table = bench.load_runs(tmp_path)
+    assert isinstance(table, pd.DataFrame)
+    assert table.psnr.tolist() == [run.metrics()["psnr"]]
+
+
+def test_data_and_runs_of_a_folder(image_folder, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    data = bench.load_data(f"folder:{image_folder}", 32)
+    assert (data.val == images.val).all()
+    fabricate(Store(tmp_path), make_config("vit", "smoke", device="cpu"))
+    assert bench.load_runs(str(tmp_path)).backbone.tolist() == ["vit"]
+    assert bench.load_runs(tmp_path / "none").empty
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        bench.Tokenizer.from_run(tmp_path)
+
+
+def test_priors_are_networks():
+    assert issubclass(bench.Prior, torch.nn.Module)
