@@ -345,17 +345,19 @@ def test_token_side_is_its_parts_in_order(name):
     torch.testing.assert_close(decoder(z), decoder.unpatchify(decoder.head(tokens).mT.reshape(2, WIDTH, 4, 4)), **CLOSE)
 
 
-@every
+KINDS = {
+    **{"cnn": {ResidualBlock}, "convnext": {NeXtformerBlock}, "vit": {TransformerBlock}, "mamba": {MambaBlock}},
+    **{"bimamba": {BidirectionalMambaBlock}, "hybrid": {BidirectionalMambaBlock, TransformerBlock}},
+}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *TIMM])
 def test_a_backbone_is_made_of_its_own_blocks(name):
     """Of one kind on either side, but for the hybrid's two."""
-    kinds = {
-        **{"cnn": {ResidualBlock}, "convnext": {NeXtformerBlock}, "vit": {TransformerBlock}, "mamba": {MambaBlock}},
-        **{"bimamba": {BidirectionalMambaBlock}, "hybrid": {BidirectionalMambaBlock, TransformerBlock}},
-    }
     encoder, decoder = build(name, 4, depth=2)
     for side in (decoder,) if name in TIMM else (encoder, decoder):
         layers = side.blocks if name in TOKENS else [layer for layer in side.layers if type(layer) in BLOCKS]
-        assert {type(layer) for layer in layers} == kinds.get(name, {ResidualBlock})
+        assert {type(layer) for layer in layers} == KINDS.get(name, {ResidualBlock})
 
 
 @pytest.mark.parametrize("name", ["mamba", "bimamba", "hybrid"])
