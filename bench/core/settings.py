@@ -60,7 +60,6 @@ def check_fields(config: Any) -> None:
     types = _types(type(config))
     for field in fields(config):
         value, kind = getattr(config, field.name), types[field.name]
-        shown = f"{value:g}" if isinstance(value, float) else value
         if value is None:
             continue
         if get_origin(kind) is Literal:
@@ -69,7 +68,7 @@ def check_fields(config: Any) -> None:
             if isinstance(rule, OneOf):
                 check_choice(field.name, value, rule.choices)
             elif not rule.holds(value):
-                raise UserError(f"{field.name} is {shown}; {rule.words}")
+                raise UserError(f"{field.name} is {value}; {rule.words}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field.name} is {value}; it must be a finite number")
 

@@ -205,13 +205,13 @@ def refused(results, capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--temperature", "0"), "temperature is 0; it must be above 0"),
+        (("--temperature", "0"), "temperature is 0.0; it must be above 0"),
         (("--prior", "pixelsnail"), "unknown prior 'pixelsnail'; choose from independent, pixelcnn"),
         (("--top-k", "-3"), "top_k is -3; it must be 0 or more"),
         (("--samples", "1"), "samples is 1; it must be at least 4"),
         (("--conditional",), "has no classes to condition on; leave out --conditional"),
         (("--parameters", "10"), "cannot have 10 parameters"),
-        (("--dropout", "1"), "dropout is 1; it must be at least 0 and below 1"),
+        (("--dropout", "1"), "dropout is 1.0; it must be at least 0 and below 1"),
         (("--device", "cuda:9"), "device 'cuda:9' is not available here"),
     ],
 )
