@@ -39,7 +39,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 for what the user can mend."""
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
     options = tyro.cli(Options, args=arguments, prog="python -m bench.diff", description=__doc__)
 
     def work() -> int:

@@ -11,9 +11,10 @@ store already holds is shown, not repeated; one that was interrupted goes on whe
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, fields
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.tables import Group, score_table
-from bench.core.cli import guarded
-from bench.core.errors import Diverged, UserError
-from bench.core.progress import console, say, stdout
+from bench.core.cli import Trial, guarded, run_each
+from bench.core.errors import UserError
+from bench.core.progress import stdout
 from bench.core.store import Run, Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
@@ -62,7 +63,7 @@ class PriorArguments(PriorConfig):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can mend, 130 stopped."""
+    """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
     return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -72,32 +73,24 @@ def work(arguments: list[str]) -> int:
     tokenizers = [find_tokenizer(name, options.results) for name in options.tokenizer]
     if not tokenizers:
         raise UserError(f"name the run of a tokenizer: {known_tokenizers(options.results)}")
-    runs = [(run, prior, seed) for run in tokenizers for prior in options.prior for seed in options.seeds]
-    for run, prior, seed in runs:
-        options.config(run.folder.name, prior, seed).check()  # all of them, before any is trained
-    finished, failed = [], False
-    for run, prior, seed in runs:
+    trials = []
+    for run, prior, seed in itertools.product(tokenizers, options.prior, options.seeds):
         config, store = options.config(run.folder.name, prior, seed), Store(run.folder.parent.parent)
-        known = store.run(config).finished
-        try:
-            made = run_prior(config, run, store, options.fid_weights, options.resume)
-        except Diverged as error:
-            failed = True
-            console.print(f"[red]diverged:[/] {prior} seed {seed}: {error}")
-            continue
-        say(f"{'already finished' if known else 'finished'}: {escape(str(made.folder))}")
-        finished.append(made)
+        config.check()  # all of them, before any is trained
+        work = partial(run_prior, config, run, store, options.fid_weights, options.resume)
+        trials.append(Trial(f"{prior} {seed}", store.run(config), work))
+    finished, diverged = run_each(trials)
     if finished:
         stdout.print(result_table(finished))
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
-    return int(failed)
+    return 1 if diverged else 0
 
 
 def result_table(runs: list[Run]) -> Table:
     """One row per prior, and the floors and ceilings under them; the best over one tokenizer's codes is bold."""
     groups = []
-    for tokenizer, own in groupby(runs, lambda run: run.config()["tokenizer"]):
+    for tokenizer, own in itertools.groupby(runs, lambda run: run.config()["tokenizer"]):
         rows = [(f"{run.config()['prior']} {run.config()['seed']}", run.metrics()) for run in own]
         rows = [(label, metrics["params_prior"], metrics) for label, metrics in rows]
         groups.append(Group(rows, [("real codes", "_real"), ("shuffled codes", "_shuffled")], title=tokenizer))

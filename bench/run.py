@@ -12,15 +12,16 @@ interrupted goes on where it stopped.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-from bench.core.cli import guarded
-from bench.core.errors import Diverged
-from bench.core.progress import console, stdout
+from bench.core.cli import Trial, guarded, run_each
+from bench.core.progress import stdout
 from bench.core.store import Run, Store
 from bench.metrics import weights
 from bench.tokenizers.arguments import Arguments, parse
@@ -47,7 +48,7 @@ COLUMNS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can mend, 130 stopped."""
+    """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
     return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -65,26 +66,23 @@ def compare(options: RunArguments) -> int:
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
     store = Store(options.results)
-    finished: list[Run] = []
-    failed: list[tuple[Config, str]] = []
-    for config in options.configs():
-        known = store.run(config).finished
-        try:
-            run = run_trial(config, store, options.fid_weights, options.resume)
-        except Diverged as error:
-            failed.append((config, str(error)))
-            console.print(f"[red]diverged:[/] {config.backbone} seed {config.seed}: {error}")
-            continue
-        console.print(f"{'already finished' if known else 'finished'}: {run.folder}", soft_wrap=True)
-        finished.append(run)
+    trials = [
+        Trial(
+            f"{config.backbone} {config.quantizer} {config.seed}",
+            store.run(config),
+            partial(run_trial, config, store, options.fid_weights, options.resume),
+        )
+        for config in options.configs()
+    ]
+    finished, diverged = run_each(trials)
     if finished:
-        stdout.print(result_table(finished, failed))
+        stdout.print(result_table(finished, diverged))
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
         stdout.print(escape(next_command(options, finished)), soft_wrap=True)
-    return 1 if failed else 0
+    return 1 if diverged else 0
 
 
-def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
+def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
     from bench.analysis.frames import UNMATCHED, frame, unmatched
     from bench.analysis.tables import Group, score_table
@@ -98,7 +96,7 @@ def result_table(runs: list[Run], failed: list[tuple[Config, str]]) -> Table:
             for (config, metrics), mark in zip(rows, marks, strict=True)
         ],
         references=[("k-means on patches", "_kmeans")],
-        diverged=[f"{config.backbone} {config.quantizer} {config.seed}" for config, _ in failed],
+        diverged=list(diverged),
     )
     config, metrics = rows[0]
     bits = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {config['codebook_size']}"

@@ -1,4 +1,4 @@
-"""The machine under a run: its device, its memory, and what its numbers may depend on beside the config."""
+"""The machine under a run: its device, its memory, and what its numbers may depend on besides the config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "torchvision", "timm", "lpips", "torch-fidelity", "torchmet
 
 
 def environment() -> dict[str, Any]:
-    """What a number may depend on beside the config: versions, commit, machine."""
+    """What a number may depend on besides the config: versions, commit, machine."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -1,8 +1,8 @@
-"""How a run can end otherwise than with scores, as exceptions that every room knows."""
+"""How a run can end without scores, as exceptions that every room knows."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence with the offending value and the fix.
+    """Something the user can fix. The message is one sentence with the offending value and the fix.
 
     Command lines print it after ``error:`` without a traceback and exit with code 2.
     """

@@ -46,7 +46,7 @@ class Data:
 def load(data: str, image_size: int) -> Data:
     """The images of ``data``, a name in DATASETS or ``folder:PATH``, as squares of ``image_size``.
 
-    The first call decodes (and downloads, where there is a need) into ``cache_dir()/data``; later calls and other
+    The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other
     processes map the same files. Unreadable files are skipped, and listed in ``Data.skipped``.
 
     Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an image_size

@@ -31,7 +31,7 @@ SAMPLING = ("samples", "temperature", "top_k")  # fields that training knows not
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Everything that a prior's numbers depend on beside its tokenizer, the seed included."""
+    """Everything that a prior's numbers depend on besides its tokenizer, the seed included."""
 
     SHELF: ClassVar[str] = "priors"
 

@@ -21,7 +21,7 @@ from bench.core.errors import UserError
 
 from .codebook import GRADIENTS, Quantized, Quantizer, entropy_penalty, first_codes, nearest
 
-LEVELS = range(3, 17)  # of one component of FSQ: the package rounds two levels otherwise than three and more
+LEVELS = range(3, 17)  # of one component of FSQ: the package rounds two levels in another way than three and more
 
 
 def package() -> ModuleType:

@@ -33,7 +33,7 @@ ROUNDS = 2
 
 
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
-    """The command line of a study. Returns the exit code: 0, 1 when a trial failed, 2 for what the user can mend, 130
+    """The command line of a study. Returns the exit code: 0, 1 when a trial failed, 2 for what the user can fix, 130
     when stopped."""
     return guarded(lambda: work(study, description, sys.argv[1:] if arguments is None else arguments))
 

@@ -53,7 +53,7 @@ class Arguments(Config):
         return (self.match or "").startswith("time:")
 
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
-        """Config of one run, at the budget to match if there is one; ``settings`` go before those of all runs. Raises
+        """Config of one run, at the budget to match if there is one; ``settings`` override those of all runs. Raises
         UserError on a budget for what was given."""
         settings = {**self.settings(), **settings}
         config = make_config(backbone, self.preset, **settings, seed=seed)

@@ -30,7 +30,7 @@ CODES = 1024  # of them, at most, in the picture of a codebook
 
 
 def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Data:
-    """Everything that can go wrong for a reason the user can mend, before any training is spent.
+    """Everything that can go wrong for a reason the user can fix, before any training is spent.
 
     Checks the settings, the device, the results folder, the pretrained weights (fetching them if need be), and decodes
     the data. Raises UserError.
@@ -46,13 +46,16 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     return load(config.data, config.image_size)
 
 
-def run_trial(config: Config, store: Store, fid_weights: Path | None = None, resume: bool = True) -> Run:
-    """Trains and scores ``config``, or returns at once when the store has it finished.
+def run_trial(
+    config: Config, store: Store | str | Path = "results", fid_weights: Path | None = None, resume: bool = True
+) -> Run:
+    """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished.
 
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged when the loss was
     not finite; that is also recorded as failure.json.
     """
     config = config.resolved()
+    store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
     data = prepare(config, store, fid_weights)
     if run.finished:
@@ -100,8 +103,8 @@ def finish(
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
-    beside = {f"{name}_kmeans": value for name, value in reference.items()}
-    complete(run, {**metrics, **costs, **beside}, protocol(data, config.device, fid_weights))
+    references = {f"{name}_kmeans": value for name, value in reference.items()}
+    complete(run, {**metrics, **costs, **references}, protocol(data, config.device, fid_weights))
 
 
 @torch.no_grad()

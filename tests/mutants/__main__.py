@@ -157,7 +157,7 @@ def main() -> int:
     gc.unfreeze()
     minutes = (time.monotonic() - began) / 60
     if not healthy:
-        console.print("no edit was tried: these tests fail without any; mend them first")
+        console.print("no edit was tried: these tests fail without any; fix them first")
         return 1
     console.print(f"{len(jobs)} edits: {counted(jobs)}; {minutes:.0f} min with {options.workers} workers")
     if not options.only:
