@@ -33,7 +33,7 @@ from bench.priors.trial import run_prior
 # Metrics that the table shows, those of them that the runs have.
 COLUMNS = (
     *("coded_bits_per_token", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "copies", "images_per_second_sample", "train_seconds"),
+    *("precision_vgg16", "recall_vgg16", "copy_rate", "images_per_second_sample", "train_seconds"),
 )
 
 

@@ -36,7 +36,7 @@ FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not t
 RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))  # dead codes are (1 − usage) · K
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copies", "params_prior", "flops_prior"),
+    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate", "params_prior", "flops_prior"),
     *("images_per_second_sample", "sampling_speedup", "train_seconds"),
 )
 

@@ -24,7 +24,7 @@ SHORT = {  # headings on the terminal, by lines, where labels are too wide
     "coded_bits_per_pixel": "bits/\npixel",
     "precision_vgg16": "prec.\n",
     "recall_vgg16": "rec.\n",
-    "copies": "copies\n",
+    "copy_rate": "copies\n",
     "images_per_second_sample": "draw\n/s",
 }
 NONE = "–"

@@ -36,6 +36,7 @@ FAILURES = {
 }
 
 
+RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
 LISTED = 8  # run ids that a message names
 
 
@@ -114,9 +115,9 @@ class Run:
         return self._read("config.json")["environment"]
 
     def metrics(self) -> dict[str, Any]:
-        """The scores, costs and reference scores of a finished run; a tokenizer's ``params`` and ``flops`` are of both
-        sides."""
-        metrics = self._read("metrics.json")["metrics"]
+        """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
+        and ``flops`` are of both sides."""
+        metrics = {RENAMED.get(name, name): value for name, value in self._read("metrics.json")["metrics"].items()}
         if "params_encoder" in metrics:
             metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
             metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]

@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
     "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
     "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
     "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
-    "copies": Metric("copies", ".2f", ""),
+    "copy_rate": Metric("copies", ".2f", ""),
     "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
     "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
     "params_prior": Metric("parameters", ",.0f", "lower"),
@@ -87,7 +87,7 @@ def score_prior(
     ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
     where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
     ``recall_vgg16`` compare the samples with all validation images. ``nearest_train_psnr``: median PSNR of a sample to
-    its nearest training image. ``copies``: share of samples nearer to a training image than 95 % of reconstructed
+    its nearest training image. ``copy_rate``: share of samples nearer to a training image than 95 % of reconstructed
     validation images, which cannot be copies, are; so 0.05 is innocent.
     """
     device, pixels = torch.device(config.device), tokenizer.config.image_size**2
@@ -113,7 +113,7 @@ def score_prior(
     metrics |= ImageSet.of(_bar(samples, "scoring samples"), device, fid_weights).distances(real)
     psnr, rows = nearest(samples, data.train, config.device)
     metrics["nearest_train_psnr"] = float(psnr.median())
-    metrics["copies"] = float((psnr > known["nearest_val_psnr_95"]).float().mean())
+    metrics["copy_rate"] = float((psnr > known["nearest_val_psnr_95"]).float().mean())
     shown = samples[:SHOWN].permute(0, 2, 3, 1).numpy()
     return Generated(metrics, grids.numpy(), shown, data.train[rows[:SHOWN].numpy()])
 

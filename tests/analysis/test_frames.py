@@ -96,7 +96,7 @@ PRIOR_BETTER = {
     "lower": "coded_bits_per_token coded_bits_per_image coded_bits_per_pixel gfid gfid_vgg16 gkid_vgg16 params_prior"
     " flops_prior peak_memory_mb train_seconds",
     "higher": "precision_vgg16 recall_vgg16 images_per_second_sample",
-    "": "coded_bits_per_token_train coded_bits_per_token_independent nearest_train_psnr nearest_val_psnr copies"
+    "": "coded_bits_per_token_train coded_bits_per_token_independent nearest_train_psnr nearest_val_psnr copy_rate"
     " sampling_speedup grids_seen",
 }
 

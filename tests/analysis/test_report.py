@@ -180,7 +180,7 @@ def test_kmeans_stands_below_with_the_scores_of_its_own_grid_and_k():
 
 
 def test_headings_point_to_the_better():
-    arrows = {"psnr": "↑", "lpips_vgg": "↓", "sharpness": "", "precision_vgg16": "↑", "gfid": "↓", "copies": ""}
+    arrows = {"psnr": "↑", "lpips_vgg": "↓", "sharpness": "", "precision_vgg16": "↑", "gfid": "↓", "copy_rate": ""}
     assert {key: re.sub("[^↑↓]", "", heading(key)) for key in arrows} == arrows
     assert heading("params") == "parameters M\u00a0↓"
     assert heading("beta") == "beta"

@@ -207,3 +207,9 @@ def test_a_lock_is_that_of_one_run(store):
         one.folder.mkdir(parents=True)
     with runs[0].locked(), runs[1].locked(), runs[2].locked(), pytest.raises(Busy), Run(runs[0].folder).locked():
         pass
+
+
+def test_metrics_of_older_runs_have_their_present_names(tmp_path):
+    run = Run(tmp_path)
+    run.write("metrics.json", {"metrics": {"copies": 0.25, "gfid_vgg16": 3.0}})
+    assert run.metrics() == {"copy_rate": 0.25, "gfid_vgg16": 3.0}

@@ -285,13 +285,13 @@ def test_memorised_samples_are_copies_and_others_are_not():
     train, val = random_codes(30, 1, 0, 3), random_codes(30, 2)
     codes, data = toy(train, val)
     memorised = scored(Recorder(train), codes, data)
-    assert memorised.metrics["copies"] == 1
+    assert memorised.metrics["copy_rate"] == 1
     assert memorised.metrics["nearest_train_psnr"] > 60
     assert (memorised.neighbours == memorised.images).all()
     bright = np.full((30, SIDE, SIDE), K - 1)  # nothing in the training set is brighter than 102
-    assert scored(Recorder(bright), codes, data).metrics["copies"] == 0
+    assert scored(Recorder(bright), codes, data).metrics["copy_rate"] == 0
     mixed = scored(Recorder(np.concatenate([train[:10], bright])), codes, data, samples=40)
-    assert mixed.metrics["copies"] == 0.25
+    assert mixed.metrics["copy_rate"] == 0.25
     assert mixed.metrics["nearest_train_psnr"] < 30  # the median, not the best
 
 

@@ -328,7 +328,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
 def row(tokenizer: str, name: str, seed: int = 0, **metrics: float) -> SimpleNamespace:
     usual = {
         **{"coded_bits_per_token": 3.0, "coded_bits_per_pixel": 0.1, "gfid_vgg16": 9.0, "gkid_vgg16": 0.5},
-        **{"copies": 0.1, "recall_vgg16": 0.5},
+        **{"copy_rate": 0.1, "recall_vgg16": 0.5},
         **{"precision_vgg16": 0.5, "images_per_second_sample": 10.0, "train_seconds": 1.0},
         **{"params_prior": 2_340_000, "gfid_vgg16_real": 1.0, "gfid_vgg16_shuffled": 99.0},
         **{"recall_vgg16_real": 0.75, "coded_bits_per_token_independent": 4.25},
@@ -345,7 +345,7 @@ def cells(runs: list) -> list[list[str]]:
 def test_the_best_prior_over_one_tokenizers_codes_is_bold_in_the_metrics_own_direction():
     runs = [
         row("a", "rnn", coded_bits_per_token=2.0, precision_vgg16=0.25, images_per_second_sample=5.0),
-        row("a", "mamba", 1, coded_bits_per_token=4.0, precision_vgg16=0.75, copies=0.4),
+        row("a", "mamba", 1, coded_bits_per_token=4.0, precision_vgg16=0.75, copy_rate=0.4),
         row("b", "rnn", coded_bits_per_token=1.0, precision_vgg16=0.9),
     ]
     table = cells(runs)
