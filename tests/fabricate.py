@@ -98,7 +98,7 @@ def fabricate_prior(store: Store, config: PriorConfig, bits: float, distance: fl
             "recall_vgg16": 0.4,
             "nearest_train_psnr": 18.0,
             "nearest_val_psnr": 19.0,
-            "copies": 0.05,
+            "copy_rate": 0.05,
             "train_seconds": 30.0,
         },
         **{"peak_memory_mb": 900.0, "grids_seen": 25_600, "gfid_vgg16_real": 50.0, "gfid_vgg16_shuffled": 150.0},

@@ -1,5 +1,6 @@
 """``import bench``: what it offers, and that neither it nor a command line's --help imports what takes seconds."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 import bench
 from bench.core.errors import UserError
 from bench.core.store import Store
+from bench.priors.config import PriorConfig
+from bench.priors.trial import run_prior
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate
 
@@ -80,5 +82,21 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
         bench.Tokenizer.from_run(tmp_path)
 
 
-def test_priors_are_networks():
-    assert issubclass(bench.Prior, torch.nn.Module)
+@pytest.mark.slow
+def test_the_readme_s_examples_run_as_they_stand(tmp_path, monkeypatch):
+    """With a prior over the very tokenizer that they train."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    before, name, after = code.partition("results/priors/RUN")
+    assert name
+    train, prior = before.rsplit("\n", 1)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(train, names)
+    small = {"samples": 16, "device": "cpu"}
+    made = run_prior(PriorConfig(names["run"].folder.name, "independent", **small), names["run"], Store("results"))
+    exec(f"{prior}{made.folder}{after}", names)
+    assert names["codes"].shape == (16, 4, 4)
+    assert names["images"].shape == (16, 3, 32, 32)
+    assert names["bits"].shape == names["codes"].shape
+    assert names["metrics"]["psnr"] == pytest.approx(names["table"].psnr[0], abs=1e-3)

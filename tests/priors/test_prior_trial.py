@@ -361,7 +361,7 @@ def test_the_best_prior_over_one_tokenizers_codes_is_bold_in_the_metrics_own_dir
     assert second["coded_bits_per_token"] == "4.000"
     assert (first["precision_vgg16"], second["precision_vgg16"]) == ("0.25", "[bold]0.75[/]")
     assert (first["images_per_second_sample"], second["images_per_second_sample"]) == ("5", "[bold]10[/]")
-    assert "bold" not in first["copies"] + second["copies"]  # neither few nor many are better
+    assert "bold" not in first["copy_rate"] + second["copy_rate"]  # neither few nor many are better
     assert not any("bold" in cell for cell in other.values())  # it has no rival
     assert table[1][1] == "2.34"
 
