@@ -699,3 +699,77 @@ def test_many_processes_may_look_at_one_results_folder_at_once(tmp_path):
     [thread.join() for thread in threads]
     assert not errors
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.fixture
+def told(monkeypatch) -> dict:
+    """Scores are made up; what scoring, protocol and pictures are given, by name."""
+    seen = {}
+
+    def note(name, result):
+        monkeypatch.setattr(f"bench.tokenizers.trial.{name}", lambda *given: seen.update({name: given}) or result)
+
+    note("score", ({"psnr": 20.06}, {"psnr": np.zeros(24)}))
+    note("static_costs", {})
+    note("throughput", {})
+    note("protocol", {"count": 24})
+    for name in ("reconstructions", "curves", "codebook"):
+        note(f"plots.{name}", None)
+    return seen
+
+
+def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, told, tmp_path):
+    """Backbone, quantizer, K, grid and PSNR above the pictures; Inception's weights are those that were given."""
+    config = replace(tiny, grid_size=1, width=8, seed=4, precision="fp32").resolved()
+    run, tokenizer = begun(store, config), greys(config)
+    finish(run, tokenizer, images, {}, tmp_path, {})
+    assert told["score"][1:] == (16, images.val, "cpu", tmp_path, "scoring cnn ema seed 4")
+    assert told["protocol"] == (images, "cpu", tmp_path)
+    assert run.protocol() == {"count": 24}
+    title = "cnn, ema, K = 16, 1×1"
+    path, x, x_hat, above = told["plots.reconstructions"]
+    assert (path, above) == (run.folder / "reconstructions.png", f"{title}: 20.1 dB")
+    with np.load(run.folder / "samples.npz") as stored:
+        np.testing.assert_array_equal(x, stored["x"])
+        np.testing.assert_array_equal(x_hat, stored["x_hat"])
+    assert told["plots.curves"] == (run.folder / "curves.png", run.history(), 16, title)
+    path, shown, above = told["plots.codebook"]
+    assert (path, above) == (run.folder / "codebook.png", f"{title}: what each code decodes to")
+    np.testing.assert_array_equal(shown, codebook_images(tokenizer))
+
+
+@pytest.mark.parametrize(("before", "lost"), [(0, "per_image.npz"), (1, "samples.npz")])
+def test_arrays_of_a_run_are_written_whole_or_not_at_all(images, tiny, store, told, monkeypatch, before, lost):
+    config = replace(tiny, precision="fp32").resolved()
+    run, tokenizer, save, written = begun(store, config), greys(config), np.savez_compressed, []
+
+    def full(path, **arrays):
+        if len(written) == before:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        written.append(save(path, **arrays))
+
+    monkeypatch.setattr(trial.np, "savez_compressed", full)
+    with pytest.raises(OSError, match="disk full"):
+        finish(run, tokenizer, images, {}, None, {})
+    names = {path.name for path in run.folder.iterdir()}
+    assert lost not in names
+    assert ("per_image.npz" in names) == (before > 0)
+    assert not [name for name in names if name.endswith(".npz") and name.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(tiny, store, monkeypatch, tmp_path):
+    """One that is not there yet is made, with the folders above it."""
+    monkeypatch.setattr(weights, "trunk_state", lambda net: None)
+    monkeypatch.setattr(weights, "inception", lambda path: None)
+    monkeypatch.setattr(trial, "load", lambda data, image_size: "data")
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "new" / "cache"))
+    assert trial.prepare(tiny.resolved(), store) == "data"
+    assert (tmp_path / "new" / "cache").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(weights, "trunk_state", None)  # would be called to fetch
+    with pytest.raises(UserError) as error:
+        trial.prepare(tiny.resolved(), store)
+    said = f"cannot create the cache folder {tmp_path / 'file' / 'cache'}: Not a directory; set VQBENCH_CACHE"
+    assert str(error.value) == f"{said} to another"
