@@ -225,7 +225,7 @@ def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store):
     for name, meant in (("vit", "vit-b"), ("cnn-a", "cnn-a"), ("cnn-a2", "cnn-a2")):
         assert store.find(name) == store.named(meant)
     assert store.find(str(store.named("cnn-a1").folder)) == store.named("cnn-a1")
-    with pytest.raises(UserError, match="^'cnn' is the beginning of cnn-a, cnn-a1, cnn-a2; give more of it$"):
+    with pytest.raises(UserError, match=r"^'cnn' is the beginning of cnn-a, cnn-a1, cnn-a2; give more of it$"):
         store.find("cnn")
     for name in ("b", "a1"):  # a part of an id is not its beginning
         with pytest.raises(UserError) as error:
@@ -234,9 +234,9 @@ def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store):
         assert str(error.value) == f"unknown run {name!r}; below {store.root / 'runs'} there are {known}"
     store.named("empty").folder.mkdir()
     for name in ("empty", str(store.named("empty").folder)):
-        with pytest.raises(UserError, match="runs/empty has no config.json, so it is no run; name a folder like"):
+        with pytest.raises(UserError, match=r"runs/empty has no config.json, so it is no run; name a folder like"):
             store.find(name)
-    with pytest.raises(UserError, match="unknown run 'x'; below .* there are none$"):
+    with pytest.raises(UserError, match=r"unknown run 'x'; below .* there are none$"):
         Store(store.root / "elsewhere").find("x")
 
 
@@ -244,14 +244,14 @@ def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
     started(store, "cnn-a")
     run = store.named("cnn-a")
     assert known_tokenizers(store.root) == f"{store.root} has none; train one with python -m bench.run"
-    with pytest.raises(UserError, match="cnn-a is unfinished; finish it with python -m bench.run first$"):
+    with pytest.raises(UserError, match=r"cnn-a is unfinished; finish it with python -m bench.run first$"):
         find_tokenizer("cnn", store.root)
     run.fail("diverged", "too steep")
-    with pytest.raises(UserError, match="cnn-a is diverged; finish it"):
+    with pytest.raises(UserError, match=r"cnn-a is diverged; finish it"):
         find_tokenizer("cnn", store.root)
     run.write("metrics.json", {})
     assert known_tokenizers(store.root) == f"{store.root} has cnn-a"
-    with pytest.raises(UserError, match="cnn-a has lost its tokenizer.safetensors; move that folder and train"):
+    with pytest.raises(UserError, match=r"cnn-a has lost its tokenizer.safetensors; move that folder and train"):
         find_tokenizer("cnn", store.root)
     (run.folder / "tokenizer.safetensors").touch()
     assert find_tokenizer("cnn", store.root) == run
