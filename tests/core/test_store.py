@@ -186,8 +186,9 @@ def test_a_run_needs_so_many_megabytes(store, monkeypatch, free, enough):
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(NoSpace, match="--results"):
+    with pytest.raises(NoSpace) as error:
         Store(tmp_path).check_writable(0)
+    assert str(error.value) == f"cannot write to {tmp_path / 'runs'}: File exists; choose another --results folder"
 
 
 def test_settings_that_a_run_was_made_without_have_their_default(tmp_path):
@@ -218,13 +219,16 @@ def started(store: Store, *names: str) -> None:
         store.named(name).write("config.json", {"config": {}, "environment": {}})
 
 
-def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store):
+def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store, monkeypatch):
     """A whole id counts before the beginning of others; several, or none, are told with those that there are."""
     started(store, "vit-b", "cnn-a2", "cnn-a", "cnn-a1")
     assert [run.folder.name for run in store.runs()] == ["cnn-a", "cnn-a1", "cnn-a2", "vit-b"]
     for name, meant in (("vit", "vit-b"), ("cnn-a", "cnn-a"), ("cnn-a2", "cnn-a2")):
         assert store.find(name) == store.named(meant)
     assert store.find(str(store.named("cnn-a1").folder)) == store.named("cnn-a1")
+    with monkeypatch.context() as patch:
+        patch.chdir(store.root / "runs")  # folders are looked for here first, not below the store
+        assert store.find("./cnn-a1").folder.resolve() == store.named("cnn-a1").folder
     with pytest.raises(UserError, match=r"^'cnn' is the beginning of cnn-a, cnn-a1, cnn-a2; give more of it$"):
         store.find("cnn")
     for name in ("b", "a1"):  # a part of an id is not its beginning

@@ -19,7 +19,7 @@ import safetensors.torch
 
 from bench import prior
 from bench.core.errors import Diverged, UserError
-from bench.core.store import Run, Store, find_tokenizer
+from bench.core.store import Busy, Run, Store, find_tokenizer
 from bench.data import Data
 from bench.priors import trial as prior_trial
 from bench.priors.codes import Codes, digest
@@ -310,6 +310,30 @@ def test_a_prior_asks_for_room_before_anything_else(world, monkeypatch):
     with pytest.raises(UserError, match="lr is -1"):
         world.run(lr=-1.0)
     assert asked == [200]
+
+
+def test_a_prior_is_held_until_it_is_scored(world, monkeypatch):
+    """From before its references are read to its last file."""
+    folder, taken = world.store.run(world.config()).folder, []
+
+    def look(name):
+        replaced = getattr(prior_trial, name)
+
+        def looking(*arguments):
+            with pytest.raises(Busy), Run(folder).locked():
+                pass
+            taken.append(name)
+            return replaced(*arguments)
+
+        monkeypatch.setattr(prior_trial, name, looking)
+
+    names = ["references", "train_prior", "score_prior", "finish"]
+    for name in names:
+        look(name)
+    assert world.run().finished
+    assert taken == names
+    with Run(folder).locked():
+        pass
 
 
 def test_a_stored_prior_comes_on_the_device_asked_for(world):

@@ -14,7 +14,7 @@ import torch
 from bench.analysis.frames import METRICS
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
-from bench.core.store import Run, Store
+from bench.core.store import Busy, Run, Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial
@@ -773,3 +773,25 @@ def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(tiny, store, 
         trial.prepare(tiny.resolved(), store)
     said = f"cannot create the cache folder {tmp_path / 'file' / 'cache'}: Not a directory; set VQBENCH_CACHE"
     assert str(error.value) == f"{said} to another"
+
+
+def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
+    """From before its reference is computed; nobody else can begin to train it meanwhile."""
+    config, taken = tiny.resolved(), []
+
+    def look(result):
+        def looking(*arguments):
+            with pytest.raises(Busy), Run(store.run(config).folder).locked():
+                pass
+            taken.append(True)
+            return result
+
+        return looking
+
+    given = {"kmeans_reference": {}, "score_untrained": {}, "train": ("tokenizer", 5.0), "finish": None}
+    for name, result in given.items():
+        monkeypatch.setattr(trial, name, look(result))
+    run_trial(config, store)
+    assert len(taken) == 4
+    with store.run(config).locked():
+        pass

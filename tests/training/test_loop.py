@@ -77,6 +77,18 @@ def test_no_resume_starts_again(watch, tiny, toys):
     assert other.rows == whole.rows  # and none of before
 
 
+def test_what_starts_again_never_goes_on_from_before(watch, tiny, toys):
+    """Also where it dies before its first checkpoint: the next call begins, too, and its history has every step."""
+    with pytest.raises(Crash):
+        watch.train(tiny, crash_at=7)
+    with pytest.raises(Crash):
+        watch.train(tiny, resume=False, crash_at=2, checkpoint_seconds=math.inf)
+    assert not (watch.folder / "run" / "checkpoint.pt").exists()
+    again = watch.train(tiny)
+    assert len(again.steps) == 12
+    assert [row["step"] for row in again.rows] == list(range(1, 13))
+
+
 def test_a_checkpoint_is_due_after_its_interval_and_writing_takes_2_percent_at_most(watch, tiny, toys, monkeypatch):
     """Writing takes 0.07 seconds here, so that every 2 seconds become every 3.5 after the first."""
     written, save = [], loop.save
