@@ -173,8 +173,9 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
         assert loaded.state_dict()[name].equal(value)
     for lost in ("prior.safetensors", "metrics.json"):
         (run.folder / lost).unlink()
-        with pytest.raises(UserError, match="holds no finished prior"):
+        with pytest.raises(UserError) as error:
             Prior.from_run(run.folder)
+        assert str(error.value) == f"{run.folder} holds no finished prior; train one with python -m bench.prior"
 
 
 def test_a_prior_that_finished_keeps_no_checkpoint(world):
@@ -222,8 +223,9 @@ def test_three_training_images_do_not_suffice_however_many_validate(world):
 
 def test_without_classes_nothing_can_be_conditioned(world):
     world.classes = ()
-    with pytest.raises(UserError, match="has no classes to condition on"):
+    with pytest.raises(UserError, match=r"^toy has no classes to condition on; leave out --conditional$"):
         world.run(conditional=True)
+    assert not (world.store.root / "priors").exists()
 
 
 def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, tmp_path):
@@ -384,9 +386,14 @@ def test_each_difference_alone_refuses_the_loan(world, difference):
 
 def test_a_run_over_another_tokenizers_codes_is_refused(world):
     run = world.run()
+    before = digest(world.tokenizer.folder)
     (world.tokenizer.folder / "tokenizer.safetensors").write_bytes(b"trained again")
-    with pytest.raises(UserError, match="is a prior over the codes of another tokenizer"):
+    with pytest.raises(UserError) as error:
         world.run()
+    assert str(error.value) == (
+        f"{run.folder} is a prior over the codes of another tokenizer ({before}) than {world.tokenizer.folder} now "
+        f"holds ({digest(world.tokenizer.folder)}); move that folder"
+    )
     assert len(world.scored) == 1
     assert run.protocol()["tokenizer"] != digest(world.tokenizer.folder)
 

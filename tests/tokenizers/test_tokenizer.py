@@ -199,8 +199,9 @@ def test_an_unfinished_run_gives_none(finished):
     """Weights without scores are those of a run that may go on."""
     folder, _ = finished
     (folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match=r"holds no finished run \(no metrics.json\)"):
+    with pytest.raises(UserError) as error:
         Tokenizer.from_run(folder)
+    assert str(error.value) == f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run"
 
 
 def test_weights_that_are_not_those_of_the_config_are_refused(finished):

@@ -336,10 +336,12 @@ def test_divergence_is_recorded(trial_data, tiny, store, monkeypatch):
 
 
 def test_changed_images_are_not_mixed_with_old_scores(trial_data, tiny, store, monkeypatch):
-    fabricate(store, tiny, fingerprint="1" * 64)
+    run = fabricate(store, tiny, fingerprint="1" * 64)
     monkeypatch.setattr(trial, "train", None)
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError) as error:
         run_trial(tiny, store)
+    said = f"{tiny.data} has other images now than when {run.folder} was scored; move that folder"
+    assert str(error.value) == said
 
 
 def test_data_and_image_size_reach_the_loader(tiny, store, monkeypatch):
