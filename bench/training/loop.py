@@ -75,8 +75,8 @@ def fit(
     took, resumed parts included.
 
     Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``. With ``resume`` a
-    checkpoint found there is continued. One is written every ``checkpoint_seconds``, or less often if writing takes
-    more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    checkpoint found there is continued, without it is dropped. One is written every ``checkpoint_seconds``, or less
+    often if writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}
@@ -86,6 +86,7 @@ def fit(
         rewind(history, first)
     else:
         first, seconds = 0, 0.0
+        checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's
         history.unlink(missing_ok=True)
         learner.begin()
 

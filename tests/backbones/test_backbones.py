@@ -946,6 +946,23 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
         assert value.equal(loaded.state_dict()[key]), key
 
 
+def test_what_timm_says_is_passed_on_in_one_short_line(monkeypatch):
+    """An error without words goes by its name, a long one is cut; a name that resembles none gets no guess."""
+
+    for said, reason in ((AssertionError(), "AssertionError"), (KeyError("a " * 200), r"'a a .* a \[\.\.\.\]")):
+
+        def fail(*given, said=said, **options):
+            raise said
+
+        monkeypatch.setattr(timm_encoder.timm, "create_model", fail)
+        sentence = rf"^timm's test_vit gives no features of 32×32 images \({reason}\)$"
+        with pytest.raises(ValueError, match=sentence) as error:
+            timm_encoder.feature_maps("test_vit", 32)
+        assert len(str(error.value)) < 220
+    with pytest.raises(ValueError, match=r"^unknown timm model 'qqqqqq'; timm.list_models\(\) gives them all$"):
+        timm_encoder.check_name("qqqqqq")
+
+
 def test_timm_position_embeddings_do_not_decay():
     tokenizer = Tokenizer(make_config("timm:test_vit", "smoke", attention=1))
     decayed, free = (set(map(id, group["params"])) for group in parameter_groups(tokenizer, 0.1))

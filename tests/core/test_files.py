@@ -18,7 +18,7 @@ def test_a_file_appears_whole_and_alone(tmp_path):
     with atomic_path(path) as temporary:
         assert temporary.parent == path.parent  # renaming is atomic within one folder
         assert temporary.suffix == ".json"  # writers look at it
-        assert temporary.name.startswith(".")
+        assert temporary.name.startswith(".file-")  # hidden; what a kill leaves behind says of which file it was
         temporary.write_text("half")
         assert not path.exists()
         temporary.write_text("whole")

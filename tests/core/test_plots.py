@@ -193,3 +193,28 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         plots._save(Figure(), path)
     assert [*path.parent.iterdir()] == [path]
     assert path.read_bytes() == before
+
+
+def test_pictures_have_no_marks_and_lines_are_told_apart(figures, monkeypatch):
+    """No ticks below a picture, no grid across it; K is dotted, the validation rate dashed; sizes by what is shown."""
+    plots._picture(None, [shades(3)], ["only"], "", width=5)
+    axes = figures[0].axes[0]
+    assert list(axes.get_xticks()) == []
+    assert not any(line.get_visible() for line in axes.get_ygridlines())
+    assert not any(tick.tick1line.get_markersize() for tick in axes.yaxis.get_major_ticks())
+    history = [
+        {"step": k, "reconstruction": 1.0, "perplexity": 9, "codes_used": 9, "bits_per_token": 4} for k in (2, 6)
+    ]
+    plots.curves(None, history, 64, "")
+    plots.prior_curve(None, history, {"coded_bits_per_token": 1, "coded_bits_per_token_independent": 2}, "")
+    right, only = figures[1].axes[1], figures[2].axes[0]
+    assert right.get_ylabel() == "codes, over one logging window"
+    assert [line.get_linestyle() for line in right.lines] == ["-", "-", ":"]
+    assert [line.get_linestyle() for line in only.lines] == ["-", ":", "--"]
+    widths = []
+    monkeypatch.setattr(plots, "_picture", lambda *rest, width: widths.append(width))
+    plots.reconstructions(None, shades(2), shades(2), "")
+    plots.samples(None, shades(4), "")
+    plots.neighbours(None, shades(2), shades(2), "")
+    plots.codebook(None, shades(4), "")
+    assert widths == [12, 8, 12, 10]

@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from bench.core import progress
 from bench.core.progress import Bar, say
@@ -85,3 +86,32 @@ def test_what_happens_is_said_in_one_line_on_the_error_stream(capsys):
     assert printed.err == "word " * 100 + "end\n"
     progress.stdout.print("table")
     assert capsys.readouterr() == ("table\n", "")
+
+
+def test_a_live_bar_tells_all_on_the_error_stream_and_vanishes(monkeypatch):
+    """Label, count, figures and what is left of the time; nothing of it stays in the way of what is said next."""
+    console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    monkeypatch.setattr(progress, "console", console)
+    with Bar("run", 10) as bar:
+        bar.advance(4, "loss 0.1")
+        bar.live.refresh()
+        shown = Text.from_ansi(console.file.getvalue()).plain
+        assert bar.live.live.transient
+    for words in ("run", "4/10", "ETA", "loss 0.1", "0:00:00"):
+        assert words in shown
+    assert bar.live.console is console
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_fails_under_a_bar_is_not_hidden(monkeypatch, terminal):
+    """And the terminal is given back."""
+    monkeypatch.setattr(progress, "console", Console(force_terminal=terminal, file=io.StringIO(), width=120))
+    with pytest.raises(ZeroDivisionError), Bar("run", 10) as bar:
+        1 / 0  # noqa: B018
+    assert bar.live is None or not bar.live.live.is_started
+
+
+def test_numbers_and_words_keep_the_colour_of_their_line():
+    """In tables, too: colour is for what is marked."""
+    for console in (progress.console, progress.stdout):
+        assert console.render_str("step 12 of True 'x' /a/b").spans == []

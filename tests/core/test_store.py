@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.core.errors import UserError
-from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
+from bench.core.store import FAILURES, Busy, NoSpace, Run, Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 
@@ -186,8 +186,9 @@ def test_a_run_needs_so_many_megabytes(store, monkeypatch, free, enough):
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(NoSpace, match="--results"):
+    with pytest.raises(NoSpace) as error:
         Store(tmp_path).check_writable(0)
+    assert str(error.value) == f"cannot write to {tmp_path / 'runs'}: File exists; choose another --results folder"
 
 
 def test_settings_that_a_run_was_made_without_have_their_default(tmp_path):
@@ -213,3 +214,97 @@ def test_metrics_of_older_runs_have_their_present_names(tmp_path):
     run = Run(tmp_path)
     run.write("metrics.json", {"metrics": {"copies": 0.25, "gfid_vgg16": 3.0}})
     assert run.metrics() == {"copy_rate": 0.25, "gfid_vgg16": 3.0}
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def started(store: Store, *names: str) -> None:
+    for name in names:
+        store.named(name).folder.mkdir(parents=True)
+        store.named(name).write("config.json", {"config": {}, "environment": {}})
+
+
+def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store, monkeypatch):
+    """A whole id counts before the beginning of others; several, or none, are told with those that there are."""
+    started(store, "vit-b", "cnn-a2", "cnn-a", "cnn-a1")
+    assert [run.folder.name for run in store.runs()] == ["cnn-a", "cnn-a1", "cnn-a2", "vit-b"]
+    for name, meant in (("vit", "vit-b"), ("cnn-a", "cnn-a"), ("cnn-a2", "cnn-a2")):
+        assert store.find(name) == store.named(meant)
+    assert store.find(str(store.named("cnn-a1").folder)) == store.named("cnn-a1")
+    with monkeypatch.context() as patch:
+        patch.chdir(store.root / "runs")  # folders are looked for here first, not below the store
+        assert store.find("./cnn-a1").folder.resolve() == store.named("cnn-a1").folder
+    with pytest.raises(UserError, match=r"^'cnn' is the beginning of cnn-a, cnn-a1, cnn-a2; give more of it$"):
+        store.find("cnn")
+    for name in ("b", "a1"):  # a part of an id is not its beginning
+        with pytest.raises(UserError) as error:
+            store.find(name)
+        known = "cnn-a, cnn-a1, cnn-a2, vit-b"
+        assert str(error.value) == f"unknown run {name!r}; below {store.root / 'runs'} there are {known}"
+    store.named("empty").folder.mkdir()
+    for name in ("empty", str(store.named("empty").folder)):
+        with pytest.raises(UserError, match=r"runs/empty has no config.json, so it is no run; name a folder like"):
+            store.find(name)
+    with pytest.raises(UserError, match=r"unknown run 'x'; below .* there are none$"):
+        Store(store.root / "elsewhere").find("x")
+
+
+def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
+    started(store, "cnn-a")
+    run = store.named("cnn-a")
+    assert known_tokenizers(store.root) == f"{store.root} has none; train one with python -m bench.run"
+    with pytest.raises(UserError, match=r"cnn-a is unfinished; finish it with python -m bench.run first$"):
+        find_tokenizer("cnn", store.root)
+    run.fail("diverged", "too steep")
+    with pytest.raises(UserError, match=r"cnn-a is diverged; finish it"):
+        find_tokenizer("cnn", store.root)
+    run.write("metrics.json", {})
+    assert known_tokenizers(store.root) == f"{store.root} has cnn-a"
+    with pytest.raises(UserError, match=r"cnn-a has lost its tokenizer.safetensors; move that folder and train"):
+        find_tokenizer("cnn", store.root)
+    (run.folder / "tokenizer.safetensors").touch()
+    assert find_tokenizer("cnn", store.root) == run
+
+
+def test_whatever_else_is_called_config_json_is_passed_over(store):
+    """A list, half a file, a folder."""
+    started(store, "cnn-a")
+    for name, content in (("list", "[]"), ("words", '["config", "environment"]'), ("half", '{"config": {'), ("no", "")):
+        store.named(name).folder.mkdir()
+        (store.named(name).folder / "config.json").write_text(content)
+    (store.root / "runs" / "folder" / "config.json").mkdir(parents=True)
+    assert store.runs() == [store.named("cnn-a")]
+
+
+def test_the_first_study_is_asked_for_by_its_command(store):
+    with pytest.raises(UserError) as error:
+        store.study("beta")
+    where = f"there is no study 'beta' in {store.root}"
+    assert str(error.value) == f"{where}; known studies: none yet; start one with python -m studies.beta"
+
+
+def test_each_study_has_a_lock_of_its_own_beside_it(store, monkeypatch):
+    """Two that are extended at once need not wait for one another."""
+    locks = []
+    monkeypatch.setattr("bench.core.store.FileLock", lambda path: locks.append(path) or contextlib.nullcontext())
+    for name in ("beta", "grids"):
+        store.extend_study(name, HEADER, {})
+    assert locks == [store.root / "studies" / f"{name}.lock" for name in ("beta", "grids")]
+
+
+def test_a_prior_that_failed_early_has_no_tokenizer_yet(run):
+    """What failed is told with its details; who asks for the tokenizer gets an empty config."""
+    assert run.tokenizer() == {}
+    run.write("config.json", {"config": {}, "tokenizer": {"backbone": "vit"}, "environment": {}})
+    assert run.tokenizer() == {"backbone": "vit"}
+    run.fail("crashed", "a signal", traceback="line 1")
+    assert json.loads((run.folder / "failure.json").read_text()) == {
+        **{"status": "crashed", "reason": "a signal", "traceback": "line 1"}
+    }
+
+
+def test_a_folder_that_is_taken_is_named_at_once(run):
+    with run.locked(), pytest.raises(Busy) as error, Run(run.folder).locked():
+        pass
+    assert str(error.value) == f"another process is working on {run.folder}; wait until it is done"

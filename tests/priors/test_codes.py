@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from bench.core.errors import UserError
 from bench.data import Data
@@ -136,8 +138,9 @@ def test_the_identity_of_a_tokenizer_is_its_weights(folder):
     (folder / "config.json").write_text("{}")
     assert digest(folder) == before
     (folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match="holds no finished run"):
+    with pytest.raises(UserError) as error:
         digest(folder)
+    assert str(error.value) == f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run"
 
 
 def test_data_are_those_that_the_tokenizer_was_scored_on(folder, monkeypatch):
@@ -146,5 +149,64 @@ def test_data_are_those_that_the_tokenizer_was_scored_on(folder, monkeypatch):
     assert load_data(folder, Reader()).name == "toy"
     assert asked == [("toy", SIDE)]
     (folder / "metrics.json").write_text(json.dumps({"protocol": {"fingerprint": "0" * 64}}))
-    with pytest.raises(UserError, match=r"toy has other images now than when .* was trained"):
+    with pytest.raises(UserError) as error:
         load_data(folder, Reader())
+    assert str(error.value) == f"toy has other images now than when {folder} was trained; train it again"
+
+
+def test_two_that_encode_at_once_do_it_once(folder):
+    """Whoever comes while the first is at it waits, and reads what the first has made."""
+    taken = []
+
+    class Watched(Reader):
+        def encode(self, x):
+            try:
+                with FileLock(folder / "codes" / ".lock", timeout=0):
+                    taken.append(False)
+            except Timeout:
+                taken.append(True)
+            return super().encode(x)
+
+    encode(folder, Watched(), toy_data())
+    assert set(taken) == {True}
+    with FileLock(folder / "codes" / ".lock", timeout=0):  # given free again
+        pass
+
+
+def test_the_files_say_what_the_codes_are(folder):
+    """Of which weights, by the beginning of their digest, how many there can be, and of which images."""
+    encode(folder, Reader(), toy_data())
+    assert {path.name for path in (folder / "codes").iterdir()} - {".lock"} == {"train.npy", "val.npy", "meta.json"}
+    assert json.loads((folder / "codes" / "meta.json").read_text()) == {
+        **{"tokenizer": hashlib.sha256(b"weights").hexdigest()[:16], "codebook_size": 512, "mirrored": True},
+        **{"data": "toy", "fingerprint": "f" * 64},
+    }
+
+
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_the_bar_counts_every_image_that_is_encoded(folder, monkeypatch, augment):
+    bars = []
+
+    class Noted(module.Bar):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            bars.append(self)
+
+    monkeypatch.setattr(module, "Bar", Noted)
+    encode(folder, Reader(augment=augment), toy_data())
+    (bar,) = bars
+    assert bar.label == "encoding"
+    assert bar.done == bar.total == 66 + 70 * (1 + (augment == "flip"))
+
+
+def test_codes_are_written_whole_or_not_at_all(folder, monkeypatch):
+    """A disk that fills up leaves no part of a file under its name, and nothing else either."""
+
+    def full(path, codes):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module.np, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        encode(folder, Reader(), toy_data())
+    assert {path.name for path in (folder / "codes").iterdir()} <= {".lock"}

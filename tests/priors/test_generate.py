@@ -469,3 +469,84 @@ def test_references_are_written_as_they_are_returned(tmp_path):
     (path,) = (tmp_path / "codes").iterdir()
     assert json.loads(path.read_text()) == found
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_cached_features_lie_in_the_cache_whole_or_not_at_all(features, monkeypatch, tmp_path):
+    """One file for all devices of a kind, since all give the same."""
+    _, data = toy(random_codes(5, 1), random_codes(5, 2))
+    save = np.savez
+
+    def full(path, **arrays):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(generate.np, "savez", full)
+    with pytest.raises(OSError, match="disk full"):
+        real_features(data, "cpu", None)
+    folder = tmp_path / "cache" / "references"
+    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(generate.np, "savez", save)
+    for device in ("cpu", "cpu:0"):
+        real_features(data, device, None)
+    (path,) = folder.iterdir()
+    assert path.name.startswith(f"features-{data.fingerprint[:16]}-")
+    assert path.name.endswith("-none-cpu.npz")
+    assert len(features.made) == 2  # the first time was in vain
+
+
+def test_references_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Beside the codes, under a name that says for how many samples; one file for all devices of a kind."""
+    codes, data = toy(random_codes(20, 1), random_codes(8, 2))
+    folder = tmp_path / "codes"
+
+    def full(path, text):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "write_text", full)
+        with pytest.raises(OSError, match="disk full"):
+            found_references(codes, data, folder)
+    assert list(folder.iterdir()) == []
+    for device in ("cpu", "cpu:0"):
+        found_references(codes, data, folder, device=device)
+    (path,) = folder.iterdir()
+    assert path.name.startswith(f"references-v{generate.PRIOR_VERSION}-40-")
+    assert path.name.endswith("-cpu.json")
+
+
+def test_bars_say_what_takes_its_time_and_count_all_of_it(monkeypatch, tmp_path):
+    bars = []
+
+    class Noted(generate.Bar):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            bars.append(self)
+
+    monkeypatch.setattr(generate, "Bar", Noted)
+    monkeypatch.setattr(generate, "SAMPLE_BATCH", 16)
+    monkeypatch.setattr(generate, "BATCH", 16)
+    codes, data = toy(random_codes(30, 1), random_codes(20, 2))
+    found_references(codes, data, tmp_path / "codes")
+    scored(Recorder(codes.train), codes, data)
+    assert [(bar.label, bar.done) for bar in bars] == [
+        *(("features of validation images", 20), ("scoring real codes", 30), ("scoring shuffled codes", 30)),
+        *(("sampling", 40), ("scoring samples", 40)),
+    ]
+    assert all(bar.done == bar.total for bar in bars)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_flops_of_a_prior_are_those_of_one_whole_grid(classes):
+    """Of all positions at once: a linear head of 5 numbers for each of 6 codes, a multiplication and an addition."""
+
+    class Linear(Prior):
+        def __init__(self):
+            super().__init__(K, SIDE, classes)
+            self.head = torch.nn.Linear(5, K, bias=False)
+
+        def logits(self, codes, labels=None):
+            assert (labels is None) == (classes == 0)
+            return self.head(torch.zeros(*codes.shape, 5))
+
+    assert generate.whole_grid_flops(Linear()) == 2 * SIDE**2 * 5 * K

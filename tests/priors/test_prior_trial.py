@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import safetensors.torch
 
 from bench import prior
 from bench.core.errors import Diverged, UserError
-from bench.core.store import Run, Store, find_tokenizer
+from bench.core.store import Busy, Run, Store, find_tokenizer
 from bench.data import Data
 from bench.priors import trial as prior_trial
 from bench.priors.codes import Codes, digest
@@ -172,8 +173,9 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
         assert loaded.state_dict()[name].equal(value)
     for lost in ("prior.safetensors", "metrics.json"):
         (run.folder / lost).unlink()
-        with pytest.raises(UserError, match="holds no finished prior"):
+        with pytest.raises(UserError) as error:
             Prior.from_run(run.folder)
+        assert str(error.value) == f"{run.folder} holds no finished prior; train one with python -m bench.prior"
 
 
 def test_a_prior_that_finished_keeps_no_checkpoint(world):
@@ -221,8 +223,126 @@ def test_three_training_images_do_not_suffice_however_many_validate(world):
 
 def test_without_classes_nothing_can_be_conditioned(world):
     world.classes = ()
-    with pytest.raises(UserError, match="has no classes to condition on"):
+    with pytest.raises(UserError, match=r"^toy has no classes to condition on; leave out --conditional$"):
         world.run(conditional=True)
+    assert not (world.store.root / "priors").exists()
+
+
+def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, tmp_path):
+    """The tokenizer's device, Inception's weights, and references beside the codes that they are of."""
+    seen, file = {}, tmp_path / "inception.pth"
+
+    def note(name):
+        replaced = getattr(prior_trial, name)
+        monkeypatch.setattr(prior_trial, name, lambda *given: seen.update({name: given}) or replaced(*given))
+
+    for name in ("references", "score_prior", "load_data", "encode"):
+        note(name)
+    loaded = SimpleNamespace(config=world.tiny)
+    monkeypatch.setattr(
+        prior_trial, "Tokenizer", SimpleNamespace(from_run=lambda *given: seen.update(loaded=given) or loaded)
+    )
+    measured = []
+    monkeypatch.setattr(prior_trial, "peak_memory", lambda device: measured.append(device) or nullcontext(lambda: 7.5))
+    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: {"extractor_inception": [device, str(path)]})
+    run = run_prior(world.config(), world.tokenizer, world.store, file)
+    folder = world.tokenizer.folder
+    assert seen["loaded"] == (folder, "cpu")
+    assert seen["load_data"] == (folder, loaded)
+    assert seen["encode"][:2] == (folder, loaded)
+    config = world.config().resolved()
+    assert seen["references"][0] is loaded
+    assert seen["references"][3:] == (config, folder / "codes", file)
+    assert seen["score_prior"][1] is loaded
+    assert seen["score_prior"][4] == config
+    assert seen["score_prior"][6] == file
+    assert run.protocol()["extractor_inception"] == ["cpu", str(file)]
+    assert measured == ["cpu"]
+    assert run.metrics()["peak_memory_mb"] == 7.5
+    assert run.tokenizer() == json.loads(json.dumps(asdict(world.tiny)))
+
+
+def test_pictures_show_the_samples_and_say_whose_they_are(world, monkeypatch):
+    """Prior, backbone, grid, K and rate; the floor has no curve. The samples are kept with their codes."""
+    drawn = {}
+    for name in PICTURES:
+        monkeypatch.setattr(f"bench.core.plots.{name}", lambda *given, name=name: drawn.update({name: given}))
+    images, neighbours = (np.full((4, 8, 8, 3), grey, dtype=np.uint8) for grey in (3, 5))
+    generated = Generated({"coded_bits_per_token": 2.506}, world.codes().train[:4].astype(np.int64), images, neighbours)
+    monkeypatch.setattr(prior_trial, "score_prior", lambda *given: generated)
+    run = world.run()
+    title = f"rnn over {world.tiny.backbone}, 2×2 of 300: 2.51 bits per token"
+    assert drawn.keys() == set(PICTURES)
+    assert drawn["samples"] == (run.folder / "samples.png", images, title)
+    assert drawn["neighbours"] == (run.folder / "neighbours.png", images, neighbours, title)
+    path, history, metrics, above = drawn["prior_curve"]
+    assert (path, history, above) == (run.folder / "curves.png", run.history(), title)
+    assert metrics["coded_bits_per_token_independent"] == 3.5
+    with np.load(run.folder / "samples.npz") as stored:
+        assert np.array_equal(stored["x"], images)
+    drawn.clear()
+    world.run(prior="independent")
+    assert drawn.keys() == {"samples", "neighbours"}
+
+
+def test_samples_are_written_whole_or_not_at_all(world, monkeypatch):
+    def full(path, **arrays):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="disk full"):
+        world.run()
+    names = {path.name for path in world.store.run(world.config()).folder.iterdir()}
+    assert not [name for name in names if "samples" in name]
+
+
+def test_a_prior_asks_for_room_before_anything_else(world, monkeypatch):
+    """And its settings are checked before that."""
+    asked = []
+
+    def refuse(megabytes: int) -> None:
+        asked.append(megabytes)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(world.store, "check_writable", refuse)
+    monkeypatch.setattr(prior_trial, "digest", None)  # would be called next
+    with pytest.raises(UserError, match="the disk is full"):
+        world.run()
+    with pytest.raises(UserError, match="lr is -1"):
+        world.run(lr=-1.0)
+    assert asked == [200]
+
+
+def test_a_prior_is_held_until_it_is_scored(world, monkeypatch):
+    """From before its references are read to its last file."""
+    folder, taken = world.store.run(world.config()).folder, []
+
+    def look(name):
+        replaced = getattr(prior_trial, name)
+
+        def looking(*arguments):
+            with pytest.raises(Busy), Run(folder).locked():
+                pass
+            taken.append(name)
+            return replaced(*arguments)
+
+        monkeypatch.setattr(prior_trial, name, looking)
+
+    names = ["references", "train_prior", "score_prior", "finish"]
+    for name in names:
+        look(name)
+    assert world.run().finished
+    assert taken == names
+    with Run(folder).locked():
+        pass
+
+
+def test_a_stored_prior_comes_on_the_device_asked_for(world):
+    run = world.run()
+    for device in ("meta", "cpu"):
+        assert {value.device.type for value in Prior.from_run(run.folder, device).state_dict().values()} == {device}
+    assert {value.device.type for value in Prior.from_run(str(run.folder)).state_dict().values()} == {"cpu"}
 
 
 # -- whose weights are lent -------------------------------------------------------------------------------------------
@@ -266,9 +386,14 @@ def test_each_difference_alone_refuses_the_loan(world, difference):
 
 def test_a_run_over_another_tokenizers_codes_is_refused(world):
     run = world.run()
+    before = digest(world.tokenizer.folder)
     (world.tokenizer.folder / "tokenizer.safetensors").write_bytes(b"trained again")
-    with pytest.raises(UserError, match="is a prior over the codes of another tokenizer"):
+    with pytest.raises(UserError) as error:
         world.run()
+    assert str(error.value) == (
+        f"{run.folder} is a prior over the codes of another tokenizer ({before}) than {world.tokenizer.folder} now "
+        f"holds ({digest(world.tokenizer.folder)}); move that folder"
+    )
     assert len(world.scored) == 1
     assert run.protocol()["tokenizer"] != digest(world.tokenizer.folder)
 

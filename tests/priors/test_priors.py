@@ -685,6 +685,32 @@ def test_the_floor_counts_training_codes(tmp_path):
     assert prior.counts.tolist() == expected
 
 
+def test_the_floor_takes_as_long_as_it_counts(tmp_path, monkeypatch):
+    """It comes in eval mode, and neither history nor checkpoint is left of it."""
+    now = [100.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    independent = PRIORS["independent"]
+    fit = independent.fit
+    monkeypatch.setattr(independent, "fit", lambda self, codes: now.__setitem__(0, now[0] + 2.5) or fit(self, codes))
+    config = PriorConfig("none", "independent", device="cpu").resolved()
+    prior, seconds = train_prior(config, toy_codes(), tmp_path)
+    assert seconds == 2.5
+    assert not prior.training
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prior_is_trained_under_its_name_in_its_unit(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "fit", lambda learner, *given: asked.append((learner, given)) or ("prior", 5.0))
+    config = PriorConfig("none", "rnn", 1, 20_000, seed=3, precision="fp32", device="cpu")
+    assert train_prior(config, toy_codes(), tmp_path, resume=False, checkpoint_seconds=9.0) == ("prior", 5.0)
+    ((learner, given),) = asked
+    assert given == ("rnn seed 3", tmp_path, False, 9.0)
+    assert learner.unit == "grids"
+    assert learner.row({"grad_norm": 0.5, "nll": 2 * math.log(2)}) == {"grad_norm": 0.5, "bits_per_token": 2}
+    assert learner.figures({"bits_per_token": 1.23456}) == "1.235 bits per token"
+
+
 CHANGES = {
     **{"prior": "transformer", "depth": 2, "parameters": 40_000, "dropout": 0.5, "conditional": True, "steps": 7},
     **{"batch_size": 4, "lr": 1e-2, "warmup": 1, "weight_decay": 5.0, "grad_clip": 0.01, "weight_ema": 0.0},

@@ -20,7 +20,15 @@ from bench.data import eval_batches, load
 from bench.metrics import CodeHistogram, from_uint8
 from bench.quantizers import QUANTIZERS
 from bench.quantizers import codebook as parts
-from bench.quantizers.codebook import entropy_penalty, first_codes, kmeans, nearest, rotate, straight_through
+from bench.quantizers.codebook import (
+    chunk_rows,
+    entropy_penalty,
+    first_codes,
+    kmeans,
+    nearest,
+    rotate,
+    straight_through,
+)
 from bench.quantizers.learned import StandardQuantizer
 from bench.quantizers.packaged import fsq_levels, residual_sizes
 from bench.tokenizers.config import Config, make_config
@@ -1063,6 +1071,23 @@ def test_without_the_package_the_command_to_install_it_is_named(name, monkeypatc
     with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
         QUANTIZERS[name](K, D)
     replace(tiny, quantizer="ema").check()
+
+
+class Gpu:
+    """Stands in for a codebook of 1024 vectors on the second GPU."""
+
+    device = torch.device("cuda:1")
+
+    def __len__(self) -> int:
+        return 1024
+
+
+def test_distances_are_held_for_one_token_at_least_and_4_mb_on_unknown_devices():
+    """256 MB on a GPU; a codebook that fills all of that is looked up token by token."""
+    for device, rows in (("cpu", 1024), ("meta", 1024)):
+        assert chunk_rows(torch.empty(1024, D, device=device)) == rows
+        assert chunk_rows(torch.empty(1 << 21, 1, device=device)) == 1
+    assert chunk_rows(Gpu()) == 65_536
 
 
 def test_lfq_leaves_no_soft_choices_to_the_package():

@@ -189,12 +189,19 @@ def test_a_run_gives_its_tokenizer_back(finished, images):
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes).detach())
 
 
+def test_a_run_s_tokenizer_comes_on_the_device_asked_for(finished):
+    folder, _ = finished
+    assert {tensor.device.type for tensor in Tokenizer.from_run(folder, "meta").state_dict().values()} == {"meta"}
+    assert {tensor.device.type for tensor in Tokenizer.from_run(folder).state_dict().values()} == {"cpu"}
+
+
 def test_an_unfinished_run_gives_none(finished):
     """Weights without scores are those of a run that may go on."""
     folder, _ = finished
     (folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match=r"holds no finished run \(no metrics.json\)"):
+    with pytest.raises(UserError) as error:
         Tokenizer.from_run(folder)
+    assert str(error.value) == f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run"
 
 
 def test_weights_that_are_not_those_of_the_config_are_refused(finished):

@@ -14,7 +14,7 @@ import torch
 from bench.analysis.frames import METRICS
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
-from bench.core.store import Run, Store
+from bench.core.store import Busy, Run, Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial
@@ -337,10 +337,12 @@ def test_divergence_is_recorded(trial_data, tiny, store, monkeypatch):
 
 
 def test_changed_images_are_not_mixed_with_old_scores(trial_data, tiny, store, monkeypatch):
-    fabricate(store, tiny, fingerprint="1" * 64)
+    run = fabricate(store, tiny, fingerprint="1" * 64)
     monkeypatch.setattr(trial, "train", None)
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError) as error:
         run_trial(tiny, store)
+    said = f"{tiny.data} has other images now than when {run.folder} was scored; move that folder"
+    assert str(error.value) == said
 
 
 def test_data_and_image_size_reach_the_loader(tiny, store, monkeypatch):
@@ -700,3 +702,99 @@ def test_many_processes_may_look_at_one_results_folder_at_once(tmp_path):
     [thread.join() for thread in threads]
     assert not errors
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.fixture
+def told(monkeypatch) -> dict:
+    """Scores are made up; what scoring, protocol and pictures are given, by name."""
+    seen = {}
+
+    def note(name, result):
+        monkeypatch.setattr(f"bench.tokenizers.trial.{name}", lambda *given: seen.update({name: given}) or result)
+
+    note("score", ({"psnr": 20.06}, {"psnr": np.zeros(24)}))
+    note("static_costs", {})
+    note("throughput", {})
+    note("protocol", {"count": 24})
+    for name in ("reconstructions", "curves", "codebook"):
+        note(f"plots.{name}", None)
+    return seen
+
+
+def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, told, tmp_path):
+    """Backbone, quantizer, K, grid and PSNR above the pictures; Inception's weights are those that were given."""
+    config = replace(tiny, grid_size=1, width=8, seed=4, precision="fp32").resolved()
+    run, tokenizer = begun(store, config), greys(config)
+    finish(run, tokenizer, images, {}, tmp_path, {})
+    assert told["score"][1:] == (16, images.val, "cpu", tmp_path, "scoring cnn ema seed 4")
+    assert told["protocol"] == (images, "cpu", tmp_path)
+    assert run.protocol() == {"count": 24}
+    title = "cnn, ema, K = 16, 1×1"
+    path, x, x_hat, above = told["plots.reconstructions"]
+    assert (path, above) == (run.folder / "reconstructions.png", f"{title}: 20.1 dB")
+    with np.load(run.folder / "samples.npz") as stored:
+        np.testing.assert_array_equal(x, stored["x"])
+        np.testing.assert_array_equal(x_hat, stored["x_hat"])
+    assert told["plots.curves"] == (run.folder / "curves.png", run.history(), 16, title)
+    path, shown, above = told["plots.codebook"]
+    assert (path, above) == (run.folder / "codebook.png", f"{title}: what each code decodes to")
+    np.testing.assert_array_equal(shown, codebook_images(tokenizer))
+
+
+@pytest.mark.parametrize(("before", "lost"), [(0, "per_image.npz"), (1, "samples.npz")])
+def test_arrays_of_a_run_are_written_whole_or_not_at_all(images, tiny, store, told, monkeypatch, before, lost):
+    config = replace(tiny, precision="fp32").resolved()
+    run, tokenizer, save, written = begun(store, config), greys(config), np.savez_compressed, []
+
+    def full(path, **arrays):
+        if len(written) == before:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        written.append(save(path, **arrays))
+
+    monkeypatch.setattr(trial.np, "savez_compressed", full)
+    with pytest.raises(OSError, match="disk full"):
+        finish(run, tokenizer, images, {}, None, {})
+    names = {path.name for path in run.folder.iterdir()}
+    assert lost not in names
+    assert ("per_image.npz" in names) == (before > 0)
+    assert not [name for name in names if name.endswith(".npz") and name.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(tiny, store, monkeypatch, tmp_path):
+    """One that is not there yet is made, with the folders above it."""
+    monkeypatch.setattr(weights, "trunk_state", lambda net: None)
+    monkeypatch.setattr(weights, "inception", lambda path: None)
+    monkeypatch.setattr(trial, "load", lambda data, image_size: "data")
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "new" / "cache"))
+    assert trial.prepare(tiny.resolved(), store) == "data"
+    assert (tmp_path / "new" / "cache").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(weights, "trunk_state", None)  # would be called to fetch
+    with pytest.raises(UserError) as error:
+        trial.prepare(tiny.resolved(), store)
+    said = f"cannot create the cache folder {tmp_path / 'file' / 'cache'}: Not a directory; set VQBENCH_CACHE"
+    assert str(error.value) == f"{said} to another"
+
+
+def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
+    """From before its reference is computed; nobody else can begin to train it meanwhile."""
+    config, taken = tiny.resolved(), []
+
+    def look(result):
+        def looking(*arguments):
+            with pytest.raises(Busy), Run(store.run(config).folder).locked():
+                pass
+            taken.append(True)
+            return result
+
+        return looking
+
+    given = {"kmeans_reference": {}, "score_untrained": {}, "train": ("tokenizer", 5.0), "finish": None}
+    for name, result in given.items():
+        monkeypatch.setattr(trial, name, look(result))
+    run_trial(config, store)
+    assert len(taken) == 4
+    with store.run(config).locked():
+        pass

@@ -77,6 +77,18 @@ def test_no_resume_starts_again(watch, tiny, toys):
     assert other.rows == whole.rows  # and none of before
 
 
+def test_what_starts_again_never_goes_on_from_before(watch, tiny, toys):
+    """Also where it dies before its first checkpoint: the next call begins, too, and its history has every step."""
+    with pytest.raises(Crash):
+        watch.train(tiny, crash_at=7)
+    with pytest.raises(Crash):
+        watch.train(tiny, resume=False, crash_at=2, checkpoint_seconds=math.inf)
+    assert not (watch.folder / "run" / "checkpoint.pt").exists()
+    again = watch.train(tiny)
+    assert len(again.steps) == 12
+    assert [row["step"] for row in again.rows] == list(range(1, 13))
+
+
 def test_a_checkpoint_is_due_after_its_interval_and_writing_takes_2_percent_at_most(watch, tiny, toys, monkeypatch):
     """Writing takes 0.07 seconds here, so that every 2 seconds become every 3.5 after the first."""
     written, save = [], loop.save
@@ -354,3 +366,71 @@ def test_what_a_layer_marks_does_not_decay():
     decayed, free = (group["params"] for group in parameter_groups(model, 0.1))
     assert [tuple(parameter.shape) for parameter in decayed] == [(3, 2)]
     assert [tuple(parameter.shape) for parameter in free] == [(3,), (4, 3), (4,)]
+
+
+def test_a_checkpoint_and_a_history_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    """A disk that fills up leaves what was there, which the run can go on from."""
+    path, history = tmp_path / "checkpoint.pt", tmp_path / "history.jsonl"
+    loop.save(path, {"model": nn.Linear(2, 2)}, 3, 1.5)
+    history.write_text('{"step": 1}\n{"step": 2}\n')
+    before = {file: file.read_bytes() for file in (path, history)}
+
+    def fail(content, file) -> None:
+        with open(file, "wb") as half:
+            half.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loop.torch, "save", fail)
+    monkeypatch.setattr(type(path), "write_text", lambda file, text: fail(text, file))
+    with pytest.raises(OSError, match="disk full"):
+        loop.save(path, {"model": nn.Linear(2, 2)}, 4, 2.5)
+    with pytest.raises(OSError, match="disk full"):
+        rewind(history, 1)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_is_read_onto_the_device_of_the_run(tmp_path, monkeypatch):
+    """Whichever it was written on; each part gets its own state, and the file is named if it has none."""
+    path, asked = tmp_path / "checkpoint.pt", []
+    stored = {"model": {"weight": torch.ones(1, 2)}, "at": (3, 1.5)}
+    monkeypatch.setattr(loop.torch, "load", lambda *given, **options: asked.append((given, options)) or stored)
+    model = nn.Linear(2, 1, bias=False)
+    assert loop.restore(path, {"model": model}, "cuda:1") == (3, 1.5)
+    assert asked == [((path,), {"map_location": "cuda:1", "weights_only": True})]
+    assert model.weight.tolist() == [[1, 1]]
+    for parts in ({"model": nn.Linear(2, 1)}, {"model": model, "ema": model}, {"optimizer": loop.adamw(model, 0.1)}):
+        with pytest.raises(UserError) as error:
+            loop.restore(path, parts, "cpu")
+        assert str(error.value).startswith(f"{path} is no checkpoint of this run; delete it or pass --no-resume")
+
+
+def test_a_stopped_run_says_how_it_goes_on_and_its_history_has_milliseconds(watch, tiny, toys, monkeypatch):
+    def stop():
+        watch.clock += 0.123456
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "Tokenizer", during(toys, 2, stop))
+    with pytest.raises(Interrupted) as error:
+        watch.train(tiny)
+    assert str(error.value) == "stopped at step 3 of 12; the same command continues from there"
+    assert [row["seconds"] for row in rows(watch.folder / "run")] == [1, 2, 3.123]
+
+
+def test_other_threads_leave_signals_to_the_main_one():
+    """Which alone may say what they do; and a second SIGTERM is as good as a second SIGINT."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with loop.interruptible() as event:
+            seen.extend([signal.getsignal(signal.SIGTERM), event.is_set()])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before, False]
+    with loop.interruptible() as event:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert event.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

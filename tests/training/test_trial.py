@@ -1,0 +1,83 @@
+"""Around the training of either kind: who holds the folder, which ends are recorded, and what is whole or not there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bench.core.errors import Diverged, Interrupted
+from bench.core.store import Busy, Run
+from bench.training import trial
+from bench.training.trial import begun, complete, write_weights
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Run:
+    """A run whose folder does not exist yet."""
+    monkeypatch.setattr(trial, "environment", lambda: {"threads": 3})
+    return Run(tmp_path / "runs" / "one")
+
+
+def test_a_run_is_held_from_its_config_to_its_end(run):
+    """Who comes second changes nothing in the folder; who comes after the end may begin."""
+    with begun(run, {"config": {"beta": 1}, "codes": {}}):
+        assert json.loads((run.folder / "config.json").read_text()) == {
+            **{"config": {"beta": 1}, "codes": {}, "environment": {"threads": 3}}
+        }
+        run.fail("crashed", "by the first")
+        with pytest.raises(Busy), begun(run, {"config": {"beta": 2}}):
+            pass
+        assert run.config() == {"beta": 1}
+        assert run.reason == "by the first"
+    with begun(run, {"config": {"beta": 2}}):
+        assert run.status == "unfinished"
+    assert run.config() == {"beta": 2}
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(Diverged("too steep"), "diverged"), (Interrupted("by hand"), "unfinished"), (ZeroDivisionError(), "unfinished")],
+)
+def test_only_what_diverged_is_recorded_as_failed(run, raised, status):
+    """A run that was stopped goes on; either way the folder is free again."""
+    with pytest.raises(type(raised)), begun(run, {"config": {}}):
+        raise raised
+    assert run.status == status
+    assert (run.folder / "failure.json").exists() == (status == "diverged")
+    with run.locked():
+        pass
+
+
+def test_weights_are_written_whole_or_not_at_all(run, monkeypatch):
+    run.folder.mkdir(parents=True)
+    model = nn.Linear(2, 3)
+    write_weights(run, "prior.safetensors", model)
+    before = (run.folder / "prior.safetensors").read_bytes()
+    assert load_file(run.folder / "prior.safetensors")["weight"].equal(model.weight)
+
+    def fail(model: nn.Module, name: str) -> None:
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trial.safetensors.torch, "save_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_weights(run, "prior.safetensors", nn.Linear(2, 3))
+    assert (run.folder / "prior.safetensors").read_bytes() == before
+    assert [path.name for path in run.folder.iterdir()] == ["prior.safetensors"]
+
+
+def test_a_run_without_scores_keeps_its_checkpoint(run):
+    """Scores that JSON has not are no scores; with them it is done, also where there is no checkpoint."""
+    run.folder.mkdir(parents=True)
+    torch.save({}, run.folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match="nan"):
+        complete(run, {"psnr": float("nan")}, {})
+    assert (run.folder / "checkpoint.pt").exists()
+    assert not run.finished
+    for _ in range(2):
+        complete(run, {"psnr": 20.0}, {"count": 3})
+        assert (run.metrics(), run.protocol()) == ({"psnr": 20.0}, {"count": 3})
+        assert [path.name for path in run.folder.iterdir()] == ["metrics.json"]
