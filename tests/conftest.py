@@ -15,7 +15,9 @@ from PIL import Image
 
 from bench.core.files import cache_dir
 from bench.data import Data
+from bench.tokenizers import train
 from bench.tokenizers.config import Config, make_config
+from tests.watched import Toy, Watch
 
 
 @pytest.fixture
@@ -55,3 +57,17 @@ def trial_data(images, monkeypatch, tmp_path) -> Data:
     monkeypatch.setenv("VQBENCH_CACHE", str(folder))
     monkeypatch.setattr("bench.tokenizers.trial.load", lambda data, image_size: images)
     return images
+
+
+@pytest.fixture
+def watch(images, tmp_path, monkeypatch) -> Watch:
+    """Trains on ``images`` and tells every step of every optimiser."""
+    return Watch(images.train, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def toys(monkeypatch) -> list[Toy]:
+    """Runs train Toys; every one of them is in this list."""
+    made = []
+    monkeypatch.setattr(train, "Tokenizer", lambda config: made.append(Toy(config)) or made[-1])
+    return made

@@ -57,8 +57,8 @@ def renew(wrong: str) -> str:
     other = STORED["versions"]["torch"].partition("+")[0]
     hint = f" (stored with torch {other})" if other != torch.__version__.partition("+")[0] else ""
     return (
-        f"{wrong}{hint}. Mend it. Where it is meant, old runs must not be ranked beside new ones that were trained or "
-        "scored otherwise: raise PROTOCOL_VERSION (bench/config.py) or, for priors, PRIOR_VERSION "
-        "(bench/prior_config.py), and renew with python -m tests.golden. Where only a default of a config changed, its "
-        "runs have other ids in any case: renew with python -m tests.golden --only-defaults"
+        f"{wrong}{hint}. Fix it. Where it is meant, old runs must not be ranked beside new ones that were trained or "
+        "scored otherwise: raise PROTOCOL_VERSION (bench/tokenizers/config.py) or, for priors, PRIOR_VERSION "
+        "(bench/priors/config.py), and renew with python -m tests.golden. Where only a default of a config changed, "
+        "its runs have other ids in any case: renew with python -m tests.golden --only-defaults"
     )

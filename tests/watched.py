@@ -15,6 +15,7 @@ from bench.quantizers import Quantized
 from bench.tokenizers import train as module
 from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
+from bench.training import loop
 
 
 class Crash(BaseException):
@@ -45,7 +46,7 @@ class Trained:
     seconds: float
     folder: Path
     steps: list[Step]  # of the tokenizer's optimiser
-    rival: list[Step]  # of the discriminator's
+    discriminator: list[Step]  # of the discriminator's
     optimisers: list[torch.optim.Optimizer]
 
     @property
@@ -92,7 +93,7 @@ class Watch:
                 self.seen.append(Step(rates, decays, sizes, gradients, before, after))
 
         monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-        monkeypatch.setattr(module, "time", self)
+        monkeypatch.setattr(loop, "time", self)
 
     def monotonic(self) -> float:
         """Seconds on the clock of this watch."""

@@ -15,9 +15,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -45,6 +45,9 @@ class NoSpace(UserError):
 
 class Busy(UserError):
     """Another process is working on the run."""
+
+
+Settings = TypeVar("Settings")
 
 
 class Identity(Protocol):
@@ -100,6 +103,11 @@ class Run:
     def tokenizer(self) -> dict[str, Any]:
         """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
         return self._read("config.json").get("tokenizer", {})
+
+    def settings(self, kind: type[Settings]) -> Settings:
+        """``config`` as Config or PriorConfig; a field that the run was made without has its default."""
+        stored = self.config()
+        return kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
 
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine that the run was made with."""

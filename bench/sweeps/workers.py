@@ -20,8 +20,8 @@ from bench.core.progress import Bar, say, stdout
 from bench.core.store import FAILURES
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config
-from bench.tokenizers.train import interruptible
 from bench.tokenizers.trial import prepare
+from bench.training.loop import interruptible
 
 from .child import Outcome, run_in_child
 from .index import Index, Study, Trial, default_url, importances, report, suggest, without_password

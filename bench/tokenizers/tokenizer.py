@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
+from bench.core.store import Run
 from bench.quantizers import QUANTIZERS, Quantized
 
 from .config import Config
@@ -58,14 +58,13 @@ class Tokenizer(nn.Module):
 
         Raises UserError when the folder holds no finished run.
         """
-        folder = Path(folder)
-        if not (folder / "metrics.json").is_file():
+        run = Run(Path(folder))
+        if not run.finished:
             raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
-        stored = json.loads((folder / "config.json").read_text())["config"]
-        config = Config(**{field.name: stored[field.name] for field in fields(Config)})
+        config = run.settings(Config)
         tokenizer = cls(replace(config, pretrained=False))  # the run's own weights follow
         tokenizer.config = config
-        safetensors.torch.load_model(tokenizer, folder / "tokenizer.safetensors")
+        safetensors.torch.load_model(tokenizer, run.folder / "tokenizer.safetensors")
         return tokenizer.to(device).eval().requires_grad_(False)
 
 

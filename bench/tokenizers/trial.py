@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from bench.core import plots
-from bench.core.environment import environment, peak_memory
-from bench.core.errors import Diverged, UserError
+from bench.core.environment import peak_memory
+from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir
 from bench.core.store import Run, Store
 from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
+from bench.training.trial import begun, complete, write_weights
 
 from .config import Config
 from .costs import static_costs, throughput
@@ -60,20 +60,12 @@ def run_trial(config: Config, store: Store, fid_weights: Path | None = None, res
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
         return run
 
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with run.locked():
-        run.write("config.json", {"config": asdict(config), "environment": environment()})
-        run.forgive()
+    with begun(run, {"config": asdict(config)}):
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
         untrained = score_untrained(config, data.val)
-        try:
-            with peak_memory(config.device) as peak:
-                tokenizer, seconds = train(config, data.train, run.folder, resume)
-                megabytes = peak()
-        except Diverged as error:
-            run.fail("diverged", str(error))
-            raise
-        measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": megabytes}
+        with peak_memory(config.device) as peak:
+            tokenizer, seconds = train(config, data.train, run.folder, resume)
+            measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured)
     return run
 
@@ -95,8 +87,7 @@ def finish(
     began = time.monotonic()
     metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
     measured = {**measured, "score_seconds": time.monotonic() - began}
-    with atomic_path(run.folder / "tokenizer.safetensors") as temporary:
-        safetensors.torch.save_model(tokenizer, str(temporary))
+    write_weights(run, "tokenizer.safetensors", tokenizer)
     with atomic_path(run.folder / "per_image.npz") as temporary:
         np.savez_compressed(temporary, **per_image)
     title = f"{config.backbone}, {config.quantizer}, K = {config.codebook_size}, {config.grid_size}×{config.grid_size}"
@@ -107,21 +98,10 @@ def finish(
     plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
     if config.grid_size == 1:
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
-    run.write(
-        "metrics.json",
-        {
-            "metrics": {
-                **metrics,
-                **static_costs(tokenizer),
-                **throughput(tokenizer),
-                **measured,
-                "images_seen": config.steps * config.batch_size,
-                **{f"{name}_kmeans": value for name, value in reference.items()},
-            },
-            "protocol": protocol(data, config.device, fid_weights),
-        },
-    )
-    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
+    costs["images_seen"] = config.steps * config.batch_size
+    beside = {f"{name}_kmeans": value for name, value in reference.items()}
+    complete(run, {**metrics, **costs, **beside}, protocol(data, config.device, fid_weights))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from bench.tokenizers.config import make_config
 from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer, to_device
-from bench.tokenizers.train import parameter_groups
+from bench.training.loop import parameter_groups
 
 import timm  # isort: skip  (after backbones, which repairs torchvision)
 
@@ -523,7 +523,7 @@ def test_depth_adds_blocks_and_width_widens(name):
 def test_downsamplings():
     assert [downsamplings(64, grid) for grid in (64, 32, 1)] == [0, 1, 6]
     assert downsamplings(48, 6) == 3
-    for size, grid in ((64, 7), (64, 0), (64, 128), (48, 16), (64, -8)):
+    for size, grid in ((64, 7), (64, 0), (64, 128), (48, 16), (64, -8), (64, 24), (33, 8), (32, 12)):
         with pytest.raises(ValueError, match=str(grid)):
             downsamplings(size, grid)
 

@@ -16,8 +16,7 @@ from bench.priors.codes import digest, load_data
 from bench.priors.codes import encode as encode_run
 from bench.priors.config import PriorConfig
 from bench.priors.generate import nearest, rate
-from bench.priors.models import PRIORS
-from bench.priors.trial import load_prior
+from bench.priors.models import PRIORS, Prior
 from bench.sweeps.child import run_in_child
 from bench.tokenizers.tokenizer import Tokenizer
 
@@ -103,7 +102,8 @@ def test_every_prior_from_the_command_line(results, capsys):
 def test_a_stored_prior_samples_what_it_sampled(results):
     assert command(results, "--prior", "rnn", "--seeds", "3") == 0
     (one,) = Store(results).priors()
-    loaded, config = load_prior(one.folder)
+    loaded = Prior.from_run(one.folder)
+    config = loaded.config
     again = loaded.sample(config.samples, torch.Generator().manual_seed(config.seed))
     with np.load(one.folder / "samples.npz") as stored:
         assert (again.numpy() == stored["codes"]).all()
@@ -169,7 +169,7 @@ def test_classes_condition_the_prior(image_folder, tmp_path):
     assert command(tmp_path / "results", "--prior", "rnn", "independent", "--conditional") == 0
     learned = next(one for one in Store(tmp_path / "results").priors() if one.config()["prior"] == "rnn")
     assert learned.codes()["classes"] == ["even", "odd"]
-    loaded, _ = load_prior(learned.folder)
+    loaded = Prior.from_run(learned.folder)
     assert loaded.sample(2, torch.Generator(), labels=torch.tensor([0, 1])).shape == (2, 4, 4)
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from bench.core import plots
 
@@ -171,3 +173,23 @@ def test_large_images_are_shown_as_they_are_on_a_figure_of_their_shape(figures):
     assert figure.axes[0].images[0].get_array().shape[:2] == (200, 400 + plots.GAP)
     width, height = figure.get_size_inches()
     assert (width, height) == (8, pytest.approx(0.95 * 8 * 200 / 402 + 0.4))
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The one of an earlier run stays until then; its file says nothing of the program, so equal runs are equal."""
+    path = tmp_path / "new" / "curve.png"
+    plots._save(Figure(figsize=(4, 2)), path)
+    with Image.open(path) as picture:
+        assert picture.size == (440, 220)
+        assert "Software" not in picture.info
+    before = path.read_bytes()
+
+    def fail(self, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots._save(Figure(), path)
+    assert [*path.parent.iterdir()] == [path]
+    assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 from bench.priors.config import PriorConfig
-from bench.tokenizers.config import make_config
+from bench.tokenizers.config import Config, make_config
 
 HEADER = {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}
 METRICS = {
@@ -187,3 +188,22 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(NoSpace, match="--results"):
         Store(tmp_path).check_writable(0)
+
+
+def test_settings_that_a_run_was_made_without_have_their_default(tmp_path):
+    """And those that are gone since are passed over: a store outlives its settings."""
+    config = make_config("cnn", "smoke", beta=0.5)
+    stored = {**asdict(config), "no_longer": 1}
+    del stored["gan_ramp"]
+    run = Run(tmp_path)
+    run.write("config.json", {"config": stored, "environment": {}})
+    assert run.settings(Config) == config
+
+
+def test_a_lock_is_that_of_one_run(store):
+    """Others of the same store stay free, a prior of the same name too."""
+    runs = [store.named("a"), store.named("b"), Run(store.root / "priors" / "a")]
+    for one in runs:
+        one.folder.mkdir(parents=True)
+    with runs[0].locked(), runs[1].locked(), runs[2].locked(), pytest.raises(Busy), Run(runs[0].folder).locked():
+        pass

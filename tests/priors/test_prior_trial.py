@@ -24,8 +24,8 @@ from bench.priors import trial as prior_trial
 from bench.priors.codes import Codes, digest
 from bench.priors.config import PRIOR_VERSION, PriorConfig
 from bench.priors.generate import Generated
-from bench.priors.models import PRIORS
-from bench.priors.trial import load_prior, run_prior
+from bench.priors.models import PRIORS, Prior
+from bench.priors.trial import run_prior
 from bench.tokenizers import evaluate
 
 K, SIDE, NAME = 300, 2, "cnn-ema-toy"
@@ -96,11 +96,11 @@ def world(tmp_path, monkeypatch, tiny) -> World:
         "encode": lambda *arguments: made.codes(),
         "references": lambda *arguments: {"nearest_val_psnr_95": 30.0, "coded_bits_per_token_independent": 3.5},
         "score_prior": made.score,
-        "environment": dict,
         "build": small,
     }
     for name, value in replaced.items():
         monkeypatch.setattr(prior_trial, name, value)
+    monkeypatch.setattr("bench.training.trial.environment", dict)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a busy disk takes seconds
     for name in PICTURES:
         monkeypatch.setattr(f"bench.core.plots.{name}", lambda path, *rest: path.touch())
@@ -148,7 +148,7 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
         **{"samples": 6, "temperature": 0.7, "top_k": 5},
     }
     assert run.codes() == {"codebook_size": K, "grid_size": SIDE, "classes": ["a", "b", "c"]}
-    assert prior_trial.prior_config(run) == world.config(temperature=0.7, top_k=5, samples=6)
+    assert run.settings(PriorConfig) == world.config(temperature=0.7, top_k=5, samples=6)
     assert [row["step"] for row in run.history()] == [1, 2, 3]
     assert not (run.folder / "checkpoint.pt").exists()
     assert world.scored[0].known == {"nearest_val_psnr_95": 30.0, "coded_bits_per_token_independent": 3.5}
@@ -163,9 +163,9 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
 @pytest.mark.parametrize("settings", [{}, {"conditional": True}, {"prior": "independent"}])
 def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
     run = world.run(**settings)
-    loaded, config = load_prior(run.folder)
-    assert config == world.config(**settings).resolved()
-    assert loaded.classes == (3 if config.conditional else 0)
+    loaded = Prior.from_run(run.folder)
+    assert loaded.config == world.config(**settings).resolved()
+    assert loaded.classes == (3 if loaded.config.conditional else 0)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, value in world.scored[0].weights.items():
@@ -173,7 +173,7 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
     for lost in ("prior.safetensors", "metrics.json"):
         (run.folder / lost).unlink()
         with pytest.raises(UserError, match="holds no finished prior"):
-            load_prior(run.folder)
+            Prior.from_run(run.folder)
 
 
 def test_a_prior_that_finished_keeps_no_checkpoint(world):

@@ -26,7 +26,8 @@ from bench.priors.models.sequence import CausalMambaLayer, CausalTransformerLaye
 from bench.priors.train import build as build_prior
 from bench.priors.train import train_prior
 from bench.tokenizers.sizes import parameter_count
-from bench.tokenizers.train import parameter_groups
+from bench.training import loop
+from bench.training.loop import parameter_groups
 
 K, SIDE = 7, 4
 NO_LABELS = ("0", (), None, None)  # tokenizer, classes, labels
@@ -448,7 +449,7 @@ def stopped(config: PriorConfig, codes: Codes, folder, at: int) -> None:
     folder.mkdir(exist_ok=True)
     stop = Stop(folder / "history.jsonl", at)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "interruptible", lambda: contextlib.nullcontext(stop))
+        patch.setattr(loop, "interruptible", lambda: contextlib.nullcontext(stop))
         with pytest.raises(Interrupted, match=f"stopped at step {at} of {config.steps}"):
             train_prior(config, codes, folder)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["at"][0] == at
@@ -625,7 +626,7 @@ def test_seconds_are_those_of_all_steps_also_of_earlier_parts(toy, tmp_path, mon
     """On a clock that only training moves: 2 s a step."""
     now = [1000.0]
     monkeypatch.setattr(Toy, "clock", lambda self: now.__setitem__(0, now[0] + 2))
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     folder = tmp_path / "stopped"
     assert toy(toy_codes(), tmp_path / ".").seconds == 20
     config = PriorConfig("none", "rnn", steps=10, batch_size=6, warmup=4, precision="fp32", device="cpu")
@@ -641,7 +642,7 @@ def test_a_checkpoint_is_written_as_often_as_told_and_no_step_is_trained_twice_a
 ):
     """Where writing takes no time; the process ends without a word in step 7."""
     now = [0.0]
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def tick(self) -> None:
         now[0] += 1

@@ -16,7 +16,7 @@ from bench.tokenizers import train as module
 from bench.tokenizers.discriminator import LECAM_DECAY, Adversary, PatchGAN
 from bench.tokenizers.losses import ADAPTIVE_CAP, ADVERSARIAL, RECONSTRUCTION, adaptive_weight, gradient_penalty, lecam
 from bench.tokenizers.tokenizer import Tokenizer
-from tests.watched import Crash, Toy, Watch, adamw, checkpoint, same
+from tests.watched import Crash, Toy, adamw, checkpoint, same
 
 every_loss = pytest.mark.parametrize("name", ADVERSARIAL)
 every_norm = pytest.mark.parametrize("norm", ["group", "spectral"])
@@ -27,11 +27,6 @@ def gan(tiny):
     """Discriminator from step 2, seen by the tokenizer from step 4, fully from step 7, of 12."""
     shares = {"gan_start": 4 / 12, "gan_warmup": 2 / 12, "gan_ramp": 3 / 12, "precision": "fp32"}
     return replace(tiny, gan_weight=0.5, gan_width=8, gan_layers=2, batch_size=4, **shares).resolved()
-
-
-@pytest.fixture
-def watch(images, tmp_path, monkeypatch):
-    return Watch(images.train, tmp_path, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
@@ -285,7 +280,10 @@ def written_out(config, images):
     vectors = [p for name, p in named if p.ndim < 2 or name.endswith(("codebook", "position"))]
     ours, theirs = [p for _, p in named], list(discriminator.parameters())
     decay = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer, rival = AdamW(decay, betas=(0.9, 0.95)), AdamW(theirs, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer, discriminator_optimizer = (
+        AdamW(decay, betas=(0.9, 0.95)),
+        AdamW(theirs, betas=(0.5, 0.9), weight_decay=0.0),
+    )
     mean_real = mean_fake = 0.0
     averages, log = None, []
     start = round(config.gan_start * config.steps)
@@ -342,7 +340,7 @@ def written_out(config, images):
                 terms["r1"] = slope.square().sum((1, 2, 3)).mean() / 2
                 total = total + config.r1_weight * terms["r1"]
             rate = config.gan_lr * rate * min(1, (step + 1 - first) / config.warmup)
-            apply(rival, theirs, torch.autograd.grad(total, theirs), rate, config.grad_clip, {})
+            apply(discriminator_optimizer, theirs, torch.autograd.grad(total, theirs), rate, config.grad_clip, {})
         log.append({name: float(value.detach()) for name, value in terms.items()})
     return tokenizer.state_dict(), averages, discriminator.state_dict(), log
 
@@ -415,8 +413,8 @@ def test_resume_is_bit_exact(watch, gan, gan_norm):
             watch.train(config, "parts", crash_at=stop)
         stored = checkpoint(watch.folder / "parts")
         assert stored["at"] == (stop, float(stop))
-        assert {int(moments["step"]) for moments in stored["rival"]["state"].values()} == {stop - 2}
-        assert all(moments["exp_avg"].any() for moments in stored["rival"]["state"].values())
+        assert {int(moments["step"]) for moments in stored["discriminator_optimizer"]["state"].values()} == {stop - 2}
+        assert all(moments["exp_avg"].any() for moments in stored["discriminator_optimizer"]["state"].values())
         assert stored["adversary"]["average_real"] != 0
         assert stored["adversary"]["average_fake"] != 0
         assert stored["adversary"].keys() == first.keys()
@@ -454,20 +452,20 @@ def test_the_discriminator_is_updated_by_adamw_at_its_share_of_the_rate(watch, g
     """Betas 0.5 and 0.9, no decay, clipped; gan_lr of the tokenizer's own rate, warmed up from its first step."""
     config = replace(gan, gan_lr=0.3, weight_decay=0.5, grad_clip=0.05, warmup=4, lr=0.01)
     trained = watch.train(config)
-    assert len(trained.rival) == 10
-    for number, (ours, theirs) in enumerate(zip(trained.steps[2:], trained.rival, strict=True)):
+    assert len(trained.discriminator) == 10
+    for number, (ours, theirs) in enumerate(zip(trained.steps[2:], trained.discriminator, strict=True)):
         assert theirs.rates == pytest.approx([0.3 * min(1, (number + 1) / 4) * ours.rates[0]])
         assert theirs.decays == [0.0]
         assert theirs.norm() <= 0.05 * (1 + 1e-4)
-    for step, expected in zip(trained.rival, adamw(trained.rival, (0.5, 0.9)), strict=True):
+    for step, expected in zip(trained.discriminator, adamw(trained.discriminator, (0.5, 0.9)), strict=True):
         for after, weight in zip(step.after, expected, strict=True):
             torch.testing.assert_close(after.double(), weight, rtol=1e-4, atol=1e-6)
 
 
 def test_grad_clip_bounds_the_discriminator_too_and_0_does_not(watch, gan):
-    free = watch.train(replace(gan, grad_clip=0.0), "free").rival[0]
+    free = watch.train(replace(gan, grad_clip=0.0), "free").discriminator[0]
     bound = free.norm() / 4
-    clipped = watch.train(replace(gan, grad_clip=bound), "clipped").rival
+    clipped = watch.train(replace(gan, grad_clip=bound), "clipped").discriminator
     assert clipped[0].norm() == pytest.approx(bound, rel=1e-4)
     assert all(step.norm() <= bound * (1 + 1e-4) for step in clipped)
 
@@ -536,7 +534,7 @@ def test_regularisers_scale_their_own_gradient_alone(watch, gan, name):
     """That of the discriminator, linearly; the log has the term unweighted."""
     base = replace(gan, grad_clip=0.0, gan_start=0.0, gan_warmup=0.0, steps=1)
     runs = [watch.train(replace(base, **{name: weight}), f"{weight}") for weight in (0.0, 1.0, 3.0)]
-    none, once, thrice = (torch.cat([g.flatten() for g in run.rival[0].gradients]) for run in runs)
+    none, once, thrice = (torch.cat([g.flatten() for g in run.discriminator[0].gradients]) for run in runs)
     assert (once - none).norm() > 0
     torch.testing.assert_close(thrice - none, 3 * (once - none), rtol=1e-2, atol=1e-5)
     term = name.removesuffix("_weight")

@@ -1,12 +1,7 @@
 """The training loop: repeatable, resumable to the bit, honest about divergence, and true to every setting."""
 
 import ast
-import json
 import math
-import os
-import pickle
-import signal
-import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from bench.core.errors import Diverged, Interrupted, UserError
 from bench.data import batch
 from bench.metrics import perceptual
-from bench.quantizers import QUANTIZERS, Quantized
+from bench.quantizers import QUANTIZERS
 from bench.tokenizers import train as module
 from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.tokenizers.train import Window, learning_rate, parameter_groups, rewind, step_seed
-from tests.watched import Crash, Toy, Watch, adamw, checkpoint, rows, same, tensors
+from bench.training.loop import parameter_groups
+from tests.watched import Crash, checkpoint, rows, same
 
 every = pytest.mark.parametrize("quantizer", QUANTIZERS)
 
@@ -33,19 +26,6 @@ every = pytest.mark.parametrize("quantizer", QUANTIZERS)
 def tiny(tiny):
     """In the same arithmetic on every machine."""
     return replace(tiny, precision="fp32")
-
-
-@pytest.fixture
-def watch(images, tmp_path, monkeypatch):
-    return Watch(images.train, tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def toys(monkeypatch):
-    """Runs train Toys; every one of them is in this list."""
-    made = []
-    monkeypatch.setattr(module, "Tokenizer", lambda config: made.append(Toy(config)) or made[-1])
-    return made
 
 
 # ------------------------------------------------------------------------------------------------- repeat, resume, stop
@@ -79,166 +59,6 @@ def test_resume_is_bit_exact(watch, tiny, quantizer):
     assert parts.seconds == whole.seconds == 12.0
 
 
-def test_seconds_are_those_of_the_steps_and_include_earlier_parts(watch, tiny, toys):
-    """Not those of the start; on a clock that moves by one second a step."""
-    watch.clock = 1000.0
-    with pytest.raises(Crash):
-        watch.train(tiny, crash_at=7)
-    watch.clock += 5000.0  # the pause is nobody's
-    trained = watch.train(tiny)
-    assert trained.seconds == 12.0
-    assert [row["seconds"] for row in trained.rows] == list(range(1, 13))
-
-
-def test_a_run_that_had_ended_is_not_trained_on(watch, tiny):
-    first = watch.train(tiny)
-    again = watch.train(tiny)
-    assert again.steps == []
-    assert again.seconds == first.seconds == 12.0
-    assert same(again.weights, first.weights)
-    assert len(again.rows) == 12
-
-
-def test_resume_continues_the_history_without_gaps_or_repeats(watch, tiny, toys):
-    with pytest.raises(Crash):
-        watch.train(tiny, "parts", crash_at=6)
-    with (watch.folder / "parts/history.jsonl").open("a") as file:
-        file.write('{"step": 7, "reconstruction": 1.0}\n{"step": 8, "reconst')  # beyond the checkpoint; torn
-    parts, whole = watch.train(tiny, "parts"), watch.train(tiny, "whole")
-    assert parts.rows == whole.rows
-    assert [row["step"] for row in whole.rows] == list(range(1, 13))
-    names = {"step", "lr", "reconstruction", "quantizer", "grad_norm", "distortion", "perplexity", "codes_used"}
-    assert whole.rows[0].keys() == names | {"seconds"}
-
-
-def test_rewind_keeps_whole_rows_up_to_the_step(tmp_path):
-    history = tmp_path / "history.jsonl"
-    rewind(history, 3)
-    assert history.read_text() == ""
-    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
-    history.write_text("\n".join(lines) + '\n{"step": 3, "x')
-    rewind(history, 3)
-    assert history.read_text() == "\n".join(lines[:3]) + "\n"
-
-
-def test_no_resume_starts_again(watch, tiny, toys):
-    config = replace(tiny, steps=4)
-    whole = watch.train(config, "whole")
-    watch.train(tiny, "other")
-    other = watch.train(config, "other", resume=False)
-    assert same(other.weights, whole.weights)
-    assert other.seconds == 4.0
-    assert other.rows == whole.rows  # and none of before
-
-
-def test_a_checkpoint_is_due_after_its_interval_and_writing_takes_2_percent_at_most(watch, tiny, toys, monkeypatch):
-    """Writing takes 0.07 seconds here, so that every 2 seconds become every 3.5 after the first."""
-    written, save = [], module.save
-
-    def slow(path, state, step, seconds):
-        save(path, state, step, seconds)
-        watch.clock += 0.07
-        written.append((step, seconds))
-
-    monkeypatch.setattr(module, "save", slow)
-    watch.train(tiny, checkpoint_seconds=2.0)
-    assert [step for step, _ in written] == [3, 7, 11]
-    assert [seconds for _, seconds in written] == pytest.approx([3, 7.07, 11.14])
-    written.clear()
-    watch.train(tiny, "quick", checkpoint_seconds=4.0)
-    assert [step for step, _ in written] == [5, 10]
-
-
-def test_a_damaged_checkpoint_is_refused(watch, tiny):
-    (watch.folder / "run").mkdir()
-    path = watch.folder / "run/checkpoint.pt"
-    for content in (b"not a checkpoint", b""):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="no checkpoint of this run; delete it or pass --no-resume"):
-            watch.train(tiny)
-    watch.train(replace(tiny, width=24), resume=False)
-    with pytest.raises(UserError, match="no checkpoint of this run"):
-        watch.train(tiny)
-
-
-def test_nothing_in_a_checkpoint_is_executed(watch, tiny):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(watch.folder / "executed"),)
-
-    (watch.folder / "run").mkdir()
-    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
-        write({"tokenizer": Evil()}, watch.folder / "run/checkpoint.pt")
-        with pytest.raises(UserError, match="no checkpoint of this run"):
-            watch.train(tiny)
-        assert not (watch.folder / "executed").exists()
-
-
-def during(toys, step, act):
-    """Has ``act`` called in that step of the next Toy."""
-    forward = Toy.forward
-
-    class Acting(Toy):
-        def forward(self, x):
-            if len(self.seen) == step:
-                act()
-            return forward(self, x)
-
-    return lambda config: toys.append(Acting(config)) or toys[-1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_call_goes_on(watch, tiny, toys, monkeypatch, number):
-    whole = watch.train(tiny, "whole")
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "Tokenizer", during(toys, 5, lambda: os.kill(os.getpid(), number)))
-        with pytest.raises(Interrupted, match="step 6 of 12"):
-            watch.train(tiny, "parts", checkpoint_seconds=math.inf)
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert checkpoint(watch.folder / "parts")["at"] == (6, 6.0)
-    parts = watch.train(tiny, "parts")
-    assert same(parts.weights, whole.weights)
-    assert len(parts.steps) == 6
-
-
-def test_a_second_signal_stops_at_once(watch, tiny, toys, monkeypatch):
-    def twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, twice))
-    with pytest.raises(KeyboardInterrupt):
-        watch.train(tiny)
-    assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
-
-
-def test_other_threads_train_too(watch, tiny, toys):
-    """Signal handlers can be set by the main thread only."""
-    done = []
-    thread = threading.Thread(target=lambda: done.append(watch.train(tiny)))
-    thread.start()
-    thread.join()
-    assert len(done[0].rows) == 12
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["decoder.last_layer", "pull"])
-def test_divergence_stops_the_run_and_is_never_saved(watch, tiny, toys, monkeypatch, part, value):
-    """Of the pixel loss and its gradients, or of the quantizer's loss alone, whose gradient stays 1."""
-
-    def spoil():
-        with torch.no_grad():
-            toys[-1].get_parameter(part).fill_(value)
-
-    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, spoil))
-    with pytest.raises(Diverged, match=r"not finite by step 6; try --lr below 0\.002$"):
-        watch.train(tiny)
-    assert [row["step"] for row in rows(watch.folder / "run")] == [1, 2, 3, 4, 5]
-    assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
-    assert all(value.isfinite().all() for _, value in tensors(checkpoint(watch.folder / "run")))
-
-
 # ----------------------------------------------------------------------------------------------- one step after another
 
 
@@ -258,32 +78,6 @@ def test_without_augmentation_an_epoch_is_every_image_once(watch, tiny, toys):
     pixels = [image.tobytes() for x, *_ in toys[-1].seen[:6] for image in x.contiguous().numpy()]
     photos = (torch.from_numpy(watch.images).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous().numpy()
     assert sorted(pixels) == sorted(photo.tobytes() for photo in photos)
-
-
-def test_every_step_has_random_draws_of_its_own(watch, tiny, toys):
-    """Which depend on nothing but (seed, step)."""
-    for seed in (0, 1):
-        watch.train(replace(tiny, seed=seed), f"{seed}")
-    seeds = [seed for toy in toys for *_, seed in toy.seen]
-    assert len(set(seeds)) == 24
-    assert seeds == [step_seed(seed, step) for seed in (0, 1) for step in range(12)]
-    codes = [quantized.codes for _, _, quantized, _ in toys[0].seen]
-    assert not any(torch.equal(codes[0], other) for other in codes[1:])
-
-
-def test_step_seeds_never_meet():
-    """Neither for neighbours nor at the ends of the ranges; torch takes them all."""
-    seeds, steps = (0, 1, 2, 2**31 - 1), (0, 1, 2, 699, 2**16, 2**31, 2**32 - 1)
-    found = [step_seed(seed, step) for seed in seeds for step in steps]
-    assert len(set(found)) == len(found)
-    assert max(found) < 2**63
-
-
-def test_no_two_seeds_share_the_draws_of_a_step():
-    """On the CPU too, whose generator forgets all but 32 bits of what it is given."""
-    places = [(seed, step) for seed in range(20) for step in range(100)]
-    draws = [torch.rand(2, generator=torch.Generator().manual_seed(step_seed(*place))) for place in places]
-    assert len({tuple(pair.tolist()) for pair in draws}) == len(places)
 
 
 def test_gradients_are_those_of_the_step_s_own_loss(watch, tiny, toys):
@@ -333,37 +127,6 @@ def test_without_weight_there_is_no_perceptual_loss(watch, tiny, toys, monkeypat
     assert "lpips" not in watch.train(replace(tiny, steps=1)).rows[0]
 
 
-def test_the_applied_rate_warms_up_and_follows_the_cosine(watch, tiny, toys):
-    config = replace(tiny, lr=0.01, warmup=4)
-    trained = watch.train(config)
-    expected = [0.01 * min(1, (k + 1) / 4) * 0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
-    assert [step.rates for step in trained.steps] == [pytest.approx([rate] * 2) for rate in expected]
-    assert [row["lr"] for row in trained.rows] == pytest.approx(expected)
-
-
-def test_learning_rate_warms_up_and_ends_near_zero(tiny):
-    config = replace(tiny, lr=1.0, warmup=10, steps=100)
-    rates = [learning_rate(config, step) for step in range(100)]
-    cosine = [0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(100)]
-    assert [rate / share for rate, share in zip(rates[:10], cosine, strict=False)] == pytest.approx(
-        [n / 10 for n in range(1, 11)]
-    )
-    assert rates[9:] == pytest.approx(cosine[9:])
-    assert 0 < rates[-1] < 1e-3
-    assert learning_rate(replace(config, warmup=0), 0) == learning_rate(replace(config, warmup=1), 0) == 1.0
-    assert learning_rate(replace(config, lr=0.3), 50) == pytest.approx(0.15)  # half way, half the peak
-
-
-def test_an_update_is_adamw_s(watch, tiny, toys):
-    """With betas 0.9 and 0.95, and the decay of either group, from the recorded gradients by the paper's formulas."""
-    config = replace(tiny, lr=0.01, weight_decay=0.5, grad_clip=0.1)
-    steps = watch.train(config).steps
-    assert {tuple(step.decays) for step in steps} == {(0.5, 0.0)}
-    for step, expected in zip(steps, adamw(steps, (0.9, 0.95)), strict=True):
-        for after, weight in zip(step.after, expected, strict=True):
-            torch.testing.assert_close(after.double(), weight, rtol=1e-4, atol=1e-6)
-
-
 def test_weight_decay_shrinks_matrices_by_rate_times_decay(watch, tiny, toys):
     """And nothing else that has no gradient."""
     for decay in (0.0, 0.5):
@@ -390,46 +153,6 @@ def test_grad_clip_bounds_the_norm_of_all_gradients_together(watch, tiny):
         torch.testing.assert_close(gradient, whole / 3, rtol=1e-4, atol=1e-9)  # the direction stays
     loose = watch.train(replace(tiny, grad_clip=1e9), "loose")
     assert same(loose.weights, free.weights)
-
-
-def test_only_the_average_s_weights_are_returned(watch, tiny):
-    """In eval mode and frozen: parameters averaged after every step, buffers (codes that are moving averages of their
-    own) the last."""
-    config = replace(tiny, weight_ema=0.3)  # below (1 + n) / (10 + n) from the third step on
-    trained = watch.train(config)
-    means = [torch.zeros_like(tensor) for tensor in trained.steps[0].after]
-    for n, step in enumerate(trained.steps):
-        decay = min(0.3, (1 + n) / (10 + n)) if n else 0.0
-        means = [decay * mean + (1 - decay) * after for mean, after in zip(means, step.after, strict=True)]
-    groups = parameter_groups(trained.tokenizer, 0.0)
-    found = [parameter for group in groups for parameter in group["params"]]
-    for parameter, mean in zip(found, means, strict=True):
-        torch.testing.assert_close(parameter, mean, rtol=1e-4, atol=1e-7)
-    live = checkpoint(trained.folder)["tokenizer"]
-    for name, buffer in trained.tokenizer.named_buffers():
-        assert torch.equal(buffer, live[name]), name
-    assert not any(part.training for part in trained.tokenizer.modules())
-    assert not any(parameter.requires_grad for parameter in trained.tokenizer.parameters())
-
-
-def test_weight_ema_0_returns_the_last_weights(watch, tiny):
-    trained = watch.train(replace(tiny, weight_ema=0.0))
-    assert same(trained.weights, checkpoint(trained.folder)["tokenizer"])
-    last = [parameter for group in parameter_groups(trained.tokenizer, 0.0) for parameter in group["params"]]
-    assert all(torch.equal(a, b) for a, b in zip(last, trained.steps[-1].after, strict=True))
-
-
-def test_weight_average_is_the_formula():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    average, expected = module.averaged(model, 0.9), 0.0
-    for n in range(100):
-        with torch.no_grad():
-            model.weight.fill_(n)
-        average.update_parameters(model)
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = n if n == 0 else decay * expected + (1 - decay) * n
-        assert average.module.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -464,9 +187,6 @@ def test_images_and_model_are_sent_to_the_device(watch, tiny, toys, monkeypatch)
 # ------------------------------------------------------------------------------------------------------------- the log
 
 
-advance = module.Bar.advance
-
-
 def entropy_exp(codes: list[torch.Tensor]) -> float:
     """Perplexity, by numpy."""
     counts = np.unique(torch.cat([each.flatten() for each in codes]).numpy(), return_counts=True)[1]
@@ -493,76 +213,11 @@ def test_a_row_stands_for_all_steps_since_the_last(watch, tiny, toys):
         assert row["distortion"] == pytest.approx(sum(distortions) / 3, rel=1e-5)
 
 
-def test_a_term_s_mean_is_over_the_steps_that_had_it():
-    def quantized(codes, distortion):
-        return Quantized(torch.zeros(()), torch.tensor(codes), torch.zeros(()), torch.tensor(distortion))
-
-    window = Window(8)
-    window.add(quantized([[0, 1]], 1.0), {"reconstruction": torch.tensor(2.0, requires_grad=True)})
-    window.add(quantized([[2, 3]], 3.0), {"reconstruction": torch.tensor(4.0), "gan": torch.tensor(5.0)})
-    expected = {"reconstruction": 3.0, "distortion": 2.0, "gan": 5.0, "codes_used": 4}
-    assert window.means() == expected | {"perplexity": pytest.approx(4.0)}
-
-
-@pytest.mark.parametrize(("steps", "interval"), [(9, 1), (399, 1), (400, 2), (1000, 5), (40_000, 50)])
-def test_about_200_rows_are_logged(watch, tiny, toys, steps, interval):
-    """But never fewer than one every 50 steps."""
-    with pytest.raises(Crash):
-        watch.train(replace(tiny, steps=steps, batch_size=1), crash_at=min(steps - 1, 2 * interval))
-    found = [row["step"] for row in rows(watch.folder / "run")]
-    assert found[:2] == [interval, 2 * interval]
-
-
-def test_the_last_step_is_logged_always(watch, tiny, toys):
-    """A run of 401 steps logs every second."""
-    with pytest.raises(Crash):
-        watch.train(replace(tiny, steps=401, batch_size=1), crash_at=2)
-    forward = torch.load(watch.folder / "run/checkpoint.pt", weights_only=True)
-    forward["at"] = (398, 2.0)
-    torch.save(forward, watch.folder / "run/checkpoint.pt")
-    trained = watch.train(replace(tiny, steps=401, batch_size=1))
-    assert [row["step"] for row in trained.rows] == [2, 400, 401]
-    assert checkpoint(trained.folder)["at"] == (401, 5.0)
-
-
-def test_the_bar_counts_every_step_and_names_the_run(watch, tiny, toys, monkeypatch):
-    """From where the run goes on, at the speed of this part alone: a step of 8 images a second."""
-    bars = []
-
-    class Bar(module.Bar):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.figures = []
-            bars.append(self)
-
-        def advance(self, count=1, figures=""):
-            self.figures.append(figures)
-            super().advance(count, figures)
-
-    monkeypatch.setattr(module, "Bar", Bar)
-    with pytest.raises(Crash):
-        watch.train(tiny, crash_at=5)
-    watch.train(tiny)
-    first, second = bars
-    assert (first.label, first.start, first.done, first.total) == ("cnn ema seed 0", 0, 5, 12)
-    assert (second.start, second.done, second.total) == (5, 12, 12)
-    assert len(second.figures) == 7
-    assert all(figures.endswith("  8 images/s") for figures in first.figures + second.figures)
-
-
-def test_the_bar_counts_steps_not_rows(watch, tiny, toys, monkeypatch):
-    """A run of 400 steps logs every second."""
-    moved = []
-    monkeypatch.setattr(module.Bar, "advance", lambda self, count, figures: moved.append(count) or advance(self, count))
-    with pytest.raises(Crash):
-        watch.train(replace(tiny, steps=400, batch_size=1), crash_at=7)
-    assert moved == [2, 2, 2]
-
-
-def test_figures_of_the_bar():
+def test_figures_of_the_bar(tiny, images):
+    learner = module.TokenizerLearner(replace(tiny, codebook_size=512), images.train)
     row = {"reconstruction": 0.12345, "perplexity": 209.6, "codes_used": 300}
-    assert module.describe(row, 512, 99.7) == "loss 0.1235  perplexity 210  codes 300/512  100 images/s"
-    assert "loss 0.1235  lpips 0.457  perplexity" in module.describe(row | {"lpips": 0.4567}, 512, 1.0)
+    assert learner.figures(row) == "loss 0.1235  perplexity 210  codes 300/512"
+    assert "loss 0.1235  lpips 0.457  perplexity" in learner.figures(row | {"lpips": 0.4567})
 
 
 # -------------------------------------------------------------------------------------------------------- what is built
@@ -616,15 +271,6 @@ def test_weight_decay_spares_what_is_no_weight(tiny, backbone):
         spared = parameter.ndim < 2 or name.split(".")[-1] in ("codebook", "position", "A_log", "D", "dt_bias")
         assert (id(parameter) in free) == spared, name
         assert (id(parameter) in decayed) != spared, name
-
-
-def test_what_a_layer_marks_does_not_decay():
-    """A matrix, too."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    model[1].weight._no_weight_decay = True
-    decayed, free = (group["params"] for group in parameter_groups(model, 0.1))
-    assert [tuple(parameter.shape) for parameter in decayed] == [(3, 2)]
-    assert [tuple(parameter.shape) for parameter in free] == [(3,), (4, 3), (4,)]
 
 
 @every
@@ -821,11 +467,11 @@ PROPERTIES = {
     "r1_weight": "tokenizers/test_gan.py::test_regularisers_scale_their_own_gradient_alone",
     "steps": "tokenizers/test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
     "batch_size": "tokenizers/test_train.py::test_steps_batch_size_and_seed_are_those_of_the_run",
-    "lr": "tokenizers/test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
-    "warmup": "tokenizers/test_train.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "lr": "training/test_loop.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
+    "warmup": "training/test_loop.py::test_the_applied_rate_warms_up_and_follows_the_cosine",
     "weight_decay": "tokenizers/test_train.py::test_weight_decay_shrinks_matrices_by_rate_times_decay",
     "grad_clip": "tokenizers/test_train.py::test_grad_clip_bounds_the_norm_of_all_gradients_together",
-    "weight_ema": "tokenizers/test_train.py::test_only_the_average_s_weights_are_returned",
+    "weight_ema": "training/test_loop.py::test_only_the_average_s_weights_are_returned",
     "augment": "tokenizers/test_train.py::test_every_step_trains_on_its_own_batch",
     "precision": "tokenizers/test_train.py::test_precision_is_that_of_encoder_and_decoder_from_the_first_codes_on",
     "device": "tokenizers/test_train.py::test_images_and_model_are_sent_to_the_device",

@@ -179,7 +179,7 @@ def test_a_run_that_finished_keeps_no_checkpoint(scored):
     assert {path.name for path in scored[0].folder.iterdir()} == FILES | PICTURES
 
 
-WRITERS = ("safetensors.torch.save_model", "np.savez_compressed", "plots.reconstructions", "plots.curves")
+WRITERS = ("write_weights", "np.savez_compressed", "plots.reconstructions", "plots.curves")
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
+from bench.core.store import Run
 
 
 class Prior(nn.Module):
@@ -21,6 +24,24 @@ class Prior(nn.Module):
     def __init__(self, codebook_size: int, grid_size: int, classes: int = 0):
         super().__init__()
         self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
+
+    @classmethod
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> Prior:
+        """The scored prior of a finished run folder, in eval mode on ``device``; its ``config`` is the PriorConfig.
+
+        Raises UserError when the folder holds no finished prior.
+        """
+        from bench.priors.train import PriorConfig, build  # chooses among the siblings of this class
+
+        run = Run(Path(folder))
+        if not run.finished or not (run.folder / "prior.safetensors").is_file():
+            raise UserError(f"{folder} holds no finished prior; train one with python -m bench.prior")
+        config, codes = run.settings(PriorConfig), run.codes()
+        classes = len(codes["classes"]) if config.conditional else 0
+        prior = build(config, codes["codebook_size"], codes["grid_size"], classes)
+        prior.config = config
+        safetensors.torch.load_model(prior, run.folder / "prior.safetensors")
+        return prior.to(device).eval().requires_grad_(False)
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Unnormalised log p of every code at every position, given those before it.

@@ -1,0 +1,250 @@
+"""The loop that trains tokenizers and priors alike; what differs between them is a ``Learner``.
+
+A step is a pure function of (state, seed, step): batch and augmentation follow from (seed, step), and the global random
+generator is seeded anew in every step. So a checkpoint needs no generator state, and a resumed run ends bit-equal to
+one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from bench.core.errors import Diverged, Interrupted, UserError
+from bench.core.files import atomic_path
+from bench.core.progress import Bar
+
+
+class Schedule(Protocol):
+    """The settings of any training, as Config and PriorConfig have them."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    grad_clip: float
+    weight_ema: float
+    precision: str
+    device: str
+    seed: int
+
+
+class Learner(Protocol):
+    """What is trained, and one step of it."""
+
+    config: Schedule
+    model: nn.Module  # whose averaged weights are scored
+    parts: dict[str, Any]  # every module and optimizer that a checkpoint holds, ``model`` included
+    unit: str  # what a batch consists of, in the plural
+
+    def begin(self) -> None:
+        """Prepares a run that starts at its first step; a resumed one has its parts from the checkpoint."""
+        ...
+
+    def step(self, step: int, rate: float) -> dict[str, Tensor]:
+        """Trains on batch number ``step`` at learning rate ``rate``; losses, unweighted, and other scalars to log."""
+        ...
+
+    def row(self, means: dict[str, float]) -> dict[str, float]:
+        """What the history says of the steps since its last row, given the ``means`` of what they returned."""
+        ...
+
+    def figures(self, row: dict[str, float]) -> str:
+        """The same in brief, for the progress bar."""
+        ...
+
+
+def fit(
+    learner: Learner, label: str, folder: Path, resume: bool = True, checkpoint_seconds: float = 2.0
+) -> tuple[nn.Module, float]:
+    """Trains ``learner`` and returns its model with averaged weights and in eval mode, and the seconds that the steps
+    took, resumed parts included.
+
+    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``. With ``resume`` a
+    checkpoint found there is continued. One is written every ``checkpoint_seconds``, or less often if writing takes
+    more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    """
+    config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
+    state = {**learner.parts, "ema": ema}
+    checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
+    if resume and checkpoint.exists():
+        first, seconds = restore(checkpoint, state, config.device)
+        rewind(history, first)
+    else:
+        first, seconds = 0, 0.0
+        history.unlink(missing_ok=True)
+        learner.begin()
+
+    window = Window()
+    log_every = min(50, max(1, config.steps // 200))
+    saved = began = time.monotonic()
+    with Bar(label, config.steps, first) as bar, history.open("a") as log, interruptible() as interrupted:
+        for step in range(first, config.steps):
+            torch.manual_seed(step_seed(config.seed, step))
+            rate = learning_rate(config, step)
+            window.add(learner.step(step, rate))
+            ema.update_parameters(learner.model)
+            done = step + 1
+            if done % log_every and done < config.steps:
+                continue  # nothing above waits for the device; everything below does
+
+            now = time.monotonic()
+            spent = seconds + now - began
+            row = {"step": done, "lr": rate, **learner.row(window.means()), "seconds": round(spent, 3)}
+            if not all(math.isfinite(value) for value in row.values()):
+                raise Diverged(f"loss or gradient not finite by step {done}; try --lr below {config.lr:g}")
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            speed = (done - first) * config.batch_size / (now - began)
+            bar.advance(done - bar.done, f"{learner.figures(row)}  {speed:.0f} {learner.unit}/s")
+            window = Window()
+            if interrupted.is_set() or now - saved > checkpoint_seconds:
+                save(checkpoint, state, done, spent)
+                saved = time.monotonic()
+                checkpoint_seconds = max(checkpoint_seconds, 50 * (saved - now))
+            if interrupted.is_set():
+                raise Interrupted(f"stopped at step {done} of {config.steps}; the same command continues from there")
+
+    return ema.module.eval().requires_grad_(False), spent if first < config.steps else seconds
+
+
+class Window:
+    """Means of scalars over the steps since the last log line, summed where the tensors are."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps: Counter[str] = Counter()
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Adds one step."""
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.steps[name] += 1
+
+    def means(self) -> dict[str, float]:
+        """Unweighted means over the steps that had the term."""
+        return {name: float(total) / self.steps[name] for name, total in self.sums.items()}
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with β = (0.9, 0.95) over ``parameter_groups``; ``descend`` sets its rate."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), betas=(0.9, 0.95), fused=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, rate: float, grad_clip: float) -> Tensor:
+    """One update of ``model`` down ``loss`` at learning rate ``rate``; returns the gradient's norm before it was
+    clipped to ``grad_clip`` (0: not clipped)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    return norm
+
+
+def autocast(config: Schedule) -> torch.autocast:
+    """The context of forward passes in training: bfloat16 or, disabled, float32."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def learning_rate(config: Schedule, step: int) -> float:
+    """Linear warm-up over ``config.warmup`` steps, then a cosine that reaches zero after the last step."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups: decay on weight matrices and kernels only; none on vectors (norms, biases), on the codebook, on
+    position embeddings, or on what a layer marks ``_no_weight_decay`` (Mamba's A_log, D, dt_bias)."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        exempt = exempt or name.endswith(("codebook", "position"))
+        (free if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the weights: θ̄ ← γθ̄ + (1−γ)θ with γ = min(decay, (1+n)/(10+n)), so that the random first
+    weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(means: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        n = float(average.n_averaged)  # on the CPU; the one that is passed has been sent to the device
+        torch._foreach_lerp_(means, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of the global generator in one step; distinct for every (seed, step) that fits 31 and 32 bits.
+
+    The CPU's generator takes the low 32 bits alone, so the seed is in those too, multiplied by 2³² over the golden
+    ratio: steps of one seed do not meet those of another.
+    """
+    return (seed << 32) | (step ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+
+
+def save(path: Path, state: dict, step: int, seconds: float) -> None:
+    """Writes a checkpoint atomically: the state of every module and optimiser in ``state``, at ``step``."""
+    with atomic_path(path) as temporary:
+        torch.save({**{name: part.state_dict() for name, part in state.items()}, "at": (step, seconds)}, temporary)
+
+
+def restore(path: Path, state: dict, device: str) -> tuple[int, float]:
+    """Loads what save wrote and returns (step, seconds). Tensors only: nothing in the file is executed.
+
+    Raises UserError on a file that is no checkpoint of this model.
+    """
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(stored[name])
+        return stored["at"]
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is no checkpoint of this run; delete it or pass --no-resume to start again") from error
+
+
+def rewind(history: Path, step: int) -> None:
+    """Drops what the history logged after ``step``, which will be trained again."""
+    lines = history.read_text().splitlines() if history.exists() else []
+    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic_path(history) as temporary:
+        temporary.write_text("".join(f"{row}\n" for row in rows))
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turns SIGINT and SIGTERM into an event that the loop looks at; a second SIGINT stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach the main thread only
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
