@@ -36,6 +36,7 @@ from bench.tokenizers.config import make_config
 from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer, to_device
+from bench.training import loop
 from bench.training.loop import parameter_groups
 
 TIMM = ("timm:test_resnet", "timm:test_convnext", "timm:test_vit")  # feature maps at 2 to 32, 4 to 32, and 16 pixels
@@ -981,9 +982,9 @@ def test_timm_encoder_trains_and_resumes_to_the_bit(tiny, images, tmp_path, monk
         return train.train(config, images.train, tmp_path / folder, checkpoint_seconds=0)[0].state_dict()
 
     whole = run("whole")
-    rate = train.learning_rate
+    rate = loop.learning_rate
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", lambda config, step: rate(config, step) if step < 3 else 1 / 0)
+        patch.setattr(loop, "learning_rate", lambda config, step: rate(config, step) if step < 3 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("parts")
     parts = run("parts")
