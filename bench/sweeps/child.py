@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -132,11 +131,10 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
         KINDS[config.SHELF].train(config, store, fid_weights)
     except BaseException as error:
         outcome = _outcome(error)
-        tell.send(outcome)
-        with suppress(OSError):  # the log is for people
-            if not isinstance(error, tuple(ENDINGS)):
-                traceback.print_exception(error)
-            print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+        tell.send(outcome)  # before the log, which is for people and may have no room left
+        if not isinstance(error, tuple(ENDINGS)):
+            traceback.print_exception(error)
+        print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(0)
 
