@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -131,7 +132,8 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
         KINDS[config.SHELF].train(config, store, fid_weights)
     except BaseException as error:
         outcome = _outcome(error)
-        tell.send(outcome)  # before the log, which is for people and may have no room left
+        with suppress(BrokenPipeError):  # of a parent that has died
+            tell.send(outcome)  # before the log, which is for people and may have no room left
         if not isinstance(error, tuple(ENDINGS)):
             traceback.print_exception(error)
         print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
