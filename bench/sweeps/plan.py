@@ -151,6 +151,7 @@ class AblationPlan(Plan):
         self.swept = tuple(study.sweep)
         # what a search pruned says nothing about a cell
         self.final = {"finished"} if options.retry_failed else {"finished", *FAILURES} - {"pruned"}
+        self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
         self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
         super().__init__(study, options)
         for cell in itertools.chain(*self.cells.values()):
@@ -204,11 +205,13 @@ class AblationPlan(Plan):
         self.store.extend_study(self.name, self.header(), rows, part.kind.shelf)
         states = index.states(study)
         for cell in part.cells:
-            known = states.get(cell.run.folder.name, set())
+            run_id = cell.run.folder.name
+            known, failed_again = states.get(run_id, set()), run_id in self._enqueued and cell.run.status in FAILURES
             if known & {"WAITING", "RUNNING"}:
                 continue  # whoever takes it, or has it, will look into the store
-            if self.wants(cell.run):
-                index.enqueue(study, cell.params, cell.run.folder.name)
+            if self.wants(cell.run) and not failed_again:
+                self._enqueued.add(run_id)
+                index.enqueue(study, cell.params, run_id)
             elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
                 index.add(study, cell.params, cell.runs, part.metrics, {})
         return index.waiting(study, {*rows}) + index.running(study, {*rows})

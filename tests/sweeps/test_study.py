@@ -789,6 +789,17 @@ def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
     assert len(child.calls) == 7
 
 
+def test_what_fails_again_is_retried_once_by_a_command(child, tmp_path):
+    """A tokenizer and a prior alike."""
+    one = Ablation("one", sweep={"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    child.endings = ["diverged", "finished", "diverged"]
+    assert start(one, tmp_path) == 1
+    child.calls.clear()
+    child.endings = ["diverged", "diverged"]
+    assert start(one, tmp_path, "--retry-failed") == 1
+    assert [type(config).__name__ for config in child.calls] == ["Config", "PriorConfig"]
+
+
 def test_interrupted_priors_go_on(child, tmp_path, capsys):
     """And only those count as done that ended."""
     child.endings = ["finished", "finished", "finished", "interrupted"]
