@@ -21,10 +21,12 @@ from rich.table import Table
 from bench.core.cli import guarded
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
-from bench.core.store import FAILURES, Store
+from bench.core.store import Store
 from bench.priors.models import PRIORS
+from bench.sweeps.definition import Ablation, Search
 from bench.sweeps.index import Index, default_url, without_password
-from bench.sweeps.plan import Ablation, Range, Search, read_space
+from bench.sweeps.index import rebuild as rebuild_index
+from bench.sweeps.space import Range
 from bench.sweeps.workers import main
 
 __all__ = ["PRIORS", "Ablation", "Range", "Search", "main"]  # what a study file needs
@@ -47,22 +49,7 @@ def rebuild(
         raise UserError(f"there are no studies in {results}; name the folder with --results")
     index = Index(storage or default_url(results), results / "studies")
     for name in names or store.studies():
-        record, added = store.study(name), 0
-        metrics = tuple(record["metrics"])
-        trials: dict[tuple, list] = {}
-        for run_id, row in record["runs"].items():
-            params = {key: value for key, value in row.items() if key != "backbone"}
-            if record["kind"] == "search":
-                params.pop("seed")  # the seeds of a trial are runs of it
-            trials.setdefault((row["backbone"], *params.items()), []).append(store.named(run_id))
-        for (backbone, *params), runs in trials.items():
-            with index.planning:
-                study = index.open(f"{name}-{backbone}", metrics)
-                index.recover(study)
-                ended = all(run.finished for run in runs) or any(run.status in FAILURES for run in runs)
-                if ended and not index.states(study).get(runs[0].folder.name):
-                    index.add(study, dict(params), runs, metrics, read_space(record["space"]))
-                    added += 1
+        added = rebuild_index(index, store, name)
         say(f"study {name}: {added} trials added to {without_password(index.url)}")
     return 0
 

@@ -173,9 +173,10 @@ class Store:
         """The folder of ``config``, whether it exists yet or not."""
         return Run(self.root / config.SHELF / config.run_id())
 
-    def named(self, run_id: str) -> Run:
-        """The folder of the tokenizer that goes by ``run_id``, whether it exists yet or not."""
-        return Run(self.root / "runs" / run_id)
+    def named(self, run_id: str, shelf: str = "runs") -> Run:
+        """The folder of the tokenizer (or, on the shelf ``priors``, of the prior) that goes by ``run_id``, whether it
+        exists yet or not."""
+        return Run(self.root / shelf / run_id)
 
     def runs(self) -> list[Run]:
         """Every tokenizer that has been started, by name; other folders that may lie there are passed over."""
@@ -208,7 +209,8 @@ class Store:
 
     def study(self, name: str) -> dict[str, Any]:
         """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
-        and ``runs`` (run_id → backbone, seed and the values of the swept fields). Raises UserError on an unknown name.
+        ``runs`` (run_id → backbone, seed and the values of the swept fields) and, where it has any, ``priors`` (run_id
+        → prior and the same of its tokenizer). Raises UserError on an unknown name.
         """
         path = self.root / "studies" / f"{name}.json"
         if not path.is_file():
@@ -216,14 +218,19 @@ class Store:
             raise UserError(f"there is no study {name!r} in {self.root}; known studies: {known}")
         return json.loads(path.read_text())
 
-    def extend_study(self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
-        """Adds ``runs`` to a study, creating it with ``header``; several processes may do so at once."""
+    def extend_study(
+        self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]], shelf: str = "runs"
+    ) -> None:
+        """Adds ``runs``, or those of another ``shelf``, to a study, creating it with ``header``; several processes may
+        do so at once."""
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            before = self.study(name)["runs"] if path.is_file() else {}
+            before = self.study(name) if path.is_file() else {}
+            shelves = {key: before[key] for key in ("runs", "priors") if key in before}
+            shelves = {"runs": {}, **shelves, shelf: {**shelves.get(shelf, {}), **runs}}
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps({"name": name, **header, "runs": {**before, **runs}}, indent=1))
+                temporary.write_text(json.dumps({"name": name, **header, **shelves}, indent=1))
 
     def check_writable(self, megabytes: int) -> None:
         """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""

@@ -1,7 +1,8 @@
 """One trial in a process of its own, so that a crash, a lack of memory or a time-out costs that trial and nothing else.
 
-The child is forked from a server process that has everything imported (import takes longer than a small trial). Its
-output goes to ``log.txt`` in the run's folder; it stops by itself, with a checkpoint, when its parent dies.
+The child is forked from a server process that has everything imported (import takes longer than a small trial). How
+it failed comes through a pipe; its output goes to ``log.txt`` in the run's folder, for people. It stops by itself, with
+a checkpoint, when its parent dies.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -26,16 +28,20 @@ import torch
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import Busy, NoSpace, Run, Store
-from bench.priors.config import PriorConfig
-from bench.priors.trial import run_prior
-from bench.tokenizers.config import Config
-from bench.tokenizers.trial import run_trial
+
+from .kinds import KINDS, AnyConfig, Row
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
-EXIT_CODES = {
-    **{"refused": 2, "diverged": 3, "out_of_memory": 4, "busy": 5, "crashed": 6, "blocked": 7},
-    "interrupted": 130,
+LONGEST = 500  # characters of a reason: what a pipe takes at once, whether anybody reads it or not
+ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that fits; any other is a crash
+    Busy: "busy",
+    NoSpace: "blocked",
+    UserError: "refused",
+    Diverged: "diverged",
+    Interrupted: "interrupted",
+    MemoryError: "out_of_memory",
+    torch.OutOfMemoryError: "out_of_memory",
 }
 NO_FAILURE = ("interrupted", "busy", "blocked")
 
@@ -48,11 +54,11 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-Watch = Callable[[list[dict[str, float]]], str | None]
+Watch = Callable[[list[Row]], str | None]
 
 
 def run_in_child(
-    config: Config | PriorConfig,
+    config: AnyConfig,
     store: Store,
     fid_weights: Path | None = None,
     threads: int | None = None,
@@ -69,9 +75,11 @@ def run_in_child(
     run.folder.mkdir(parents=True, exist_ok=True)
     killed_before = _memory_kills()
     context = _context()
-    child = context.Process(target=_child, args=(config, store.root, fid_weights, threads), daemon=False)
+    told, tell = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(config, store.root, fid_weights, threads, tell), daemon=False)
     began, seen, asked, alive = time.monotonic(), 0, None, True
     child.start()
+    tell.close()
     try:
         while alive and asked is None:
             wait([child.sentinel], POLL_SECONDS)
@@ -86,7 +94,7 @@ def run_in_child(
 
     if run.finished:
         return Outcome("finished")
-    outcome = Outcome(asked) if asked else _ended(child.exitcode, run, _memory_kills() > killed_before)
+    outcome = Outcome(asked) if asked else _ended(told, child.exitcode, run, _memory_kills() > killed_before)
     if outcome.status == "timed_out":
         outcome = Outcome(
             "timed_out", f"not finished after {timeout:.0f} s; --retry-failed goes on with it, or take fewer --steps"
@@ -109,47 +117,47 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(config: Config | PriorConfig, root: Path, fid_weights: Path | None, threads: int | None) -> NoReturn:
-    """The child's whole life. Never returns: the exit code tells the parent how it went."""
+def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int | None, tell: Connection) -> NoReturn:
+    """The child's whole life. Never returns; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
     store = Store(root)
-    log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    log = _open_log(store.run(config))
     for stream in (1, 2):
         os.dup2(log, stream)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     if threads:
         torch.set_num_threads(threads)
-    status = "finished"
     try:
-        if isinstance(config, PriorConfig):
-            run_prior(config, store.named(config.tokenizer), store, fid_weights)
-        else:
-            run_trial(config, store, fid_weights)
-    except Busy:
-        status = "busy"
-    except NoSpace as error:
-        status = _say("blocked", str(error))
-    except UserError as error:
-        status = _say("refused", str(error))
-    except Diverged as error:
-        status = _say("diverged", str(error))
-    except Interrupted as stopped:
-        status = _say("interrupted", str(stopped))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        status = _say("out_of_memory", str(error).partition("\n")[0] or "MemoryError")
+        KINDS[config.SHELF].train(config, store, fid_weights)
     except BaseException as error:
-        traceback.print_exc()
+        outcome = _outcome(error)
+        with suppress(BrokenPipeError):  # of a parent that has died
+            tell.send(outcome)  # before the log, which is for people and may have no room left
+        if not isinstance(error, tuple(ENDINGS)):
+            traceback.print_exception(error)
+        print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _open_log(run: Run) -> int:
+    try:
+        return os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def _outcome(error: BaseException) -> Outcome:
+    """How a trial ended that raised ``error``."""
+    status = next((status for kind, status in ENDINGS.items() if isinstance(error, kind)), "crashed")
+    reason = str(error) or type(error).__name__
+    if status == "crashed":
+        reason = f"{type(error).__name__}: {error}"
         # torch's CPU allocator has no exception type of its own
-        memory = re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
-        status = _say("out_of_memory" if memory else "crashed", f"{type(error).__name__}: {error}".partition("\n")[0])
-    sys.exit(0 if status == "finished" else EXIT_CODES[status])
-
-
-def _say(status: str, reason: str) -> str:
-    """Leaves the reason where the parent reads it: the log's last line."""
-    print(f"{status}: {reason}", file=sys.stderr, flush=True)
-    return status
+        if re.search("can't allocate memory|not enough memory|Cannot allocate memory", reason):
+            status = "out_of_memory"
+    return Outcome(status, reason.partition("\n")[0][:LONGEST])
 
 
 def _stop_with_parent() -> None:
@@ -174,15 +182,17 @@ def _new_rows(run: Run, after: float) -> list[dict[str, float]]:
     return [row for row in map(json.loads, complete) if row["step"] > after]
 
 
-def _ended(exitcode: int, run: Run, memory_kill: bool) -> Outcome:
-    """Outcome of a child that was not asked to stop and left no metrics."""
-    statuses = {code: status for status, code in EXIT_CODES.items()}
-    if exitcode == EXIT_CODES["interrupted"] or exitcode == -signal.SIGTERM:
+def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outcome:
+    """Outcome of a child that was not asked to stop and left no metrics: what it said, or if it could say nothing, what
+    its exit code means."""
+    try:
+        outcome = told.recv() if told.poll() else None
+    except EOFError:
+        outcome = None
+    if exitcode == -signal.SIGTERM or (outcome and outcome.status == "interrupted"):
         return Outcome("crashed", "terminated from outside")
-    if exitcode in statuses:
-        status = statuses[exitcode]
-        last = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        return Outcome(status, last[0].removeprefix(f"{status}: ") if last else "")
+    if outcome:
+        return outcome
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         if memory_kill and name == "SIGKILL":

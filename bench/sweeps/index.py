@@ -15,31 +15,21 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import optuna
-import pandas as pd
 import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 
-from bench.analysis.frames import METRICS, settings
 from bench.core.errors import UserError
-from bench.core.store import FAILURES, Run
-from bench.data import AUGMENTATIONS
-from bench.quantizers import QUANTIZERS
-from bench.tokenizers.config import Config
+from bench.core.store import FAILURES, Run, Store
 
-from .plan import TYPES, Range, Space
+from .kinds import KINDS, AnyConfig, kind_of
+from .space import Space, distribution, read_space
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -47,8 +37,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
-MAX_ROWS = 150  # runs of a backbone that importance is computed from
-LARGEST = 2**31 - 1
+BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
 Study = optuna.Study
 Metrics = tuple[str, ...]
 
@@ -97,7 +86,7 @@ class Index:
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
-            directions=["minimize" if METRICS[metric].better == "lower" else "maximize" for metric in metrics],
+            directions=["minimize" if BETTER[metric] == "lower" else "maximize" for metric in metrics],
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=steps // 3),
             load_if_exists=True,
         )
@@ -213,7 +202,7 @@ class Index:
         self._start(trial_id)
         trial = Trial(study, trial_id)
         if len(metrics) == 1 and (runs[0].folder / "history.jsonl").is_file():
-            report(trial, runs[0].history(), Config(**runs[0].config()), after=0)
+            report(trial, runs[0].history(), kind_of(runs[0]).config(runs[0]), after=0)
         self.tell(study, trial, runs, metrics)
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
@@ -255,22 +244,22 @@ class Index:
         )
 
     def _describe(self, study: Study, trial: Trial, runs: list[Run]) -> None:
-        """Metrics as attributes; the reconstruction picture as artifact and in the note."""
+        """Metrics as attributes; each run's picture as artifact and in the note."""
         trial.set_user_attr("run_id", runs[0].folder.name)
         trial.set_user_attr("seconds", sum(map(_seconds, runs)))
-        lines = []
+        kind, lines = kind_of(runs[0]), []
         for run in runs:
             lines.append(f"**{run.folder.name}**: {run.status}{f', {run.reason}' if run.reason else ''}\n")
             if run.finished:
                 metrics = run.metrics()
-                shown = [name for name in METRICS if name in metrics]
+                shown = {name: metric for name, metric in kind.metrics.items() if name in metrics}
                 if run == runs[0]:
                     for name in shown:
                         trial.set_user_attr(name, metrics[name])
-                lines += [self._picture(study, trial, run.folder / "reconstructions.png"), "\n| metric | |\n|---|---|"]
+                lines += [self._picture(study, trial, run.folder / kind.picture), "\n| metric | |\n|---|---|"]
                 lines += [
-                    f"| {METRICS[name].label} {METRICS[name].arrow} | {metrics[name]:{METRICS[name].form}} |"
-                    for name in shown
+                    f"| {metric.label} {metric.arrow} | {metrics[name]:{metric.form}} |"
+                    for name, metric in shown.items()
                 ]
         save_note(trial, "\n".join(lines))
 
@@ -298,25 +287,33 @@ class Index:
         save_note(study, "\n\n".join(lines))
 
 
-def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """Values of the searched fields for ``trial``; those that it already has are kept."""
-    values = {}
-    for name, choice in space.items():
-        if name in trial.params:
-            values[name] = trial.params[name]
-            continue
-        match distribution(name, choice):
-            case IntDistribution(low=low, high=high, log=log):
-                values[name] = trial.suggest_int(name, low, high, log=log)
-            case FloatDistribution(low=low, high=high, log=log):
-                values[name] = trial.suggest_float(name, low, high, log=log)
-            case _:
-                values[name] = trial.suggest_categorical(name, choice)
-    return values
+def rebuild(index: Index, store: Store, name: str) -> int:
+    """Adds the trials of the study called ``name`` that ended without ``index`` knowing, and returns how many those
+    were. Raises UserError on an unknown name."""
+    record, added = store.study(name), 0
+    searching = record["kind"] == "search"
+    for kind in KINDS.values():
+        metrics = kind.ranked or tuple(record["metrics"])
+        trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
+        for run_id, row in record.get(kind.shelf, {}).items():
+            aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
+            params = {name: value for name, value in row.items() if name not in aside}
+            identity = (row[kind.key], *(params.items() if searching else [run_id]))
+            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.shelf))
+        for (label, *_), (params, runs) in trials.items():
+            with index.planning:
+                study = index.open(kind.study(name, label), metrics)
+                index.recover(study)
+                ended = all(run.finished for run in runs) or any(run.status in FAILURES for run in runs)
+                if ended and not index.states(study).get(runs[0].folder.name):
+                    index.add(study, params, runs, metrics, read_space(record["space"]))
+                    added += 1
+    return added
 
 
-def report(trial: Trial, rows: list[dict[str, float]], config: Config, after: int) -> int:
-    """Reports the training loss (reconstruction + lpips_weight · lpips) of ``rows`` beyond step ``after``.
+def report(trial: Trial, rows: list[dict[str, float]], config: AnyConfig, after: int) -> int:
+    """Reports the training loss (the Kind's; of tokenizers reconstruction + lpips_weight · lpips) of ``rows`` beyond
+    step ``after``.
 
     At most MAX_REPORTS of them, at the same steps in every trial of a study. Negative where the study maximises, so
     that the pruner's better is a smaller loss. Returns the last step reported; does nothing for a trial that another
@@ -327,45 +324,9 @@ def report(trial: Trial, rows: list[dict[str, float]], config: Config, after: in
     for row in rows:
         if row["step"] // every > after // every:
             after = int(row["step"])
-            loss = row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0)
             with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial.report(sign * loss, after)
+                trial.report(sign * KINDS[config.SHELF].loss(config, row), after)
     return after
-
-
-def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """How much of the variance of ``metric`` each swept field, and the seed, explains within a backbone.
-
-    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns
-    ``backbone``, ``parameter`` and ``importance``, which sums to 1 within a backbone. Left out are backbones with fewer
-    than 4 runs, with nothing swept or with no variance.
-    """
-    found = []
-    for backbone, rows in table[table.status == "finished"].groupby("backbone"):
-        rows = rows[rows[metric].notna()]
-        rows = rows.sample(min(len(rows), MAX_ROWS), random_state=0)
-        names = [*settings(rows), *(["seed"] if rows.seed.nunique() > 1 else [])]
-        if len(rows) < 4 or not set(names) - {"seed"} or rows[metric].nunique() < 2:
-            continue
-        rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
-        distributions = {name: _range_of(rows[name]) for name in names}
-        study = optuna.create_study()
-        study.add_trials(
-            create_trial(params=dict(zip(names, values, strict=True)), distributions=distributions, value=value)
-            for *values, value in rows.itertuples(index=False)
-        )
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        found += [(backbone, name, share) for name, share in shares.items()]
-    return pd.DataFrame(found, columns=["backbone", "parameter", "importance"])
-
-
-def _range_of(values: pd.Series) -> BaseDistribution:
-    """The distribution that just holds ``values``: a number's order and scale help the forest, and cost it less."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        low, high = float(values.min()), float(values.max())
-        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
-    return CategoricalDistribution(tuple(values.unique()))
 
 
 def _seconds(run: Run) -> float:
@@ -385,25 +346,3 @@ def _template(params: dict[str, Any], run_id: str | None, space: Space) -> Froze
         user_attrs={"run_id": run_id} if run_id else {},
         system_attrs={"fixed_params": params},
     )
-
-
-_CHOICES = {"quantizer": tuple(QUANTIZERS), "augment": tuple(AUGMENTATIONS)}
-
-
-def distribution(name: str, choice: Range | tuple | None = None) -> BaseDistribution:
-    """Optuna's distribution of a Config field: of a search's ``choice``, or the widest, the same for all values that an
-    ablation may give it. Raises UserError for a field that has none."""
-    if isinstance(choice, Range):
-        whole = isinstance(choice.low, int) and isinstance(choice.high, int)
-        return (IntDistribution if whole else FloatDistribution)(choice.low, choice.high, log=choice.log)
-    if choice is not None:
-        return CategoricalDistribution(choice)
-    kind = TYPES[name]
-    choices = _CHOICES.get(name) or (get_args(kind) if get_origin(kind) is Literal else None)
-    if choices:
-        return CategoricalDistribution(choices)
-    if kind is bool:
-        return CategoricalDistribution((False, True))
-    if kind in (int, float):
-        return IntDistribution(0, LARGEST) if kind is int else FloatDistribution(0.0, float(LARGEST))
-    raise UserError(f"{name} is text without a list of choices and cannot be swept")

@@ -1,6 +1,6 @@
-"""What a study consists of: its command line, its cells, what is missing of them and what that will cost.
+"""What a study consists of: its trials, what is missing of them and what that will cost.
 
-A study file (see ``studies/``) is an Ablation or a Search, and ``main`` of ``bench.study``.
+An ablation's plan and a search's are siblings with the same methods; ``make_plan`` chooses by what the study file says.
 """
 
 from __future__ import annotations
@@ -9,192 +9,76 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import pandas as pd
-import tyro
 from rich import box
 from rich.table import Table
 
-from backbones import BACKBONES
-from bench.analysis.frames import METRICS, frame
+from bench.analysis.frames import frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
-from bench.metrics import weights
 from bench.priors.config import PriorConfig
-from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
-DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
-TYPES = get_type_hints(Config)
+from .definition import DEFAULTS, Ablation, Search, StudyArguments
+from .index import Index, Study, Trial
+from .kinds import KINDS, AnyConfig, Kind
+from .space import suggest
 
-
-class Range(NamedTuple):
-    """Values of a searched Config field between two ends, both included; ``log`` samples orders of magnitude evenly."""
-
-    low: float
-    high: float
-    log: bool = False
-
-
-Space = dict[str, "Range | tuple"]  # Config field → Range, or the tuple of its possible values
-
-
-def read_space(stored: dict[str, Any]) -> Space:
-    """A search's space as its study's file has it."""
-    return {name: Range(**choice) if isinstance(choice, dict) else tuple(choice) for name, choice in stored.items()}
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Every backbone at every combination of the values in ``sweep``, once per seed.
-
-    ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
-    over the codes of each of these tokenizers, with the tokenizer's seed.
-    """
-
-    name: str
-    sweep: dict[str, tuple]
-    settings: dict[str, Any] = field(default_factory=dict)
-    backbones: tuple[str, ...] = tuple(BACKBONES)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    priors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric."""
-
-    name: str
-    space: Space
-    settings: dict[str, Any] = field(default_factory=dict)
-    backbones: tuple[str, ...] = tuple(BACKBONES)
-    seeds: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class StudyArguments(Arguments):
-    """What every study takes beside the settings of its runs."""
-
-    metric: tuple[str, ...] = ("lpips_vgg",)
-    """what the dashboard ranks by and a search optimises; several make a search multi-objective, without pruning"""
-    workers: int = 1
-    """trials at a time on this machine; start the same command elsewhere for more"""
-    storage: str | None = None
-    """Optuna storage URL, postgresql+psycopg://... for many machines; the default is SQLite below --results"""
-    plan: bool = False
-    """show the cells, what is already finished and the estimated cost, and stop"""
-    trial_timeout: float | None = None
-    """seconds after which a trial is given up and recorded as timed out"""
-
-
-@dataclass(frozen=True)
-class AblationArguments(StudyArguments):
-    """What an ablation takes."""
-
-    retry_failed: bool = False
-    """run trials again that failed in an earlier command"""
-
-
-@dataclass(frozen=True)
-class PriorStudyArguments(AblationArguments):
-    """What an ablation with priors takes."""
-
-    prior: tuple[str, ...] = ()
-    """priors to train over every tokenizer's codes"""
-    prior_parameters: int = PriorConfig.parameters
-    """parameters of each prior, by its width"""
-    prior_steps: int = PriorConfig.steps
-    """training steps of each prior"""
-    samples: int = PriorConfig.samples
-    """images to generate and score from each prior"""
-
-
-@dataclass(frozen=True)
-class SearchArguments(StudyArguments):
-    """What a search takes."""
-
-    trials: int = 30
-    """trials per backbone, those of earlier commands included"""
-    timeout: float | None = None
-    """seconds of trials per backbone after which no further one starts"""
-
-
-def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
-    """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
-    if isinstance(study, Ablation):
-        base, values = PriorStudyArguments if study.priors else AblationArguments, study.sweep
-        flags = {name: Annotated[tuple[TYPES[name], ...], tyro.conf.arg(help="values to sweep")] for name in values}
-    else:
-        base, values = SearchArguments, {}
-        flags = {name: tyro.conf.Suppress[TYPES[name]] for name in study.space}
-    extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
-    kind = make_dataclass("Options", extra, bases=(base,), frozen=True)
-    defaults = {**study.settings, **values, "backbone": study.backbones, "seeds": study.seeds}
-    defaults |= {"prior": study.priors} if getattr(study, "priors", ()) else {}
-    options = parse(kind, arguments, f"python -m studies.{study.name}", description, **defaults)
-    missing = weights.inception_missing() if options.fid_weights is None else ""
-    known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
-    for metric in options.metric:
-        if metric not in known:
-            raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
-        if metric == "fid" and missing:
-            raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
-    if not isinstance(study, Ablation) and (options.match or "").startswith("time:"):
-        raise UserError(f"--match {options.match} would give each trial of a search other steps; match params or flops")
-    for name in ("backbone", "seeds", "metric", *values, *(("prior",) if getattr(study, "priors", ()) else ())):
-        if not getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} needs at least one value")
-    for name in ("workers", "trials", "timeout", "trial_timeout"):
-        value = getattr(options, name, None)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    return options
+PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 
 
 class Cell(NamedTuple):
-    """One trial of an ablation: its Optuna parameters, the seed among them, and its run."""
+    """One trial: its Optuna parameters and its runs, which are one or, in a search, one per seed."""
 
     params: dict[str, Any]
-    run: Run
+    configs: list[AnyConfig]
+    runs: list[Run]
+
+    @property
+    def run(self) -> Run:
+        """The first run, by whose id the index knows the trial."""
+        return self.runs[0]
+
+
+class Part(NamedTuple):
+    """What of a study has an Optuna study of its own: the tokenizers of a backbone, or the priors of one kind."""
+
+    name: str  # of the Optuna study
+    kind: Kind
+    label: str  # the backbone, or the prior
+    steps: int  # of training, per run
+    metrics: tuple[str, ...]
+    cells: list[Cell]  # an ablation's; a search makes its own as it goes
+
+    def rows(self, cells: list[Cell]) -> dict[str, dict[str, Any]]:
+        """Runs of ``cells`` as the study's file has them."""
+        about = {self.kind.key: self.label}
+        return {
+            run.folder.name: {**about, **cell.params, "seed": config.seed}
+            for cell in cells
+            for config, run in zip(cell.configs, cell.runs, strict=True)
+        }
 
 
 class Plan:
-    """A study with its arguments. Raises UserError when one of its configs cannot work."""
+    """What both plans share. Raises UserError when one of its configs cannot work."""
+
+    kind: str
+    swept: tuple[str, ...]
+    final: Collection[str]  # how a run has ended that is not run again
 
     def __init__(self, study: Ablation | Search, options: StudyArguments):
         self.study, self.options, self.store = study, options, Store(options.results)
-        self.searching = isinstance(study, Search)
-        self.swept = tuple(study.space if self.searching else study.sweep)
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
-        self.priors()  # checks them before any tokenizer is trained
-
-    def priors(self) -> list[PriorConfig]:
-        """The priors over every tokenizer that is finished. Raises UserError when one of them cannot work."""
-        found = []
-        for cells in self.cells.values():
-            for cell in cells:
-                for prior in dict.fromkeys(getattr(self.options, "prior", ())):
-                    config = PriorConfig(
-                        tokenizer=cell.run.folder.name,
-                        prior=prior,
-                        parameters=self.options.prior_parameters,
-                        steps=self.options.prior_steps,
-                        samples=self.options.samples,
-                        precision=self.options.precision,
-                        device=self.options.device,
-                        seed=cell.params["seed"],
-                    )
-                    config.check()
-                    found += [config.resolved()] if cell.run.finished else []
-        return found
 
     @cached_property
     def name(self) -> str:
@@ -212,22 +96,13 @@ class Plan:
                 value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
             value = f"{value:g}" if isinstance(value, float) else value
             words.append(f"{name}={value}" if name != "data" else value)
-        if self.searching and self.seeds != self.study.seeds:  # a trial's value is the mean over them
-            words.append("seeds=" + "+".join(map(str, self.seeds)))
-        words += [f"match={self.options.match}"] if self.options.match else []
-        for name in ("prior_parameters", "prior_steps", "samples"):
-            usual_value = getattr(PriorConfig, name.removeprefix("prior_"))
-            if getattr(self.options, name, usual_value) != usual_value:
-                words.append(f"{name}={getattr(self.options, name)}")
-        return re.sub(r"[^\w.=-]+", "_", "-".join(words))
+        match = [f"match={self.options.match}"] if self.options.match else []
+        return re.sub(r"[^\w.=-]+", "_", "-".join(self._named(words, match)))
 
     def header(self) -> dict[str, Any]:
-        """What the study's file says beside its runs."""
+        """What the study's file says besides its runs."""
         header = {"study": self.study.name, "sweep": self.swept, "metrics": self.options.metric}
-        if not self.searching:
-            return {**header, "kind": "ablation", "space": {}}
-        space = {name: c._asdict() if isinstance(c, Range) else c for name, c in self.study.space.items()}
-        return {**header, "kind": "search", "space": space}
+        return {**header, "kind": self.kind, "space": self._space()}
 
     def configs(self, backbone: str, params: dict[str, Any]) -> list[Config]:
         """The runs of a trial with ``params``: one, or in a search one per seed."""
@@ -235,26 +110,20 @@ class Plan:
         seeds = (params["seed"],) if "seed" in params else self.seeds
         return [self.options.config(backbone, seed, **settings).resolved() for seed in seeds]
 
-    def _cells(self, backbone: str) -> list[Cell]:
-        """An ablation's trials, all cells of one seed before the next. A search makes its own as it goes."""
-        if self.searching:
-            first = {name: choice[0] for name, choice in self.study.space.items()}
-            self.configs(backbone, first)[0].check()
-            return []
-        values = [dict.fromkeys(getattr(self.options, name)) for name in self.swept]
-        cells = []
-        for seed, *combination in itertools.product(self.seeds, *values):
-            params = {**dict(zip(self.swept, combination, strict=True)), "seed": seed}
-            config = self.configs(backbone, params)[0]
-            config.check()
-            cells.append(Cell(params, self.store.run(config)))
-        return cells
+    def wants(self, run: Run) -> bool:
+        """Whether ``run`` is still to be run: neither finished nor, unless failed ones are to be retried, failed."""
+        return run.status not in self.final
 
-    def missing(self, backbone: str) -> list[Cell]:
-        """Cells to run: neither finished nor, unless failed ones are to be retried, failed. A run that a search pruned
-        says nothing about the cell of an ablation."""
-        done = {"finished"} if self.options.retry_failed else {"finished", *FAILURES} - {"pruned"}
-        return [cell for cell in self.cells[backbone] if cell.run.status not in done]
+    def tokenizers(self) -> list[Part]:
+        """A part per backbone."""
+        kind, options = KINDS[Config.SHELF], self.options
+        return [
+            Part(kind.study(self.name, name), kind, name, options.steps, options.metric, cells)
+            for name, cells in self.cells.items()
+        ]
+
+    def _cell(self, params: dict[str, Any], configs: list[AnyConfig]) -> Cell:
+        return Cell(params, configs, [self.store.run(config) for config in configs])
 
     def table(self) -> Table:
         """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
@@ -263,37 +132,216 @@ class Plan:
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
             table.add_column(heading, justify="left" if heading == "backbone" else "right")
         total = 0.0
-        for backbone, cells in self.cells.items():
-            status = Counter(cell.run.status for cell in cells)
+        for backbone in self.backbones:
+            cells, status, configs = self._row(backbone)
             failed = sum(count for name, count in status.items() if name in FAILURES)
-            if self.searching:
-                rows, shape = self._recorded(backbone), f"{self.options.trials} × {len(self.seeds)}"
-                status = Counter(row.status for row in rows)
-                failed = sum(count for name, count in status.items() if name in FAILURES)
-                open_trials = max(0, self.options.trials * len(self.seeds) - status["finished"] - failed)
-                first = {name: choice[0] for name, choice in self.study.space.items()}
-                configs = self.configs(backbone, first)[:1] * open_trials
-            else:
-                shape = f"{len(cells) // len(self.seeds)} × {len(self.seeds)}"
-                configs = [self.configs(backbone, cell.params)[0] for cell in self.missing(backbone)]
             seconds = sum(estimates(configs, known))
             total += seconds
             counts = [str(status["finished"]), str(failed), str(len(configs))]
-            table.add_row(backbone, shape, *counts, f"{seconds / 60:.1f} min")
-        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
-        if names := getattr(self.options, "prior", ()):
-            runs = [self.store.run(config) for config in self.priors()]
-            planned = len(dict.fromkeys(names)) * sum(map(len, self.cells.values()))
-            finished = sum(run.finished for run in runs)
-            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
+            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *counts, f"{seconds / 60:.1f} min")
+        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top" + self._further()
         return table
 
-    def _recorded(self, backbone: str) -> list[Run]:
-        """Runs that the study's file lists for ``backbone``."""
-        if self.name not in self.store.studies():
-            return []
+
+class AblationPlan(Plan):
+    """The plan of an Ablation: cells × seeds, and priors over those that are finished."""
+
+    kind = "ablation"
+
+    def __init__(self, study: Ablation, options: StudyArguments):
+        self.swept = tuple(study.sweep)
+        # what a search pruned says nothing about a cell
+        self.final = {"finished"} if options.retry_failed else {"finished", *FAILURES} - {"pruned"}
+        self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
+        self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
+        super().__init__(study, options)
+        for cell in itertools.chain(*self.cells.values()):
+            for prior in self._prior_names:
+                self._prior(prior, cell).check()  # before any tokenizer is trained
+
+    def _cells(self, backbone: str) -> list[Cell]:
+        """All cells of one seed before those of the next."""
+        values = [dict.fromkeys(vars(self.options)[name]) for name in self.swept]
+        cells = []
+        for seed, *combination in itertools.product(self.seeds, *values):
+            params = {**dict(zip(self.swept, combination, strict=True)), "seed": seed}
+            (config,) = self.configs(backbone, params)
+            config.check()
+            cells.append(self._cell(params, [config]))
+        return cells
+
+    def example(self, backbone: str) -> Config:
+        """One config, to prepare data and weights with."""
+        return self.cells[backbone][0].configs[0]
+
+    def priors(self) -> list[Part]:
+        """A part per prior, with a cell for every tokenizer that is finished."""
+        finished = [(name, one) for name, cells in self.cells.items() for one in cells if one.run.finished]
+        kind, parts = KINDS[PriorConfig.SHELF], []
+        for prior in self._prior_names if finished else ():
+            cells = [
+                # timm's models go by one name: Optuna has to know all values beforehand
+                self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
+                for name, one in finished
+            ]
+            study = kind.study(self.name, prior)
+            parts.append(Part(study, kind, prior, self.options.prior_steps, kind.ranked, cells))
+        return parts
+
+    def _prior(self, prior: str, cell: Cell) -> PriorConfig:
+        (config,), options = cell.configs, self.options
+        return PriorConfig(
+            tokenizer=cell.run.folder.name,
+            prior=prior,
+            **{field: vars(options)[flag] for flag, field in PRIOR_SETTINGS.items()},
+            precision=options.precision,
+            device=options.device,
+            seed=config.seed,
+        )
+
+    def fill(self, part: Part, index: Index, study: Study) -> int:
+        """Enqueues what is missing and records what ended elsewhere. Returns the number of trials to be run, those that
+        other workers have included."""
+        rows = part.rows(part.cells)
+        self.store.extend_study(self.name, self.header(), rows, part.kind.shelf)
+        states = index.states(study)
+        for cell in part.cells:
+            run_id = cell.run.folder.name
+            known, failed_again = states.get(run_id, set()), run_id in self._enqueued and cell.run.status in FAILURES
+            if known & {"WAITING", "RUNNING"}:
+                continue  # whoever takes it, or has it, will look into the store
+            if self.wants(cell.run) and not failed_again:
+                self._enqueued.add(run_id)
+                index.enqueue(study, cell.params, run_id)
+            elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
+                index.add(study, cell.params, cell.runs, part.metrics, {})
+        return index.waiting(study, {*rows}) + index.running(study, {*rows})
+
+    def allows(self, index: Index, study: Study) -> bool:
+        """Whether another trial may begin."""
+        return True
+
+    def prunes(self, trial: Trial) -> bool:
+        """Whether a trial is to be given up for its curve."""
+        return False
+
+    def claimed(self, part: Part, trial: Trial) -> Cell:
+        """The runs of a trial that was taken."""
+        return next(cell for cell in part.cells if cell.run.folder.name == trial.user_attrs["run_id"])
+
+    def failed(self) -> bool:
+        """Whether a planned run has no scores."""
+        parts = (*self.tokenizers(), *self.priors())
+        return not all(cell.run.finished for part in parts for cell in part.cells)
+
+    def _named(self, words: list[str], match: list[str]) -> list[str]:
+        if not self._prior_names:
+            return words + match
+        given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS}
+        usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
+        return words + match + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
+
+    def _space(self) -> dict[str, Any]:
+        return {}
+
+    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
+        """Cells per seed, how runs ended, and the configs to run."""
+        cells = self.cells[backbone]
+        configs = [cell.configs[0] for cell in cells if self.wants(cell.run)]
+        return len(cells) // len(self.seeds), Counter(cell.run.status for cell in cells), configs
+
+    def _further(self) -> str:
+        if not self._prior_names:
+            return ""
+        planned = len(self._prior_names) * sum(map(len, self.cells.values()))
+        finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
+        return f"; priors, not in these minutes: {finished} of {planned} finished"
+
+
+class SearchPlan(Plan):
+    """The plan of a Search: so many trials, whose values are drawn when they are taken."""
+
+    kind = "search"
+    final = frozenset({"finished", *FAILURES})
+
+    def __init__(self, study: Search, options: StudyArguments):
+        self.swept = tuple(study.space)
+        if (options.match or "").startswith("time:"):
+            raise UserError(
+                f"--match {options.match} would give each trial of a search other steps; match params or flops"
+            )
+        super().__init__(study, options)
+
+    def _cells(self, backbone: str) -> list[Cell]:
+        self.example(backbone).check()
+        return []
+
+    def example(self, backbone: str) -> Config:
+        """One config, to prepare data and weights with."""
+        return self.configs(backbone, self.study.first())[0]
+
+    def priors(self) -> list[Part]:
+        """None: a search is of tokenizers."""
+        return []
+
+    def fill(self, part: Part, index: Index, study: Study) -> int:
+        """Enqueues what is missing of the budget. Returns the number of trials to be run, those that other workers have
+        included."""
+        self.store.extend_study(self.name, self.header(), {})
+        for _ in range(self.options.trials - index.counted(study)):
+            index.enqueue(study, {})
+        return max(0, self.options.trials - index.ended(study))
+
+    def allows(self, index: Index, study: Study) -> bool:
+        """Whether another trial may begin: neither are all begun nor is the time over."""
+        if self.options.timeout is not None and index.seconds(study) >= self.options.timeout:
+            return False
+        return index.ended(study) + index.running(study, set()) < self.options.trials
+
+    def prunes(self, trial: Trial) -> bool:
+        """Whether a trial is to be given up for its curve."""
+        return trial.should_prune()
+
+    def claimed(self, part: Part, trial: Trial) -> Cell:
+        """Draws the values of a trial that was taken, and records its runs."""
+        params = suggest(trial, self.study.space)
+        cell = self._cell(params, self.configs(part.label, params))
+        self.store.extend_study(self.name, self.header(), part.rows([cell]))
+        return cell
+
+    def failed(self) -> bool:
+        """Whether a run failed, which a pruned one has not."""
         runs = self.store.study(self.name)["runs"]
-        return [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
+        return any(self.store.named(run_id).status in {*FAILURES} - {"pruned"} for run_id in runs)
+
+    def _named(self, words: list[str], match: list[str]) -> list[str]:
+        if self.seeds != self.study.seeds:  # a trial's value is the mean over them
+            words = [*words, "seeds=" + "+".join(map(str, self.seeds))]
+        return words + match
+
+    def _space(self) -> dict[str, Any]:
+        return self.study.stored()
+
+    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
+        """Trials, how runs ended, and a config for each that is left of the budget."""
+        studies = self.store.studies()
+        runs = self.store.study(self.name)["runs"] if self.name in studies else {}
+        rows = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
+        status = Counter(run.status for run in rows)
+        ended = sum(status[name] for name in ("finished", *FAILURES))
+        left = max(0, self.options.trials * len(self.seeds) - ended)
+        return self.options.trials, status, [self.example(backbone)] * left
+
+    def _further(self) -> str:
+        return ""
+
+
+PLANS = {Ablation: AblationPlan, Search: SearchPlan}
+
+
+def make_plan(study: Ablation | Search, options: StudyArguments) -> AblationPlan | SearchPlan:
+    """The plan of ``study``. Raises UserError when one of its configs cannot work."""
+    return PLANS[type(study)](study, options)
 
 
 def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:

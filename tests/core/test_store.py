@@ -131,6 +131,17 @@ def test_a_study_only_grows(store):
         store.study("gamma")
 
 
+def test_a_study_has_its_priors_beside_its_runs(store):
+    """If it has any; each grows by itself."""
+    store.extend_study("beta", HEADER, {"a": {"beta": 1}})
+    assert "priors" not in store.study("beta")
+    store.extend_study("beta", HEADER, {"p": {"prior": "rnn"}}, "priors")
+    store.extend_study("beta", HEADER, {"b": {"beta": 2}})
+    found = store.study("beta")
+    assert (found["runs"], found["priors"]) == ({"a": {"beta": 1}, "b": {"beta": 2}}, {"p": {"prior": "rnn"}})
+    assert store.named("p", "priors").folder == store.root / "priors" / "p"
+
+
 def test_two_that_extend_a_study_at_once_lose_nothing(tmp_path):
     """Each waits, once it has read, until the other has read as well: without the lock both would write what they
     read then, and one of them would lose."""

@@ -17,8 +17,9 @@ import torch
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import child
-from bench.sweeps.child import EXIT_CODES, NO_FAILURE, run_in_child
+from bench.sweeps import child, kinds
+from bench.sweeps.child import ENDINGS, NO_FAILURE, run_in_child
+from bench.sweeps.kinds import KINDS
 from bench.tokenizers.config import make_config
 
 
@@ -51,8 +52,8 @@ def trial(monkeypatch):
             (store.run(config).folder / "over.txt").write_text(tokenizer.folder.name)
             trial(config, store, fid_weights)
 
-        monkeypatch.setattr(child, "run_trial", trial)
-        monkeypatch.setattr(child, "run_prior", prior)
+        monkeypatch.setitem(KINDS, "runs", KINDS["runs"]._replace(train=trial))
+        monkeypatch.setattr(kinds, "run_prior", prior)
 
     return put
 
@@ -81,7 +82,7 @@ def waiting(run: Run) -> None:
     raise Interrupted("stopped at step 3")
 
 
-ENDINGS = [
+ENDED = [
     (UserError("wrong, choose another"), "refused", "wrong, choose another"),
     (Diverged("not finite by step 3"), "diverged", "not finite by step 3"),
     (Busy("another"), "busy", None),
@@ -96,7 +97,7 @@ ENDINGS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "reason"), ENDINGS, ids=[type(error).__name__ for error, *_ in ENDINGS])
+@pytest.mark.parametrize(("error", "status", "reason"), ENDED, ids=[type(error).__name__ for error, *_ in ENDED])
 def test_every_error_has_its_outcome(trial, store, error, status, reason):
     """Failures are recorded with their reason; what is nobody's failure leaves the run as it was."""
     trial(raising(error))
@@ -265,17 +266,53 @@ def test_rows_are_given_once_and_only_when_whole(store):
     assert child._new_rows(run, 2) == ROWS[2:]
 
 
-def test_exit_codes_tell_endings_apart():
-    """None is that of success, of Python's own failure, or of another ending; all but three are kinds of failure."""
-    assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
-    assert not {0, 1} & set(EXIT_CODES.values())
-    assert set(EXIT_CODES) - set(FAILURES) == set(NO_FAILURE)
-    assert set(FAILURES) - set(EXIT_CODES) == {"timed_out", "pruned"}  # which the parent decides
+def test_what_a_child_can_say_is_a_failure_or_one_of_three_that_are_none():
+    said = {*ENDINGS.values(), "crashed"}
+    assert said - set(FAILURES) == set(NO_FAILURE)
+    assert set(FAILURES) - said == {"timed_out", "pruned"}  # which the parent decides
+
+
+@pytest.mark.parametrize("error", [UserError("wrong, choose another"), ValueError("a shape")])
+def test_the_reason_arrives_though_the_log_cannot_be_written(trial, store, error):
+    trial(raising(error))
+    config = make_config("cnn", "smoke")
+    (store.run(config).folder / "log.txt").mkdir(parents=True)
+    outcome = run_in_child(config, store)
+    assert outcome.status == store.run(config).status == ("refused" if isinstance(error, UserError) else "crashed")
+    assert str(error) in outcome.reason == store.run(config).reason
+
+
+def test_the_reason_arrives_though_the_disk_of_the_log_is_full(trial, store):
+    trial(raising(UserError("wrong, choose another")))
+    config = make_config("cnn", "smoke")
+    store.run(config).folder.mkdir(parents=True)
+    (store.run(config).folder / "log.txt").symlink_to("/dev/full")
+    assert run_in_child(config, store) == ("refused", "wrong, choose another")
+
+
+def test_a_reason_is_the_first_line_and_no_longer_than_a_pipe_takes(trial, store):
+    """However much an error says: nobody reads before the child has ended."""
+    for told, reason in (("one line\nmore", "one line"), ("x" * 1_000_000, "x" * child.LONGEST)):
+        trial(raising(UserError(told)))
+        assert run_in_child(make_config("cnn", "smoke"), store) == ("refused", reason)
+
+
+def test_the_log_tells_people_why(trial, store):
+    """With the traceback of a crash, and without one where the reason says it all."""
+    for error, traced in ((ValueError("a shape"), True), (UserError("wrong, choose another"), False)):
+        config = make_config("cnn", "smoke", seed=int(traced))
+        trial(raising(error))
+        outcome = run_in_child(config, store)
+        log = (store.run(config).folder / "log.txt").read_text()
+        assert log.endswith(f"{outcome.status}: {outcome.reason}\n")
+        assert ("Traceback" in log) == traced
 
 
 def test_an_unknown_exit_code_is_a_crash(store):
     run = store.run(make_config("cnn", "smoke"))
-    outcome = child._ended(1, run, memory_kill=False)
+    told, tell = multiprocessing.Pipe(duplex=False)
+    tell.close()  # without a word
+    outcome = child._ended(told, 1, run, memory_kill=False)
     assert outcome.status == "crashed"
     assert re.search(r"exit code 1\b", outcome.reason)
 

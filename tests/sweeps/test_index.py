@@ -17,9 +17,10 @@ from optuna_dashboard import get_note
 from bench.analysis.frames import METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
-from bench.sweeps import index
-from bench.sweeps.index import MAX_REPORTS, Index, distribution, importances, report, suggest, without_password
-from bench.sweeps.plan import Range
+from bench.priors.config import PriorConfig
+from bench.sweeps import index, space
+from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
+from bench.sweeps.space import Range, distribution, importances, suggest
 from bench.tokenizers.config import Config, make_config
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
@@ -139,6 +140,13 @@ def test_a_trial_is_given_up_after_a_third_of_the_steps_and_five_others(indexed,
         trial = taken(indexed, study, {"beta": loss})
         trial.report(loss, step)
         assert trial.should_prune() == (loss > 1 and pruned == 1)
+
+
+def test_of_a_prior_the_pruner_sees_bits_per_token():
+    trial = optuna.create_study().ask()
+    rows = [{"step": step, "bits_per_token": 8.0 - step} for step in (1, 2, 3)]
+    assert report(trial, rows, PriorConfig("a-tokenizer", "rnn", steps=3), after=1) == 3
+    assert trial.study.trials[0].intermediate_values == {2: 6.0, 3: 5.0}
 
 
 # -- who takes what ---------------------------------------------------------------------------------------------------
@@ -418,9 +426,9 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+        assert space._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
     for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert space._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -429,14 +437,14 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
     table = pd.DataFrame(rows, columns=frame([]).columns)
     looked_at = []
     monkeypatch.setattr(
-        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+        space, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
     )
     assert not importances(table[:4], "psnr").empty
     assert importances(table[:3], "psnr").empty
     gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
     assert not importances(gappy, "psnr").empty
     assert not any(map(math.isnan, looked_at))
-    monkeypatch.setattr(index, "MAX_ROWS", 10)
+    monkeypatch.setattr(space, "MAX_ROWS", 10)
     looked_at.clear()
     importances(table, "psnr")
     assert len(set(looked_at)) == 10

@@ -1,6 +1,7 @@
 """Plans: which cells a study consists of, what is missing of them, and what the rest will cost."""
 
 import importlib
+import inspect
 import itertools
 import json
 from dataclasses import asdict, replace
@@ -15,7 +16,9 @@ from bench.core.store import FAILURES
 from bench.priors.config import PriorConfig
 from bench.priors.models import PRIORS
 from bench.sweeps import plan
-from bench.sweeps.plan import Ablation, Plan, Range, Search, estimates, parse_study, read_space
+from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
+from bench.sweeps.space import Range, read_space
 from bench.tokenizers.config import Config, make_config
 
 SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))
@@ -24,7 +27,12 @@ SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_di
 
 def planned(study, folder, *arguments: str) -> Plan:
     words = ["--preset", "smoke", "--device", "cpu", "--precision", "fp32", "--results", str(folder), *arguments]
-    return Plan(study, parse_study(study, "", words))
+    return make_plan(study, parse_study(study, "", words))
+
+
+def priors_of(found: Plan) -> list[PriorConfig]:
+    """Of all kinds, kind after kind."""
+    return [config for part in found.priors() for cell in part.cells for config in cell.configs]
 
 
 def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
@@ -84,7 +92,7 @@ def test_missing_is_what_has_neither_scores_nor_failed_for_good(tmp_path, retry)
         ended(found, found.configs("cnn", cell.params)[0], status)
     done = {"finished"} if retry else {"finished", *FAILURES} - {"pruned"}
     wanted = [status for status in (*statuses, "never started") if status not in done]
-    missing = [cell.params["lr"] for cell in found.missing("cnn")]
+    missing = [cell.params["lr"] for cell in found.cells["cnn"] if found.wants(cell.run)]
     known = dict(zip(study.sweep["lr"], [*statuses, "never started"], strict=True))
     assert [known[lr] for lr in missing] == wanted
 
@@ -124,15 +132,15 @@ def test_priors_are_planned_over_finished_tokenizers_with_their_seeds(tmp_path):
     study = Ablation("p", {"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0, 3), priors=("rnn", "independent"))
     sizes = ("--prior-parameters", "5000", "--prior-steps", "77", "--samples", "64")
     found = planned(study, tmp_path, *sizes)
-    assert found.priors() == []
+    assert priors_of(found) == []
     done = [cell for cell in found.cells["cnn"] if cell.params["beta"] == 1.0]
     for cell in done:
         ended(found, found.configs("cnn", cell.params)[0], "finished")
     other = found.cells["cnn"][0]
     ended(found, found.configs("cnn", other.params)[0], "diverged")
     names = {cell.run.folder.name: cell.params["seed"] for cell in done}
-    priors = found.priors()
-    assert [(one.tokenizer, one.prior) for one in priors] == list(itertools.product(names, ("rnn", "independent")))
+    priors = priors_of(found)
+    assert [(one.prior, one.tokenizer) for one in priors] == list(itertools.product(("rnn", "independent"), names))
     assert all(one.seed == names[one.tokenizer] for one in priors)
     assert all((one.precision, one.device, one.samples) == ("fp32", "cpu", 64) for one in priors)
     assert {(one.parameters, one.steps) for one in priors if one.prior == "rnn"} == {(5000, 77)}
@@ -144,7 +152,7 @@ def test_priors_are_trained_in_the_precision_of_the_command_line(tmp_path, preci
     study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
     found = planned(study, tmp_path, "--precision", precision)
     ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
-    assert [one.precision for one in found.priors()] == [precision]
+    assert [one.precision for one in priors_of(found)] == [precision]
 
 
 def test_priors_are_trained_on_the_device_of_the_command_line(tmp_path, monkeypatch):
@@ -153,7 +161,7 @@ def test_priors_are_trained_on_the_device_of_the_command_line(tmp_path, monkeypa
     study = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
     found = planned(study, tmp_path)
     ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
-    assert [one.device for one in found.priors()] == ["cpu"]
+    assert [one.device for one in priors_of(found)] == ["cpu"]
 
 
 def test_a_prior_that_is_named_twice_is_planned_once(tmp_path):
@@ -161,10 +169,46 @@ def test_a_prior_that_is_named_twice_is_planned_once(tmp_path):
     found = planned(study, tmp_path, "--prior", "rnn", "independent", "rnn")
     for cell in found.cells["cnn"]:
         ended(found, found.configs("cnn", cell.params)[0], "finished")
-    for config in found.priors():
+    for config in priors_of(found):
         ended(found, config, "finished")
-    assert len(found.priors()) == 4
+    assert len(priors_of(found)) == 4
     assert found.table().caption.endswith("4 of 4 finished")
+
+
+# -- one interface ----------------------------------------------------------------------------------------------------
+
+
+def test_both_plans_have_the_same_methods():
+    """Of equal signatures: who runs a study asks for no more, and does not ask which of the two it is."""
+
+    def face(kind: type[Plan]) -> dict[str, str]:
+        names = {name for name in dir(kind) if not name.startswith("_")}
+        return {name: str(inspect.signature(made)) for name in names if callable(made := getattr(kind, name))}
+
+    ablation, search = face(AblationPlan), face(SearchPlan)
+    assert ablation == search
+    asked = ("tokenizers", "priors", "fill", "wants", "allows", "prunes", "claimed", "failed", "example", "header")
+    assert {*asked, "table"} <= {*ablation}
+    assert (AblationPlan.kind, SearchPlan.kind) == ("ablation", "search")
+
+
+def test_a_plan_is_chosen_by_what_the_study_is(tmp_path):
+    search = Search("search", SPACE, backbones=("cnn",))
+    assert type(planned(SWEEP, tmp_path)) is AblationPlan
+    assert type(planned(search, tmp_path)) is SearchPlan
+    assert planned(search, tmp_path).priors() == planned(SWEEP, tmp_path).priors() == []
+
+
+def test_an_example_is_a_config_of_the_study(tmp_path):
+    (first, *_) = planned(SWEEP, tmp_path).cells["vit"]
+    assert planned(SWEEP, tmp_path).example("vit") == first.configs[0]
+    found = planned(Search("search", SPACE, backbones=("cnn",), seeds=(3, 4)), tmp_path).example("cnn")
+    assert (found.backbone, found.seed, found.beta, found.codebook_size, found.code_dim) == ("cnn", 3, 0.1, 64, 4)
+
+
+def test_a_search_makes_no_trial_of_one_length_and_another_of_another(tmp_path):
+    with pytest.raises(UserError, match="time:60s would give each trial of a search other steps"):
+        planned(Search("search", SPACE, backbones=("cnn",)), tmp_path, "--match", "time:60s")
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------

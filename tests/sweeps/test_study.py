@@ -19,11 +19,13 @@ from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, plan
+from bench.sweeps import index, plan, space
 from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
+from bench.sweeps.definition import Ablation, Search, parse_study
 from bench.sweeps.index import Index, default_url
-from bench.sweeps.plan import Ablation, Plan, Range, Search, parse_study
+from bench.sweeps.plan import Plan, make_plan
+from bench.sweeps.space import Range
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 
@@ -43,12 +45,11 @@ class FakeChild:
         with self.lock:
             self.calls.append(config)
             ending = self.endings.pop(0) if self.endings else "finished"
-        if (
-            watch([{"step": config.steps // 2, "reconstruction": getattr(config, "beta", 0.0), "perplexity": 9.0}])
-            == "interrupted"
-        ):
+        prior = isinstance(config, PriorConfig)
+        losses = {"bits_per_token": 7.0} if prior else {"reconstruction": config.beta, "perplexity": 9.0}
+        if watch([{"step": config.steps // 2, **losses}]) == "interrupted":
             return Outcome("interrupted")
-        if ending == "finished" and isinstance(config, PriorConfig):
+        if ending == "finished" and prior:
             fabricate_prior(store, config, 5.0, 100.0)
         elif ending == "finished":
             fabricate(store, config, quality=0.01 * config.beta)
@@ -83,7 +84,7 @@ def start(what, tmp_path, *arguments) -> int:
 def planned(tmp_path, *arguments) -> Plan:
     """BETA's plan, as ``start`` makes it."""
     common = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
-    return Plan(BETA, parse_study(BETA, "", [*common, *arguments]))
+    return make_plan(BETA, parse_study(BETA, "", [*common, *arguments]))
 
 
 def optuna_studies(tmp_path) -> dict[str, optuna.Study]:
@@ -119,8 +120,8 @@ def test_one_more_seed_runs_only_that_seed(child, tmp_path):
 
 def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
     what = planned(tmp_path, "--seeds", "0", "1")
-    for backbone in what.backbones:  # a command that was stopped before it ran anything
-        study.queue(what, backbone, Index(default_url(tmp_path), tmp_path / "studies"))
+    for part in what.tokenizers():  # a command that was stopped before it ran anything
+        study.queue(what, part, Index(default_url(tmp_path), tmp_path / "studies"))
     start(BETA, tmp_path, "--seeds", "1", "--backbone", "vit")
     assert {(config.backbone, config.seed) for config in child.calls} == {("vit", 1)}
     assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
@@ -230,8 +231,9 @@ def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "GRACE_SECONDS", 1)
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
-    assert study.queue(what, "cnn", dead) == 2
-    one = study.open_study(what, "cnn", dead)
+    part = what.tokenizers()[0]
+    assert study.queue(what, part, dead) == 2
+    one = study.open_study(part, dead)
     taken = dead.claim(one, set())
     dead.storage.record_heartbeat(taken._trial_id)  # its last
     assert start(BETA, tmp_path) == 0
@@ -385,7 +387,7 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     ):
         assert f"{flag} " in flags
     for field in swept:
-        index.distribution(field)
+        space.distribution(field)
     assert set(CONFIG) <= set(frame([]).columns)
     assert not set(CONFIG) & set(METRICS)
 
@@ -405,7 +407,7 @@ def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
 
 def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
     def name(*arguments):
-        return Plan(BETA, parse_study(BETA, "", ["--results", str(tmp_path), *arguments])).name
+        return make_plan(BETA, parse_study(BETA, "", ["--results", str(tmp_path), *arguments])).name
 
     assert name() == "beta-cpu"
     assert name("--preset", "smoke", "--beta", "0.5", "--seeds", "7", "--device", "cpu") == "beta-smoke"
@@ -445,11 +447,11 @@ def test_importance_finds_what_matters(tmp_path):
     for beta in (0.25, 0.5, 1.0, 2.0):
         for seed in range(3):
             fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
-    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    found = space.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
     assert found.sum() == pytest.approx(1)
     assert found["beta"] > 0.9
-    assert index.importances(frame([]), "lpips_vgg").empty
-    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+    assert space.importances(frame([]), "lpips_vgg").empty
+    assert space.importances(frame(store.runs()[:3]), "lpips_vgg").empty
 
 
 def test_all_backbones_by_default():
@@ -520,8 +522,9 @@ def test_a_worker_that_dies_before_its_first_heartbeat_is_noticed(child, tmp_pat
     monkeypatch.setattr(index, "GRACE_SECONDS", 1)
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
-    study.queue(what, "cnn", dead)
-    assert dead.claim(study.open_study(what, "cnn", dead), set()) is not None  # and not a beat more
+    part = what.tokenizers()[0]
+    study.queue(what, part, dead)
+    assert dead.claim(study.open_study(part, dead), set()) is not None  # and not a beat more
     assert start(BETA, tmp_path) == 0
     assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
 
@@ -637,20 +640,20 @@ def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, m
 def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
     """However often it is planned: waiting ones are part of its budget."""
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials", "3"]
-    what, one = Plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
-    assert [study.queue(what, "cnn", one) for _ in range(2)] == [3, 3]
+    what, one = make_plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
+    assert [study.queue(what, what.tokenizers()[0], one) for _ in range(2)] == [3, 3]
     assert states(tmp_path) == {"WAITING": 3}
 
 
 def test_a_search_trial_that_another_worker_runs_is_part_of_the_budget(child, tmp_path):
     """Where more trials wait than are now asked for, none is begun beyond those."""
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials"]
-    more, fewer = (Plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
-    one = Index(default_url(tmp_path), tmp_path / "studies")
-    study.queue(more, "cnn", one)
-    opened = study.open_study(fewer, "cnn", one)
+    more, fewer = (make_plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
+    one, part = Index(default_url(tmp_path), tmp_path / "studies"), fewer.tokenizers()[0]
+    study.queue(more, part, one)
+    opened = study.open_study(part, one)
     assert one.claim(opened, set()) is not None
-    assert not study.Workers(fewer, one, 1)._take("cnn", opened)
+    assert not study.Workers(fewer, one, [part], 1)._take(part, opened)
     assert states(tmp_path) == {"RUNNING": 1, "WAITING": 2}
 
 
@@ -728,11 +731,11 @@ def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path
     start(BETA, tmp_path)
     start(other, tmp_path)
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
-    assert study.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
+    assert study_command.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
     assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke-cnn", "beta-smoke-vit"]
     ended = [trial.state.name for trial in optuna.load_study(study_name="beta-smoke-vit", storage=elsewhere).trials]
     assert sorted(ended) == ["COMPLETE", "FAIL"]  # failures are on file, too
-    assert study.rebuild(results=tmp_path, storage=elsewhere) == 0
+    assert study_command.rebuild(results=tmp_path, storage=elsewhere) == 0
     assert "other-smoke-cnn" in optuna.get_all_study_names(elsewhere)
     err = " ".join(capsys.readouterr().err.split())
     assert "study beta-smoke: 4 trials added" in err
@@ -745,7 +748,7 @@ def test_the_list_counts_the_runs_of_each_study_by_how_they_ended(child, tmp_pat
     start(BETA, tmp_path)
     start(other, tmp_path)
     capsys.readouterr()
-    study.show(tmp_path)
+    study_command.show(tmp_path)
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert lines["beta-smoke"] == "beta-smoke ablation beta cnn, vit 3 finished, 1 diverged"
     assert lines["other-smoke"] == "other-smoke ablation beta vit 1 finished"
@@ -784,6 +787,17 @@ def test_a_failed_prior_is_told_and_stops_nothing(child, tmp_path, capsys):
     assert len(child.calls) == 6
     assert start(GRIDS, tmp_path, "--retry-failed") == 0
     assert len(child.calls) == 7
+
+
+def test_what_fails_again_is_retried_once_by_a_command(child, tmp_path):
+    """A tokenizer and a prior alike."""
+    one = Ablation("one", sweep={"beta": (0.25, 1.0)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+    child.endings = ["diverged", "finished", "diverged"]
+    assert start(one, tmp_path) == 1
+    child.calls.clear()
+    child.endings = ["diverged", "diverged"]
+    assert start(one, tmp_path, "--retry-failed") == 1
+    assert [type(config).__name__ for config in child.calls] == ["Config", "PriorConfig"]
 
 
 def test_interrupted_priors_go_on(child, tmp_path, capsys):
@@ -825,3 +839,138 @@ def test_a_prior_whose_folder_cannot_be_written_ends_the_command(child, tmp_path
     assert start(GRIDS, tmp_path) == 2
     assert "error: it blocked" in " ".join(capsys.readouterr().err.split())
     assert not any(run.reason for run in Store(tmp_path).priors())
+
+
+def prior_trials(tmp_path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Prior → trials of its Optuna study."""
+    found = optuna_studies(tmp_path)
+    return {prior: found[f"priors-smoke-prior-{prior}"].trials for prior in GRIDS.priors}
+
+
+def test_priors_are_trials_in_the_dashboard(child, tmp_path):
+    """With their tokenizer's settings as parameters, their score, curve and metrics, and how they ended."""
+    child.endings = ["finished", "finished", "diverged"]
+    assert start(GRIDS, tmp_path) == 1
+    assert start(GRIDS, tmp_path, "--retry-failed") == 0  # in a dashboard that is there already
+    store, found = Store(tmp_path), prior_trials(tmp_path)
+    assert sorted(trial.state.name for trials in found.values() for trial in trials) == ["COMPLETE"] * 4 + ["FAIL"]
+    (failed,) = [trial for trials in found.values() for trial in trials if trial.state.name == "FAIL"]
+    assert (failed.user_attrs["status"], failed.user_attrs["reason"]) == ("diverged", "it diverged")
+    for prior, trials in found.items():
+        one = optuna_studies(tmp_path)[f"priors-smoke-prior-{prior}"]
+        assert one.metric_names == ["coded_bits_per_token"]
+        assert one.direction == optuna.study.StudyDirection.MINIMIZE
+        assert "![plot](/artifacts/" in get_note(one)
+        for trial in trials:
+            run = store.named(trial.user_attrs["run_id"], "priors")
+            assert run.config()["prior"] == prior
+            if trial.state.name == "COMPLETE":
+                grid = run.tokenizer()["grid_size"]
+                assert trial.params == {"backbone": "cnn", "grid_size": grid, "seed": 0}
+                assert trial.value == run.metrics()["coded_bits_per_token"] == 5.0
+                assert trial.user_attrs["gfid_vgg16"] == 100.0
+                assert list(trial.intermediate_values.values()) == [7.0]
+                assert "gFID vgg16" in json.dumps(one._storage.get_study_system_attrs(one._study_id))
+
+
+def test_a_priors_trial_shows_its_samples(child, tmp_path):
+    class Pictures(FakeChild):
+        def __call__(self, config, store, *rest):
+            outcome = super().__call__(config, store, *rest)
+            (store.run(config).folder / "samples.png").write_bytes(b"a picture")
+            return outcome
+
+    study.run_in_child = Pictures()  # the fixture puts the real one back
+    assert start(GRIDS, tmp_path, "--grid-size", "4") == 0
+    for prior, trials in prior_trials(tmp_path).items():
+        one = optuna_studies(tmp_path)[f"priors-smoke-prior-{prior}"]
+        pictures = [meta.filename for trial in trials for meta in get_all_artifact_meta(trial, storage=one._storage)]
+        assert pictures == ["samples.png"]
+
+
+def test_rebuild_brings_priors_back(child, tmp_path):
+    """As trials of the same parameters, values and states; a study from before they were listed is read as it is."""
+    child.endings = ["finished", "finished", "finished", "diverged"]
+    start(GRIDS, tmp_path)
+
+    def contents():
+        return {
+            prior: sorted((t.state.name, sorted(t.params.items()), t.values, t.user_attrs["run_id"]) for t in trials)
+            for prior, trials in prior_trials(tmp_path).items()
+        }
+
+    before, path = contents(), tmp_path / "studies" / "priors-smoke.json"
+    (tmp_path / "studies" / "optuna.db").unlink()
+    for _ in range(2):  # the second time adds nothing
+        assert study_command.rebuild(results=tmp_path) == 0
+        assert contents() == before
+    record = json.loads(path.read_text())
+    rows = sorted((row["prior"], row["backbone"], row["grid_size"], row["seed"]) for row in record["priors"].values())
+    assert rows == [(prior, "cnn", grid, 0) for prior in sorted(GRIDS.priors) for grid in (4, 8)]
+    del record["priors"]
+    path.write_text(json.dumps(record))
+    (tmp_path / "studies" / "optuna.db").unlink()
+    assert study_command.rebuild(results=tmp_path) == 0
+    assert set(optuna_studies(tmp_path)) == {"priors-smoke-cnn"}
+    calls = len(child.calls)
+    assert start(GRIDS, tmp_path) == 1  # which finds its priors again
+    assert len(child.calls) == calls
+    assert contents() == before
+
+
+def test_priors_that_the_store_has_finished_are_adopted(child, tmp_path):
+    """As what bench.prior trained is."""
+    assert start(GRIDS, tmp_path, "--prior", "rnn") == 0
+    (tmp_path / "studies" / "optuna.db").unlink()
+    child.calls.clear()
+    assert start(GRIDS, tmp_path) == 0
+    assert {config.prior for config in child.calls} == {"independent"}
+    assert {prior: len(trials) for prior, trials in prior_trials(tmp_path).items()} == {"rnn": 2, "independent": 2}
+    assert states(tmp_path) == {"COMPLETE": 6}
+
+
+def test_commands_share_the_priors_without_training_any_twice(child, tmp_path):
+    arguments = ("--seeds", "0", "1", "--workers", "2")
+    commands = [threading.Thread(target=start, args=(GRIDS, tmp_path, *arguments)) for _ in range(2)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert max(Counter(config.run_id() for config in child.calls).values()) == 1
+    assert states(tmp_path) == {"COMPLETE": 4 + 8}
+
+
+def test_a_dead_workers_prior_comes_back(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(index, "GRACE_SECONDS", 1)
+    assert start(GRIDS, tmp_path, "--prior", "rnn") == 0
+    words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
+    what, dead = make_plan(GRIDS, parse_study(GRIDS, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
+    (part,) = [part for part in what.priors() if part.label == "independent"]
+    assert study.queue(what, part, dead) == 2
+    assert dead.claim(study.open_study(part, dead), set()) is not None
+    assert start(GRIDS, tmp_path) == 0
+    assert all(run.finished for run in Store(tmp_path).priors())
+    assert Counter(trial.state.name for trial in prior_trials(tmp_path)["independent"]) == {"COMPLETE": 2, "FAIL": 1}
+
+
+def test_a_prior_is_tried_again_as_often_as_a_tokenizer_and_told_alike(child, tmp_path, capsys):
+    child.endings = ["finished", "finished", "crashed", "crashed", "finished", "out_of_memory", "out_of_memory"]
+    assert start(GRIDS, tmp_path) == 1
+    assert len(child.calls) == 2 + 3 + 2 + 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "4 priors to run" in shown
+    assert "rnn backbone=cnn grid_size=4 seed=0: crashed, it crashed; attempt 2 follows" in shown
+    assert "1/4 rnn backbone=cnn grid_size=4 seed=0: bits per token 5.000, gFID vgg16 100.0 (" in shown
+
+
+def test_a_prior_over_a_model_of_timm_is_a_trial_of_its_own(child, tmp_path):
+    """Though its parameters in the dashboard are those of another model's."""
+    names = ("timm:resnet18", "timm:resnet34")
+    one = Ablation("priors", sweep={"grid_size": (4,)}, backbones=names, seeds=(0,), priors=("rnn",))
+    assert start(one, tmp_path) == 0
+    (tmp_path / "studies" / "optuna.db").unlink()
+    assert study_command.rebuild(results=tmp_path) == 0
+    trials = optuna_studies(tmp_path)["priors-smoke-prior-rnn"].trials
+    assert [trial.params["backbone"] for trial in trials] == ["timm", "timm"]
+    assert len({trial.user_attrs["run_id"] for trial in trials}) == 2

@@ -17,7 +17,8 @@ from bench.metrics import MINIMUM_SIZE
 from bench.quantizers import QUANTIZERS
 from bench.quantizers.codebook import GRADIENTS
 from bench.run import RunArguments, main
-from bench.sweeps.plan import Ablation, Plan, parse_study
+from bench.sweeps.definition import Ablation, parse_study
+from bench.sweeps.plan import make_plan
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config, preset_settings
 from bench.tokenizers.losses import ADVERSARIAL, RECONSTRUCTION
@@ -141,7 +142,7 @@ def test_flags_are_known_with_an_equals_sign_and_with_underscores(word):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_sweep_over_what_a_preset_sets_trains_every_value(tmp_path, backbone):
     study = Ablation("both", sweep={"attention": (0, 1)}, backbones=(backbone,), seeds=(0,))
-    plan = Plan(study, parse_study(study, "", ["--preset", "blog256", "--results", str(tmp_path)]))
+    plan = make_plan(study, parse_study(study, "", ["--preset", "blog256", "--results", str(tmp_path)]))
     configs = [plan.configs(backbone, cell.params)[0] for cell in plan.cells[backbone]]
     assert [config.attention for config in configs] == [0, 1]
     assert len({cell.run.folder for cell in plan.cells[backbone]}) == 2
@@ -150,7 +151,9 @@ def test_a_sweep_over_what_a_preset_sets_trains_every_value(tmp_path, backbone):
 def test_a_study_is_named_by_what_was_given_and_is_not_usual(tmp_path):
     def name(*arguments, settings=None, preset="blog256"):
         study = Ablation("one", sweep={"beta": (0.25,)}, settings=settings or {}, backbones=("cnn",), seeds=(0,))
-        return Plan(study, parse_study(study, "", ["--preset", preset, "--results", str(tmp_path), *arguments])).name
+        return make_plan(
+            study, parse_study(study, "", ["--preset", preset, "--results", str(tmp_path), *arguments])
+        ).name
 
     assert name() == "one-blog256"
     assert name("--steps", "30000", "--device", "cpu", "--beta", "0.5") == "one-blog256"  # usual, machine, swept
@@ -166,7 +169,7 @@ def test_the_settings_of_a_study_win_over_the_preset_and_flags_over_both(tmp_pat
     study = Ablation("one", sweep={"beta": (0.25,)}, settings={"steps": 700}, backbones=("cnn",), seeds=(0,))
 
     def steps(*arguments):
-        plan = Plan(study, parse_study(study, "", ["--preset", "smoke", "--results", str(tmp_path), *arguments]))
+        plan = make_plan(study, parse_study(study, "", ["--preset", "smoke", "--results", str(tmp_path), *arguments]))
         return plan.configs("cnn", {"beta": 0.25, "seed": 0})[0].steps
 
     assert steps() == 700  # the field's default, and not smoke's
@@ -431,7 +434,7 @@ def test_a_new_backbone_is_listed_matched_and_studied(toy, tmp_path, capsys):
     assert main(arguments) == main([*arguments, "--match", "params:300k"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if "│ toy" in line]) == 2
     study = Ablation("beta", sweep={"beta": (0.25,)}, backbones=(toy,), seeds=(0,))
-    plan = Plan(study, parse_study(study, "", ["--results", str(tmp_path), "--device", "cpu"]))
+    plan = make_plan(study, parse_study(study, "", ["--results", str(tmp_path), "--device", "cpu"]))
     assert [cell.run.folder.name.startswith("toy-ema-") for cell in plan.cells[toy]] == [True]
 
 

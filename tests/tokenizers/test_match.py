@@ -10,7 +10,8 @@ import timm
 from backbones import BACKBONES
 from bench import run
 from bench.core.errors import UserError
-from bench.sweeps.plan import Ablation, Plan, parse_study
+from bench.sweeps.definition import Ablation, parse_study
+from bench.sweeps.plan import make_plan
 from bench.tokenizers import budgets as module
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.budgets import match, step_seconds
@@ -209,7 +210,7 @@ def test_a_budget_reaches_every_command(tmp_path, capsys):
     assert [float(row[4]) + float(row[5]) for row in rows] == pytest.approx([0.5, 0.5], abs=0.02)
 
     study = Ablation("beta", sweep={"grid_size": (4, 8)}, backbones=("cnn", "vit"), seeds=(0,))
-    plan = Plan(study, parse_study(study, "", ["--match", "params:1M", "--results", str(tmp_path)]))
+    plan = make_plan(study, parse_study(study, "", ["--match", "params:1M", "--results", str(tmp_path)]))
     assert plan.name == "beta-cpu-match=params_1M"
     for backbone, cells in plan.cells.items():
         for cell in cells:

@@ -1,0 +1,79 @@
+"""What differs between the runs of tokenizers and of priors to a study; all else in this room is the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.analysis.frames import METRICS, PRIOR_METRICS, Metric
+from bench.core.store import Run, Store
+from bench.priors.config import PriorConfig
+from bench.priors.trial import run_prior
+from bench.tokenizers.config import Config
+from bench.tokenizers.trial import run_trial
+
+AnyConfig = Config | PriorConfig
+Row = dict[str, float]
+
+
+class Kind(NamedTuple):
+    """One kind of run."""
+
+    shelf: str  # key of its runs in a study's file, and the store's folder of them
+    noun: str  # what several of them are called
+    key: str  # what each Optuna study has one value of; its name ends in that,
+    prefix: str  # with this before it
+    train: Callable[[Any, Store, Path | None], Run]  # config, store and Inception's weights → the finished run
+    config: Callable[[Run], AnyConfig]  # of a run
+    metrics: dict[str, Metric]
+    ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
+    told: tuple[str, ...]  # further metrics in the line of a trial that ended
+    picture: str  # the file in a run's folder that its trial shows
+    loss: Callable[[Any, Row], float]  # config and row of a history → the training loss that a pruner sees
+    figures: Callable[[Row], str]  # row of a history → how training stands
+
+    def study(self, name: str, label: str) -> str:
+        """Name of the Optuna study that belongs to ``name`` and has ``label``, a value of ``key``."""
+        return f"{name}-{self.prefix}{label}"
+
+
+def _train_prior(config: PriorConfig, store: Store, fid_weights: Path | None) -> Run:
+    return run_prior(config, store.named(config.tokenizer), store, fid_weights)
+
+
+KINDS = {
+    Config.SHELF: Kind(
+        shelf=Config.SHELF,
+        noun="trials",
+        key="backbone",
+        prefix="",
+        train=run_trial,
+        config=lambda run: run.settings(Config),
+        metrics=METRICS,
+        ranked=(),
+        told=("psnr", "perplexity"),
+        picture="reconstructions.png",
+        loss=lambda config, row: row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0),
+        figures=lambda row: f"loss {row['reconstruction']:.4f} perplexity {row['perplexity']:.0f}",
+    ),
+    PriorConfig.SHELF: Kind(
+        shelf=PriorConfig.SHELF,
+        noun="priors",
+        key="prior",
+        prefix="prior-",
+        train=_train_prior,
+        config=lambda run: run.settings(PriorConfig),
+        metrics=PRIOR_METRICS,
+        ranked=("coded_bits_per_token",),
+        told=("gfid_vgg16",),
+        picture="samples.png",
+        loss=lambda config, row: row["bits_per_token"],
+        figures=lambda row: f"{row['bits_per_token']:.3f} bits per token",
+    ),
+}
+
+
+def kind_of(run: Run) -> Kind:
+    """The kind of ``run``, by the folder it lies in."""
+    return KINDS[run.folder.parent.name]
