@@ -36,8 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Cache", "Mamba2", "RMSNormGated", "fast_scan", "scan_backend", "ssd_scan", "ssd_step"]
-
 
 def ssd_scan(
     x: Tensor,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from backbones import ssd
 from backbones.mamba import BidirectionalMambaBlock
+from backbones.torchvision_repair import repair
 
 PACKAGES = ("triton", "einops", "huggingface_hub", "mamba_ssm")
 
@@ -40,6 +41,7 @@ def start() -> ProcessPoolExecutor:
 
 def _persuade() -> None:
     """Has the next import of mamba-ssm succeed, and its kernels run, without a GPU."""
+    repair()  # the modules that are sent here have layers of timm in them
     import triton
 
     autotune = triton.autotune

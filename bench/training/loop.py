@@ -27,6 +27,8 @@ from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.files import atomic_path
 from bench.core.progress import Bar
 
+RENAMED = {"average": "ema", "rival": "discriminator_optimizer"}  # parts of checkpoints of older versions
+
 
 class Schedule(Protocol):
     """The settings of any training, as Config and PriorConfig have them."""
@@ -215,6 +217,7 @@ def restore(path: Path, state: dict, device: str) -> tuple[int, float]:
     """
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
+        stored = {RENAMED.get(name, name): part for name, part in stored.items()}
         for name, part in state.items():
             part.load_state_dict(stored[name])
         return stored["at"]

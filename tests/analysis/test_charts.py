@@ -973,3 +973,19 @@ def test_samples_are_of_the_usual_settings(tmp_path):
     drawings = {drawing.name: drawing for drawing in charts._drawings(made(), None, made_priors(*rows))}
     assert drawings["samples"].caption.startswith("One prior per row, of seed 1,")
     assert drawings["generation"].caption.startswith("2 of 3 priors, those with equal settings, means over seeds;")
+
+
+def test_blocks_of_several_protocols_have_names_and_titles_of_their_own():
+    """Else the charts of one would be written over those of another."""
+    rows = [
+        {"data": data, "protocol_data": data, "protocol_fingerprint": data, "codebook_size": k, "backbone": backbone}
+        for data in ("photos", "cifar10")
+        for k in (16, 64)
+        for backbone in ("cnn", "vit")
+    ]
+    wide = slices.protocol_scopes(made(*rows))
+    blocks = [block for scope in wide for block in slices.block_scopes(scope, len(wide))]
+    places = [(number, bits) for number in (1, 2) for bits in (64, 96)]
+    assert [block.suffix for block in blocks] == [f"_protocol{number}_{bits}bits" for number, bits in places]
+    titles = [f"data {data}, {bits} bits per image" for data in ("photos", "cifar10") for bits in (64, 96)]
+    assert [block.title for block in blocks] == titles

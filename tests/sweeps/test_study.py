@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -974,3 +975,25 @@ def test_a_prior_over_a_model_of_timm_is_a_trial_of_its_own(child, tmp_path):
     trials = optuna_studies(tmp_path)["priors-smoke-prior-rnn"].trials
     assert [trial.params["backbone"] for trial in trials] == ["timm", "timm"]
     assert len({trial.user_attrs["run_id"] for trial in trials}) == 2
+
+
+def test_the_line_of_the_bar_names_the_trials_under_way_and_no_others(tmp_path):
+    """The latest figures last, and which trial of how many it is."""
+    plan = planned(tmp_path)
+    told = []
+    workers = study.Workers(plan, None, plan.tokenizers(), 2)
+    workers.bar = SimpleNamespace(done=0, advance=lambda count, text: told.append(text))
+    workers._advance("a", "a: 1/50")
+    workers._advance("b", "b: 1/50")
+    workers._advance("a", "a: 2/50")
+    workers.done = 1
+    workers._advance("a")
+    workers.done = 2
+    workers._advance("b")
+    assert told == [
+        "trial 1/2 | a: 1/50",
+        "trial 1/2 | a: 1/50 | b: 1/50",
+        "trial 1/2 | b: 1/50 | a: 2/50",
+        "trial 2/2 | b: 1/50",
+        "trial 2/2",
+    ]

@@ -434,3 +434,15 @@ def test_other_threads_leave_signals_to_the_main_one():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_an_older_version_stopped_goes_on(watch, tiny, toys):
+    """Whose checkpoint calls the averaged weights otherwise."""
+    whole = watch.train(tiny, "whole")
+    with pytest.raises(Crash):
+        watch.train(tiny, crash_at=5)
+    stored = checkpoint(watch.folder / "run")
+    torch.save(
+        {{"ema": "average"}.get(name, name): part for name, part in stored.items()}, watch.folder / "run/checkpoint.pt"
+    )
+    assert same(watch.train(tiny).weights, whole.weights)
