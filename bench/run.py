@@ -37,7 +37,7 @@ class RunArguments(Arguments):
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
     list: bool = False
-    """show backbones, parameters, FLOPs and tokens at these settings, and stop"""
+    """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
 
 
 # Metrics that the table shows, those of them that all of the runs have.

@@ -28,7 +28,7 @@ from bench.metrics import ImageSet
 from bench.priors.codes import Codes
 from bench.priors.config import PRIOR_VERSION, PriorConfig
 from bench.priors.generate import rate
-from bench.priors.models import PRIORS
+from bench.priors.models import LEARNED, PRIORS
 from bench.priors.train import train_prior
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
@@ -85,7 +85,7 @@ def prior(name: str) -> Values:
     config = PriorConfig("golden", name, depth=2, parameters=30_000, **ON_CPU).resolved()
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = train_prior(config, codes, Path(folder))
-        logged = history(folder) if name != "independent" else {}
+        logged = history(folder) if name in LEARNED else {}
     return {**logged, "bits_per_token scored": rate(trained, codes.val, None, None)}
 
 

@@ -27,7 +27,8 @@ KNOWN = {path.relative_to(TESTS).as_posix(): named_in(path) for path in TESTS.rg
 @pytest.mark.parametrize("edit", EDITS, ids=[f"{edit.file}: {edit.states}" for edit in EDITS])
 def test_an_edit_applies_once_and_names_tests_that_exist(edit):
     text = edit.applied(ROOT)
-    assert text is not None, f"{edit.find!r} is not in {edit.file} exactly once: find its new place (tests/mutants)"
+    told = f"{edit.find!r} is not in {edit.file} exactly once: find its new place, or give more of it (tests/mutants)"
+    assert text is not None, told
     assert edit.put != edit.find
     ast.parse(text)
     assert edit.tests

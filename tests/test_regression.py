@@ -20,7 +20,7 @@ PERPLEXITY, LPIPS = 36, 0.19
 def test_smoke_run_keeps_its_quality(backbone, tmp_path):
     run = run_trial(make_config(backbone, "smoke", device="cpu", precision="fp32"), Store(tmp_path))
     metrics = run.metrics()
-    assert metrics["psnr"] > PSNR[backbone]
+    assert metrics["psnr"] > PSNR.get(backbone, 19.0)  # of a new one, far above a grey square
     assert metrics["perplexity"] > PERPLEXITY
     assert metrics["lpips_alex"] < LPIPS
     assert Tokenizer.from_run(run.folder).config.backbone == backbone

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.metrics import EVALUATORS
+
 from .frames import (
     BUDGETS,
     CLOCKED,
@@ -28,12 +30,11 @@ from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, text_of
 
 LIMIT = 500  # rows of one table on the page
-SCORES = (
-    *("fid", "fid_vgg16", "kid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "sharpness", "grid_energy"),
-    *("grid_edges", "perplexity", "usage"),
-)
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
-RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))  # dead codes are (1 − usage) · K
+# What evaluators measure, but for what says the same again, follows from the settings, or is of untrained weights.
+UNSHOWN = ("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
+SCORES = tuple(name for evaluator in EVALUATORS for name in evaluator.METRICS if name not in UNSHOWN)
+RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
     *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate", "params_prior", "flops_prior"),

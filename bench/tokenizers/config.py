@@ -180,7 +180,7 @@ class Config:
 
     def _check_backbone(self) -> None:
         taken = _backbone(self.backbone).options
-        for name in ("patch_overlap", "final_conv", "pretrained"):
+        for name in ("attention", "patch_overlap", "final_conv", "pretrained"):
             if getattr(self, name) and name not in taken:
                 raise UserError(
                     f"{name} is {getattr(self, name)}, of which backbone {self.backbone!r} makes no use; "

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
 from bench.core.store import Run
 from bench.quantizers import QUANTIZERS, Quantized
+from bench.training.trial import read_weights
 
 from .config import Config
 from .sizes import sides
@@ -64,7 +64,7 @@ class Tokenizer(nn.Module):
         config = run.settings(Config)
         tokenizer = cls(replace(config, pretrained=False))  # the run's own weights follow
         tokenizer.config = config
-        safetensors.torch.load_model(tokenizer, run.folder / "tokenizer.safetensors")
+        read_weights(run, "tokenizer.safetensors", tokenizer)
         return tokenizer.to(device).eval().requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ from bench.analysis.statistics import Verdict
 from bench.analysis.tables import NONE, heading
 from bench.core.errors import UserError
 from bench.core.store import Store
+from bench.metrics import EVALUATORS
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior, sweep
@@ -948,3 +949,13 @@ def test_a_page_shows_each_chart_with_its_caption_and_each_cell_with_what_it_is_
     assert all(f"<li>{sentence}</li>" in text for sentence in found.blocks[0].headline)
     assert f"{len(found.blocks[0].others)} more verdicts" in text
     assert "<p>Over beta 0.25, 1:</p>" in text
+
+
+def test_the_ranking_has_all_that_evaluators_measure():
+    """In their order, but for what says the same again; a metric that is added needs no entry elsewhere."""
+    names = [name for evaluator in EVALUATORS for name in evaluator.METRICS]
+    shown = list(rankings.SCORES)
+    assert shown == [name for name in names if name in shown]
+    assert set(names) - set(shown) == {
+        *("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
+    }

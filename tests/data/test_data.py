@@ -344,7 +344,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypat
         with pytest.raises(UserError, match=message):
             load(f"folder:{tmp_path / name}", 8)
     for name in ("folder:", "folder", "imagenet", str(tmp_path)):
-        with pytest.raises(UserError, match=r"unknown data .*photos, cifar10.*or folder:PATH"):
+        with pytest.raises(UserError, match=r"unknown data .*photos, .*cifar10.*or folder:PATH"):
             load(name, 8)
 
     def refuse(path: str) -> None:
@@ -591,7 +591,7 @@ def test_fashion_mnist_through_torchvision(cache):
         assert [loaded.classes[label] for label in labels] == [names[number] for number in numbers]
 
 
-@pytest.mark.parametrize("name", [name for name in sources.DATASETS if name != "photos"])
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist", "stl10", "celeba", "flowers102"])
 def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
     """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
     _, train, val = sources.DATASETS[name].args

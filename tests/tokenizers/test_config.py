@@ -2,7 +2,9 @@
 
 import errno
 import math
+import re
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,7 +15,9 @@ from backbones import BACKBONES, Backbone
 from bench.core.cli import guarded
 from bench.core.environment import has_fast_bf16
 from bench.core.errors import Interrupted, UserError
+from bench.data import AUGMENTATIONS, DATASETS
 from bench.metrics import MINIMUM_SIZE
+from bench.priors.models import PRIORS
 from bench.quantizers import QUANTIZERS
 from bench.quantizers.codebook import GRADIENTS
 from bench.run import RunArguments, main
@@ -25,6 +29,7 @@ from bench.tokenizers.losses import ADVERSARIAL, RECONSTRUCTION
 from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.sizes import parameters, width_of
 
+ROOT = Path(__file__).parents[2] / "bench"
 TYPES = get_type_hints(Config)
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 # What a preset sets for all backbones or for one, but for the sizes of models.
@@ -471,3 +476,22 @@ def test_other_errors_are_not_hidden_and_exit_codes_pass():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
     assert guarded(lambda: 1) == 1
+
+
+def test_the_help_of_a_field_names_all_that_it_may_be():
+    """A new variant belongs into the docstring of the field that chooses it."""
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in ("tokenizers/config.py", "priors/config.py")}
+    for path, field, names in (
+        ("tokenizers/config.py", "quantizer", QUANTIZERS),
+        ("tokenizers/config.py", "data", DATASETS),
+        ("tokenizers/config.py", "augment", AUGMENTATIONS),
+        ("priors/config.py", "prior", PRIORS),
+    ):
+        (words,) = re.findall(rf'^    {field}: [^\n]*\n    """(.*?)"""', texts[path], re.M | re.S)
+        assert [name for name in names if not re.search(rf"\b{name}\b", words)] == [], f"{field} in bench/{path}"
+
+
+def test_attention_is_refused_where_a_backbone_makes_no_use_of_it(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "plain", BACKBONES["cnn"]._replace(encoder_options=(), decoder_options=()))
+    with pytest.raises(UserError, match="attention is 1, of which backbone 'plain' makes no use"):
+        make_config("plain", "smoke", attention=1, device="cpu").check()

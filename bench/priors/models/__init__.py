@@ -1,6 +1,7 @@
 """Priors over grids of codes, chosen by name: with one, a tokenizer generates images.
 
-To add one: write ``bench/priors/NAME.py`` with a sibling of ``Prior`` and add a line to ``PRIORS``.
+To add one: write ``bench/priors/models/NAME.py`` and add a line to ``LEARNED``, or to ``PRIORS`` if it counts codes and
+learns nothing.
 """
 
 from __future__ import annotations

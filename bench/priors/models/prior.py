@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
 from bench.core.store import Run
+from bench.training.trial import read_weights
 
 
 class Prior(nn.Module):
@@ -40,7 +40,7 @@ class Prior(nn.Module):
         classes = len(codes["classes"]) if config.conditional else 0
         prior = build(config, codes["codebook_size"], codes["grid_size"], classes)
         prior.config = config
-        safetensors.torch.load_model(prior, run.folder / "prior.safetensors")
+        read_weights(run, "prior.safetensors", prior)
         return prior.to(device).eval().requires_grad_(False)
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
