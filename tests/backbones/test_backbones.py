@@ -128,6 +128,14 @@ def test_tokens_of_my_image_change_mine(block):
         assert not gradient[1].any()
 
 
+def test_the_two_directions_of_a_bidirectional_block_share_nothing():
+    block = BidirectionalMambaBlock(WIDTH)
+    forward, backward = ({id(p) for p in mixer.parameters()} for mixer in (block.forward_mixer, block.backward_mixer))
+    assert forward
+    assert len(forward) == len(backward)
+    assert not forward & backward
+
+
 def test_bidirectional_block_flips_back():
     """With equal mixers, reversing the input reverses the output: nothing comes out in the wrong order (bug 7)."""
     torch.manual_seed(0)

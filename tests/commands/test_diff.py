@@ -213,6 +213,14 @@ def test_values_are_shown_short_and_missing_ones_as_such(store, diff):
     assert line(out, "processor") == ["processor", "x", "–"]
 
 
+def test_zero_and_false_are_values_and_not_missing(store, diff):
+    a = fabricate(store, smoke(beta=0.0, revive_after=0, gan_adaptive=False))
+    _, out, _ = diff(a, fabricate(store, smoke()))
+    assert line(out, "beta") == ["beta", "0", "0.25"]
+    assert line(out, "revive_after") == ["revive_after", "0", "50"]
+    assert line(out, "gan_adaptive") == ["gan_adaptive", "False", "True"]
+
+
 def test_a_metric_that_one_run_lacks_is_left_out_and_a_negative_one_has_its_change(store, diff):
     a = fabricate(store, smoke(), grid_energy=-4.0, sharpness=0.0)
     b = fabricate(store, smoke("vit"), grid_energy=-5.0, ssim=None)

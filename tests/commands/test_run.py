@@ -559,3 +559,9 @@ def test_a_preset_is_the_same_from_the_command_line(preset):
     arguments = ["--preset", preset, "--backbone", *BACKBONES, "--device", "cpu"]
     options = parse(run.RunArguments, arguments, "run", "")
     assert options.configs() == [make_config(name, preset, device="cpu") for name in BACKBONES]
+
+
+def test_without_arguments_the_process_s_own_are_taken(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--list", "--backbone", "cnn", "--preset", "smoke"])
+    assert run.main() == 0
+    assert "cnn" in capsys.readouterr().out

@@ -299,8 +299,14 @@ def test_an_inception_download_that_breaks_off_is_a_reason_and_leaves_nothing(fo
 
 
 def test_inception_download_is_kept_only_with_the_right_digest(folder, monkeypatch):
-    monkeypatch.setattr(weights, "urlopen", lambda url, timeout: Response(b"a portal's login page"))
+    asked = []
+    monkeypatch.setattr(
+        weights, "urlopen", lambda url, timeout: asked.append(url) or Response(b"a portal's login page")
+    )
     assert "expected 6726825d" in weights.inception_missing()
+    (url,) = asked
+    assert url.startswith("https://github.com/toshas/torch-fidelity/releases/download/")
+    assert url.endswith("/weights-inception-2015-12-05-6726825d.pth")
     assert list(folder.iterdir()) == []
     weights._download_inception.cache_clear()
     monkeypatch.setitem(weights.DIGESTS, "inception", prefix(b"a portal's login page"))
