@@ -179,7 +179,7 @@ def test_a_stored_prior_is_the_one_that_was_scored(world, settings):
 
 
 def test_a_prior_that_finished_keeps_no_checkpoint(world):
-    """However much of it there was, nothing is left to be gone on with."""
+    """However much of it there was, nothing is left to go on with."""
     folder = world.store.run(world.config()).folder
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"of an attempt that was stopped")
