@@ -529,3 +529,11 @@ def test_numbers_have_the_digits_of_their_metric_however_wide_the_interval():
     for half, expected in ((500.0, digits), (0.0005, 4)):
         verdict = Verdict("psnr", "a", "b", "", 3, 0.0, (-half, half), None, 0.5, None)
         assert f"[{-half:.{expected}f}, {half:.{expected}f}]" in verdict.sentence()
+
+
+def test_verdicts_on_settings_come_one_backbone_after_the_other():
+    full = pd.concat([block(betas=(0.25, 1.0)).assign(codebook_size=k) for k in (256, 512)], ignore_index=True)
+    verdicts = setting_verdicts(full, ["lpips_alex"])
+    assert [verdict.within for verdict in verdicts] == ["cnn", "cnn", "vit", "vit"]
+    assert [verdict.a for verdict in verdicts[:2]] == [verdict.a for verdict in verdicts[2:]]
+    assert len({verdict.a for verdict in verdicts}) == 2

@@ -557,3 +557,15 @@ def test_gan_start_and_warmup_set_the_steps_at_which_things_begin(watch, gan, mo
 def test_shares_are_shares(tiny, name):
     with pytest.raises(UserError, match=rf"{name} is 1.5; .* 0 to 1"):
         replace(tiny, **{name: 1.5}).check()
+
+
+@every_loss
+def test_adversarial_losses_are_float32_under_bf16(gan, name):
+    adversary = Adversary(replace(gan, gan_loss=name, lecam_weight=1.0, r1_weight=1.0))
+    x, x_hat = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms = adversary.generator_loss(x_hat), adversary.discriminator_losses(x, x_hat)
+        logits = adversary.discriminator(x_hat)
+    assert logits.dtype == torch.bfloat16
+    assert {loss.dtype, *(term.dtype for term in terms.values())} == {torch.float32}
+    torch.testing.assert_close(loss, ADVERSARIAL[name].generator(logits.float()))
