@@ -437,7 +437,7 @@ def test_other_threads_leave_signals_to_the_main_one():
 
 
 def test_a_run_that_an_older_version_stopped_goes_on(watch, tiny, toys):
-    """Whose checkpoint calls the averaged weights otherwise."""
+    """Its checkpoint calls the averaged weights by another name."""
     whole = watch.train(tiny, "whole")
     with pytest.raises(Crash):
         watch.train(tiny, crash_at=5)
