@@ -3,8 +3,6 @@
 python -m bench.doctor
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Iterator

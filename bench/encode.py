@@ -5,8 +5,6 @@
 Into RUN/codes/ go train.npy and val.npy, (N, h, w) unsigned integers, and meta.json.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

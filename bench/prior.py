@@ -9,8 +9,6 @@ RUN is the folder or the id of a tokenizer that python -m bench.run has finished
 store already holds is shown, not repeated; one that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from dataclasses import dataclass, fields

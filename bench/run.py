@@ -9,8 +9,6 @@ Every setting below is a column of the results. A run that the store already hol
 interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

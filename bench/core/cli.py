@@ -1,7 +1,5 @@
 """The manners of every command: one sentence for a mistake, an exit code, no traceback."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Where a run computes, and in what arithmetic: what ``auto`` stands for on this machine, and whether it is there."""
 
-from __future__ import annotations
-
 import torch
 
 from .environment import has_fast_bf16

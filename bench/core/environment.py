@@ -1,7 +1,5 @@
 """The machine under a run: its device, its memory, and what its numbers may depend on besides the config."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import platform

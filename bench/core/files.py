@@ -1,7 +1,5 @@
 """The cache folder, atomic writes, digests."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Pictures of one run: what it reconstructs, and how it learned."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

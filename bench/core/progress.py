@@ -1,7 +1,5 @@
 """Progress for anything longer than a few seconds: a bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 
@@ -28,7 +26,7 @@ class Bar:
         self.label, self.total, self.start, self.seconds = label, total, start, seconds
         self.done = start
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> "Bar":
         self.began = self.printed = time.monotonic()
         self.live: Progress | None = None
         if console.is_terminal:

@@ -4,8 +4,6 @@ A config is a frozen dataclass. What a field may be is part of its type, read by
 the keys of a visible dict, or a number within a ``Limit``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -6,8 +6,6 @@ images and their reconstructions, uint8) and two pictures; log.txt if a study ra
 failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
