@@ -1,32 +1,66 @@
 """The manners of every command: one sentence for a mistake, an exit code, no traceback."""
 
 import errno
-from collections.abc import Callable, Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError
+from .files import cache_dir
 from .progress import say
 from .store import Run
 
+# What the system says of a place that takes no more.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+
 
 def guarded(work: Callable[[], int]) -> int:
-    """Exit code of ``work``; 2 for what the user can fix and 130 when stopped, each told in one sentence."""
+    """Exit code of ``work``; 2 for what the user can fix and 130 when stopped by SIGINT or SIGTERM, each told in one
+    sentence."""
     try:
-        return work()
+        with _terminable():
+            return work()
     except UserError as error:
         return fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in REFUSALS:
             raise
-        return fail(f"{error.strerror} while writing {error.filename or 'results'}; free or choose another --results")
+        return fail(refusal(error))
     except Interrupted as stopped:
-        say(str(stopped))
+        say(escape(str(stopped)))
         return 130
     except KeyboardInterrupt:
-        say("stopped")
+        say("stopped; the same command continues")
         return 130
+
+
+def refusal(error: OSError) -> str:
+    """What a place that takes no more means for the user, in one sentence."""
+    path = Path(error.filename or "results")
+    other = "set VQBENCH_CACHE to another folder" if cache_dir() in path.parents else "choose another --results"
+    return f"{error.strerror} while writing {path}; free or {other}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, outside of loops that have a better answer (``bench.training.loop``)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str) -> int:

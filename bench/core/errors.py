@@ -8,6 +8,13 @@ class UserError(Exception):
     """
 
 
+class Damaged(UserError):
+    """A stored file does not hold what was written to it. The message names the file."""
+
+    def __init__(self, path: object, what: str):
+        super().__init__(f"{path} is damaged: {what}; move it away and run the same command again")
+
+
 class Diverged(Exception):
     """A loss or gradient was not finite. The message names the step and the settings to change."""
 

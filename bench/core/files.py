@@ -1,13 +1,24 @@
-"""The cache folder, atomic writes, digests."""
+"""The cache folder, atomic writes, reading what may be damaged, digests."""
 
 import hashlib
+import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
+
+from .errors import Damaged
+
+PART = ".part-"  # how the names of files begin that are still being written
+SPARE = 1 << 20  # bytes: a disk that does not take so many is full
+# Bytes of JSON that stand for characters which would steer a terminal; an even number of backslashes is no escape.
+CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 
 
 def cache_dir() -> Path:
@@ -20,22 +31,75 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; on success it is flushed to disk and renamed to ``path``.
 
     A reader sees the old file or the whole new one, never a part, also after a crash or a full disk.
-    Works for any writer that takes a path. Creates the parent folder. Raises OSError as the writer does.
+    Works for any writer that takes a path. Creates the parent folder. Raises an OSError that names ``path`` where the
+    disk takes no more, whatever the writer raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
-        yield temporary
+        handle, name = tempfile.mkstemp(prefix=f"{PART}{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+        except OSError:
+            raise
+        except Exception as error:  # torch and safetensors have their own for a full disk
+            _check_room(temporary, error)
+            raise
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for everyone the umask allows
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # writers leave it open, or name the temporary file
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _check_room(path: Path, error: Exception) -> None:
+    """Raises the OSError of a disk that takes no more, if that is why writing ``path`` ended in ``error``."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(SPARE))
+            os.fsync(file.fileno())
+    except OSError as full:
+        raise full from error
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed writers left behind in ``folder``, to which nobody may be writing."""
+    for path in folder.glob(f"{PART}*"):
+        path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path``. Raises FileNotFoundError, and Damaged unless it holds one of finite numbers
+    and without control characters."""
+    if os.path.lexists(path) and not path.is_file():
+        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
+    content = path.read_bytes()
+    try:
+        if CONTROL.search(content):
+            raise ValueError("control characters")
+        found = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object belongs")
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, str(error) if content.strip() else "it is empty") from error
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} where a finite number belongs")
+    return value
 
 
 def sha256_file(path: Path) -> str:

@@ -1,13 +1,34 @@
 """Progress for anything longer than a few seconds: a bar on a terminal, plain lines elsewhere."""
 
+import re
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
-console = Console(stderr=True, highlight=False)  # what happens: progress, notices, errors
-stdout = Console(highlight=False)  # what was asked for: tables
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and not tab and line feed
+
+
+def printable(text: str) -> str:
+    """``text`` with a replacement character for each that would steer a terminal, or turn the direction of writing."""
+    return STEERING.sub("\ufffd", text)
+
+
+class SafeConsole(Console):
+    """A console that takes no orders from what it shows: a name in a stranger's folder is text and nothing else."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
+        """As rich renders it, the text made ``printable``."""
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = SafeConsole(stderr=True, highlight=False)  # what happens: progress, notices, errors
+stdout = SafeConsole(highlight=False)  # what was asked for: tables
 
 
 def say(line: str) -> None:
@@ -53,11 +74,8 @@ class Bar:
             self.printed = now
             rate = (self.done - self.start) / (now - self.began)
             eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
-            print(
-                f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}"
+            print(printable(line).rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, *exception: object) -> None:
         if self.live is not None:

@@ -34,6 +34,12 @@ def at_least(least: int) -> Limit:
     return Limit(lambda value: value >= least, f"it must be at least {least}")
 
 
+def between(least: int, most: int) -> Limit:
+    """Numbers from ``least`` to ``most``, both included."""
+    return Limit(lambda value: least <= value <= most, f"it must be from {least} to {most}")
+
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}  # of what a field accepts
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more")
 
 Count = Annotated[int, at_least(1)]
@@ -54,26 +60,52 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 def check_fields(config: Any) -> None:
     """Raises UserError, one sentence with value and fix, on the first field of the dataclass ``config`` that its type
-    does not allow. None leaves a field open and is always allowed; infinity and NaN never are."""
-    types = _types(type(config))
-    for field in fields(config):
-        value, kind = getattr(config, field.name), types[field.name]
+    does not allow; infinity and NaN never are allowed."""
+    check_values(config)
+    for name, field in _types(type(config)).items():
+        if field.choices is not None:
+            check_choice(name, getattr(config, name), field.choices)
+
+
+def check_values(config: Any) -> None:
+    """``check_fields`` but for choices, of which other versions of the code may have others."""
+    for name, field in _types(type(config)).items():
+        value = getattr(config, name)
+        if type(value) not in field.accepted:
+            words = " or ".join(WORDS[kind] for kind in field.accepted if kind in WORDS)
+            raise UserError(f"{name} is {value!r}; it must be {words}")
         if value is None:
             continue
-        if get_origin(kind) is Literal:
-            check_choice(field.name, value, get_args(kind))
-        for rule in getattr(kind, "__metadata__", ()):
-            if isinstance(rule, OneOf):
-                check_choice(field.name, value, rule.choices)
-            elif not rule.holds(value):
-                raise UserError(f"{field.name} is {value}; {rule.words}")
+        for limit in field.limits:
+            if not limit.holds(value):
+                raise UserError(f"{name} is {value}; {limit.words}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{field.name} is {value}; it must be a finite number")
+            raise UserError(f"{name} is {value}; it must be a finite number")
+
+
+class _Field(NamedTuple):
+    """What the type of a field says."""
+
+    accepted: tuple[type, ...]
+    limits: list[Limit]
+    choices: Collection[str] | None
 
 
 @cache
-def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _types(kind: type) -> dict[str, _Field]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: _read(hints[field.name]) for field in fields(kind)}
+
+
+def _read(hint: Any) -> _Field:
+    rules = getattr(hint, "__metadata__", ())
+    plain = get_args(hint)[0] if rules else hint
+    if get_origin(plain) is Literal:
+        return _Field((str,), [], get_args(plain))
+    accepted = get_args(plain) or (plain,)  # of a union its members
+    accepted += (int,) if float in accepted else ()
+    choices = [rule.choices for rule in rules if isinstance(rule, OneOf)]
+    return _Field(accepted, [rule for rule in rules if isinstance(rule, Limit)], choices[0] if choices else None)
 
 
 def identity(version: int, config: Any) -> str:

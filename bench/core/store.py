@@ -7,12 +7,13 @@ failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out 
 """
 
 import json
+import os
 import shutil
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -20,8 +21,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .errors import UserError
-from .files import atomic_path
+from .errors import Damaged, UserError
+from .files import atomic_path, read_json
+from .progress import printable
+from .settings import check_values
 
 # How a run can end without scores.
 FAILURES = {
@@ -31,11 +34,14 @@ FAILURES = {
     "timed_out": "training took longer than allowed",
     "refused": "the settings cannot work",
     "pruned": "a search gave it up early, being worse than others at the same step",
+    "damaged": "a file of it does not hold what was written there",
 }
 
 
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
 LISTED = 8  # run ids that a message names
+STUDY = {"kind": str, "sweep": list, "metrics": list, "runs": dict}  # what its file says
+BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
 
 
 class NoSpace(UserError):
@@ -61,74 +67,111 @@ class Identity(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Reading a file that is not there yet raises OSError."""
+    """One run folder. Reading a file that is not there yet raises OSError; one that is damaged, Damaged."""
 
     folder: Path
 
     @property
     def finished(self) -> bool:
         """Whether the run was trained and scored to the end."""
-        return (self.folder / "metrics.json").is_file()
+        return self.status == "finished"
 
     @property
     def status(self) -> str:
         """finished, unfinished, or why it failed: a key of FAILURES."""
-        return "finished" if self.finished else self._failure().get("status", "unfinished")
+        return self.ending()[0]
 
     @property
     def reason(self) -> str:
         """Why the run failed, in one sentence; empty when it did not."""
-        return "" if self.finished else self._failure().get("reason", "")
+        return self.ending()[1]
 
-    def fail(self, status: str, reason: str, **details: Any) -> None:
+    def ending(self) -> tuple[str, str]:
+        """``status`` and ``reason``."""
+        try:
+            if os.path.lexists(self.folder / "config.json"):
+                self._read("config.json", "config", "environment")
+            if os.path.lexists(self.folder / "metrics.json"):
+                self._scores()
+                return "finished", ""
+            if os.path.lexists(self.folder / "failure.json"):
+                failure = read_json(self.folder / "failure.json")
+                if not all(isinstance(failure.get(name), str) for name in ("status", "reason")):
+                    raise Damaged(self.folder / "failure.json", "it tells no status and reason")
+                return failure["status"], failure["reason"]
+            return "unfinished", ""
+        except Damaged as error:
+            return "damaged", str(error)
+
+    def fail(self, status: str, reason: str) -> None:
         """Records why the run failed; ``status`` is a key of FAILURES."""
-        self.write("failure.json", {"status": status, "reason": reason, **details})
+        self.write("failure.json", {"status": status, "reason": printable(reason)})
 
     def forgive(self) -> None:
         """Takes a recorded failure back."""
         (self.folder / "failure.json").unlink(missing_ok=True)
 
-    def _failure(self) -> dict[str, Any]:
-        return self._read("failure.json") if (self.folder / "failure.json").is_file() else {}
-
     def config(self) -> dict[str, Any]:
         """The run's Config as a dict."""
-        return self._read("config.json")["config"]
+        return self._read("config.json", "config")["config"]
 
     def codes(self) -> dict[str, Any]:
         """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
-        return self._read("config.json")["codes"]
+        return self._read("config.json", "codes")["codes"]
 
     def tokenizer(self) -> dict[str, Any]:
         """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
-        return self._read("config.json").get("tokenizer", {})
+        stored = self._read("config.json")
+        return self._read("config.json", "tokenizer")["tokenizer"] if "tokenizer" in stored else {}
 
     def settings(self, kind: type[Settings]) -> Settings:
-        """``config`` as Config or PriorConfig; a field that the run was made without has its default."""
+        """``config`` as Config or PriorConfig; a field that the run was made without has its default. Raises Damaged
+        where a value cannot be that of its field."""
         stored = self.config()
-        return kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
+        try:
+            settings = kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
+            check_values(settings)
+        except (TypeError, UserError) as error:  # a field that has no default is missing, or a value is wrong
+            raise Damaged(self.folder / "config.json", str(error)) from error
+        return settings
 
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine that the run was made with."""
-        return self._read("config.json")["environment"]
+        return self._read("config.json", "environment")["environment"]
 
     def metrics(self) -> dict[str, Any]:
         """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
         and ``flops`` are of both sides."""
-        metrics = {RENAMED.get(name, name): value for name, value in self._read("metrics.json")["metrics"].items()}
-        if "params_encoder" in metrics:
-            metrics["params"] = metrics["params_encoder"] + metrics["params_decoder"]
-            metrics["flops"] = metrics["flops_encode"] + metrics["flops_decode"]
-        return metrics
+        return self._scores()[0]
 
     def protocol(self) -> dict[str, Any]:
         """How the scores were measured."""
-        return self._read("metrics.json")["protocol"]
+        return self._scores()[1]
+
+    def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
+        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items()}
+        for name, value in metrics.items():
+            if value is not None and type(value) not in (int, float):
+                raise Damaged(path, f"{name} is {value!r}, which is no number")
+        if any(isinstance(value, (list, dict)) for value in stored["protocol"].values()):
+            raise Damaged(path, "its protocol has lists")
+        if "params_encoder" in metrics:
+            for both, first, second in BOTH_SIDES:
+                if metrics.get(first) is None or metrics.get(second) is None:
+                    raise Damaged(path, f"it has no {first} or no {second}")
+                metrics[both] = metrics[first] + metrics[second]
+        return metrics, stored["protocol"]
 
     def history(self) -> list[dict[str, float]]:
-        """One row per logged step; a line that is still being written is left out."""
-        text = (self.folder / "history.jsonl").read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """One row of numbers per logged step. Left out are a line that is still being written and damaged ones."""
+        rows = []
+        for line in (self.folder / "history.jsonl").read_bytes().split(b"\n")[:-1]:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
+                    rows.append(row)
+        return rows
 
     def per_image(self) -> dict[str, np.ndarray]:
         """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
@@ -143,8 +186,13 @@ class Run:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
 
-    def _read(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder / name).read_text())
+    def _read(self, name: str, *parts: str) -> dict[str, Any]:
+        """The file ``name``, in which each of ``parts`` is an object."""
+        content = read_json(self.folder / name)
+        for part in parts:
+            if not isinstance(content.get(part), dict):
+                raise Damaged(self.folder / name, f"it has no {part}")
+        return content
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -177,12 +225,12 @@ class Store:
         return Run(self.root / shelf / run_id)
 
     def runs(self) -> list[Run]:
-        """Every tokenizer that has been started, by name; other folders that may lie there are passed over."""
-        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json")) if _is_ours(path)]
+        """Every tokenizer that has been started, by name: each folder with a config.json, damaged or not."""
+        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json"))]
 
     def priors(self) -> list[Run]:
         """Every prior that has been started, by name."""
-        return [Run(path.parent) for path in sorted(self.root.glob("priors/*/config.json")) if _is_ours(path)]
+        return [Run(path.parent) for path in sorted(self.root.glob("priors/*/config.json"))]
 
     def find(self, name: str) -> Run:
         """The run that ``name`` means: a run folder, a tokenizer's id, or the beginning of one id only. Raises
@@ -208,13 +256,20 @@ class Store:
     def study(self, name: str) -> dict[str, Any]:
         """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
         ``runs`` (run_id → backbone, seed and the values of the swept fields) and, where it has any, ``priors`` (run_id
-        → prior and the same of its tokenizer). Raises UserError on an unknown name.
+        → prior and the same of its tokenizer). Raises UserError on an unknown name, and Damaged.
         """
         path = self.root / "studies" / f"{name}.json"
-        if not path.is_file():
+        if name not in self.studies():
             known = ", ".join(self.studies()) or "none yet; start one with python -m studies.beta"
             raise UserError(f"there is no study {name!r} in {self.root}; known studies: {known}")
-        return json.loads(path.read_text())
+        study = read_json(path)
+        for part, kind in STUDY.items():
+            if type(study.get(part)) is not kind:
+                raise Damaged(path, f"it does not tell the {part} of the study")
+        for run_id, row in {**study["runs"], **study.get("priors", {})}.items():
+            if not isinstance(row, dict) or Path(run_id).name != run_id or run_id in ("", ".."):
+                raise Damaged(path, f"{run_id!r} is no run with its settings")
+        return study
 
     def extend_study(
         self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]], shelf: str = "runs"
@@ -224,7 +279,7 @@ class Store:
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            before = self.study(name) if path.is_file() else {}
+            before = self.study(name) if path.exists() else {}
             shelves = {key: before[key] for key in ("runs", "priors") if key in before}
             shelves = {"runs": {}, **shelves, shelf: {**shelves.get(shelf, {}), **runs}}
             with atomic_path(path) as temporary:
@@ -244,22 +299,16 @@ class Store:
             raise NoSpace(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
 
 
-def _is_ours(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text())
-        return isinstance(content, dict) and {"config", "environment"} <= content.keys()
-    except (OSError, ValueError):
-        return False
-
-
 def find_tokenizer(name: str, results: Path) -> Run:
     """The finished tokenizer that ``name`` means to ``Store.find``. Raises UserError when there is none."""
     run = Store(results).find(name)
     run = Run(run.folder.resolve())
     if run.folder.parent.name == "priors":
         raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {known_tokenizers(results)}")
-    if not run.finished:
-        raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
+    status, reason = run.ending()
+    if status != "finished":
+        fix = "finish it with python -m bench.run first"
+        raise UserError(reason if status == "damaged" else f"the tokenizer run {run.folder} is {status}; {fix}")
     if not (run.folder / "tokenizer.safetensors").is_file():
         raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
     return run

@@ -1,16 +1,20 @@
 """The manners of commands: which mistakes are told in one sentence, and in which words."""
 
 import errno
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bench.core.cli import fail, guarded
 from bench.core.errors import UserError
 
+REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO]
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+
+@pytest.mark.parametrize("number", REFUSALS)
 def test_a_place_that_takes_no_more_is_a_mistake_that_users_can_mend(capsys, number):
-    """A full disk, a full quota, no permission, a disk for reading only; with the file, where the system names it."""
+    """A full disk, a full quota, no permission, a disk for reading only or broken; with the file, where it is known."""
     for file, named in (("x.pt", "x.pt"), (None, "results")):
 
         def write(file=file) -> int:
@@ -30,3 +34,41 @@ def test_brackets_of_a_message_are_shown_as_they_are(capsys):
 
     assert guarded(work) == fail("unknown data '[bold]x[/]'; choose photos") == 2
     assert capsys.readouterr().err == 2 * "error: unknown data '[bold]x[/]'; choose photos\n"
+
+
+def test_a_full_cache_is_told_as_the_cache(capsys, monkeypatch, tmp_path):
+    """Another --results would not help."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path))
+
+    def work() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "data" / "x.npy"))
+
+    assert guarded(work) == 2
+    told = f"No space left on device while writing {tmp_path / 'data' / 'x.npy'}"
+    assert capsys.readouterr().err == f"error: {told}; free or set VQBENCH_CACHE to another folder\n"
+
+
+def test_other_errors_of_the_system_are_no_mistake_of_the_users():
+    def work() -> int:
+        raise OSError(errno.ENOENT, "No such file or directory", "x")
+
+    with pytest.raises(OSError, match="No such file"):
+        guarded(work)
+
+
+def test_who_is_terminated_says_that_it_stopped(capsys):
+    """Wherever that happens; what SIGTERM did before, it does again afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    assert guarded(work) == 130
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_commands_can_be_called_from_any_thread():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(guarded, lambda: 7).result() == 7

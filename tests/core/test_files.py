@@ -2,14 +2,20 @@
 
 import errno
 import hashlib
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import platformdirs
 import pytest
 
 from bench.core import files
-from bench.core.files import atomic_path, cache_dir, sha256_file
+from bench.core.errors import Damaged
+from bench.core.files import atomic_path, cache_dir, read_json, remove_parts, sha256_file
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_file_appears_whole_and_alone(tmp_path):
@@ -18,7 +24,7 @@ def test_a_file_appears_whole_and_alone(tmp_path):
     with atomic_path(path) as temporary:
         assert temporary.parent == path.parent  # renaming is atomic within one folder
         assert temporary.suffix == ".json"  # writers look at it
-        assert temporary.name.startswith(".file-")  # hidden; what a kill leaves behind says of which file it was
+        assert temporary.name.startswith(".part-file-")  # hidden; what a kill leaves behind says of which file it was
         temporary.write_text("half")
         assert not path.exists()
         temporary.write_text("whole")
@@ -97,3 +103,87 @@ def test_the_cache_is_where_the_environment_says_or_the_user_s_own(monkeypatch, 
     for unset in (lambda: monkeypatch.setenv("VQBENCH_CACHE", ""), lambda: monkeypatch.delenv("VQBENCH_CACHE")):
         unset()
         assert cache_dir() == Path(platformdirs.user_cache_dir("vqbench"))
+
+
+class WritersOwn(Exception):
+    """As torch's and safetensors' writers have for a disk that is full."""
+
+
+def write_until_full(write, path, limit="4096"):
+    """What writing ``path`` raises, in a process whose files may have ``limit`` bytes."""
+    code = f"""
+import resource
+from pathlib import Path
+from bench.core.files import atomic_path
+{write}
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    with atomic_path(Path({str(path)!r})) as temporary:
+        fill(temporary)
+except OSError as error:
+    print(type(error.__cause__).__name__, error.errno, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("write", "cause"),
+    [
+        ("def fill(path): path.write_bytes(bytes(9999))", "NoneType"),
+        ("import torch\ndef fill(path): torch.save(torch.zeros(9999), path)", "RuntimeError"),
+        (
+            "import torch, safetensors.torch\n"
+            "def fill(path): safetensors.torch.save_model(torch.nn.Linear(99, 99), str(path))",
+            "SafetensorError",
+        ),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_disk_that_is_full_is_told_as_such_by_every_writer(tmp_path, write, cause):
+    """With the file that was to be written; here a limit on the size of files stands for the end of the disk."""
+    path = tmp_path / "weights.bin"
+    path.write_text("old")
+    assert write_until_full(write, path) == [cause, str(errno.EFBIG), str(path)]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_fails_on_a_disk_with_room_is_not_excused(tmp_path):
+    with pytest.raises(WritersOwn), atomic_path(tmp_path / "file"):
+        raise WritersOwn
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_by_the_file(tmp_path):
+    """And not by the temporary one, which nobody knows."""
+    path = tmp_path / "file"
+    path.mkdir()
+    (path / "full").touch()
+    with pytest.raises(OSError) as error, atomic_path(path) as temporary:  # noqa: PT011
+        temporary.touch()
+    assert (error.value.filename, error.value.filename2) == (str(path), None)
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "file.json").touch()
+    (tmp_path / ".lock").touch()
+    with atomic_path(tmp_path / "half.npz") as temporary:
+        left = temporary
+    (tmp_path / "half.npz").rename(left)  # as if it had been killed before the other way round
+    remove_parts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "file.json"]
+
+
+def test_json_of_a_backslash_before_a_u_is_text(tmp_path):
+    """An escaped backslash is one; only the escape of a control character is refused."""
+    for text, good in ((r"C:\\u001b", True), (r"\u001b", False), (r"\\\u0007", False), ("é ü × \\n \\t", True)):
+        (tmp_path / "x.json").write_text(f'{{"x": "{text}"}}', encoding="utf-8")
+        if good:
+            assert read_json(tmp_path / "x.json") == json.loads(f'{{"x": "{text}"}}')
+        else:
+            with pytest.raises(Damaged, match="control characters"):
+                read_json(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "y.json")

@@ -4,10 +4,11 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from bench.core import progress
-from bench.core.progress import Bar, say
+from bench.core.progress import Bar, SafeConsole, say
 
 
 class Clock:
@@ -115,3 +116,28 @@ def test_numbers_and_words_keep_the_colour_of_their_line():
     """In tables, too: colour is for what is marked."""
     for console in (progress.console, progress.stdout):
         assert console.render_str("step 12 of True 'x' /a/b").spans == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_shown_cannot_steer_the_terminal(terminal):
+    """Names and reasons come from files that anybody may have written; tables, markup and lines keep their own."""
+    out = io.StringIO()
+    shown = SafeConsole(file=out, force_terminal=terminal, highlight=False, width=60)
+    hostile = "a\x1b]0;title\x07b\x9b2J\u202ec"
+    table = Table(hostile)
+    table.add_row(Text(hostile))
+    shown.print(table)
+    shown.print(f"[bold]{hostile}[/]\nnext", soft_wrap=True)
+    shown.print(hostile, markup=False)
+    text = out.getvalue()
+    for mark in ("\x1b]", "\x07", "\x9b", "\u202e"):
+        assert mark not in text
+    assert "a\ufffd]0;title" in text
+    assert "\nnext\n" in text
+    assert ("\x1b[1m" in text) == terminal
+
+
+def test_a_plain_line_of_a_bar_cannot_either(capsys):
+    with Bar("x\x1b[2J", 2, seconds=0.0) as bar:
+        bar.advance(1, "y\x07")
+    assert capsys.readouterr().err.startswith("x\ufffd[2J  1/2  ETA ")

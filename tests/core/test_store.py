@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
@@ -99,7 +100,6 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
         store.run(one).write("config.json", {"config": {}, "environment": {}})
     for folder in ("runs", "priors"):
         (store.root / folder / "alien").mkdir()
-        (store.root / folder / "alien" / "config.json").write_text('{"config": {}}')
     assert store.runs() == [store.run(config)]
     assert store.priors() == [store.run(prior)]
 
@@ -223,7 +223,7 @@ def test_a_lock_is_that_of_one_run(store):
 
 def test_metrics_of_older_runs_have_their_present_names(tmp_path):
     run = Run(tmp_path)
-    run.write("metrics.json", {"metrics": {"copies": 0.25, "gfid_vgg16": 3.0}})
+    run.write("metrics.json", {"metrics": {"copies": 0.25, "gfid_vgg16": 3.0}, "protocol": {}})
     assert run.metrics() == {"copy_rate": 0.25, "gfid_vgg16": 3.0}
 
 
@@ -271,6 +271,9 @@ def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
     with pytest.raises(UserError, match=r"cnn-a is diverged; finish it"):
         find_tokenizer("cnn", store.root)
     run.write("metrics.json", {})
+    with pytest.raises(UserError, match=r"metrics.json is damaged: it has no metrics; move it away and run the same"):
+        find_tokenizer("cnn", store.root)
+    run.write("metrics.json", {"metrics": {}, "protocol": {}})
     assert known_tokenizers(store.root) == f"{store.root} has cnn-a"
     with pytest.raises(UserError, match=r"cnn-a has lost its tokenizer.safetensors; move that folder and train"):
         find_tokenizer("cnn", store.root)
@@ -278,14 +281,143 @@ def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
     assert find_tokenizer("cnn", store.root) == run
 
 
-def test_whatever_else_is_called_config_json_is_passed_over(store):
-    """A list, half a file, a folder."""
+DAMAGE = {  # of a JSON file → what is said of it
+    "": "it is empty",
+    "[]": "a list where an object belongs",
+    '"config"': "a str where an object belongs",
+    '{"config": {': "Expecting property name enclosed in double quotes: line 1 column 13 (char 12)",
+    "\x00" * 40: "Expecting value: line 1 column 1 (char 0)",
+    "\xff\xfe": "'utf-8' codec can't decode",
+    "[" * 100_000: "maximum recursion depth exceeded",
+    '{"x": 1e400}': "1e400 where a finite number belongs",
+    '{"x": NaN}': "NaN where a finite number belongs",
+    '{"x": "\\u001b[2J"}': "control characters",
+    '{"x": "\x9b2J"}': "control characters",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGE, ids=lambda content: repr(content[:12]))
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "failure.json"])
+def test_a_file_that_was_not_written_so_makes_its_run_a_damaged_one(run, name, content):
+    """The run is told with the file, what is wrong and what to do; it is neither finished nor unfinished."""
+    path = run.folder / name
+    path.write_bytes(content.encode("latin-1" if "\xff" in content else "utf-8"))
+    assert (run.status, run.finished) == ("damaged", False)
+    assert run.reason.startswith(f"{path} is damaged: {DAMAGE[content]}")
+    assert run.reason.endswith("; move it away and run the same command again")
+    path.unlink()
+    assert run.status == ("unfinished")
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "failure.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere", path)])
+def test_what_is_no_file_is_not_read(run, name, make):
+    """A pipe would be waited for for ever; a folder and a link that leads nowhere are no files either."""
+    (run.folder / name).unlink(missing_ok=True)
+    make(run.folder / name)
+    assert (run.status, run.reason.partition(";")[0]) == (
+        "damaged",
+        f"{run.folder / name} is damaged: it is not a file",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("metrics.json", {"metrics": {}}, "it has no protocol"),
+        ("metrics.json", {"metrics": [], "protocol": {}}, "it has no metrics"),
+        ("metrics.json", {"metrics": {"psnr": "20"}, "protocol": {}}, "psnr is '20', which is no number"),
+        ("metrics.json", {"metrics": {"psnr": True}, "protocol": {}}, "psnr is True, which is no number"),
+        ("metrics.json", {"metrics": {"psnr": [20.0]}, "protocol": {}}, "psnr is [20.0], which is no number"),
+        ("metrics.json", {"metrics": {"params_encoder": 3}, "protocol": {}}, "it has no params_encoder or no"),
+        ("metrics.json", {"metrics": METRICS | {"flops_encode": None}, "protocol": {}}, "it has no flops_encode or"),
+        ("metrics.json", {"metrics": {}, "protocol": {"count": [1]}}, "its protocol has lists"),
+        ("metrics.json", {"metrics": {}, "protocol": {"count": {}}}, "its protocol has lists"),
+        ("config.json", {"config": {}}, "it has no environment"),
+        ("config.json", {"config": 1, "environment": {}}, "it has no config"),
+        ("failure.json", {"status": "crashed"}, "it tells no status and reason"),
+        ("failure.json", {"status": 1, "reason": ""}, "it tells no status and reason"),
+    ],
+)
+def test_a_part_that_is_missing_or_of_another_kind_is_damage(run, name, content, what):
+    run.write(name, content)
+    assert run.status == "damaged"
+    assert run.reason.startswith(f"{run.folder / name} is damaged: {what}")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"width": "4"}, "width is '4'; it must be a whole number"),
+        ({"width": -1}, "width is -1; it must be at least 1"),
+        ({"width": 2.0}, "width is 2.0; it must be a whole number"),
+        ({"width": True}, "width is True; it must be a whole number"),
+        ({"codebook_size": 0}, "codebook_size is 0; it must be at least 1"),
+        ({"beta": [1]}, "beta is [1]; it must be a number"),
+        ({"backbone": 3}, "backbone is 3; it must be text"),
+        ({"pretrained": 1}, "pretrained is 1; it must be True or False"),
+        ({"width": None}, "width is None; it must be a whole number"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_damage(run, change, what):
+    stored = asdict(make_config("cnn", "smoke")) | change
+    run.write("config.json", {"config": stored, "environment": {}})
+    with pytest.raises(Damaged) as error:
+        run.settings(Config)
+    assert str(error.value).startswith(f"{run.folder / 'config.json'} is damaged: {what}")
+
+
+def test_choices_of_other_versions_are_not_damage(run):
+    """A store outlives its quantizers and backbones, and is shared with versions that have further ones."""
+    stored = asdict(make_config("cnn", "smoke")) | {"quantizer": "next", "backbone": "new", "gradient": "other"}
+    run.write("config.json", {"config": stored, "environment": {}})
+    assert run.settings(Config).quantizer == "next"
+
+
+def test_a_damaged_run_is_listed_with_the_others(store):
     started(store, "cnn-a")
-    for name, content in (("list", "[]"), ("words", '["config", "environment"]'), ("half", '{"config": {'), ("no", "")):
-        store.named(name).folder.mkdir()
-        (store.named(name).folder / "config.json").write_text(content)
-    (store.root / "runs" / "folder" / "config.json").mkdir(parents=True)
-    assert store.runs() == [store.named("cnn-a")]
+    store.named("cnn-b").folder.mkdir()
+    (store.named("cnn-b").folder / "config.json").touch()
+    assert [run.status for run in store.runs()] == ["unfinished", "damaged"]
+
+
+def test_damaged_lines_of_a_history_are_left_out(run):
+    """Curves are drawn of the others; nothing that was trained is lost for them."""
+    lines = [b'{"step": 1, "loss": 0.5}', b"\xff\x00", b"[]", b'{"loss": 1}', b'{"step": 2, "loss": "x"}', b"[" * 9999]
+    (run.folder / "history.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "loss": 0.25}', b""]))
+    assert run.history() == [{"step": 1, "loss": 0.5}, {"step": 3, "loss": 0.25}]
+
+
+def test_what_steers_a_terminal_is_not_written_as_a_reason(run):
+    run.fail("crashed", "\x1b[31mred\x9b and \x07 bell,\n two lines \u202e")
+    assert run.reason == "\ufffd[31mred\ufffd and \ufffd bell,\n two lines \ufffd"
+
+
+STUDY = {"name": "beta", **HEADER, "runs": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{", "Expecting property name"),
+        *((json.dumps({**STUDY, part: 1}), f"it does not tell the {part} of the study") for part in ("kind", "sweep")),
+        (json.dumps({**STUDY, "metrics": "psnr"}), "it does not tell the metrics of the study"),
+        (json.dumps({**STUDY, "runs": []}), "it does not tell the runs of the study"),
+        (json.dumps({**STUDY, "runs": {"a": 1}}), "'a' is no run with its settings"),
+        (json.dumps({**STUDY, "runs": {"../../x": {}}}), "'../../x' is no run with its settings"),
+        (json.dumps({**STUDY, "priors": {"..": {}}}), "'..' is no run with its settings"),
+        (json.dumps({**STUDY, "priors": {"": {}}}), "'' is no run with its settings"),
+    ],
+)
+def test_a_study_that_was_not_written_so_is_named_and_not_overwritten(store, content, what):
+    path = store.root / "studies" / "beta.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    for touch in (lambda: store.study("beta"), lambda: store.extend_study("beta", HEADER, {})):
+        with pytest.raises(Damaged) as error:
+            touch()
+        assert str(error.value).startswith(f"{path} is damaged: {what}")
+    assert path.read_text() == content
 
 
 def test_the_first_study_is_asked_for_by_its_command(store):
@@ -305,14 +437,10 @@ def test_each_study_has_a_lock_of_its_own_beside_it(store, monkeypatch):
 
 
 def test_a_prior_that_failed_early_has_no_tokenizer_yet(run):
-    """What failed is told with its details; who asks for the tokenizer gets an empty config."""
+    """Who asks for it gets an empty config."""
     assert run.tokenizer() == {}
     run.write("config.json", {"config": {}, "tokenizer": {"backbone": "vit"}, "environment": {}})
     assert run.tokenizer() == {"backbone": "vit"}
-    run.fail("crashed", "a signal", traceback="line 1")
-    assert json.loads((run.folder / "failure.json").read_text()) == {
-        **{"status": "crashed", "reason": "a signal", "traceback": "line 1"}
-    }
 
 
 def test_a_folder_that_is_taken_is_named_at_once(run):
