@@ -1,7 +1,5 @@
 """Batches that are a pure function of (seed, step), and their augmentation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -29,9 +27,9 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarr
     return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1], the range of every model here; keeps shape and memory format."""
-    return pixels.to(torch.float32).div(127.5).sub_(1)
+def from_uint8(x: Tensor) -> Tensor:
+    """[0, 255] uint8 → [-1, 1] float32, the range of every model here; keeps shape and memory format."""
+    return x.float().div(127.5).sub_(1)
 
 
 def batch(
@@ -46,7 +44,7 @@ def batch(
     pixels = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     rng = torch.Generator().manual_seed(int(state[0]))
-    return to_float(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
+    return from_uint8(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
 
 
 def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:

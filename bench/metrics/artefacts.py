@@ -1,7 +1,5 @@
 """Whether a grid of patches shows in reconstructions, and how sharp they are."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -35,8 +33,7 @@ class Artefacts:
         """Adds originals ``x`` and their reconstructions ``x_hat``: (B, 3, S, S) uint8 each, on one device."""
         check_pair(x_hat, x)
         x, x_hat = x.float(), x_hat.float()
-        for direction in (lambda images: images, lambda images: images.mT):  # along the rows, then the columns
-            original, reconstruction = direction(x), direction(x_hat)
+        for original, reconstruction in ((x, x_hat), (x.mT, x_hat.mT)):  # along the rows, then the columns
             residual = reconstruction - original
             self.power += _over_lines(torch.fft.fft(residual, norm="ortho").abs().square())
             self.steepness += _over_lines(residual.diff().abs())

@@ -1,7 +1,5 @@
 """Images as numbers, and how near one is to another pixel by pixel."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -18,15 +16,13 @@ SSIM_WINDOW = 11  # pixels, of a Gaussian with σ = 1.5
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] float → [0, 255] uint8 of the same shape: clamped, then rounded to nearest. ValueError for NaN."""
+    """[-1, 1] float → [0, 255] uint8 of the same shape: clamped, then rounded to nearest: ``from_uint8``, undone.
+
+    ValueError for NaN.
+    """
     if x.isnan().any():
         raise ValueError("the images contain NaN")
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
-def from_uint8(x: Tensor) -> Tensor:
-    """[0, 255] uint8 → [-1, 1] float32 of the same shape; ``to_uint8`` undoes it exactly."""
-    return x.float() / 127.5 - 1
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ Nothing is used unverified: the source distribution's hash is checked before any
 allow-list, and every load of a cached file compares its digest with ``DIGESTS``.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import pickle

@@ -3,8 +3,6 @@
 Pure functions on tokens (N, d) and codebooks (K, d), both float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,14 +34,28 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """The interface: float32 whatever the autocast, and a grid as the list of its tokens. Siblings quantize those.
 
-    codebook_size: K ≥ 1. code_dim: d ≥ 1. ``settings`` names the other fields of Config that the constructor takes.
+    codebook_size: K ≥ 1. code_dim: d ≥ 1. Of the others, which are fields of Config, ``settings`` names those that a
+    sibling heeds. beta: commitment weight β ≥ 0. kmeans_init: the first codes are centroids of k-means rather than
+    random tokens. entropy_weight: weight ≥ 0 of ``entropy_penalty`` in training. gradient: a name in GRADIENTS.
+    UserError as ``check`` raises it.
     """
 
     settings: tuple[str, ...] = ()
 
-    def __init__(self, codebook_size: int, code_dim: int):
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        beta: float = 0.25,
+        kmeans_init: bool = False,
+        entropy_weight: float = 0.0,
+        gradient: str = "straight_through",
+    ):
         super().__init__()
+        self.check(codebook_size)
         self.codebook_size, self.code_dim = codebook_size, code_dim
+        self.beta, self.kmeans_init, self.entropy_weight = beta, kmeans_init, entropy_weight
+        self.pass_gradient = GRADIENTS[gradient]
 
     @classmethod
     def check(cls, codebook_size: int) -> None:
@@ -61,9 +73,14 @@ class Quantizer(nn.Module):
         """Chooses the first codes by the encoder's first outputs (N, d)."""
         raise NotImplementedError
 
+    def entropy_loss(self, tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Tensor | float:
+        """``entropy_penalty`` times its weight; 0 in eval mode, and without a weight, where it is not computed."""
+        if not (self.training and self.entropy_weight):
+            return 0.0
+        return self.entropy_weight * entropy_penalty(tokens, codebook, distortion)
+
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes ``z`` (B, d, h, w), any float dtype. In training mode the codebook's statistics move; in eval
-        mode nothing does."""
+        """Quantizes ``z`` (B, d, h, w), any float dtype. The codebook's statistics move in training mode only."""
         with torch.autocast(z.device.type, enabled=False):
             grid = z.float().movedim(1, -1)
             z_q, codes, loss, distortion = self.quantize(grid.reshape(-1, self.code_dim))

@@ -1,7 +1,5 @@
 """Quantizers whose codes are learned: by gradient, or as moving averages of the tokens that choose them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,38 +7,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import GRADIENTS, Quantized, Quantizer, all_reduce, entropy_penalty, first_codes, nearest
+from .codebook import Quantized, Quantizer, all_reduce, first_codes, nearest
 
 
 class CodebookQuantizer(Quantizer):
     """Look-up, gradient estimator, initialisation from data and dead-code reset; siblings add the learning.
 
-    beta: commitment weight β ≥ 0.
     revive_after: a code that no token chose while ``revive_after``·K tokens passed, enough for ``revive_after`` of them
         under uniform use, becomes a random token of the current batch (0: never). Tokens, not steps: a step brings
         8,192 of them on a 16×16 grid, but 32 with one code per image.
-    kmeans_init: the first codes are centroids of k-means rather than random tokens.
-    entropy_weight: weight ≥ 0 of ``entropy_penalty`` in training; 0 does not compute it.
-    gradient: ``straight_through`` or ``rotation``.
     """
 
     settings = ("beta", "revive_after", "kmeans_init", "entropy_weight", "gradient")
     codebook: Tensor
 
-    def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        *,
-        beta: float = 0.25,
-        revive_after: int = 0,
-        kmeans_init: bool = False,
-        entropy_weight: float = 0.0,
-        gradient: str = "straight_through",
-    ):
-        super().__init__(codebook_size, code_dim)
-        self.beta, self.revive_after, self.kmeans_init = beta, revive_after, kmeans_init
-        self.entropy_weight, self.pass_gradient = entropy_weight, GRADIENTS[gradient]
+    def __init__(self, codebook_size: int, code_dim: int, *, revive_after: int = 0, **shared: Any):
+        super().__init__(codebook_size, code_dim, **shared)
+        self.revive_after = revive_after
         self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))  # tokens since a code was chosen
 
     def normalise(self, vectors: Tensor) -> Tensor:
@@ -75,9 +58,8 @@ class CodebookQuantizer(Quantizer):
         codes, chosen, z_q = self.choose(tokens, codebook)
         distortion = F.mse_loss(tokens.detach(), chosen.detach())
         loss = self.beta * F.mse_loss(tokens, chosen.detach()) + self.learning_loss(tokens, chosen)
-        if self.training and self.entropy_weight:
-            kept = codebook.clone()  # a moving average moves before the backward pass
-            loss = loss + self.entropy_weight * entropy_penalty(tokens, kept, distortion)
+        kept = codebook.clone()  # a moving average moves before the backward pass
+        loss = loss + self.entropy_loss(tokens, kept, distortion)
         if self.training:
             self._learn(tokens.detach(), codes)
         return Quantized(z_q, codes, loss, distortion)
@@ -161,8 +143,7 @@ class EMAQuantizer(CodebookQuantizer):
 class EMAL2Quantizer(EMAQuantizer):
     """Codes that are moving averages of unit tokens, themselves brought back to the unit sphere."""
 
-    def normalise(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1)
+    normalise = L2Quantizer.normalise
 
 
 class GumbelQuantizer(CodebookQuantizer):
