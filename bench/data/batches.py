@@ -53,9 +53,6 @@ def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
 
 
-# --- augmentations: uint8 (B, 3, H, W) -> the same, so the range holds and resampled images stay images -------------
-
-
 def _uniform(rng: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=rng)
 
@@ -63,10 +60,6 @@ def _uniform(rng: torch.Generator, *shape: int, low: float = 0.0, high: float = 
 def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float, rng: torch.Generator) -> Tensor:
     rows = (_uniform(rng, len(x)) < probability).nonzero().squeeze(1).to(x.device)
     return x.index_copy(0, rows, effect(x[rows]))  # only the chosen are computed, and no device has to be waited for
-
-
-def _flip(x: Tensor, rng: torch.Generator) -> Tensor:
-    return _sometimes(x, lambda images: images.flip(-1), 0.5, rng)
 
 
 def _random_resized_crop_and_flip(x: Tensor, rng: torch.Generator, flip: float) -> Tensor:
@@ -102,7 +95,7 @@ def _blog(x: Tensor, rng: torch.Generator) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "none": lambda x, rng: x,
-    "flip": _flip,
+    "flip": lambda x, rng: _sometimes(x, lambda images: images.flip(-1), 0.5, rng),
     "blog": _blog,
 }
-"""Augmentations of a whole batch by name: (uint8 (B, 3, H, W), generator on the CPU) -> uint8 of the same shape."""
+"""Augmentations by name: uint8 (B, 3, H, W) and a generator on the CPU → the same, so resampled images stay images."""

@@ -44,11 +44,9 @@ class Data:
 def load(data: str, image_size: int) -> Data:
     """The images of ``data``, a name in DATASETS or ``folder:PATH``, as squares of ``image_size``.
 
-    The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other
-    processes map the same files. Unreadable files are skipped, and listed in ``Data.skipped``.
-
-    Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an image_size
-    beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
+    The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other processes map the
+    same files. Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an
+    image_size beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
     """
     name, _, path = data.partition(":")
     if name == "folder" and path:
@@ -120,7 +118,7 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
 
 
 def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
-    """Writes the class of each image, and returns all classes: none unless every image has one and there are several."""
+    """Writes the class of each image and returns all: none unless every image has one and there are several."""
     classes = sorted(set().union(*labels.values()))
     if "" in classes or len(classes) < 2:
         classes = []
@@ -166,10 +164,8 @@ def _decode_blocks(
 
 
 def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> None:
-    """Streams uint8 blocks into an .npy file, and feeds pixels and shape to ``digest``.
-
-    Through a file and not a writable memory map: there a full disk is a SIGBUS instead of an OSError.
-    """
+    """Streams uint8 blocks into an .npy file, and feeds pixels and shape to ``digest``. Through a writable memory map a
+    full disk would be a SIGBUS instead of an OSError."""
 
     def write_header(count: int) -> None:  # of constant length: NumPy leaves room for the first axis to grow
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}

@@ -26,32 +26,25 @@ PHOTO_TRIES, PHOTO_CONTRAST = 100, 4  # a crop in which no channel's standard de
 
 @dataclass(frozen=True)
 class Split:
-    """Images yet to be decoded: ``read(item)`` gives (H, W, 3) uint8 or raises; ``str(item)`` names it in messages.
-    ``label(item)`` names its class; empty for none."""
+    """Images yet to be decoded."""
 
-    items: Sequence[Any]
-    read: Callable[[Any], np.ndarray]
-    label: Callable[[Any], str]
+    items: Sequence[Any]  # whose str() names them in messages
+    read: Callable[[Any], np.ndarray]  # item → (H, W, 3) uint8, or it raises
+    label: Callable[[Any], str]  # item → name of its class; empty for none
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set yet to be opened: ``identity`` is a cheap JSON value that changes whenever the pixels may have.
+    """A data set yet to be opened."""
 
-    ``open()`` gives (train, val, how), where ``how`` completes the sentence "photos: 4096 train / 512 val …".
-    """
-
-    identity: Any
-    open: Callable[[], tuple[Split, Split, str]]
-
-
-# --- pictures of any kind to pixels of one kind ----------------------------------------------------------------------
+    identity: Any  # a cheap JSON value that changes whenever the pixels may have
+    open: Callable[[], tuple[Split, Split, str]]  # train, val, and what completes "photos: 4096 train / 512 val …"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture as 8-bit RGB: turned as its EXIF says, transparency over white, 16-bit grey scaled to 8 bits.
 
-    Raises ValueError for floating-point pixels, whose white is undefined, and what Pillow raises for broken files.
+    ValueError for floating-point pixels, whose white is undefined.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -95,10 +88,8 @@ def _is_flat(crop: np.ndarray) -> bool:
 
 
 def _draw_crops(photos: dict[str, np.ndarray], image_size: int, train: bool) -> list[tuple[str, int, int]]:
-    """(photograph, top, left) of every crop of a split: the photographs in turn, a random place in the split's part.
-
-    Crops stay inside the left 75 % of the width (train) or the right 25 %, so the splits share no pixel.
-    """
+    """(photograph, top, left) of every crop of a split: the photographs in turn, anywhere in the split's part, which is
+    the left 75 % of the width (train) or the right 25 %, so that the splits share no pixel."""
     draw = np.random.PCG64(0 if train else 1).random_raw  # NumPy promises this stream for ever, not a Generator's
     crops, names = [], list(photos)
     for index in range(PHOTO_TRAIN if train else PHOTO_VAL):
@@ -177,8 +168,8 @@ def _torchvision(kind: str, train: dict, val: dict, image_size: int) -> Source:
 def _find_images(root: str, below: str = "") -> list[str]:
     """Sorted paths, relative to ``root`` and with slashes, of the image files at any depth in its subfolder ``below``.
 
-    Hidden files and folders are left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once.
-    Raises UserError where a folder cannot be listed or nothing is found.
+    What is hidden is left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once. UserError where a
+    folder cannot be listed or nothing is found.
     """
 
     def refuse(error: OSError) -> None:

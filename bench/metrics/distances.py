@@ -10,19 +10,16 @@ KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's def
 
 
 class FrechetStatistics:
-    """Mean and covariance of a set of feature vectors from float64 sums, so batches may come in any size and order.
-
-    n, total (D,) and outer (D, D): count, Σf and Σffᵀ, on the CPU.
-    """
+    """Mean and covariance of a set of feature vectors from float64 sums, so batches may come in any size and order."""
 
     def __init__(self, dimension: int):
         self.n = 0
-        self.total = torch.zeros(dimension, dtype=torch.float64)
-        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64)
+        self.total = torch.zeros(dimension, dtype=torch.float64)  # Σf
+        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64)  # Σffᵀ
 
     @classmethod
     def of(cls, features: Tensor) -> "FrechetStatistics":
-        """Of (N, D) vectors that are all there."""
+        """Of (N, D) vectors."""
         statistics = cls(features.shape[1])
         statistics.update(features)
         return statistics

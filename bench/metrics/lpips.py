@@ -71,11 +71,8 @@ def _check_range(*batches: Tensor) -> None:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length along the channels, in float32 whatever the autocast; a zero vector stays zero.
-
-    ``F.normalize`` has a gradient where the sum of squares is zero; a plain square root has NaN. Features of images
-    have norms above 0.1, so ``eps`` changes no value and only bounds the gradient.
-    """
+    """Unit length along the channels, in float32 whatever the autocast; a zero vector stays zero, and has a gradient.
+    Features of images have norms above 0.1, so ``eps`` changes no value and only bounds that gradient."""
     return F.normalize(features.float(), dim=1, eps=1e-6)
 
 
@@ -94,9 +91,8 @@ def perceptual(net: str, device: torch.device) -> Perceptual:
 class LPIPSScores(Evaluator):
     """What the networks of LPIPS say, each run once per image: VGG16 for its LPIPS and for the distances between sets.
 
-    In float32 whatever the surrounding autocast. VGG16 bounds the time of scoring with 2.5 GFLOP per 64×64 image, four
-    fifths of the whole. On a CPU, batches of 8 to 32 images are quickest: larger ones leave the caches. UserError if
-    the weights cannot be had or are damaged.
+    In float32 whatever the surrounding autocast. VGG16 bounds the time of scoring: 2.5 GFLOP per 64×64 image. UserError
+    if the weights cannot be had or are damaged.
     """
 
     METRICS: ClassVar[dict[str, Metric]] = {

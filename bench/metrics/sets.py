@@ -25,19 +25,14 @@ Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 → (B, dimension) f
 
 
 class Extractor(NamedTuple):
-    """A network that turns images into feature vectors.
+    """A network that turns images into feature vectors, with weights from a given file or of its own."""
 
-    suffix: of the metrics on it. weights: their name in ``weights.DIGESTS`` and in files of features. about: what a
-    protocol says of it besides their digest. load: the network on a device, with the file of weights that was given, if
-    any; None where its weights cannot be had. digest: of those weights, or None.
-    """
-
-    suffix: str
-    weights: str
-    about: str
+    suffix: str  # of the metrics on it
+    weights: str  # their name in ``weights.DIGESTS`` and in files of features
+    about: str  # what a protocol says of it besides their digest
     dimension: int
-    load: Callable[[torch.device, Path | None], Features | None]
-    digest: Callable[[Path | None], str | None]
+    load: Callable[[torch.device, Path | None], Features | None]  # None where its weights cannot be had
+    digest: Callable[[Path | None], str | None]  # of the weights, likewise
 
     def identity(self, path: Path | None) -> str | None:
         """What has to be equal for two scores on it to be comparable; None where its weights cannot be had."""
@@ -81,9 +76,9 @@ def digests(path: Path | None) -> str:
 
 
 class InceptionScores(Evaluator):
-    """FID (Heusel et al. 2017, eq. 6), where Inception's weights are at hand; nothing elsewhere.
+    """FID where Inception's weights are at hand, nothing elsewhere; UserError for a damaged file of them.
 
-    Its 11.4 GFLOP per image bound the time of scoring. UserError for a damaged file of weights.
+    Its 11.4 GFLOP per image bound the time of scoring.
     """
 
     METRICS: ClassVar[dict[str, Metric]] = {"fid": Metric("FID", ".1f", "lower")}
@@ -109,12 +104,9 @@ class InceptionScores(Evaluator):
 
 
 class ImageSet(NamedTuple):
-    """Features of one set of images, to be compared with those of another set: what is generated with what is real.
+    """Features of one set of images, to be compared with those of another set: what is generated with what is real."""
 
-    features: (N, dimension) float32 on the CPU of each of EXTRACTORS; N is 0 where its weights cannot be had.
-    """
-
-    features: dict[str, Tensor]
+    features: dict[str, Tensor]  # by EXTRACTORS, (N, dimension) float32 on the CPU; N is 0 where weights cannot be had
 
     @classmethod
     @torch.inference_mode()

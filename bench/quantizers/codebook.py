@@ -17,18 +17,12 @@ ZERO_NORM = 1e-6  # shorter vectors have no direction
 
 
 class Quantized(NamedTuple):
-    """What every quantizer returns.
+    """What every quantizer returns."""
 
-    z_q: (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``.
-    codes: (B, h, w) int64 in [0, K).
-    loss: scalar, what the quantizer adds to the training loss (weights such as β applied).
-    distortion: scalar, mean squared distance of tokens to their codes, for the log (no gradient).
-    """
-
-    z_q: Tensor
-    codes: Tensor
-    loss: Tensor
-    distortion: Tensor
+    z_q: Tensor  # (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``
+    codes: Tensor  # (B, h, w) int64 in [0, K)
+    loss: Tensor  # scalar, what the quantizer adds to the training loss (weights such as β applied)
+    distortion: Tensor  # scalar, mean squared distance of tokens to their codes, for the log (no gradient)
 
 
 class Quantizer(nn.Module):
@@ -101,16 +95,12 @@ class Quantizer(nn.Module):
             self.start(z.float().movedim(1, -1).reshape(-1, self.code_dim))
 
 
-# -------------------------------------------------------------------------------------------------------------- look-up
-
-
 @torch.no_grad()
 def nearest(tokens: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each token in Euclidean distance.
 
-    tokens (N, d) and codebook (K, d) float32 → (N,) int64; ties go to one of the nearest.
-    ``argmin_k ‖x − e_k‖² = argmin_k ‖e_k‖² − 2 x·e_k``: one GEMM and one argmin, in row chunks that stay in cache, so
-    no N×K matrix exists. The GEMM and the argmin's pass over its result bound it.
+    tokens (N, d) and codebook (K, d) float32 → (N,) int64; ties go to one of the nearest. It is the argmin of
+    ‖e‖² − 2 x·e: one GEMM and one argmin, in chunks of rows that stay in cache, so that no N×K matrix exists.
     """
     half_norms = codebook.square().sum(1).mul_(0.5)
     codes = torch.empty(len(tokens), dtype=torch.int64, device=tokens.device)
@@ -132,7 +122,7 @@ def kmeans(
     """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times.
 
     With ``normalise`` onto the unit sphere it is spherical k-means (Dhillon & Modha 2001). A centroid without tokens
-    restarts at a random one. Every round costs one look-up and draws K random numbers.
+    restarts at a random one.
     """
     for _ in range(rounds):
         codes = nearest(tokens, centroids)
@@ -154,9 +144,6 @@ def first_codes(
     vectors[len(order) :] += 0.01 * spread * torch.randn_like(vectors[len(order) :])
     vectors = normalise(vectors)
     return kmeans(tokens, vectors, normalise) if by_kmeans and len(tokens) > codebook_size else vectors
-
-
-# ------------------------------------------------------------------------------------------------------------- gradient
 
 
 def straight_through(tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -185,9 +172,6 @@ def rotate(tokens: Tensor, chosen: Tensor) -> Tensor:
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straight_through": straight_through, "rotation": rotate}
 
 
-# -------------------------------------------------------------------------------------------------------------- entropy
-
-
 def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Tensor:
     """E[H(p(code | token))] − H(E[p(code | token)]), in nats: −ln K when every token is sure of its code and all codes
     are in equal use, at most 0 (Yu et al. 2024, "Language Model Beats Diffusion", eq. 5–6).
@@ -196,9 +180,9 @@ def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Ten
     mixture of Gaussians of that variance σ²: p(code | token) = softmax(−‖x − e‖² / 2σ²), so the scale of space is
     indifferent. The gradient reaches tokens and codebook, σ² is held.
 
-    The soft choices cost O(N·K·d) work, three GEMMs and their gradient. Memory: no N×K matrix exists, one chunk of
-    CHUNK_BYTES does. A first pass sums p over all tokens, of all processes; with that mean p̄ held, the penalty is
-    −E[KL(p ‖ p̄)], of equal value and gradient, a sum over tokens whose chunks are computed anew in the backward pass.
+    No N×K matrix exists, only chunks of CHUNK_BYTES. A first pass sums p over all tokens, of all processes; with that
+    mean p̄ held, the penalty is −E[KL(p ‖ p̄)], of equal value and gradient: a sum over tokens, whose chunks are computed
+    anew in the backward pass.
     """
     precision = 1 / distortion.detach().clamp_min(1e-12)
     chunks = tokens.split(chunk_rows(codebook))

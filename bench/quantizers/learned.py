@@ -31,8 +31,7 @@ class CodebookQuantizer(Quantizer):
         return vectors
 
     def choose(self, tokens: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (N,) of tokens (N, d), their vectors (N, d) in ``codebook`` (K, d), and z_q: the same vectors with the
-        gradient for the decoder's side."""
+        """Codes (N,) of tokens (N, d), their vectors (N, d) in ``codebook`` (K, d), and z_q: these with a gradient."""
         codes = nearest(tokens.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)
         return codes, chosen, self.pass_gradient(tokens, chosen)
@@ -150,13 +149,11 @@ class GumbelQuantizer(CodebookQuantizer):
     """Codes sampled in training, so that the decoder's gradient weighs the alternatives and reaches the codebook.
 
     p(code | token) = softmax(−‖x − e‖² / 2σ²), a mixture of Gaussians whose variance σ² is the batch's own mean squared
-    distance, per component, to the nearest code: nearness needs no projection of its own and the scale of space is
-    indifferent. In training the decoder sees one code k = argmax(ln p + Gumbel noise), a sample of p, and the gradient
-    is that of Σ y_k e_k with y = softmax((ln p + noise) / ``temperature``): the straight-through Gumbel-softmax (Jang
-    et al. 2017, section 2.2). In eval mode k is the most likely code, the nearest. Neither a codebook loss nor a KL
-    term to the uniform prior is added: β weighs the commitment to the sampled code, ``entropy_weight`` spreads codes.
-
-    Training holds several N×K matrices of float32 and spends O(N·K·d) on the soft choice and on its gradient.
+    distance, per component, to the nearest code, so the scale of space is indifferent. In training the decoder sees one
+    code k = argmax(ln p + Gumbel noise), a sample of p, and the gradient is that of Σ y_k e_k with
+    y = softmax((ln p + noise) / ``temperature``): the straight-through Gumbel-softmax (Jang et al. 2017, section 2.2).
+    In eval mode k is the nearest code. There is no codebook loss, and no KL term to the uniform prior: β weighs the
+    commitment to the sampled code, ``entropy_weight`` spreads codes. Training holds several N×K matrices of float32.
     """
 
     settings = ("beta", "revive_after", "kmeans_init", "entropy_weight", "temperature")

@@ -1,7 +1,6 @@
 """Quantizers built on the optional package vector-quantize-pytorch, behind the interface of all others.
 
-Each is given tokens (1, N, d) in float32 and left to choose codes. Differences from our quantizers are corrected; each
-is noted inline.
+Its modules are given tokens (1, N, d) in float32. Where they differ from our quantizers they are corrected.
 """
 
 import functools
@@ -44,12 +43,9 @@ def require(quantizer: str, rule: str, codebook_size: int, possible: Callable[[i
 
 
 class ProjectedQuantizer(Quantizer):
-    """d components → Linear → m scalars, rounded one by one → Linear → z_q. There is no codebook to learn.
+    """d components → Linear → m scalars (``components``), rounded one by one → Linear → z_q: no codebook to learn."""
 
-    ``components`` is m, and ``spread`` the standard deviation of the first scalars.
-    """
-
-    spread: float
+    spread: float  # standard deviation of the first scalars
     codec: nn.Module
 
     def __init__(self, codebook_size: int, code_dim: int, components: int, **shared: Any):
@@ -107,8 +103,8 @@ class FSQQuantizer(ProjectedQuantizer):
 def fsq_levels(codebook_size: int) -> tuple[int, ...]:
     """Levels of each component, falling, whose product is K ≥ 2; empty where LEVELS offer none.
 
-    Among all factorisations the one nearest to six levels each, by squared logarithm. That gives the five that the
-    paper recommends (its table 1) at their K, and 8·8·8 at 512.
+    Of all factorisations it is the one nearest to six levels each, by squared logarithm: at their K the five that the
+    paper recommends (its table 1), and 8·8·8 at 512.
     """
 
     def factorisations(rest: int, largest: int) -> list[tuple[int, ...]]:
@@ -134,21 +130,15 @@ class LFQQuantizer(ProjectedQuantizer):
     def __init__(self, codebook_size: int, code_dim: int, **shared: Any):
         bits = codebook_size.bit_length() - 1
         super().__init__(codebook_size, code_dim, bits, **shared)
-        self.codec = package().LFQ(dim=bits).eval()
+        self.codec = package().LFQ(dim=bits)
 
     @classmethod
     def check(cls, codebook_size: int) -> None:
         """Raises UserError unless K is a power of two, at least 2."""
         require("lfq", "a power of two", codebook_size, lambda size: size > 1 and size & (size - 1) == 0)
 
-    def train(self, mode: bool = True) -> "LFQQuantizer":
-        """The package's part stays in eval mode: in training it holds all soft choices, N×K, whatever their weight,
-        and does not average them over processes."""
-        super().train(mode)
-        self.codec.eval()
-        return self
-
     def round(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.codec.eval()  # in training it would hold all soft choices, N×K
         with torch.no_grad():
             signs, codes, _ = self.codec(scalars[None])
         distance = F.mse_loss(scalars, signs[0])
@@ -157,11 +147,10 @@ class LFQQuantizer(ProjectedQuantizer):
 
 
 class SimVQQuantizer(Quantizer):
-    """Frozen codes times one learned matrix, so that every code moves whenever one does.
+    """Frozen codes times one learned matrix, so that every code moves whenever one does; losses as in standard.
 
-    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". The frozen
-    codes are encoder outputs rather than Gaussian noise, and the matrix starts as the identity. Losses as in standard,
-    and, which the paper does not have, the entropy penalty by ``entropy_weight``.
+    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". Unlike there,
+    codes are encoder outputs, not Gaussian noise, the matrix starts as the identity, and there is ``entropy_weight``.
     """
 
     settings = ("beta", "kmeans_init", "entropy_weight", "gradient")
@@ -200,8 +189,8 @@ class ResidualQuantizer(Quantizer):
     """Two codebooks, of sizes whose product is K: the second quantizes what the first leaves over, z_q is their sum.
 
     A code is the pair's index, so an image costs as many bits as with any other quantizer. Either codebook is a moving
-    average with decay ``ema_decay``, and pulls its input by a commitment loss of weight β. Residual quantization:
-    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1.
+    average with decay ``ema_decay``, and pulls its input by a commitment loss of weight β. Lee et al. 2022,
+    "Autoregressive Image Generation using Residual Quantization", section 3.1.
     """
 
     settings = ("beta", "kmeans_init", "gradient", "ema_decay")
@@ -223,8 +212,7 @@ class ResidualQuantizer(Quantizer):
         require("residual", "a product of two numbers above 1", codebook_size, lambda size: residual_sizes(size)[1] > 1)
 
     def quantize(self, tokens: Tensor) -> Quantized:
-        """Codes, commitment and moving averages by the package. z_q's gradient is passed once: the package would pass
-        one share per codebook, twice the gradient in all."""
+        """By the package, but for z_q's gradient, which it would pass once per codebook: twice the gradient in all."""
         summed, pairs, losses = self.codec(tokens[None])
         chosen = summed[0].detach()
         codes = pairs[0, :, 0] * self.sizes[1] + pairs[0, :, 1]
