@@ -1,7 +1,5 @@
 """How codes are used, and what they cost."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

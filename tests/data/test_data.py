@@ -30,9 +30,9 @@ from bench.data import (
     batches,
     decoding,
     eval_batches,
+    from_uint8,
     load,
     sources,
-    to_float,
     to_pixels,
     to_rgb,
 )
@@ -439,16 +439,21 @@ def test_there_are_no_classes_unless_every_image_has_one_and_they_differ(tmp_pat
 
 
 def test_packages_name_classes_in_three_ways_and_minus_one_is_none():
-    class Labelled:
+    class Labelled(list):
+        """Two images and whatever a package says of them."""
+
         def __init__(self, **attributes):
+            super().__init__([None, None])
             self.__dict__ |= attributes
 
+        def labels_of_both(self) -> list[str]:
+            split = sources._torchvision_split(self, 8)
+            return [split.label(index) for index in split.items]
+
     for word in ("targets", "labels", "_labels"):
-        named = sources._labeller(Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]))
-        assert [named(index) for index in range(2)] == ["c", "a"]
-        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(0) == "7"
-        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(1) == ""
-    assert sources._labeller(Labelled())(3) == ""
+        assert Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]).labels_of_both() == ["c", "a"]
+        assert Labelled(**{word: torch.tensor([7, -1])}).labels_of_both() == ["7", ""]
+    assert Labelled().labels_of_both() == ["", ""]
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
@@ -680,7 +685,7 @@ def test_none_is_the_identity_and_float_is_exact():
     rows = batch_indices(5, 2, 20, len(IMAGES))
     plain = batch(IMAGES, 5, 2, 20, "none", "cpu")
     assert np.array_equal(((plain.double() + 1) * 127.5).round().numpy(), IMAGES[rows].transpose(0, 3, 1, 2))
-    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert from_uint8(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 def test_eval_batches_are_the_images_themselves_in_order():

@@ -26,18 +26,18 @@ from bench.metrics import (
     CodeHistogram,
     FrechetStatistics,
     ImageSet,
-    KernelDistance,
     Setup,
     digests,
     distances,
     from_uint8,
     full_precision,
+    kernel_distance,
     psnr,
     ssim,
     to_uint8,
     weights,
 )
-from bench.metrics.extractors import Extractor
+from bench.metrics.sets import Extractor
 
 CPU = torch.device("cpu")
 
@@ -291,14 +291,12 @@ def test_frechet_distance_of_gaussians_in_closed_form(seed, n, batch):
     assert statistics(first, batch).distance(statistics(second, batch)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_frechet_statistics_stream_merge_and_ignore_order():
+def test_frechet_statistics_stream_and_ignore_order():
     features = torch.rand(40, 6) + 100  # a mean far above the deviation
     mean, covariance = statistics(features, 40).moments()
     np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
-    merged = statistics(features[:13])
-    merged.merge(statistics(features[13:]))
-    for other in (statistics(features, 3), statistics(features.flip(0)), merged):
+    for other in (statistics(features, 3), statistics(features.flip(0)), FrechetStatistics.of(features)):
         for found, expected in zip(other.moments(), (mean, covariance), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -318,13 +316,6 @@ def test_frechet_distance_is_symmetric_and_moves_with_neither_set_alone(seed):
     assert statistics(first).distance(statistics(first)) == pytest.approx(0, abs=1e-6)
 
 
-def kernel(features, batch=4):
-    result = KernelDistance()
-    for part in torch.as_tensor(features).split(batch):
-        result.update(part)
-    return result
-
-
 def test_kernel_distance_of_equal_sizes_is_the_unbiased_mmd_of_all_vectors():
     """Summed pair by pair (Bińkowski et al. 2018, eq. 4), no vector with itself."""
     x, y = np.random.default_rng(0).normal(size=(2, 7, 3))
@@ -336,8 +327,9 @@ def test_kernel_distance_of_equal_sizes_is_the_unbiased_mmd_of_all_vectors():
     pairs = [(i, j) for i in range(7) for j in range(7)]
     within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (7 * 6)
     between = sum(k(x[i], y[j]) for i, j in pairs) / 49
-    assert kernel(x).distance(kernel(y)) == pytest.approx(within - 2 * between, rel=1e-5)
-    assert kernel(x).distance(kernel(x[::-1].copy(), 3)) == pytest.approx(kernel(x).distance(kernel(x)), rel=1e-4)
+    x, y = torch.tensor(x), torch.tensor(y)
+    assert kernel_distance(x, y) == pytest.approx(within - 2 * between, rel=1e-5)
+    assert kernel_distance(x, x.flip(0)) == pytest.approx(kernel_distance(x, x), rel=1e-4)
 
 
 def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets():
@@ -346,7 +338,7 @@ def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets(
     for a, b in ((x, y), (y, x)):
         options = {"kid_subset_size": 5, "verbose": False}  # and torch-fidelity's own number of subsets and seed
         expected = kid_features_to_metric(a, b, **options)[KEY_METRIC_KID_MEAN]
-        assert kernel(a).distance(kernel(b)) == pytest.approx(expected, rel=1e-6)
+        assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def image_set(vgg, inception=None):
@@ -390,7 +382,7 @@ def test_sets_of_images_are_compared_on_both_networks_where_both_have_features()
     assert found["gfid_vgg16"] == pytest.approx(
         statistics(torch.tensor(vgg)).distance(statistics(torch.tensor(other))), rel=1e-4
     )
-    assert found["gkid_vgg16"] == pytest.approx(kernel(vgg).distance(kernel(other)), rel=1e-4)
+    assert found["gkid_vgg16"] == pytest.approx(kernel_distance(torch.tensor(vgg), torch.tensor(other)), rel=1e-4)
     names = {"gfid_vgg16", "gkid_vgg16", "precision_vgg16", "recall_vgg16"}
     for pair in ((image_set(vgg, deep), image_set(other)), (image_set(vgg), image_set(other, deeper))):
         assert pair[0].distances(pair[1]).keys() == names  # no FID against nothing
@@ -488,10 +480,8 @@ def test_set_distances_need_two_samples():
     one, many = torch.zeros(1, 4), torch.rand(5, 4)
     with pytest.raises(ValueError, match="at least 2 samples"):
         statistics(many).distance(statistics(one))
-    kernel, empty = KernelDistance(), KernelDistance()
-    kernel.update(many)
-    with pytest.raises(ValueError, match="at least 2 samples of each, not 0"):
-        kernel.distance(empty)
+    with pytest.raises(ValueError, match="at least 2 samples of each, not 1"):
+        kernel_distance(many, one)
 
 
 class VGG16Features(FeatureExtractorBase):

@@ -1092,7 +1092,9 @@ def test_distances_are_held_for_one_token_at_least_and_4_mb_on_unknown_devices()
 
 def test_lfq_leaves_no_soft_choices_to_the_package():
     """Whose entropy in training holds N×K of them, and takes their mean over one process."""
-    assert not make("lfq").train().codec.training
+    quantizer = make("lfq").train()
+    quantizer(grid())
+    assert not quantizer.codec.training
 
 
 def test_weight_decay_spares_simvq_s_matrix():
