@@ -6,8 +6,6 @@ the same number of tokens, so all of them spend the same bits. To add one: write
 ``BACKBONES``. Widths are solved for, so any from 1 on has to work, and a greater one may not have fewer parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

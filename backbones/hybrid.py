@@ -10,8 +10,6 @@ grid; and its mixer, a Mamba-1 scan behind an ordinary convolution, beside a bra
 token know what comes after it; here two Mamba-2 layers do, which read the tokens in either direction.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from .layers import TokenDecoder, TokenEncoder, TransformerBlock

@@ -1,7 +1,5 @@
 """Pieces that two or more backbones share."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """ViT-VQGAN with Mamba-2 in place of attention: the tokens are read in raster order, or in both orders."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn

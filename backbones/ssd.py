@@ -24,8 +24,6 @@ products.
 On CUDA, `Mamba2` calls mamba-ssm's Triton kernel where that package is installed; everywhere else `ssd_scan` runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

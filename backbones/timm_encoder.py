@@ -4,8 +4,6 @@ Its decoder is that of ``cnn``. Where a model has BatchNorm, the images of a tra
 its authors trained it; in eval mode, in which tokenizers are scored and used, each image stands alone.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import textwrap

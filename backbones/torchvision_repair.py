@@ -6,8 +6,6 @@ torch-fidelity down with it. None of them calls that operator here; it only has 
 its shape function. Defining it (and its quantised twin) first cures the import.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import sys

@@ -5,8 +5,6 @@ meta.json, written last, with the digest of the tokenizer's weights. Where train
 mirror images after all images.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

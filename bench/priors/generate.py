@@ -1,7 +1,5 @@
 """Generate images through a tokenizer from a prior, and score them: rate, distance to real images, copying, speed."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Train one prior on the codes of a tokenizer: its size and its step; ``bench.training`` has the loop around it."""
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One prior config in, one finished run folder out: as ``trial`` does for tokenizers, in ``results/priors/``."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict
 from pathlib import Path

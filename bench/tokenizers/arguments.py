@@ -1,7 +1,5 @@
 """What the command lines share: a Config of several backbones and seeds, one sentence for mistakes, exit codes."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path

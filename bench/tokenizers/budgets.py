@@ -1,7 +1,5 @@
 """Budgets: the width, or the steps, at which every backbone costs the same."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

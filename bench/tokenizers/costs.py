@@ -1,7 +1,5 @@
 """What a tokenizer costs: parameters, FLOPs, throughput, memory."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable

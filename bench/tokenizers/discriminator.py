@@ -3,8 +3,6 @@
 No BatchNorm: it would couple real and reconstructed images through their statistics.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import torch

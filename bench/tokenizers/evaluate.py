@@ -1,7 +1,5 @@
 """Score a tokenizer on the whole validation set, and the reference that it has to beat at the same bits."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -31,11 +29,9 @@ class Codec(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
-        ...
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, h, w) int64 → (B, 3, H, W) in [-1, 1]."""
-        ...
 
 
 @torch.no_grad()

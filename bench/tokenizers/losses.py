@@ -1,7 +1,5 @@
 """Loss functions, each pure: tensors in, scalar out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

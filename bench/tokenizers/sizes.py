@@ -1,7 +1,5 @@
 """How large a model is, told by shapes alone: its parameters, and the width that gives it so many."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -19,7 +17,7 @@ TOLERANCE = 0.02  # of a budget of parameters or FLOPs
 WIDEST = 8192
 
 
-def sides(config: Config) -> list[Callable[[], nn.Module]]:
+def sides(config: "Config") -> list[Callable[[], nn.Module]]:
     """What builds the encoder of ``config``, and what builds its decoder."""
     *modules, encoder_options, decoder_options = backbone(config.backbone)
     shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
@@ -35,14 +33,14 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @cache
-def parameters(config: Config) -> int:
+def parameters(config: "Config") -> int:
     """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
     with torch.device("meta"):
         return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
 
 
 @cache
-def width_of(config: Config, amount: int) -> int:
+def width_of(config: "Config", amount: int) -> int:
     """The width at which ``config``, whose own width does not matter, has ``amount`` parameters or nearly so."""
     return nearest_width(lambda width: parameters(replace(config, width=width)), amount)
 

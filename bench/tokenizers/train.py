@@ -1,7 +1,5 @@
 """Train one tokenizer: its step, to read from top to bottom; ``bench.training`` has the loop around it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

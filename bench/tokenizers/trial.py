@@ -1,7 +1,5 @@
 """One config in, one finished run folder out."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from pathlib import Path

@@ -5,8 +5,6 @@ generator is seeded anew in every step. So a checkpoint needs no generator state
 one that was never stopped.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import pickle
@@ -55,19 +53,15 @@ class Learner(Protocol):
 
     def begin(self) -> None:
         """Prepares a run that starts at its first step; a resumed one has its parts from the checkpoint."""
-        ...
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Trains on batch number ``step`` at learning rate ``rate``; losses, unweighted, and other scalars to log."""
-        ...
 
     def row(self, means: dict[str, float]) -> dict[str, float]:
         """What the history says of the steps since its last row, given the ``means`` of what they returned."""
-        ...
 
     def figures(self, row: dict[str, float]) -> str:
         """The same in brief, for the progress bar."""
-        ...
 
 
 def fit(

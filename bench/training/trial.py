@@ -1,7 +1,5 @@
 """What a trial of either kind does around its training: hold the folder, record a failure, write the scores last."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ To add one: write ``bench/priors/models/NAME.py`` and add a line to ``LEARNED``,
 learns nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

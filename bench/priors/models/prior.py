@@ -1,7 +1,5 @@
 """What priors are: a distribution over grids of codes, read one code after the other in raster order."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ class Prior(nn.Module):
         self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
 
     @classmethod
-    def from_run(cls, folder: str | Path, device: str = "cpu") -> Prior:
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> "Prior":
         """The scored prior of a finished run folder, in eval mode on ``device``; its ``config`` is the PriorConfig.
 
         Raises UserError when the folder holds no finished prior.

@@ -4,8 +4,6 @@ The layers are what differs: recurrent, attention or Mamba-2. Each is a residual
 state of its past: ``start(count)`` gives the empty one, and ``step(x, state)`` continues it by one token.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
