@@ -22,10 +22,9 @@ class Encoder(nn.Module):
     """A feature map of timm's model ``name``, brought to the grid's size and projected by a 1×1 convolution.
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size); the model gets images of its own
-    mean and standard deviation. Of its feature maps the deepest is taken whose stride is image_size / grid_size, and
-    what lies behind it is dropped. If none has that stride, the nearest one is, the finer of two equally near, and
-    followed by Downsample or Upsample layers: a ViT with patches of 16 makes 4×4 tokens of a 64×64 image, upsampled for
-    an 8×8 grid. A LayerNorm precedes the projection, because models differ in the scale of their features.
+    mean and standard deviation. Its feature map is that of ``nearest_level``, and what lies behind it is dropped. Where
+    its stride is not image_size / grid_size, Downsample or Upsample layers follow: a ViT with patches of 16 makes 4×4
+    tokens of a 64×64 image, upsampled for an 8×8 grid. A LayerNorm evens out the scales of different models' features.
 
     width and depth are the decoder's: an encoder's size is in its name. attention: transformer layers at the grid,
     before the projection. pretrained: start from timm's weights, out of its cache or from the network. Raises
