@@ -27,7 +27,7 @@ class PatchGAN(nn.Module):
         super().__init__()
         channels = [min(width * 2**level, width * 8) for level in range(layers + 1)]
         wrap = spectral_norm if norm == "spectral" else nn.Identity()
-        stack: list[nn.Module] = [wrap(nn.Conv2d(3, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        stack = [wrap(nn.Conv2d(3, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         for level, (inputs, outputs) in enumerate(itertools.pairwise(channels), 1):
             stride = 2 if level < layers else 1
             stack.append(wrap(nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1, bias=norm == "spectral")))

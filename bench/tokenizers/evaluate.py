@@ -44,9 +44,7 @@ def score(
     label: str = "scoring",
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
-
-    Encoder and decoder run in float32; reconstructions are clamped and rounded to uint8 before anything is measured.
-    """
+    Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured."""
     setup = Setup(codebook_size, torch.device(device), fid_weights)
     evaluators = [evaluator(setup) for evaluator in EVALUATORS]
     with Bar(label, len(images)) as bar:

@@ -12,10 +12,8 @@ ADAPTIVE_CAP = 1e4
 
 
 class Adversarial(NamedTuple):
-    """Losses of the two sides, from logits of any shape: ``discriminator(real, fake)`` and ``generator(fake)``.
-
-    High logits mean real. The generator's loss falls as ``fake`` rises.
-    """
+    """Losses of the two sides, from logits of any shape, high for real: ``discriminator(real, fake)`` and
+    ``generator(fake)``, which falls as ``fake`` rises."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
@@ -41,16 +39,16 @@ def adaptive_weight(reconstruction: Tensor, gan: Tensor, last_layer: nn.Paramete
     Esser et al. 2021 (VQGAN), equation 7: both losses pull on the last layer equally hard. Norms are float32; a norm
     that is not finite gives 0. Keeps the graphs of both losses.
     """
-    norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (reconstruction, gan)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
+
+    def norm(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+
+    return (norm(reconstruction) / (norm(gan) + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
 
 
 def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
     """LeCAM regulariser (Tseng et al. 2021, equation 6): logits of either side stay near the running average of the
-    other's. Only the excess counts, as in the authors' code: real above fake's average and fake below real's.
-    """
+    other's. Only the excess counts, as in the authors' code: real above fake's average and fake below real's."""
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 

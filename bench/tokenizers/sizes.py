@@ -1,6 +1,6 @@
 """How large a model is, told by shapes alone: its parameters, and the width that gives it so many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -46,10 +46,8 @@ def width_of(config: "Config", amount: int) -> int:
 
 
 def nearest_width(cost: Callable[[int], float], amount: float) -> int:
-    """The width up to WIDEST whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows.
-
-    Looks a few times where cost grows about with the square of width, and at most a few dozen times where it does not.
-    """
+    """The width up to WIDEST whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows. Looks a
+    few times where cost grows about with the square of width, and at most a few dozen times where it does not."""
     low, high, width, step = 1, WIDEST, 64, 1  # cost(low) < amount <= cost(high), but for the ends
     while high - low > 1:
         found = cost(width)
@@ -61,3 +59,19 @@ def nearest_width(cost: Callable[[int], float], amount: float) -> int:
         width = guess if low < guess < high else (low + high) // 2
         step *= 2
     return min((low, high), key=lambda width: abs(cost(width) - amount))
+
+
+def nearest_size(cost: Callable[[int, int], float], amount: float, depths: Iterable[int]) -> tuple[int, int]:
+    """Width and depth at which ``cost(width, depth)`` is within TOLERANCE of ``amount``, at the first of ``depths``
+    where a width is; if there is none, the nearest of all. Depths below 1 are passed over."""
+
+    def error(size: tuple[int, int]) -> float:
+        return abs(cost(*size) / amount - 1)
+
+    sizes = []
+    for depth in depths:
+        if depth >= 1:
+            sizes.append((nearest_width(lambda width, depth=depth: cost(width, depth), amount), depth))
+            if error(sizes[-1]) <= TOLERANCE:
+                return sizes[-1]
+    return min(sizes, key=error)

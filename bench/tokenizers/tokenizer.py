@@ -16,10 +16,8 @@ from .sizes import sides
 
 
 class Tokenizer(nn.Module):
-    """Images to codes and back. The decoder sees nothing but the codes' vectors.
-
-    Raises UserError when the backbone cannot be built, such as a timm model for images of this size.
-    """
+    """Images to codes and back; the decoder sees nothing but the codes' vectors. Raises UserError when the backbone
+    cannot be built, such as a timm model for images of this size."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -49,10 +47,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_run(cls, folder: str | Path, device: str = "cpu") -> "Tokenizer":
-        """The scored tokenizer of a finished run folder, in eval mode on ``device``.
-
-        Raises UserError when the folder holds no finished run.
-        """
+        """The scored tokenizer of a finished run folder, in eval mode on ``device``. Raises UserError without one."""
         run = Run(Path(folder))
         if not run.finished:
             raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
