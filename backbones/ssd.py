@@ -18,8 +18,7 @@ Each head carries a state S of p × n numbers through a linear recurrence (secti
 
 Unrolled, y = (L ∘ C Bᵀ) Δx + D x with L_ts = exp(Σ_{s<r≤t} Δ_r A), zero above the diagonal: causal attention with
 decays in the place of a softmax (section 5). That costs O(l²). The chunked algorithm (section 6; `ssd_scan`) attends
-only inside chunks of length q and lets the state carry everything between them: O(l (q + n)), nearly all in matrix
-products.
+only inside chunks of length q and lets the state carry everything between them: O(l (q + n)), mostly matrix products.
 
 On CUDA, `Mamba2` calls mamba-ssm's Triton kernel where that package is installed; everywhere else `ssd_scan` runs.
 """
@@ -203,10 +202,8 @@ def scan_backend() -> str:
 class Cache(NamedTuple):
     """All that `Mamba2` remembers of the past; its size does not depend on how much past there was."""
 
-    conv: Tensor
-    """(b, d_conv - 1, conv_dim): the latest inputs of the convolution."""
-    state: Tensor
-    """(b, h, p, n): the state of the scan."""
+    conv: Tensor  # (b, d_conv - 1, conv_dim): the latest inputs of the convolution
+    state: Tensor  # (b, h, p, n): the state of the scan
 
 
 class RMSNormGated(nn.Module):
@@ -241,8 +238,7 @@ class Mamba2(nn.Module):
     d_model is the width of input and output; d_state n; d_conv >= 1 the taps of the convolution; expand d_inner /
     d_model, before rounding; headdim p; ngroups g, which the groups' normalisation follows; chunk_size that of the
     Triton kernel (the PyTorch scan takes at most 64, where it measured fastest); bias that of in_proj and out_proj. -A
-    starts uniform in [1, 16], the step size log-uniform in [0.001, 0.1]. Raises ValueError if ngroups does not divide
-    the number of heads.
+    starts uniform in [1, 16], the step size log-uniform in [0.001, 0.1]. Raises ValueError unless ngroups divides h.
     """
 
     def __init__(
@@ -346,9 +342,8 @@ class _DepthwiseConv(torch.autograd.Function):
     """Depthwise correlation over time: (b, l + k - 1, c), (c, 1, k) and (c,) or None -> (b, l, c).
 
     Channels-last images of height 1 have this very layout, and oneDNN's forward pass for them is 2 to 6 times faster on
-    a CPU than conv1d or a sum of k shifted products. Its backward pass is not. Hence the gradients here: the same
-    forward kernel for the input, k sums of products for the weight. Forward and backward take 40 % of the time of the
-    shifted products and 30 % of conv1d's (16 × 256 × 384, k = 4).
+    a CPU than conv1d or a sum of k shifted products. Its backward pass is not; hence the gradients here, with which
+    both passes take 30 % of conv1d's time (16 × 256 × 384, k = 4).
     """
 
     @staticmethod

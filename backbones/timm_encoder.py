@@ -67,8 +67,7 @@ class Encoder(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError, with the nearest names, unless timm has a model ``name``: an architecture, or one with the tag
-    of its weights behind a dot."""
+    """Raises ValueError, with the nearest names, unless timm has a model ``name``, with or without a tag of weights."""
     try:
         get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
@@ -83,10 +82,10 @@ def nearest_level(name: str, image_size: int, stride: int) -> int:
     Raises ValueError if the model has none whose cells are squares of 1, 2, 4, … pixels that cover the image.
     """
     net, maps = feature_maps(name, image_size)
-    found = zip(net.feature_info.out_indices, net.feature_info.reduction(), maps, strict=True)
-    strides = {
-        level: s for level, s, x in found if s.bit_count() == 1 and s * x.shape[2] == s * x.shape[3] == image_size
-    }
+    strides = {}
+    for level, s, x in zip(net.feature_info.out_indices, net.feature_info.reduction(), maps, strict=True):
+        if s.bit_count() == 1 and s * x.shape[2] == s * x.shape[3] == image_size:
+            strides[level] = s
     if not strides:
         raise ValueError(f"timm's {name} divides {image_size}×{image_size} images into no such grid; choose another")
     return min(strides, key=lambda level: (abs(math.log2(strides[level] / stride)), strides[level], -level))
@@ -101,9 +100,8 @@ def feature_maps(
     """
     size = {"img_size": image_size} if get_pretrained_cfg(name).fixed_input_size else {}
     try:
-        net = timm.create_model(
-            name, pretrained=pretrained, features_only=True, feature_cls="getter", **size, **options
-        )
+        options |= {"features_only": True, "feature_cls": "getter", **size}
+        net = timm.create_model(name, pretrained=pretrained, **options)
         with torch.no_grad():
             maps = net.eval()(torch.zeros(1, 3, image_size, image_size))  # in eval mode it leaves no trace
     except Exception as error:  # a thousand models, and the clients of several hubs, raise what they like

@@ -24,10 +24,8 @@ ENCODE_BATCH = 64
 
 
 class Codes(NamedTuple):
-    """A data set of codes. Labels are places in ``classes``; none where the data has none.
-
-    train, val: (N, h, w) unsigned integers in [0, K), memory-mapped. tokenizer: digest of the weights that made them.
-    """
+    """A data set of codes: train and val are (N, h, w) unsigned integers in [0, K), memory-mapped, labels places in
+    ``classes``, None where the data has none; tokenizer is the digest of the weights that made them."""
 
     train: np.ndarray
     val: np.ndarray
@@ -69,10 +67,8 @@ def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
             _encode(place, tokenizer, data, identity)
     meta = json.loads((place / "meta.json").read_text())
     if meta["tokenizer"] != identity:
-        raise UserError(
-            f"{place} has codes of another tokenizer ({meta['tokenizer']}, not {identity}); delete that folder to "
-            "encode again"
-        )
+        other = f"another tokenizer ({meta['tokenizer']}, not {identity})"
+        raise UserError(f"{place} has codes of {other}; delete that folder to encode again")
     train, val = (np.load(place / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
     labels = data.labels or (None, None)
     if labels[0] is not None and meta["mirrored"]:
@@ -87,16 +83,16 @@ def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> Non
     kind = np.min_scalar_type(config.codebook_size - 1)
     with Bar("encoding", len(data.val) + len(data.train) * (1 + mirrored)) as bar:
         for split, images, mirror in (("train", data.train, mirrored), ("val", data.val, False)):
-            passes = []
+            batches = []
             for flip in (False, True)[: 1 + mirror]:
                 for x in eval_batches(images, ENCODE_BATCH):
                     x = from_uint8(x.to(device))
                     with full_precision(device):
                         codes = tokenizer.encode(x.flip(-1) if flip else x)
-                    passes.append(codes.cpu().numpy().astype(kind))
+                    batches.append(codes.cpu().numpy().astype(kind))
                     bar.advance(len(x))
             with atomic_path(place / f"{split}.npy") as path:
-                np.save(path, np.concatenate(passes))
+                np.save(path, np.concatenate(batches))
     with atomic_path(place / "meta.json") as path:
         meta = {"tokenizer": identity, "codebook_size": config.codebook_size, "mirrored": mirrored}
         path.write_text(json.dumps({**meta, "data": data.name, "fingerprint": data.fingerprint}, indent=1))

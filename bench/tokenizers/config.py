@@ -166,10 +166,7 @@ class Config:
         taken = _backbone(self.backbone).options
         for name in ("attention", "patch_overlap", "final_conv", "pretrained"):
             if getattr(self, name) and name not in taken:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}, of which backbone {self.backbone!r} makes no use; "
-                    f"leave it out or choose from {', '.join(users(name))}"
-                )
+                raise _useless(name, getattr(self, name), f"backbone {self.backbone!r}", users(name))
 
     def _check_quantizer(self) -> None:
         given = self.resolved()
@@ -177,11 +174,13 @@ class Config:
             choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
             value, default = getattr(given, field.name), field.default or 0.0  # an open entropy_weight is none
             if choices and self.quantizer not in choices and value != default:
-                raise UserError(
-                    f"{field.name} is {value}, of which quantizer {self.quantizer!r} makes no use; "
-                    f"leave it out or choose from {', '.join(choices)}"
-                )
+                raise _useless(field.name, value, f"quantizer {self.quantizer!r}", choices)
         QUANTIZERS[self.quantizer].check(self.codebook_size)
+
+
+def _useless(name: str, value: Any, chosen: str, users: list[str]) -> UserError:
+    fix = f"leave it out or choose from {', '.join(users)}"
+    return UserError(f"{name} is {value}, of which {chosen} makes no use; {fix}")
 
 
 def _backbone(name: str) -> Backbone:
@@ -199,10 +198,8 @@ def preset_settings(preset: str) -> dict[str, Any]:
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     """Config of ``backbone`` in ``preset``. ``overrides`` are Config fields; whatever is given wins over the preset,
-    and None means the preset's own value. A width that is not given is the preset's, whatever else is.
-
-    Raises UserError on an unknown backbone, preset or field.
-    """
+    and None means the preset's own value. A width that is not given is the preset's, whatever else is. Raises UserError
+    on an unknown backbone, preset or field."""
     shared = preset_settings(preset)
     _backbone(backbone)
     for name in overrides:

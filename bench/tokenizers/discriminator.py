@@ -1,7 +1,4 @@
-"""PatchGAN, and the adversary that trains it beside a tokenizer.
-
-No BatchNorm: it would couple real and reconstructed images through their statistics.
-"""
+"""PatchGAN, and the adversary that trains it beside a tokenizer."""
 
 import itertools
 
@@ -16,11 +13,11 @@ LECAM_DECAY = 0.99
 
 
 class PatchGAN(nn.Module):
-    """Real or reconstructed, patch by patch (Isola et al. 2017, section 3.2): (B, 3, H, W) in [-1, 1] → logits
-    (B, 1, h, w).
+    """Real or reconstructed patches (Isola et al. 2017, section 3.2): (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w).
 
     width: channels of the first of ``layers`` 4×4 convolutions of stride 2; each further one doubles them, up to eight
-    times. norm: "group" (GroupNorm after every convolution but the first and the last) or "spectral" (on every weight).
+    times. norm: "group" (GroupNorm after every convolution but the first and the last) or "spectral" (on every weight);
+    not BatchNorm, which would couple real and reconstructed images.
     """
 
     def __init__(self, width: int = 64, layers: int = 3, norm: str = "group"):
@@ -41,10 +38,8 @@ class PatchGAN(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A discriminator with what its training needs: schedule, running averages for LeCAM, both losses.
-
-    Times are shares of ``config.steps``: from ``gan_start − gan_warmup`` the discriminator trains, from ``gan_start``
-    the tokenizer sees it, with a weight that grows over ``gan_ramp``.
+    """A discriminator with what its training needs: schedule, running averages for LeCAM, both losses. It trains from
+    ``gan_start − gan_warmup`` on; from ``gan_start`` the tokenizer sees it, with a weight that grows over ``gan_ramp``.
     """
 
     def __init__(self, config: Config):

@@ -62,11 +62,9 @@ def score(
 
 @torch.no_grad()
 def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
-    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training.
-
-    On 64 evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
-    nothing about the backbone. Leaves the random generators as they were.
-    """
+    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training, on 64
+    evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
+    nothing about the backbone. Leaves the random generators as they were."""
     artefacts = Artefacts()
     rows = np.linspace(0, len(images) - 1, min(UNTRAINED_IMAGES, len(images)), dtype=int)
     with torch.random.fork_rng():
@@ -98,11 +96,8 @@ def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any
 
 
 class PatchKMeans:
-    """k-means on raw patches: what the same bits buy without any network.
-
-    A patch is a grid cell, (image_size / grid_size)² pixels; its code is the nearest of ``codebook_size`` centroids
-    (Lloyd's algorithm, from random patches, empty clusters restarted).
-    """
+    """k-means on raw patches, what the same bits buy without any network: the code of a grid cell is the nearest of
+    ``codebook_size`` centroids (Lloyd's algorithm, from random patches, empty clusters restarted)."""
 
     def __init__(self, images: np.ndarray, grid_size: int, codebook_size: int, device: str):
         self.grid_size = grid_size

@@ -53,10 +53,9 @@ def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor
 
 
 def gradient_penalty(x: Tensor, logits: Tensor) -> Tensor:
-    """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient at real images.
+    """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient, mean over images.
 
-    ``logits`` were computed from ``x`` (B, 3, H, W), which requires a gradient; the logits of an image are summed over
-    its patches. Mean over the batch.
+    ``logits``, summed over an image's patches, were computed from real ``x`` (B, 3, H, W), which requires a gradient.
     """
     (gradient,) = torch.autograd.grad(logits.float().sum(), x, create_graph=True)
     return 0.5 * gradient.float().square().sum((1, 2, 3)).mean()

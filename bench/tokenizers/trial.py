@@ -49,10 +49,8 @@ def run_trial(
     config: Config, store: Store | str | Path = "results", fid_weights: Path | None = None, resume: bool = True
 ) -> Run:
     """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished.
-
-    Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged when the loss was
-    not finite; that is also recorded as failure.json.
-    """
+    Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
+    failure.json) when the loss was not finite."""
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
