@@ -83,16 +83,16 @@ def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> Non
     kind = np.min_scalar_type(config.codebook_size - 1)
     with Bar("encoding", len(data.val) + len(data.train) * (1 + mirrored)) as bar:
         for split, images, mirror in (("train", data.train, mirrored), ("val", data.val, False)):
-            batches = []
+            passes = []
             for flip in (False, True)[: 1 + mirror]:
                 for x in eval_batches(images, ENCODE_BATCH):
                     x = from_uint8(x.to(device))
                     with full_precision(device):
                         codes = tokenizer.encode(x.flip(-1) if flip else x)
-                    batches.append(codes.cpu().numpy().astype(kind))
+                    passes.append(codes.cpu().numpy().astype(kind))
                     bar.advance(len(x))
             with atomic_path(place / f"{split}.npy") as path:
-                np.save(path, np.concatenate(batches))
+                np.save(path, np.concatenate(passes))
     with atomic_path(place / "meta.json") as path:
         meta = {"tokenizer": identity, "codebook_size": config.codebook_size, "mirrored": mirrored}
         path.write_text(json.dumps({**meta, "data": data.name, "fingerprint": data.fingerprint}, indent=1))
