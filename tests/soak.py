@@ -3,16 +3,15 @@
     python -m tests.soak                          500 trials, 4 workers, PostgreSQL; about half an hour on two cores
     python -m tests.soak --trials 40 --write      and writes results/soak.md
 
-Two commands of one study, two workers each, share a store and a PostgreSQL server. Every few seconds one of them, one of
-their children or the server is killed or terminated, as dice say, and started again. In the end every planned run has
-to be finished once, as if nobody had been killed.
+Two commands of one study, two workers each, share a store and a PostgreSQL server. Every few seconds one of them, one
+of their children or the server is killed or terminated, as dice say, and started again. In the end every planned run
+has to be finished once, as if nobody had been killed.
 """
 
 import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -225,7 +224,9 @@ def main(trials: int = 500, seed: int = 0, write: bool = False) -> int:
     text = "\n".join(["| | |", "|---|---|", *lines])
     stdout.print(text, markup=False)
     if write:
-        head = f"# Soak\n\n`python -m tests.soak --trials {trials} --seed {seed}` on {date.today()}: tiny trials, a study\n"
+        head = (
+            f"# Soak\n\n`python -m tests.soak --trials {trials} --seed {seed}` on {date.today()}: a study of trials\n"
+        )
         head += "whose commands, children and PostgreSQL server are killed at random and started again.\n\n"
         (ROOT / "results" / "soak.md").write_text(f"{head}{text}\n")
     return int(bool(lost or again or other or zombies or children or late > 1.5 * early))

@@ -6,14 +6,21 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import platformdirs
+from rich.markup import escape
 
 from .errors import Damaged
+from .progress import say
+
+Found = TypeVar("Found")
 
 PART = ".part-"  # how the names of files begin that are still being written
 SPARE = 1 << 20  # bytes: a disk that does not take so many is full
@@ -95,6 +102,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of numbers with a ``step`` in a file of JSON lines; none where there is no file. Left out are damaged
+    lines and one that is still being written."""
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line, parse_float=_finite, parse_constant=_finite)
+            if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
+                rows.append(row)
+    return rows
+
+
+def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Found]) -> Found:
+    """What ``read`` finds in the file ``path``, which ``make`` wrote: now where there is none, and where it is damaged
+    once more, of which a line tells. ``read`` raises Damaged, or what numpy does, on a file that is not as it was
+    written."""
+    if os.path.lexists(path):
+        try:
+            return read(path)
+        except (Damaged, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
+            say(f"[yellow]{escape(what.partition(';')[0])}; it is made again[/]")
+    with atomic_path(path) as temporary:
+        make(temporary)
+    return read(path)
+
+
+def seal(content: dict[str, Any]) -> str:
+    """JSON of ``content`` with a digest of it, for ``unseal``."""
+    return json.dumps({"content": content, "sha256": _digest(content)}, indent=1, allow_nan=False)
+
+
+def unseal(path: Path, *names: str) -> dict[str, Any]:
+    """What was sealed in the file ``path``, or written without a seal by an older version. Raises Damaged where it is
+    not as it was written, or has none of ``names``."""
+    stored = read_json(path)
+    content = stored.get("content") if "sha256" in stored else stored
+    if stored.get("sha256", _digest(content)) != _digest(content):
+        raise Damaged(path, "its digest is that of other content")
+    if missing := {*names} - content.keys():
+        raise Damaged(path, f"it has no {', '.join(sorted(missing))}")
+    return content
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -108,4 +163,13 @@ def sha256_file(path: Path) -> str:
         digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_arrays(*arrays: np.ndarray) -> str:
+    """Hex SHA-256 of the values of contiguous arrays, mapped ones too, and of their shapes, one array after another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array)
+        digest.update(repr(array.shape).encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json
+from .files import atomic_path, read_json, read_rows
 from .progress import printable
 from .settings import check_values
 
@@ -136,8 +136,13 @@ class Run:
         return settings
 
     def environment(self) -> dict[str, Any]:
-        """Versions, commit and machine that the run was made with."""
-        return self._read("config.json", "environment")["environment"]
+        """Versions, commit and machine that the run was made with, or last went on with."""
+        return self.environments()[-1]
+
+    def environments(self) -> list[dict[str, Any]]:
+        """The same of all parts of its training, each of which went on with another, oldest first."""
+        stored = self._read("config.json", "environment")
+        return [*stored.get("earlier", []), stored["environment"]]
 
     def metrics(self) -> dict[str, Any]:
         """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
@@ -164,14 +169,8 @@ class Run:
         return metrics, stored["protocol"]
 
     def history(self) -> list[dict[str, float]]:
-        """One row of numbers per logged step. Left out are a line that is still being written and damaged ones."""
-        rows = []
-        for line in (self.folder / "history.jsonl").read_bytes().split(b"\n")[:-1]:
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
-                    rows.append(row)
-        return rows
+        """One row of numbers per logged step; none before the first. A damaged line is left out."""
+        return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
         """Scores of every validation image, (N,) each; none when the file is missing or damaged."""

@@ -10,16 +10,18 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
+from rich.markup import escape
 
-from bench.core.errors import UserError
-from bench.core.files import atomic_path, cache_dir
-from bench.core.progress import Bar, console
+from bench.core.errors import Damaged, UserError
+from bench.core.files import atomic_path, cache_dir, read_json
+from bench.core.progress import Bar, console, say
 
 from .sources import DATASETS, Source, Split, folder_source
 
@@ -59,23 +61,62 @@ def load(data: str, image_size: int) -> Data:
     identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
     key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = cache_dir() / "data" / key
-    meta = folder / "meta.json"  # written last: where it exists, the arrays are complete
     try:
-        if not meta.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # another process may be decoding, or just have finished
-                if not meta.exists():
-                    _decode(data, source, image_size, folder)
-        train, val = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
-        fields = json.loads(meta.read_text())
-        labels = tuple(np.load(folder / f"{split}_labels.npy") for split in ("train", "val"))
+        if (folder / "meta.json").exists() and (found := _intact(data, folder)):
+            return found
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # another process may be decoding, or just have finished
+            if (folder / "meta.json").exists():
+                if found := _intact(data, folder):
+                    return found
+                say(f"[yellow]{escape(str(folder))} is damaged; {escape(data)} is decoded again[/]")
+            _decode(data, source, image_size, folder)
+            return _read(data, folder)
     except OSError as error:  # those of single images and downloads do not come this far
         raise UserError(
             f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
             "free space or fix permissions there, or set VQBENCH_CACHE to another folder"
         ) from error
-    skipped, classes = tuple(fields["skipped"]), tuple(fields["classes"])
-    return Data(data, train, val, fields["fingerprint"], fields["split"], skipped, classes, labels if classes else None)
+
+
+def _intact(data: str, folder: Path) -> Data | None:
+    """What ``folder`` holds, or None where that is not what was written."""
+    try:
+        return _read(data, folder)
+    except (FileNotFoundError, Damaged, ValueError, EOFError, KeyError):
+        return None
+
+
+def _read(data: str, folder: Path) -> Data:
+    """What ``_decode`` wrote into ``folder``. Raises Damaged, or what NumPy does, where it is not as it was written."""
+    meta = read_json(folder / "meta.json")  # written last: where it exists, the arrays are complete
+    paths = [folder / f"{split}.npy" for split in ("train", "val")]
+    images = [np.load(path, mmap_mode="r") for path in paths]
+    labels = tuple(np.load(folder / f"{path.stem}_labels.npy") for path in paths)
+    if _fingerprint(*paths, *(path.stat().st_mtime_ns for path in paths)) != meta["fingerprint"]:
+        raise Damaged(folder, "its images are not those that were decoded")
+    classes = tuple(meta["classes"])
+    for shown, places in zip(images, labels, strict=True):
+        if len(places) != len(shown) or not np.all((places >= -1) & (places < len(classes))):
+            raise Damaged(folder, "its labels are not those of its images")
+    about = (meta["fingerprint"], meta["split"], tuple(meta["skipped"]))
+    return Data(data, *images, *about, classes, labels if classes else None)
+
+
+@cache
+def _fingerprint(train: Path, val: Path, *changed: int) -> str:
+    """Digest of the pixels and shapes in both files, computed once in a process as long as they are not ``changed``."""
+    digest = hashlib.sha256()
+    for path in (train, val):
+        images = np.load(path, mmap_mode="r")
+        digest.update(images)
+        digest.update(_shape(len(images), images.shape[1]))
+    return digest.hexdigest()
+
+
+def _shape(count: int, image_size: int) -> bytes:
+    """What a fingerprint says of an array after its pixels."""
+    return repr((count, image_size)).encode()
 
 
 def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
@@ -180,4 +221,4 @@ def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest
             count += len(block)
         file.seek(0)
         write_header(count)  # known only now: unreadable files have no row
-    digest.update(repr((count, image_size)).encode())
+    digest.update(_shape(count, image_size))

@@ -5,6 +5,7 @@ To add a data set: write a function ``image_size -> Source`` and add a line to `
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -188,11 +189,20 @@ def _find_images(root: str, below: str = "") -> list[str]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         names = (name for name in files if not name.startswith(".") and PurePath(name).suffix.lower() in ENDINGS)
-        found += [PurePath(os.path.relpath(os.path.join(folder, name), root)).as_posix() for name in names]
+        paths = (os.path.join(folder, name) for name in names)
+        found += [PurePath(os.path.relpath(path, root)).as_posix() for path in paths if not _waits(path)]
     if not found:
         endings = " ".join(sorted(ENDINGS))
         raise UserError(f"no images in {top}: put some there, or give folder:PATH another path ({endings})")
     return sorted(found)
+
+
+def _waits(path: str) -> bool:
+    """Whether reading it could take for ever: of a pipe or a device. A link that leads nowhere will just fail."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _split_by_hash(paths: list[str]) -> tuple[list[str], list[str]]:

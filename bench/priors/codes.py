@@ -5,17 +5,17 @@ meta.json, written last, with the digest of the tokenizer's weights. Where train
 mirror images after all images.
 """
 
-import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 
-from bench.core.errors import UserError
-from bench.core.files import atomic_path, sha256_file
+from bench.core.errors import Damaged, UserError
+from bench.core.files import atomic_path, cached, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
+from bench.core.store import Run
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
@@ -51,8 +51,7 @@ def digest(folder: Path) -> str:
 def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
     """The images that the run was trained and scored on. Raises UserError when they have changed since."""
     data = load(tokenizer.config.data, tokenizer.config.image_size)
-    protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
-    if data.fingerprint != protocol["fingerprint"]:
+    if data.fingerprint != Run(folder).protocol()["fingerprint"]:
         raise UserError(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
     return data
 
@@ -63,21 +62,33 @@ def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
     place, identity = folder / "codes", digest(folder)
     place.mkdir(exist_ok=True)
     with FileLock(place / ".lock"):
-        if not (place / "meta.json").is_file():
-            _encode(place, tokenizer, data, identity)
-    meta = json.loads((place / "meta.json").read_text())
+        meta, train, val = cached(place / "meta.json", lambda path: _encode(path, tokenizer, data, identity), _read)
     if meta["tokenizer"] != identity:
         other = f"another tokenizer ({meta['tokenizer']}, not {identity})"
         raise UserError(f"{place} has codes of {other}; delete that folder to encode again")
-    train, val = (np.load(place / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
     labels = data.labels or (None, None)
     if labels[0] is not None and meta["mirrored"]:
         labels = np.concatenate([labels[0], labels[0]]), labels[1]
     return Codes(train, val, meta["codebook_size"], identity, data.classes, *labels)
 
 
+def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """What the file ``path`` tells of the codes beside it, and both splits, mapped. Raises Damaged or ValueError where
+    that is not what was written."""
+    meta = unseal(path, "tokenizer", "mirrored", "codebook_size")
+    try:
+        train, val = (np.load(path.with_name(f"{split}.npy"), mmap_mode="r") for split in ("train", "val"))
+    except FileNotFoundError as error:
+        raise Damaged(path.parent, f"it has no {Path(error.filename).name}") from error
+    if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
+        raise Damaged(path.parent, "its codes are not those that were written")
+    return meta, train, val
+
+
 @torch.inference_mode()
-def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> None:
+def _encode(meta: Path, tokenizer: Tokenizer, data: Data, identity: str) -> None:
+    """Writes both splits, and then the file ``meta`` beside them."""
+    splits = []
     config, device = tokenizer.config, next(tokenizer.parameters()).device
     mirrored = config.augment != "none"
     kind = np.min_scalar_type(config.codebook_size - 1)
@@ -91,8 +102,8 @@ def _encode(place: Path, tokenizer: Tokenizer, data: Data, identity: str) -> Non
                         codes = tokenizer.encode(x.flip(-1) if flip else x)
                     passes.append(codes.cpu().numpy().astype(kind))
                     bar.advance(len(x))
-            with atomic_path(place / f"{split}.npy") as path:
-                np.save(path, np.concatenate(passes))
-    with atomic_path(place / "meta.json") as path:
-        meta = {"tokenizer": identity, "codebook_size": config.codebook_size, "mirrored": mirrored}
-        path.write_text(json.dumps({**meta, "data": data.name, "fingerprint": data.fingerprint}, indent=1))
+            splits.append(np.concatenate(passes))
+            with atomic_path(meta.with_name(f"{split}.npy")) as path:
+                np.save(path, splits[-1])
+    about = {"tokenizer": identity, "codebook_size": config.codebook_size, "mirrored": mirrored, "data": data.name}
+    meta.write_text(seal({**about, "fingerprint": data.fingerprint, "digest": sha256_arrays(*splits)}))

@@ -1,6 +1,5 @@
 """Generate images through a tokenizer from a prior, and score them: rate, distance to real images, copying, speed."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.core.files import atomic_path, cache_dir
+from bench.core.files import cache_dir, cached, seal, unseal
 from bench.core.progress import Bar
 from bench.data import Data, eval_batches
 from bench.metrics import EXTRACTORS, ImageSet, Metric, digests, full_precision, to_uint8
@@ -176,13 +175,16 @@ def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
 def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
     """Features of the validation images: computed once for a data set, then cached."""
     key = f"{data.fingerprint[:16]}-{digests(fid_weights)}-{device.partition(':')[0]}"
-    path = cache_dir() / "references" / f"features-{key}.npz"
-    if not path.exists():
+
+    def make(path: Path) -> None:
         real = ImageSet.of(_bar(data.val, "features of validation images"), device, fid_weights)
-        with atomic_path(path) as temporary:
-            np.savez(temporary, **{EXTRACTORS[name].weights: x.numpy() for name, x in real.features.items()})
-    with np.load(path) as stored:
-        return ImageSet({name: torch.from_numpy(stored[used.weights]) for name, used in EXTRACTORS.items()})
+        np.savez(path, **{EXTRACTORS[name].weights: x.numpy() for name, x in real.features.items()})
+
+    def read(path: Path) -> ImageSet:
+        with np.load(path) as stored:  # whose archive has checksums
+            return ImageSet({name: torch.from_numpy(stored[used.weights]) for name, used in EXTRACTORS.items()})
+
+    return cached(cache_dir() / "references" / f"features-{key}.npz", make, read)
 
 
 def references(
@@ -196,9 +198,16 @@ def references(
     validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
     key = f"v{PRIOR_VERSION}-{config.samples}-{digests(fid_weights)}-{config.device.partition(':')[0]}"
-    path = folder / f"references-{key}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+
+    def make(path: Path) -> None:
+        path.write_text(seal(_references(tokenizer, codes, data, config, fid_weights)))
+
+    return cached(folder / f"references-{key}.json", make, lambda path: unseal(path, "nearest_val_psnr"))
+
+
+def _references(
+    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
+) -> dict[str, float]:
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
     grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
     shuffled = np.random.default_rng(0).permuted(grids.reshape(count, -1), axis=1).reshape(grids.shape)
@@ -213,10 +222,7 @@ def references(
     found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.val, None, None)
     images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
     psnr = nearest(images, data.train, config.device)[0]
-    found |= {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
-    return found
+    return found | {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """Score a tokenizer on the whole validation set, and the reference that it has to beat at the same bits."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.core.files import atomic_path, cache_dir
+from bench.core.files import cache_dir, cached, seal, unseal
 from bench.core.progress import Bar
 from bench.data import Data, batch_indices, eval_batches
 from bench.metrics import EVALUATORS, EXTRACTORS, Artefacts, Batch, Setup, from_uint8, full_precision, to_uint8, weights
@@ -143,10 +142,10 @@ def kmeans_reference(
     fid = conditions["extractor_inception"] or "none"
     version = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}"
     key = f"{data.fingerprint[:16]}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
-    path = cache_dir() / "references" / f"{key}.json"
-    if not path.exists():
+
+    def make(path: Path) -> None:
         codec = PatchKMeans(data.train, grid_size, codebook_size, device)
         metrics, _ = score(codec, codebook_size, data.val, device, fid_weights, "scoring k-means")
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=1))
-    return json.loads(path.read_text())
+        path.write_text(seal(metrics))
+
+    return cached(cache_dir() / "references" / f"{key}.json", make, lambda path: unseal(path, "psnr"))

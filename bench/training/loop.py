@@ -6,10 +6,13 @@ the global random generator. So a resumed run ends bit-equal to one that was nev
 
 import json
 import math
+import os
 import pickle
 import signal
 import threading
 import time
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bench.core.errors import Diverged, Interrupted, UserError
-from bench.core.files import atomic_path
-from bench.core.progress import Bar
+from bench.core.errors import Damaged, Diverged, Interrupted, UserError
+from bench.core.files import atomic_path, read_rows
+from bench.core.progress import Bar, say
 
 RENAMED = {"average": "ema", "rival": "discriminator_optimizer"}  # parts of checkpoints of older versions
 
@@ -70,17 +74,16 @@ def fit(
     took, resumed parts included.
 
     Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` goes on
-    from one found there. One is written every ``checkpoint_seconds``, or less often if writing takes more than 2 % of
-    the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    from one found there, if it is whole. One is written every ``checkpoint_seconds``, or less often if writing takes
+    more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}
     checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
-    if resume and checkpoint.exists():
-        first, seconds = restore(checkpoint, state, config.device)
+    first, seconds = resumed(checkpoint, state, config) if resume else (0, 0.0)
+    if first:
         rewind(history, first)
     else:
-        first, seconds = 0, 0.0
         checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's
         history.unlink(missing_ok=True)
         learner.begin()
@@ -199,24 +202,45 @@ def save(path: Path, state: dict, step: int, seconds: float) -> None:
         torch.save({**{name: part.state_dict() for name, part in state.items()}, "at": (step, seconds)}, temporary)
 
 
-def restore(path: Path, state: dict, device: str) -> tuple[int, float]:
-    """Loads what ``save`` wrote, executing nothing; (step, seconds). Raises UserError on another model's checkpoint."""
+def resumed(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
+    """What ``restore`` gives; (0, 0.0) where there is no checkpoint, or a damaged one, of which a line tells."""
     try:
-        stored = torch.load(path, map_location=device, weights_only=True)
+        return restore(path, state, config) if os.path.lexists(path) else (0, 0.0)
+    except Damaged as error:
+        say(f"[yellow]{escape(str(error).partition(';')[0])}; training starts again[/]")
+        return 0, 0.0
+
+
+def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
+    """Loads what ``save`` wrote, executing nothing; (step, seconds). Raises Damaged where the file is not as it was
+    written, and UserError where it is no checkpoint of these parts with at most so many steps."""
+    refusal = UserError(f"{path} is no checkpoint of this run; delete it or pass --no-resume to start again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():  # torch reads what has a wrong checksum
+                raise Damaged(path, f"the checksum of {broken} is wrong")
+    except IsADirectoryError as error:
+        raise refusal from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+        raise Damaged(path, str(error) or "it is cut off") from error
+    try:
+        stored = torch.load(path, map_location=config.device, weights_only=True)
         stored = {RENAMED.get(name, name): part for name, part in stored.items()}
+        step, seconds = stored["at"]
+        if not 0 < step <= config.steps:
+            raise ValueError(f"step {step} of {config.steps}")
         for name, part in state.items():
             part.load_state_dict(stored[name])
-        return stored["at"]
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no checkpoint of this run; delete it or pass --no-resume to start again") from error
+        return step, float(seconds)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise refusal from error
 
 
 def rewind(history: Path, step: int) -> None:
     """Drops what the history logged after ``step``, which will be trained again."""
-    lines = history.read_text().splitlines() if history.exists() else []
-    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    rows = [row for row in read_rows(history) if row["step"] <= step]
     with atomic_path(history) as temporary:
-        temporary.write_text("".join(f"{row}\n" for row in rows))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

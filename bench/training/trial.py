@@ -5,28 +5,63 @@ from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
+from rich.markup import escape
 from safetensors import SafetensorError
 from torch import nn
 
 from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
-from bench.core.files import atomic_path
+from bench.core.files import atomic_path, remove_parts
+from bench.core.progress import say
 from bench.core.store import Run
 
 
 @contextmanager
-def begun(run: Run, about: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json. Forgets an
-    earlier failure, and records Diverged as failure.json. Raises Busy where another process has the folder."""
+def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None]:
+    """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json, with the
+    environment, and where it resumes in another one those before. Forgets an earlier failure, and records Diverged as
+    failure.json. Raises Busy where another process has the folder, and UserError where a file of it is damaged."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
-        run.write("config.json", {**about, "environment": environment()})
+        check_whole(run)
+        remove_parts(run.folder)
+        resumes = resume and all((run.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
+        run.write("config.json", {**about, **_environments(run if resumes else None)})
         run.forgive()
         try:
             yield
         except Diverged as error:
             run.fail("diverged", str(error))
             raise
+
+
+def check_whole(run: Run) -> None:
+    """Raises UserError where a file of ``run`` is damaged: nothing is overwritten before somebody has looked."""
+    status, reason = run.ending()
+    if status == "damaged":
+        raise UserError(reason)
+
+
+def _environments(resumed: Run | None) -> dict[str, Any]:
+    """The present environment and, of a run that goes on, the ``earlier`` ones, oldest first; warns where numbers may
+    have changed with the code."""
+    now = environment()
+    before = resumed.environments() if resumed else []
+    if not before or before[-1] == now:
+        return {"environment": now, **({"earlier": before[:-1]} if before[:-1] else {})}
+    for name in ("commit", "versions", "python"):
+        old, new = before[-1].get(name), now[name]
+        if old != new:
+            changed = f"{old} before, {new} now" if name != "versions" else _changes(old, new)
+            say(f"[yellow]{escape(resumed.folder.name)} goes on under another {name}:[/] {escape(changed)}")
+    return {"environment": now, "earlier": before}
+
+
+def _changes(old: Any, new: dict[str, Any]) -> str:
+    known = old if isinstance(old, dict) else {}
+    return ", ".join(
+        f"{name} {known.get(name)} before, {new[name]} now" for name in new if known.get(name) != new[name]
+    )
 
 
 def write_weights(run: Run, name: str, model: nn.Module) -> None:

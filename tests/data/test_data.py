@@ -543,7 +543,7 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
     write = decoding._write_npy
 
     def fail_on_the_second(path, *rest):
-        if path.name.startswith(".val"):
+        if path.name.startswith(".part-val"):
             path.write_bytes(b"half")
             raise failure
         return write(path, *rest)

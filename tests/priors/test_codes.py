@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bench.core.errors import UserError
+from bench.core.files import sha256_arrays, unseal
 from bench.data import Data
 from bench.priors import codes as module
 from bench.priors.codes import digest, encode, load_data
@@ -52,7 +53,7 @@ def expected(images: np.ndarray, codebook_size: int = 512) -> np.ndarray:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A finished run, as far as codes look at it."""
-    (tmp_path / "metrics.json").write_text(json.dumps({"protocol": {"fingerprint": "f" * 64}}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"metrics": {}, "protocol": {"fingerprint": "f" * 64}}))
     (tmp_path / "tokenizer.safetensors").write_bytes(b"weights")
     return tmp_path
 
@@ -148,7 +149,7 @@ def test_data_are_those_that_the_tokenizer_was_scored_on(folder, monkeypatch):
     monkeypatch.setattr(module, "load", lambda *arguments: asked.append(arguments) or toy_data())
     assert load_data(folder, Reader()).name == "toy"
     assert asked == [("toy", SIDE)]
-    (folder / "metrics.json").write_text(json.dumps({"protocol": {"fingerprint": "0" * 64}}))
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {}, "protocol": {"fingerprint": "0" * 64}}))
     with pytest.raises(UserError) as error:
         load_data(folder, Reader())
     assert str(error.value) == f"toy has other images now than when {folder} was trained; train it again"
@@ -175,12 +176,43 @@ def test_two_that_encode_at_once_do_it_once(folder):
 
 def test_the_files_say_what_the_codes_are(folder):
     """Of which weights, by the beginning of their digest, how many there can be, and of which images."""
-    encode(folder, Reader(), toy_data())
+    codes = encode(folder, Reader(), toy_data())
     assert {path.name for path in (folder / "codes").iterdir()} - {".lock"} == {"train.npy", "val.npy", "meta.json"}
-    assert json.loads((folder / "codes" / "meta.json").read_text()) == {
+    assert unseal(folder / "codes" / "meta.json") == {
         **{"tokenizer": hashlib.sha256(b"weights").hexdigest()[:16], "codebook_size": 512, "mirrored": True},
-        **{"data": "toy", "fingerprint": "f" * 64},
+        **{"data": "toy", "fingerprint": "f" * 64, "digest": sha256_arrays(codes.train, codes.val)},
     }
+
+
+@pytest.mark.parametrize("name", ["train.npy", "val.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "noise", "gone"])
+def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
+    """Of which a line tells; and afterwards they are read as before."""
+    codes = encode(folder, Reader(), toy_data())
+    whole = {split: np.array(getattr(codes, split)) for split in ("train", "val")}
+    path = folder / "codes" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"flip": content, "cut": content[:-9], "empty": b"", "noise": b"noise" * 99}
+    path.unlink() if damage == "gone" else path.write_bytes(damaged[damage])
+    reader = Reader()
+    again = encode(folder, reader, toy_data())
+    assert reader.batches
+    assert all(np.array_equal(getattr(again, split), array) for split, array in whole.items())
+    assert ("is made again" in capsys.readouterr().err) == ((name, damage) != ("meta.json", "gone"))
+    quiet = Reader()
+    encode(folder, quiet, toy_data())
+    assert quiet.batches == []
+
+
+def test_codes_of_older_versions_are_read_without_a_digest(folder):
+    encode(folder, Reader(), toy_data())
+    path = folder / "codes" / "meta.json"
+    old = {name: value for name, value in unseal(path).items() if name != "digest"}
+    path.write_text(json.dumps(old))
+    reader = Reader()
+    encode(folder, reader, toy_data())
+    assert reader.batches == []
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.core.files import unseal
 from bench.data import Data
 from bench.metrics import psnr, weights
 from bench.priors import generate
@@ -467,7 +467,7 @@ def test_references_are_written_as_they_are_returned(tmp_path):
     codes, data = toy(random_codes(20, 1), random_codes(8, 2))
     found = found_references(codes, data, tmp_path / "codes")
     (path,) = (tmp_path / "codes").iterdir()
-    assert json.loads(path.read_text()) == found
+    assert unseal(path) == found
     assert all(math.isfinite(value) for value in found.values())
 
 

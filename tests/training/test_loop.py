@@ -14,6 +14,7 @@ from torch import nn
 
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.tokenizers import train as module
+from bench.tokenizers.config import make_config
 from bench.training import loop
 from bench.training.loop import Window, learning_rate, parameter_groups, rewind, step_seed
 from tests.watched import Crash, Toy, adamw, checkpoint, rows, same, tensors
@@ -107,14 +108,20 @@ def test_a_checkpoint_is_due_after_its_interval_and_writing_takes_2_percent_at_m
     assert [step for step, _ in written] == [5, 10]
 
 
-def test_a_damaged_checkpoint_is_refused(watch, tiny):
+def test_a_damaged_checkpoint_starts_again_and_anothers_is_refused(watch, tiny, capsys):
+    """What is not as it was written is of no use to anybody; another run's may be, and stays."""
     (watch.folder / "run").mkdir()
     path = watch.folder / "run/checkpoint.pt"
+    expected = tensors(watch.train(tiny))
     for content in (b"not a checkpoint", b""):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="no checkpoint of this run; delete it or pass --no-resume"):
-            watch.train(tiny)
+        assert same(tensors(watch.train(tiny)), expected)
+        assert f"{path} is damaged: File is not a zip file; training starts again" in capsys.readouterr().err
     watch.train(replace(tiny, width=24), resume=False)
+    with pytest.raises(UserError, match="no checkpoint of this run; delete it or pass --no-resume"):
+        watch.train(tiny)
+    path.unlink()
+    path.mkdir()
     with pytest.raises(UserError, match="no checkpoint of this run"):
         watch.train(tiny)
 
@@ -124,12 +131,14 @@ def test_nothing_in_a_checkpoint_is_executed(watch, tiny):
         def __reduce__(self):
             return os.mkdir, (str(watch.folder / "executed"),)
 
-    (watch.folder / "run").mkdir()
-    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
-        write({"tokenizer": Evil()}, watch.folder / "run/checkpoint.pt")
-        with pytest.raises(UserError, match="no checkpoint of this run"):
-            watch.train(tiny)
-        assert not (watch.folder / "executed").exists()
+    path = watch.folder / "run/checkpoint.pt"
+    path.parent.mkdir()
+    torch.save({"tokenizer": Evil()}, path)
+    with pytest.raises(UserError, match="no checkpoint of this run"):
+        watch.train(tiny)
+    path.write_bytes(pickle.dumps({"tokenizer": Evil()}))
+    watch.train(tiny)
+    assert not (watch.folder / "executed").exists()
 
 
 def during(toys, step, act):
@@ -391,17 +400,65 @@ def test_a_checkpoint_and_a_history_are_replaced_as_a_whole(tmp_path, monkeypatc
 
 def test_a_checkpoint_is_read_onto_the_device_of_the_run(tmp_path, monkeypatch):
     """Whichever it was written on; each part gets its own state, and the file is named if it has none."""
-    path, asked = tmp_path / "checkpoint.pt", []
-    stored = {"model": {"weight": torch.ones(1, 2)}, "at": (3, 1.5)}
-    monkeypatch.setattr(loop.torch, "load", lambda *given, **options: asked.append((given, options)) or stored)
-    model = nn.Linear(2, 1, bias=False)
-    assert loop.restore(path, {"model": model}, "cuda:1") == (3, 1.5)
+    path, asked, config = tmp_path / "checkpoint.pt", [], make_config("cnn", "smoke", device="cuda:1", steps=9)
+    model, load = nn.Linear(2, 1, bias=False), torch.load
+    torch.save({"model": {"weight": torch.ones(1, 2)}, "at": (3, 1.5)}, path)
+    monkeypatch.setattr(loop.torch, "load", lambda *given, **options: asked.append((given, options)) or load(path))
+    assert loop.restore(path, {"model": model}, config) == (3, 1.5)
     assert asked == [((path,), {"map_location": "cuda:1", "weights_only": True})]
     assert model.weight.tolist() == [[1, 1]]
     for parts in ({"model": nn.Linear(2, 1)}, {"model": model, "ema": model}, {"optimizer": loop.adamw(model, 0.1)}):
         with pytest.raises(UserError) as error:
-            loop.restore(path, parts, "cpu")
+            loop.restore(path, parts, config)
         assert str(error.value).startswith(f"{path} is no checkpoint of this run; delete it or pass --no-resume")
+
+
+@pytest.mark.parametrize("at", [(0, 1.0), (10, 1.0), (-1, 1.0), ("3", 1.0), (3,), 3, None, (3, "x")])
+def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(tmp_path, at):
+    path, model = tmp_path / "checkpoint.pt", nn.Linear(2, 1)
+    torch.save({"model": model.state_dict(), "at": at}, path)
+    with pytest.raises(UserError, match="is no checkpoint of this run"):
+        loop.restore(path, {"model": model}, make_config("cnn", "smoke", device="cpu", steps=9))
+
+
+@pytest.mark.parametrize("content", [[1], 3, {}, {"model": [1], "at": (1, 1.0)}, {"model": None, "at": (1, 1.0)}])
+def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match="is no checkpoint of this run"):
+        loop.resumed(path, {"model": nn.Linear(2, 1)}, make_config("cnn", "smoke", device="cpu"))
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, capsys):
+    """Training starts again, loudly, rather than going on to another result; a flip that changes nothing may pass."""
+    path, config, model = tmp_path / "checkpoint.pt", make_config("cnn", "smoke", device="cpu"), nn.Linear(3, 2)
+    loop.save(path, {"model": model}, 7, 1.5)
+    whole, state = path.read_bytes(), {name: value.clone() for name, value in model.state_dict().items()}
+    noticed = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        fresh = nn.Linear(3, 2)
+        try:
+            found = loop.resumed(path, {"model": fresh}, config)
+        except UserError:
+            found = (0, 0.0)
+        noticed += found == (0, 0.0)
+        if found != (0, 0.0):
+            assert found == (7, 1.5)
+            assert all(fresh.state_dict()[name].equal(value) for name, value in state.items())
+    assert noticed > 0
+    said = capsys.readouterr().err.splitlines()
+    assert said
+    assert all(line.startswith(f"{path} is damaged: ") and line.endswith("; training starts again") for line in said)
+
+
+@pytest.mark.parametrize("size", [0, 10, -200, -1])
+def test_a_checkpoint_that_is_cut_off_starts_training_again(tmp_path, size):
+    path, config = tmp_path / "checkpoint.pt", make_config("cnn", "smoke", device="cpu")
+    assert loop.resumed(path, {}, config) == (0, 0.0)  # without any
+    loop.save(path, {"model": nn.Linear(3, 2)}, 7, 1.5)
+    path.write_bytes(path.read_bytes()[:size])
+    assert loop.resumed(path, {"model": nn.Linear(3, 2)}, config) == (0, 0.0)
 
 
 def test_a_stopped_run_says_how_it_goes_on_and_its_history_has_milliseconds(watch, tiny, toys, monkeypatch):
