@@ -4,8 +4,6 @@ Only rows that were measured the same way share a picture, and only rows of equa
 drawn per protocol or per block (see ``bench.analysis.frames``). A chart that the rows cannot fill is not made.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Which runs a report is about, and what it says: facts, rankings, how they were measured, and verdicts in words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

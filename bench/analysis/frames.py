@@ -4,8 +4,6 @@ One row per run; a column has the name of its Config field or metric. Rows are r
 and equal bits per image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields

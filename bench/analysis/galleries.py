@@ -1,7 +1,5 @@
 """Charts of what runs kept beside their scores: how they learned, what they reconstruct, what priors generate."""
 
-from __future__ import annotations
-
 import math
 import zipfile
 import zlib

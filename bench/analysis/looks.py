@@ -1,7 +1,5 @@
 """What charts look like: figures, the colour and marker of each backbone, labels, axes and legends."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The sheets of a report: which model is best, which blocks are not compared, verdicts, failures, all runs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any

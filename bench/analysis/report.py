@@ -1,7 +1,5 @@
 """One report of many runs: tables, charts and verdicts, as a page, as Markdown and as data."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Iterator, Sequence

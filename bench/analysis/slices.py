@@ -1,7 +1,5 @@
 """Which rows of a frame share a chart, and which of them stand for the others."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -5,8 +5,6 @@ reference value. The unit of evidence is the seed: a paired t test over seeds, H
 of a call, and, as a second witness, a paired bootstrap over the validation images.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Cells and sheets, what page, Markdown and terminal are made of, and the table of scores that commands print."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
