@@ -9,21 +9,8 @@ import pandas as pd
 
 from bench.metrics import EVALUATORS
 
-from .frames import (
-    BUDGETS,
-    CLOCKED,
-    METRICS,
-    PRIOR,
-    UNMATCHED,
-    blocks,
-    differing,
-    machines,
-    main_metric,
-    settings,
-    summary,
-    uneven,
-    unmatched,
-)
+from . import frames
+from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, text_of
 
@@ -46,11 +33,11 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     Marked is the best of a column, as shown; not in columns without a better or where all are equal, and in clocked
     ones only when all rows were measured on one machine. ``failed``: runs to be counted beside the scored ones.
     """
-    main = main_metric(block)
-    table = summary(block, failed).sort_values(main, ascending=METRICS[main].better == "lower", kind="stable")
-    by = [*table.columns[: table.columns.get_loc("n")], "n", "failed"]
+    main = frames.main_metric(block)
+    table = best_first(frames.summary(block, failed), main)
+    by = list(table.loc[:, :"failed"])
     names = [name for name in RANKED if name in table]
-    off = unmatched(table)
+    off = frames.unmatched(table)
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
     notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
@@ -103,8 +90,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     """Mean ± standard deviation over seeds per backbone, setting and prior of ``block``, the best in gFID first, with
     the rows that bound them."""
     main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
-    table = summary(block, kind=PRIOR).sort_values(main, kind="stable")
-    by = [*table.columns[: table.columns.get_loc("n")], "n"]
+    table = frames.summary(block, kind=frames.PRIOR).sort_values(main, kind="stable")
+    by = list(table.loc[:, :"n"])
     names = [name for name in GENERATED if name in table]
     rows = _ranked(table, by, names, CLOCKED if machines(block) > 1 else ())
     references = []
@@ -144,7 +131,7 @@ def _protocol_line(protocol: dict[str, str]) -> str:
 
 
 def _uneven(block: pd.DataFrame) -> list[str]:
-    values = block.groupby("backbone")[uneven(block)].first()
+    values = block.groupby("backbone")[frames.uneven(block)].first()
     each = [f"{name} ({', '.join(f'{who} {text_of(v)}' for who, v in values[name].items())})" for name in values]
     return [f"Not equal across backbones: {', '.join(each)}."] if each else []
 
@@ -159,7 +146,7 @@ def refusals(parts: list[pd.DataFrame]) -> Sheet:
     rows = [
         [Cell(str(number), order=number), *(Cell(text, order=text) for text in (name, _short(its), _short(first)))]
         for number, block in enumerate(parts[1:], 2)
-        for name, (first, its) in differing(parts[0], block).items()
+        for name, (first, its) in frames.differing(parts[0], block).items()
     ]
     return Sheet(["block", "differs in", "its value", "block 1 has"], rows)
 
