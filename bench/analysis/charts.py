@@ -338,19 +338,18 @@ def _front(table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
 
 def importance(importances: pd.DataFrame) -> Drawing:
     """``importance``: how much each setting matters, per backbone, largest on top."""
-    order = importances.groupby("parameter").importance.mean().sort_values(ascending=False).index
-    backbones = sorted(importances.backbone.unique())
-    figure = looks.new_figure(1.1 + 0.14 * len(order) * (len(backbones) + 1))
+    shares = importances.pivot(index="parameter", columns="backbone", values="importance")
+    shares = shares.loc[shares.mean(axis=1).sort_values(ascending=False).index]
+    figure = looks.new_figure(1.1 + 0.14 * len(shares) * (len(shares.columns) + 1))
     axes = figure.subplots()
-    thick = 0.8 / len(backbones)
-    for i, backbone in enumerate(backbones):
-        own = importances[importances.backbone == backbone].groupby("parameter").importance.mean().reindex(order)
-        axes.barh(np.arange(len(order)) + (i + 0.5) * thick - 0.4, own, 0.9 * thick, color=look_of(backbone)["color"])
-    axes.set_yticks(range(len(order)), [label_of(name) for name in order])
+    thick = 0.8 / len(shares.columns)
+    for i, (backbone, own) in enumerate(shares.items()):
+        axes.barh(np.arange(len(own)) + (i + 0.5) * thick - 0.4, own, 0.9 * thick, color=look_of(backbone)["color"])
+    axes.set_yticks(range(len(shares)), map(label_of, shares.index))
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlabel("importance (share within a backbone)")
-    looks.add_legend(figure, backbones, {})
+    looks.add_legend(figure, list(shares), {})
     caption = "How much of the variation between runs each setting, or the seed, explains: shares within a backbone."
     return Drawing("importance", "Which settings matter", caption, figure)
 
