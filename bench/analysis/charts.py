@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from bench.core.files import atomic_path
 
 from . import looks
-from .frames import CLOCKED, METRICS, PRIOR_METRICS, machines, main_metric, protocols, settings, summary
+from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
 from .galleries import learning_curves, reconstructions, samples
 from .looks import BITS, Drawing, brief, is_number, label_of, look_of
 from .slices import Scope, block_scopes, controlled, counted, key_metrics, protocol_scopes, usual
@@ -84,23 +84,24 @@ def _saved(drawing: Drawing, folder: Path) -> Chart:
     return Chart(name, title, caption, folder / f"{name}.png")
 
 
-def _against(
-    name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: looks.Entries | None = None
-) -> Figure:
+def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: looks.Entries) -> Figure:
     """One axes per metric: runs as points against column ``name``, with ``means`` also their mean per backbone and
     value, joined within each of ``lines``, and k-means on patches. ``more``: further entries of the legend."""
     rows = pd.concat(lines)
     x, dodge = looks.places_of(rows[name]), 0.0 if is_number(rows[name]) else 0.12
     figure, panels = looks.new_panels(len(metrics))
-    references = {}
+    entries = dict(more)
     for axes, metric in zip(panels, metrics, strict=True):
         for line in lines:
             _series(axes, line, x, metric, means, dodge)
-            if means and _reference(axes, line, x, metric):
-                references = {"k-means on patches": REFERENCE}
+            reference = f"{metric}_kmeans"
+            if means and reference in line and line[reference].notna().any():
+                mean = line[reference].groupby(x[line.index]).mean()
+                axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
+                entries = {"k-means on patches": REFERENCE} | more
         looks.scale_x(axes, rows[name], name)
         axes.set_ylabel(label_of(metric))
-    looks.add_legend(figure, list(rows.backbone.unique()), references | (more or {}))
+    looks.add_legend(figure, list(rows.backbone.unique()), entries)
     return figure
 
 
@@ -121,16 +122,6 @@ def _series(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str, means: bo
             axes.fill_between(mean.index, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _reference(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str) -> bool:
-    """K-means on patches at the same bits, where it was scored. Tells whether it was."""
-    name = f"{metric}_kmeans"
-    if name not in rows or rows[name].isna().all():
-        return False
-    mean = rows[name].groupby(x[rows.index]).mean()
-    axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
-    return True
-
-
 def sweeps(scope: Scope) -> Iterator[Drawing]:
     """``sweep_FIELD``: key metrics against each swept setting, the others fixed.
 
@@ -144,10 +135,11 @@ def sweeps(scope: Scope) -> Iterator[Drawing]:
         rows = rows[rows[field].notna()]
         if rows[field].nunique() < 2:
             continue
-        figure = _against(field, [rows], key_metrics(rows), means=alone)
-        shape = "Line and band" if is_number(rows[field]) else "Marker and bar"
-        caption = f"{shape}: mean ± standard deviation over seeds. {counted(scope, rows, [field], fixed)}"
-        if not alone:
+        figure = _against(field, [rows], key_metrics(rows), alone, {})
+        if alone:
+            shape = "Line and band" if is_number(rows[field]) else "Marker and bar"
+            caption = f"{shape}: mean ± standard deviation over seeds. {counted(scope, rows, [field], fixed)}"
+        else:
             caption = f"All {len(rows)} scored runs. The other settings vary too: this one's own effect does not show."
         if field in BITS:
             caption += " The bits of an image differ along the axis."
@@ -173,13 +165,12 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
         ]
         figure = looks.new_figure(1.1 + 0.45 * len(mean))
         axes = figure.subplots()
-        lower = METRICS[metric].better == "lower"
         sns.heatmap(
             mean.set_axis([brief(value) for value in mean.columns], axis=1),
             annot=np.array(words),
             fmt="",
             annot_kws={"fontsize": looks.TEXT},
-            cmap="viridis_r" if lower else "viridis",
+            cmap="viridis_r" if METRICS[metric].better == "lower" else "viridis",
             cbar_kws={"label": f"{label_of(metric)}\nyellow is best", "format": f"{{x:{form}}}"},
             linewidths=1,
             ax=axes,
@@ -204,8 +195,8 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     lines = [line for _, line in rows.groupby("grid_size")] if per_grid else [rows]
     metrics = [metric for metric in key_metrics(rows) if metric != "perplexity"]
     hollow = {"marker": "o", "color": "0.4", "markerfacecolor": "white", "linestyle": ":", "linewidth": 0.8}
-    more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else None
-    figure = _against("bits_per_pixel", lines, metrics, means=True, more=more)
+    more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else {}
+    figure = _against("bits_per_pixel", lines, metrics, True, more)
     if len(coded):
         _entropy_coded(figure, rows, coded, metrics)
     joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
@@ -291,9 +282,9 @@ def cost(scope: Scope) -> Iterator[Drawing]:
     figure, panels = looks.new_panels(len(names))
     for axes, name in zip(panels, names, strict=True):
         known = table.dropna(subset=[name, metric])
-        _cost_panel(axes, known, name, metric)
+        front = _cost_panel(axes, known, name, metric)
         if len(varied) == 1:  # words for several would not fit beside a ring
-            _name_front(axes, known, name, metric, varied[0])
+            _name_front(axes, front, name, metric, varied[0])
     looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
     caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
     caption += f"Beside the rings: {label_of(varied[0])}. " if len(varied) == 1 else ""
@@ -303,12 +294,13 @@ def cost(scope: Scope) -> Iterator[Drawing]:
     yield Drawing("cost", f"{METRICS[metric].label} against cost", caption, figure)
 
 
-def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> None:
-    """Means with error bars, and the Pareto front as steps through ringed points."""
+def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
+    """Means with error bars, and the Pareto front as steps through ringed points. Returns the rows on the front."""
     style = {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
     for backbone, own in table.groupby("backbone"):
         axes.errorbar(own[name], own[metric], yerr=own[f"{metric}_std"], **style, **look_of(backbone))
-    front = _front(table, name, metric)
+    cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
+    front = best_first(table[pareto(cost, score)], name)
     axes.plot(front[name], front[metric], color="0.3", linewidth=1, drawstyle="steps-post", zorder=1)
     axes.scatter(front[name], front[metric], s=80, facecolors="none", edgecolors="0.3", linewidths=1, zorder=3)
     if table[name].min() > 0 and table[name].max() >= 3 * table[name].min():
@@ -319,21 +311,16 @@ def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> None
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(0.2)
     axes.set(xlabel=label_of(name), ylabel=label_of(metric))
+    return front
 
 
-def _name_front(axes: Axes, table: pd.DataFrame, name: str, metric: str, setting: str) -> None:
+def _name_front(axes: Axes, front: pd.DataFrame, name: str, metric: str, setting: str) -> None:
     """Writes the value of ``setting`` beside each ring, on its cheaper and better side, where no other point can be."""
     right, up = METRICS[name].better == "higher", METRICS[metric].better == "higher"
     offset = (5 if right else -5, 5 if up else -5)
     style = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "fontsize": looks.TEXT}
-    for _, row in _front(table, name, metric).iterrows():
+    for _, row in front.iterrows():
         axes.annotate(brief(row[setting]), (row[name], row[metric]), offset, textcoords="offset points", **style)
-
-
-def _front(table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
-    """The rows on the Pareto front, cheapest first."""
-    cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
-    return table[pareto(cost, score)].sort_values(name, ascending=METRICS[name].better == "lower")
 
 
 def importance(importances: pd.DataFrame) -> Drawing:

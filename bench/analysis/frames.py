@@ -23,11 +23,7 @@ from bench.tokenizers.config import Config
 METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
-CLOCKED = (
-    *(f"images_per_second_{part}" for part in ("encode", "decode", "sample")),
-    "sampling_speedup",
-    "train_seconds",
-)
+CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
 REFERENCES = ("_kmeans", "_real", "_shuffled")  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
@@ -175,8 +171,8 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kin
     """Mean and spread over seeds: one row per model and setting of a block.
 
     Columns: ``backbone``, the settings, of priors ``prior``, ``n`` (scored seeds), ``failed`` (rows of ``unscored``
-    with the block's data, image size and bits, whether the same setting was ever scored or not), and per metric
-    ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
+    with the block's data, image size and bits, of settings without a score, too), and per metric ``METRIC`` (mean) and
+    ``METRIC_std`` (sample standard deviation; missing when n is 1).
     """
     failed = block.iloc[:0]
     if unscored is not None and len(unscored):

@@ -50,7 +50,12 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     if nets := trained_on(block):
         notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
     keys = [*by, *names]
-    return Sheet(keys, _ranked(table, by, names, unequal), list(_references(block, keys)), notes, main)
+    references = []
+    for _, group in block.groupby(["grid_size", "codebook_size"]):
+        first = group.iloc[0]
+        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
+        references.append([cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys])
+    return Sheet(keys, _ranked(table, by, names, unequal), references, notes, main)
 
 
 def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Sequence[str]) -> list[list[Cell]]:
@@ -64,14 +69,6 @@ def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Seque
     ]
 
 
-def _references(block: pd.DataFrame, keys: list[str]) -> Iterator[list[Cell]]:
-    """k-means at each grid and K of the block: what the same bits buy without any network."""
-    for _, group in block.groupby(["grid_size", "codebook_size"]):
-        first = group.iloc[0]
-        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
-        yield [cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys]
-
-
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     """Title and ranking of each group of priors over tokenizers that spend equal bits, scored by one protocol; and the
     priors without scores."""
@@ -79,9 +76,8 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
     for block in blocks(finished.assign(bits_per_image=bits)):
         first = block.iloc[0]
-        size = f"{first.image_size}×{first.image_size}"
-        amount = f"{first.bits_per_image:.0f} bits per image before coding"
-        yield f"{first.data} {size}, {amount}, {_sampling(first)}", prior_ranking(block)
+        what = f"{first.data} {first.image_size}×{first.image_size}, {first.bits_per_image:.0f} bits per image"
+        yield f"{what} before coding, {_sampling(first)}", prior_ranking(block)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
 
@@ -97,9 +93,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     references = []
     for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
         for backbone, own in block.groupby("backbone"):
-            known = {"backbone": backbone, "prior": label}
-            known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
-            references.append([cell(key, known.get(key)) for key in (*by, *names)])
+            known, means = {"backbone": backbone, "prior": label}, own.filter(like=suffix).mean()
+            references.append([cell(key, known.get(key, means.get(f"{key}{suffix}"))) for key in (*by, *names)])
     first, floor = block.iloc[0], block.coded_bits_per_token_independent
     notes = [
         f"{_sampling(first)}, against all {first.protocol_count:.0f} "
@@ -114,8 +109,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
 
 
 def _sampling(prior: pd.Series) -> str:
-    how = f"{prior.samples} samples, temperature {prior.temperature:g}"
-    return how + (f", top {prior.top_k}" if prior.top_k else "")
+    top = f", top {prior.top_k}" if prior.top_k else ""
+    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}"
 
 
 def protocol_of(block: pd.DataFrame) -> dict[str, str]:

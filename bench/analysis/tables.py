@@ -11,8 +11,7 @@ from rich.table import Table
 from .frames import METRICS, PRIOR_METRICS
 
 LABELS = METRICS | PRIOR_METRICS
-# Shown in millions, in this format.
-MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}
+MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}  # so shown
 HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
 SHORT = {  # headings on the terminal, by lines, where labels are too wide
     "perplexity": "perp.\n",
