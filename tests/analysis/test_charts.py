@@ -293,7 +293,7 @@ def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost,
     ]
     missing = dict.fromkeys(("params", "flops", "train_seconds", "images_per_second_decode"))
     (drawing,) = charts.cost(scope(made(*(missing | row for row in rows))))
-    charts._save(drawing, tmp_path / "cost.png")
+    charts._saved(drawing, tmp_path)
     drawing.figure.set_dpi(looks.DPI)
     (axes,) = drawing.figure.axes
     assert [label.get_text() for label in axes.texts] == ["1", "2", "5"]

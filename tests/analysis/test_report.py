@@ -15,11 +15,10 @@ import pytest
 from PIL import Image
 
 from bench import report as command
-from bench.analysis import charts, contents, rankings, report, tables
-from bench.analysis.contents import Report, Selection, select
+from bench.analysis import charts, rankings, report, tables
 from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
-from bench.analysis.report import markdown, write_report
+from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.statistics import Verdict
 from bench.analysis.tables import NONE, heading
 from bench.core.errors import UserError
@@ -53,7 +52,7 @@ def sketched(monkeypatch):
 
 def report_of(store, *names):
     selection = select(names, store.root)
-    return contents.contents(selection, frame(selection.runs), frame(store.priors(), PRIOR))
+    return contents(selection, frame(selection.runs), frame(store.priors(), PRIOR))
 
 
 def ranked(store) -> tables.Sheet:
@@ -215,7 +214,7 @@ def test_the_facts_count_every_run_once(tmp_path):
     rest = [made((smoke(seed=seed), {}), status=status) for seed, status in ((2, "pruned"), (3, "unfinished"))]
     table = pd.concat([done, *rest], ignore_index=True)
     study = {"kind": "ablation", "runs": {letter: {} for letter in "abcdefgh"}}
-    facts = contents.contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
+    facts = contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
     assert facts["runs"] == "4 finished, 1 pruned, 1 unfinished, 2 planned but not started"
     assert (facts["backbones"], facts["swept"], facts["seeds"]) == ("cnn, vit", "beta 0.25, 1", "0, 1, 2, 3")
 
@@ -698,7 +697,7 @@ def texts(sheet) -> list[list[str]]:
 
 def about(*runs, name="all") -> Report:
     """The report of runs without folders."""
-    return contents.contents(Selection(name, [], Path("results")), made(*runs), frame([], PRIOR))
+    return contents(Selection(name, [], Path("results")), made(*runs), frame([], PRIOR))
 
 
 def test_who_costs_more_in_every_budget_is_marked_and_the_mark_explained():
@@ -727,9 +726,9 @@ def test_a_list_is_cut_at_the_limit_and_only_then_says_so(monkeypatch):
         priors = prior_rows(*({"steps": beta, "gfid_vgg16": 80.0} for beta in range(count)))
         ((_, sheet),) = generation(priors)
         assert [note for note in sheet.notes if "The first" in note] == cut
-    assert contents._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
-    assert contents._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
-    assert contents._few([]) == "none"
+    assert report._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert report._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+    assert report._few([]) == "none"
 
 
 def test_titles_name_what_is_reported_and_number_several_blocks():
@@ -834,16 +833,16 @@ def test_a_protocol_is_one_line_and_shared_settings_are_those_of_all_rows():
     table = made((smoke(beta=1.0), measured), (smoke(beta=2.0), measured | {"augment": None}))
     (line,) = [note for note in ranking(table.assign(psnr=1.0), NOBODY).notes if note.startswith("Protocol")]
     assert line == "Protocol: data photos; split a 0123456789…; count 64; image size 32; extractor vgg16 none."
-    equal = contents._equal(table)
+    equal = report._equal(table)
     assert (equal["backbone"], equal["codebook_size"]) == ("cnn", "128")
     assert not {"beta", "augment"} & set(equal)
 
 
 def test_facts_give_values_in_order_and_of_many_both_ends():
-    assert contents._values(pd.Series([10, 9, None, 9])) == "9, 10"
-    assert contents._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
-    assert contents._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
-    assert contents._values(pd.Series(range(20))) == "0 to 19 (20 values)"
+    assert report._values(pd.Series([10, 9, None, 9])) == "9, 10"
+    assert report._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
+    assert report._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
+    assert report._values(pd.Series(range(20))) == "0 to 19 (20 values)"
     facts = about((smoke(), {"psnr": 20.0})).facts
     assert facts == {"backbones": "cnn", "swept": "nothing", "seeds": "0", "runs": "1 finished"}
 
