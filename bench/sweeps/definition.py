@@ -1,23 +1,19 @@
 """What a study file says, and its command line: an Ablation or a Search, and the flags that each of them takes."""
 
-from __future__ import annotations
-
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from backbones import BACKBONES
-from bench.analysis.frames import METRICS
+from bench.analysis.frames import DEFAULTS, METRICS
 from bench.core.errors import UserError
 from bench.metrics import weights
 from bench.priors.config import PriorConfig
 from bench.tokenizers.arguments import Arguments, parse
-from bench.tokenizers.config import Config
 
-from .space import TYPES, Range, Space
+from .space import TYPES, Space
 
-DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
 
 
@@ -103,16 +99,13 @@ class Ablation:
 class Search:
     """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric."""
 
+    arguments: ClassVar = SearchArguments
+
     name: str
     space: Space
     settings: dict[str, Any] = field(default_factory=dict)
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0,)
-
-    @property
-    def arguments(self) -> type[StudyArguments]:
-        """What its command line takes."""
-        return SearchArguments
 
     def flags(self) -> dict[str, Any]:
         """Config field → its type as a flag: a searched field is none."""
@@ -122,29 +115,20 @@ class Search:
         """Flag → what the study gives it."""
         return self.settings
 
-    def first(self) -> dict[str, Any]:
-        """One point of the space, of its first values."""
-        return {name: choice[0] for name, choice in self.space.items()}
-
-    def stored(self) -> dict[str, Any]:
-        """The space as the study's file has it, for ``read_space``."""
-        return {name: choice._asdict() if isinstance(choice, Range) else choice for name, choice in self.space.items()}
-
 
 def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
     values = study.values()
-    extra = [(name, kind, field(default=values.get(name, DEFAULTS[name]))) for name, kind in study.flags().items()]
+    extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in study.flags().items()]
     kind = make_dataclass("Options", extra, bases=(study.arguments,), frozen=True)
     defaults = {**values, "backbone": study.backbones, "seeds": study.seeds}
     options = parse(kind, arguments, f"python -m studies.{study.name}", description, **defaults)
-    missing = weights.inception_missing() if options.fid_weights is None else ""
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
         if metric not in known:
             raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
-        if metric == "fid" and missing:
-            raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
+    if "fid" in options.metric and options.fid_weights is None and (missing := weights.inception_missing()):
+        raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if value == ():

@@ -4,15 +4,13 @@ An index over the run store, never the truth: delete the database and ``python -
 Each backbone has a study of its own, so that nobody is pruned by another backbone's curve.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
@@ -28,7 +28,7 @@ from optuna_dashboard import save_note
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 
-from .kinds import KINDS, AnyConfig, kind_of
+from .kinds import KINDS, AnyConfig, Row, kind_of, rows_of
 from .space import Space, distribution, read_space
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -38,6 +38,7 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the gra
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
+GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
 Study = optuna.Study
 Metrics = tuple[str, ...]
 
@@ -64,16 +65,15 @@ class Index:
         self.planning = FileLock(folder / ".planning.lock")  # one command at a time plans or reports
         self.artifacts = FileSystemArtifactStore(folder / "artifacts")
         (folder / "artifacts").mkdir(exist_ok=True)
-        options = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+        options = {
+            "engine_kwargs": {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True},
+            "heartbeat_interval": HEARTBEAT_SECONDS,
+            "grace_period": GRACE_SECONDS,
+            "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+        }
         with FileLock(folder / ".create.lock"):  # tables are created once
             try:
-                self.storage = RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=HEARTBEAT_SECONDS,
-                    grace_period=GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
-                )
+                self.storage = RDBStorage(url, **options)
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
             except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
@@ -99,23 +99,19 @@ class Index:
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
         """Adds a trial for some worker to take. ``params`` empty: its values are sampled when it is taken."""
-        study.add_trial(_template(params, run_id, {}))
+        study.add_trial(_waiting(params, {name: distribution(name) for name in params}, run_id))
 
-    def claim(self, study: Study, run_ids: set[str]) -> Trial | None:
-        """Takes a waiting trial of one of ``run_ids`` (of any, if empty), first come first served.
-
-        No two workers get the same. None when there is none.
-        """
+    def claim(self, study: Study, run_ids: Collection[str] = ()) -> Trial | None:
+        """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
+        when there is none."""
         with self.lock:
             for waiting in self._trials(study, TrialState.WAITING, run_ids):
-                try:
+                with suppress(UpdateFinishedTrialError):
                     if self._start(waiting._trial_id):
                         # by its number: no two trials draw alike, whoever takes them
                         seed = zlib.crc32(f"{study.study_name}/{waiting.number}".encode())
                         study.sampler = optuna.samplers.TPESampler(seed=seed)
                         return Trial(study, waiting._trial_id)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    continue
         return None
 
     def _start(self, trial_id: int) -> bool:
@@ -124,15 +120,15 @@ class Index:
         self.storage.record_heartbeat(trial_id)
         return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
-    def _trials(self, study: Study, state: TrialState, run_ids: set[str]) -> list[FrozenTrial]:
+    def _trials(self, study: Study, state: TrialState, run_ids: Collection[str]) -> list[FrozenTrial]:
         trials = study.get_trials(deepcopy=False, states=(state,))
         return [trial for trial in trials if not run_ids or trial.user_attrs.get("run_id") in run_ids]
 
-    def running(self, study: Study, run_ids: set[str]) -> int:
+    def running(self, study: Study, run_ids: Collection[str] = ()) -> int:
         """Trials of ``run_ids`` (of all runs, if empty) that some worker has."""
         return len(self._trials(study, TrialState.RUNNING, run_ids))
 
-    def waiting(self, study: Study, run_ids: set[str]) -> int:
+    def waiting(self, study: Study, run_ids: Collection[str] = ()) -> int:
         """Trials of ``run_ids`` (of all runs, if empty) that nobody has taken yet."""
         return len(self._trials(study, TrialState.WAITING, run_ids))
 
@@ -143,20 +139,10 @@ class Index:
             found.setdefault(trial.user_attrs.get("run_id", ""), set()).add(trial.state.name)
         return found
 
-    def size(self, study: Study) -> int:
-        """Trials of any kind."""
-        return len(study.get_trials(deepcopy=False))
-
     def ended(self, study: Study) -> int:
         """Trials that ran to an end of their own: neither interrupted nor lost with their worker."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
         return sum(trial.state != TrialState.FAIL or trial.user_attrs.get("status") in FAILURES for trial in trials)
-
-    def counted(self, study: Study) -> int:
-        """Trials that count towards a search's budget: ended, running or waiting."""
-        return self.ended(study) + len(
-            study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        )
 
     def seconds(self, study: Study) -> float:
         """Seconds of training and scoring that all trials took together, by the run folders."""
@@ -176,9 +162,7 @@ class Index:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
                     self.storage.record_heartbeat(trial._trial_id)
-                except (
-                    optuna.exceptions.StorageInternalError
-                ) as error:  # the next one may pass; results are in the store
+                except StorageInternalError as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
         self.storage.record_heartbeat(trial._trial_id)
@@ -190,28 +174,22 @@ class Index:
             done.set()
             thread.join()
 
-    def add(
-        self, study: Study, params: dict[str, Any], runs: list[Run], metrics: tuple[str, ...], space: Space
-    ) -> None:
-        """Records ``runs`` (the seeds of one trial) that ended without this database knowing.
-
-        ``space`` is what a search sampled ``params`` from, {} for an ablation.
-        """
-        template = _template(params, runs[0].folder.name, space)
-        trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
-        self._start(trial_id)
-        trial = Trial(study, trial_id)
-        if len(metrics) == 1 and (runs[0].folder / "history.jsonl").is_file():
-            report(trial, runs[0].history(), kind_of(runs[0]).config(runs[0]), after=0)
+    def add(self, study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> None:
+        """Records ``runs`` (the seeds of one trial) that ended without this database knowing. ``space`` is what a
+        search sampled ``params`` from, {} for an ablation."""
+        distributions = {name: distribution(name, space.get(name)) for name in params}
+        template = _waiting(params, distributions, runs[0].folder.name)
+        trial = Trial(study, self.storage.create_new_trial(study._study_id, template_trial=template))
+        self._start(trial._trial_id)
+        if len(metrics) == 1:
+            report(trial, rows_of(runs[0]), runs[0].settings(kind_of(runs[0]).config), after=0)
         self.tell(study, trial, runs, metrics)
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
-        """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed.
-
-        Everything else is written first. A trial that another worker took for dead and ended is left as it is.
-        """
+        """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
+        another worker took for dead and ended is left as it is."""
+        failed = next((run for run in runs if not run.finished), None)
         try:
-            failed = next((run for run in runs if not run.finished), None)
             self._describe(study, trial, runs)
             if failed is None:
                 rows = [run.metrics() for run in runs]
@@ -220,7 +198,7 @@ class Index:
                 trial.set_user_attr("status", failed.status)
                 trial.set_user_attr("reason", failed.reason)
                 study.tell(trial, state=TrialState.PRUNED if failed.status == "pruned" else TrialState.FAIL)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        except GONE:
             if not self.storage.get_trial(trial._trial_id).state.is_finished():
                 raise
 
@@ -228,20 +206,11 @@ class Index:
         """Ends ``trial`` as interrupted and puts a copy of it into the queue."""
         try:
             trial.set_user_attr("status", "interrupted")
-            frozen = self.storage.get_trial(trial._trial_id)
             study.tell(trial, state=TrialState.FAIL)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        except GONE:
             return  # another worker took it for dead, and has put its copy there
-        attributes = {key: value for key, value in frozen.user_attrs.items() if key == "run_id"}
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=frozen.params,
-                distributions=frozen.distributions,
-                user_attrs=attributes,
-                system_attrs={"fixed_params": frozen.params},
-            )
-        )
+        ended = self.storage.get_trial(trial._trial_id)
+        study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
 
     def _describe(self, study: Study, trial: Trial, runs: list[Run]) -> None:
         """Metrics as attributes; each run's picture as artifact and in the note."""
@@ -270,16 +239,13 @@ class Index:
         return f"![{path.stem}](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})\n"
 
     def attach(self, study: Study, text: str, pictures: Iterable[tuple[str, Path]]) -> None:
-        """Shows ``text`` and ``pictures``, (caption, path) each, in the study's note.
-
-        What was attached before under the same file name is replaced.
-        """
+        """Shows ``text`` and ``pictures``, (caption, path) each, in the study's note; a picture replaces what was
+        attached before under its file name."""
         known = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(study)}
         lines = [text]
         for caption, path in pictures:
-            if path.name in known:
-                artifact = known[path.name]
-                with open(path, "rb") as file:
+            if artifact := known.get(path.name):
+                with path.open("rb") as file:
                     self.artifacts.write(artifact, file)
             else:
                 artifact = upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=study)
@@ -311,20 +277,19 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     return added
 
 
-def report(trial: Trial, rows: list[dict[str, float]], config: AnyConfig, after: int) -> int:
-    """Reports the training loss (the Kind's; of tokenizers reconstruction + lpips_weight · lpips) of ``rows`` beyond
-    step ``after``.
+def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
+    """Reports the training loss (see Kind) of ``rows`` beyond step ``after`` to the pruner, and returns the last step
+    reported.
 
     At most MAX_REPORTS of them, at the same steps in every trial of a study. Negative where the study maximises, so
-    that the pruner's better is a smaller loss. Returns the last step reported; does nothing for a trial that another
-    worker has taken for dead.
+    that a smaller loss is always the better one. Does nothing for a trial that another worker has taken for dead.
     """
     every = math.ceil(config.steps / MAX_REPORTS)
     sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     for row in rows:
         if row["step"] // every > after // every:
             after = int(row["step"])
-            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            with suppress(UpdateFinishedTrialError):
                 trial.report(sign * KINDS[config.SHELF].loss(config, row), after)
     return after
 
@@ -334,15 +299,16 @@ def _seconds(run: Run) -> float:
     if run.finished:
         metrics = run.metrics()
         return metrics["train_seconds"] + metrics.get("score_seconds", 0.0)
-    history = run.history() if (run.folder / "history.jsonl").is_file() else []
-    return history[-1]["seconds"] if history else 0.0
+    rows = rows_of(run)
+    return rows[-1]["seconds"] if rows else 0.0
 
 
-def _template(params: dict[str, Any], run_id: str | None, space: Space) -> FrozenTrial:
+def _waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:
+    """A trial to be taken; what ``params`` leaves open is sampled then."""
     return create_trial(
         state=TrialState.WAITING,
         params=params,
-        distributions={name: distribution(name, space.get(name)) for name in params},
+        distributions=distributions,
         user_attrs={"run_id": run_id} if run_id else {},
         system_attrs={"fixed_params": params},
     )

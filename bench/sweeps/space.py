@@ -1,34 +1,21 @@
 """Values that a field may take: what a search draws from, Optuna's view of it, and how much each field mattered."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import optuna
 import pandas as pd
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial, create_trial
 
 from backbones import BACKBONES
 from bench.analysis.frames import settings
 from bench.core.errors import UserError
-from bench.data import AUGMENTATIONS
-from bench.quantizers import QUANTIZERS
+from bench.core.settings import OneOf
 from bench.tokenizers.config import Config
 
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 LARGEST = 2**31 - 1
 TYPES = get_type_hints(Config)
-_CHOICES = {
-    "backbone": (*BACKBONES, "timm"),
-    "quantizer": tuple(QUANTIZERS),
-    "augment": tuple(AUGMENTATIONS),
-}
 
 
 class Range(NamedTuple):
@@ -38,8 +25,13 @@ class Range(NamedTuple):
     high: float
     log: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether only whole numbers are meant: both ends are."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
 
-Space = dict[str, "Range | tuple"]  # Config field → Range, or the tuple of its possible values
+
+Space = dict[str, Range | tuple]  # Config field → Range, or the tuple of its possible values
 
 
 def read_space(stored: dict[str, Any]) -> Space:
@@ -50,36 +42,38 @@ def read_space(stored: dict[str, Any]) -> Space:
 def distribution(name: str, choice: Range | tuple | None = None) -> BaseDistribution:
     """Optuna's distribution of a Config field: of a search's ``choice``, or the widest, the same for all values that an
     ablation may give it. Raises UserError for a field that has none."""
+    if choice is None:
+        choice = _widest(name)
     if isinstance(choice, Range):
-        whole = isinstance(choice.low, int) and isinstance(choice.high, int)
-        return (IntDistribution if whole else FloatDistribution)(choice.low, choice.high, log=choice.log)
-    if choice is not None:
-        return CategoricalDistribution(choice)
+        return (IntDistribution if choice.whole else FloatDistribution)(choice.low, choice.high, log=choice.log)
+    return CategoricalDistribution(choice)
+
+
+def _widest(name: str) -> Range | tuple:
     kind = TYPES[name]
-    choices = _CHOICES.get(name) or (get_args(kind) if get_origin(kind) is Literal else None)
-    if choices:
-        return CategoricalDistribution(choices)
+    if name == "backbone":
+        return (*BACKBONES, "timm")
     if kind is bool:
-        return CategoricalDistribution((False, True))
+        return (False, True)
     if kind in (int, float):
-        return IntDistribution(0, LARGEST) if kind is int else FloatDistribution(0.0, float(LARGEST))
+        return Range(kind(0), kind(LARGEST))
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    for rule in get_args(get_type_hints(Config, include_extras=True)[name]):
+        if isinstance(rule, OneOf):
+            return tuple(rule.choices)
     raise UserError(f"{name} is text without a list of choices and cannot be swept")
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """Values of the searched fields for ``trial``; those that it already has are kept."""
+    """Values of the searched fields for ``trial``; Optuna keeps those that it already has."""
     values = {}
     for name, choice in space.items():
-        if name in trial.params:
-            values[name] = trial.params[name]
-            continue
-        match distribution(name, choice):
-            case IntDistribution(low=low, high=high, log=log):
-                values[name] = trial.suggest_int(name, low, high, log=log)
-            case FloatDistribution(low=low, high=high, log=log):
-                values[name] = trial.suggest_float(name, low, high, log=log)
-            case _:
-                values[name] = trial.suggest_categorical(name, choice)
+        if isinstance(choice, Range):
+            draw = trial.suggest_int if choice.whole else trial.suggest_float
+            values[name] = draw(name, choice.low, choice.high, log=choice.log)
+        else:
+            values[name] = trial.suggest_categorical(name, choice)
     return values
 
 
@@ -94,9 +88,10 @@ def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     for backbone, rows in table[table.status == "finished"].groupby("backbone"):
         rows = rows[rows[metric].notna()]
         rows = rows.sample(min(len(rows), MAX_ROWS), random_state=0)
-        names = [*settings(rows), *(["seed"] if rows.seed.nunique() > 1 else [])]
-        if len(rows) < 4 or not set(names) - {"seed"} or rows[metric].nunique() < 2:
+        swept = settings(rows)
+        if len(rows) < 4 or not swept or rows[metric].nunique() < 2:
             continue
+        names = [*swept, "seed"] if rows.seed.nunique() > 1 else list(swept)
         rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
         distributions = {name: _range_of(rows[name]) for name in names}
         study = optuna.create_study()
