@@ -23,8 +23,7 @@ from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
 from bench.sweeps import index
-from bench.sweeps.definition import Ablation, Search
-from bench.sweeps.space import Range
+from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
 
 __all__ = ["PRIORS", "Ablation", "Range", "Search", "main"]  # what a study file needs

@@ -177,13 +177,11 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        if memory_kill and name == "SIGKILL":
-            return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
-        maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
-        return Outcome("crashed", f"ended by {name}{maybe}; see {run.folder}/log.txt")
-    return Outcome("crashed", f"exit code {exitcode}; see {run.folder}/log.txt")
+    if memory_kill and exitcode == -signal.SIGKILL:
+        return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
+    how = f"ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
+    maybe = " (often the system's, for lack of memory)" if exitcode == -signal.SIGKILL else ""
+    return Outcome("crashed", f"{how}{maybe}; see {run.folder}/log.txt")
 
 
 def _memory_kills() -> int:

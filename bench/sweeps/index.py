@@ -16,20 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 
+from bench.analysis.frames import settings
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 
+from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of, rows_of
-from .space import Space, distribution, read_space
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -37,6 +39,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
+MAX_ROWS = 150  # runs of a backbone that importance is computed from
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
 GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
 Study = optuna.Study
@@ -165,7 +168,6 @@ class Index:
                 except StorageInternalError as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
-        self.storage.record_heartbeat(trial._trial_id)
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -258,14 +260,14 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     were. Raises UserError on an unknown name."""
     record, added = store.study(name), 0
     searching = record["kind"] == "search"
-    for kind in KINDS.values():
+    for shelf, kind in KINDS.items():
         metrics = kind.ranked or tuple(record["metrics"])
         trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
-        for run_id, row in record.get(kind.shelf, {}).items():
+        for run_id, row in record.get(shelf, {}).items():
             aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
             params = {name: value for name, value in row.items() if name not in aside}
             identity = (row[kind.key], *(params.items() if searching else [run_id]))
-            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.shelf))
+            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
         for (label, *_), (params, runs) in trials.items():
             with index.planning:
                 study = index.open(kind.study(name, label), metrics)
@@ -278,11 +280,10 @@ def rebuild(index: Index, store: Store, name: str) -> int:
 
 
 def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
-    """Reports the training loss (see Kind) of ``rows`` beyond step ``after`` to the pruner, and returns the last step
-    reported.
+    """Reports the training loss (see Kind) of ``rows`` beyond step ``after``; returns the last step reported.
 
-    At most MAX_REPORTS of them, at the same steps in every trial of a study. Negative where the study maximises, so
-    that a smaller loss is always the better one. Does nothing for a trial that another worker has taken for dead.
+    At most MAX_REPORTS, at the same steps in every trial of a study. Negative where the study maximises, so that the
+    pruner's better is a smaller loss. Does nothing for a trial that another worker has taken for dead.
     """
     every = math.ceil(config.steps / MAX_REPORTS)
     sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -292,6 +293,42 @@ def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
             with suppress(UpdateFinishedTrialError):
                 trial.report(sign * KINDS[config.SHELF].loss(config, row), after)
     return after
+
+
+def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """How much of the variance of ``metric`` each swept field, and the seed, explains within a backbone.
+
+    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns
+    ``backbone``, ``parameter`` and ``importance``, which sums to 1 within a backbone. Left out are backbones with fewer
+    than 4 runs, with nothing swept or with no variance.
+    """
+    found = []
+    for backbone, rows in table[table.status == "finished"].groupby("backbone"):
+        rows = rows[rows[metric].notna()]
+        rows = rows.sample(min(len(rows), MAX_ROWS), random_state=0)
+        swept = settings(rows)
+        if len(rows) < 4 or not swept or rows[metric].nunique() < 2:
+            continue
+        names = [*swept, "seed"] if rows.seed.nunique() > 1 else list(swept)
+        rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
+        distributions = {name: _range_of(rows[name]) for name in names}
+        study = optuna.create_study()
+        study.add_trials(
+            create_trial(params=dict(zip(names, values, strict=True)), distributions=distributions, value=value)
+            for *values, value in rows.itertuples(index=False)
+        )
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        found += [(backbone, name, share) for name, share in shares.items()]
+    return pd.DataFrame(found, columns=["backbone", "parameter", "importance"])
+
+
+def _range_of(values: pd.Series) -> BaseDistribution:
+    """The distribution that just holds ``values``: a number's order and scale help the forest, and cost it less."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        low, high = float(values.min()), float(values.max())
+        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
+    return CategoricalDistribution(tuple(values.unique()))
 
 
 def _seconds(run: Run) -> float:

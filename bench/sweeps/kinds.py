@@ -18,12 +18,11 @@ Row = dict[str, float]
 class Kind(NamedTuple):
     """One kind of run."""
 
-    shelf: str  # key of its runs in a study's file, and the store's folder of them
     noun: str  # what several of them are called
     key: str  # what each Optuna study has one value of; its name ends in that,
     prefix: str  # with this before it
     train: Callable[[Any, Store, Path | None], Run]  # config, store and Inception's weights → the finished run
-    config: type  # of a run
+    config: type  # whose SHELF is also the key of its runs in a study's file
     metrics: dict[str, Metric]
     ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
     told: tuple[str, ...]  # further metrics in the line of a trial that ended
@@ -37,7 +36,6 @@ class Kind(NamedTuple):
 
 
 TOKENIZERS = Kind(
-    shelf=Config.SHELF,
     noun="trials",
     key="backbone",
     prefix="",
@@ -51,7 +49,6 @@ TOKENIZERS = Kind(
     figures=lambda row: f"loss {row['reconstruction']:.4f} perplexity {row['perplexity']:.0f}",
 )
 PRIORS = Kind(
-    shelf=PriorConfig.SHELF,
     noun="priors",
     key="prior",
     prefix="prior-",
@@ -64,7 +61,7 @@ PRIORS = Kind(
     loss=lambda config, row: row["bits_per_token"],
     figures=lambda row: f"{row['bits_per_token']:.3f} bits per token",
 )
-KINDS = {kind.shelf: kind for kind in (TOKENIZERS, PRIORS)}
+KINDS = {kind.config.SHELF: kind for kind in (TOKENIZERS, PRIORS)}
 
 
 def kind_of(run: Run) -> Kind:

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,9 @@ from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
-from .definition import Ablation, Search, StudyArguments
+from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
 from .index import Index, Study, Trial
 from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
-from .space import Range, Space, suggest
 
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
@@ -75,7 +73,7 @@ class Plan:
     """What both plans share. Raises UserError when one of its configs cannot work."""
 
     kind: str
-    final: Collection[str]  # how a run has ended that is not run again
+    final = frozenset({"finished", *FAILURES})  # how a run has ended that is not run again
 
     def __init__(self, study: Ablation | Search, options: StudyArguments, space: Space):
         self.study, self.options, self.space, self.store = study, options, space, Store(options.results)
@@ -180,14 +178,10 @@ class AblationPlan(Plan):
     kind = "ablation"
 
     def __init__(self, study: Ablation, options: StudyArguments):
-        # what a search pruned says nothing about a cell
-        self.final = {"finished"} if options.retry_failed else {"finished", *FAILURES} - {"pruned"}
+        self.final = {"finished"} if options.retry_failed else self.final - {"pruned"}  # which says nothing of a cell
         self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
         self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
         super().__init__(study, options, {name: vars(options)[name] for name in study.sweep})
-        for cell in itertools.chain(*self.cells.values()):
-            for prior in self._prior_names:
-                self._prior(prior, cell).check()  # before any tokenizer is trained
 
     def _cells(self, backbone: str) -> list[Cell]:
         """All cells of one seed before those of the next."""
@@ -197,6 +191,8 @@ class AblationPlan(Plan):
             (config,) = self.configs(backbone, params)
             config.check()
             cells.append(self._cell(params, [config]))
+            for prior in self._prior_names:
+                self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
         return cells
 
     def priors(self) -> list[Part]:
@@ -218,7 +214,7 @@ class AblationPlan(Plan):
 
     def _fill(self, part: Part, index: Index, study: Study) -> int:
         rows = part.rows(part.cells)
-        self.store.extend_study(self.name, self.header(), rows, part.kind.shelf)
+        self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
         states = index.states(study)
         for cell in part.cells:
             run_id = cell.run.folder.name
@@ -264,7 +260,6 @@ class SearchPlan(Plan):
     """The plan of a Search: so many trials, whose values are drawn when they are taken."""
 
     kind = "search"
-    final = frozenset({"finished", *FAILURES})
 
     def __init__(self, study: Search, options: StudyArguments):
         if options.timed:

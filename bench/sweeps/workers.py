@@ -18,14 +18,12 @@ from bench.training.loop import interruptible
 
 from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
-from .index import Index, Study, Trial, default_url, report, without_password
+from .index import Index, Study, Trial, default_url, importances, report, without_password
 from .kinds import AnyConfig, Row
 from .plan import Cell, Part, Plan, make_plan, shown
-from .space import importances
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
-ROUNDS = 2
 
 
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     index = Index(url, plan.store.root / "studies")
     idle = True
     for parts in (plan.tokenizers, plan.priors):  # a prior waits for its tokenizer
-        for _ in range(ROUNDS):  # the second finds what was lost with workers that died, if anything
+        for _ in range(2):  # the second finds what was lost with workers that died, if anything
             idle &= not run_missing(plan, parts(), index)
     if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")

@@ -18,9 +18,9 @@ from bench.analysis.frames import METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, space
-from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
-from bench.sweeps.space import Range, distribution, importances, suggest
+from bench.sweeps import index
+from bench.sweeps.definition import Range, distribution, suggest
+from bench.sweeps.index import MAX_REPORTS, Index, importances, report, without_password
 from bench.tokenizers.config import Config, make_config
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
@@ -425,9 +425,9 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert space._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
     for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert space._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -436,14 +436,14 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
     table = pd.DataFrame(rows, columns=frame([]).columns)
     looked_at = []
     monkeypatch.setattr(
-        space, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
     )
     assert not importances(table[:4], "psnr").empty
     assert importances(table[:3], "psnr").empty
     gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
     assert not importances(gappy, "psnr").empty
     assert not any(map(math.isnan, looked_at))
-    monkeypatch.setattr(space, "MAX_ROWS", 10)
+    monkeypatch.setattr(index, "MAX_ROWS", 10)
     looked_at.clear()
     importances(table, "psnr")
     assert len(set(looked_at)) == 10

@@ -20,13 +20,12 @@ from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, plan, space
+from bench.sweeps import definition, index, plan
 from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
-from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.definition import Ablation, Range, Search, parse_study
 from bench.sweeps.index import Index, default_url
 from bench.sweeps.plan import Plan, make_plan
-from bench.sweeps.space import Range
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 
@@ -388,7 +387,7 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     ):
         assert f"{flag} " in flags
     for field in swept:
-        space.distribution(field)
+        definition.distribution(field)
     assert set(CONFIG) <= set(frame([]).columns)
     assert not set(CONFIG) & set(METRICS)
 
@@ -448,11 +447,11 @@ def test_importance_finds_what_matters(tmp_path):
     for beta in (0.25, 0.5, 1.0, 2.0):
         for seed in range(3):
             fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
-    found = space.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
     assert found.sum() == pytest.approx(1)
     assert found["beta"] > 0.9
-    assert space.importances(frame([]), "lpips_vgg").empty
-    assert space.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+    assert index.importances(frame([]), "lpips_vgg").empty
+    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
 
 
 def test_all_backbones_by_default():
