@@ -114,7 +114,10 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
     store = Store(root)
-    log = _open_log(store.run(config))
+    try:
+        log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -130,13 +133,6 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
             traceback.print_exception(error)
         print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def _open_log(run: Run) -> int:
-    try:
-        return os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError:
-        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _outcome(error: BaseException) -> Outcome:
@@ -177,11 +173,12 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
-    if memory_kill and exitcode == -signal.SIGKILL:
+    name = signal.Signals(-exitcode).name if exitcode < 0 else ""
+    if memory_kill and name == "SIGKILL":
         return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
-    how = f"ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
-    maybe = " (often the system's, for lack of memory)" if exitcode == -signal.SIGKILL else ""
-    return Outcome("crashed", f"{how}{maybe}; see {run.folder}/log.txt")
+    maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
+    how = f"ended by {name}{maybe}" if name else f"exit code {exitcode}"
+    return Outcome("crashed", f"{how}; see {run.folder}/log.txt")
 
 
 def _memory_kills() -> int:

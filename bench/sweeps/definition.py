@@ -166,13 +166,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
         values |= study.sweep | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
-    options = parse(
-        make_dataclass("Options", extra, bases=(base,), frozen=True),
-        arguments,
-        f"python -m studies.{study.name}",
-        description,
-        **values,
-    )
+    options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
+    options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
         if metric not in known:

@@ -108,7 +108,7 @@ class Index:
         """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
         when there is none."""
         with self.lock:
-            for waiting in self._trials(study, TrialState.WAITING, run_ids):
+            for waiting in self.trials(study, TrialState.WAITING, of=run_ids):
                 with suppress(UpdateFinishedTrialError):
                     if self._start(waiting._trial_id):
                         # by its number: no two trials draw alike, whoever takes them
@@ -123,33 +123,26 @@ class Index:
         self.storage.record_heartbeat(trial_id)
         return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
-    def _trials(self, study: Study, state: TrialState, run_ids: Collection[str]) -> list[FrozenTrial]:
-        trials = study.get_trials(deepcopy=False, states=(state,))
-        return [trial for trial in trials if not run_ids or trial.user_attrs.get("run_id") in run_ids]
-
-    def running(self, study: Study, run_ids: Collection[str] = ()) -> int:
-        """Trials of ``run_ids`` (of all runs, if empty) that some worker has."""
-        return len(self._trials(study, TrialState.RUNNING, run_ids))
-
-    def waiting(self, study: Study, run_ids: Collection[str] = ()) -> int:
-        """Trials of ``run_ids`` (of all runs, if empty) that nobody has taken yet."""
-        return len(self._trials(study, TrialState.WAITING, run_ids))
+    def trials(self, study: Study, *states: TrialState, of: Collection[str] = ()) -> list[FrozenTrial]:
+        """Trials in one of ``states`` (in any, if none is given) of the runs ``of`` (of all, if empty)."""
+        trials = study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if not of or trial.user_attrs.get("run_id") in of]
 
     def states(self, study: Study) -> dict[str, set[str]]:
         """run_id → names of the states that its trials are in."""
         found: dict[str, set[str]] = {}
-        for trial in study.get_trials(deepcopy=False):
+        for trial in self.trials(study):
             found.setdefault(trial.user_attrs.get("run_id", ""), set()).add(trial.state.name)
         return found
 
     def ended(self, study: Study) -> int:
         """Trials that ran to an end of their own: neither interrupted nor lost with their worker."""
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+        trials = self.trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         return sum(trial.state != TrialState.FAIL or trial.user_attrs.get("status") in FAILURES for trial in trials)
 
     def seconds(self, study: Study) -> float:
         """Seconds of training and scoring that all trials took together, by the run folders."""
-        return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False))
+        return sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials(study))
 
     def recover(self, study: Study) -> None:
         """Gives trials whose worker died back to the queue."""

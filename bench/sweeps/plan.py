@@ -24,7 +24,7 @@ from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
 from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
-from .index import Index, Study, Trial
+from .index import Index, Study, Trial, TrialState
 from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
@@ -226,7 +226,7 @@ class AblationPlan(Plan):
                 index.enqueue(study, cell.params, run_id)
             elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
                 index.add(study, cell.params, cell.runs, part.metrics, {})
-        return index.waiting(study, {*rows}) + index.running(study, {*rows})
+        return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
     def claimed(self, part: Part, trial: Trial) -> Cell:
         """The runs of a trial that was taken."""
@@ -278,14 +278,14 @@ class SearchPlan(Plan):
     def _fill(self, part: Part, index: Index, study: Study) -> int:
         self.store.extend_study(self.name, self.header(), {})
         left = self.options.trials - index.ended(study)
-        for _ in range(left - index.running(study) - index.waiting(study)):
+        for _ in range(left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))):
             index.enqueue(study, {})
         return max(0, left)
 
     def allows(self, index: Index, study: Study) -> bool:
         if self.options.timeout is not None and index.seconds(study) >= self.options.timeout:
             return False
-        return index.ended(study) + index.running(study) < self.options.trials
+        return index.ended(study) + len(index.trials(study, TrialState.RUNNING)) < self.options.trials
 
     def prunes(self, trial: Trial) -> bool:
         return trial.should_prune()

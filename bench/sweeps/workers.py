@@ -18,7 +18,7 @@ from bench.training.loop import interruptible
 
 from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
-from .index import Index, Study, Trial, default_url, importances, report, without_password
+from .index import Index, Study, Trial, TrialState, default_url, importances, report, without_password
 from .kinds import AnyConfig, Row
 from .plan import Cell, Part, Plan, make_plan, shown
 
@@ -107,7 +107,7 @@ class Workers:
                 fewest_first = sorted(studies, key=lambda name: self.index.ended(studies[name]))
                 if any(self._take(self.parts[name], studies[name]) for name in fewest_first):
                     continue
-                if not any(self.index.running(study, self.planned) for study in studies.values()):
+                if not any(self.index.trials(study, TrialState.RUNNING, of=self.planned) for study in studies.values()):
                     return
                 time.sleep(IDLE_SECONDS)  # another worker may die and its trial come back
                 for study in studies.values():

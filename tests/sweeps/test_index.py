@@ -62,6 +62,14 @@ def taken(indexed: Index, study: optuna.Study, params=None, run_id: str | None =
     return indexed.claim(study, {run_id} if run_id else set())
 
 
+def waiting(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.WAITING, of=of))
+
+
+def running(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.RUNNING, of=of))
+
+
 # -- direction --------------------------------------------------------------------------------------------------------
 
 
@@ -156,13 +164,13 @@ def test_waiting_trials_are_taken_once_in_their_order(indexed):
     study = indexed.open("one", ("psnr",))
     for number, run_id in enumerate("abca"):
         indexed.enqueue(study, {"beta": 0.5, "seed": number}, run_id)
-    assert (indexed.waiting(study, set()), indexed.waiting(study, {"a"}), indexed.running(study, set())) == (4, 2, 0)
+    assert (waiting(indexed, study, set()), waiting(indexed, study, {"a"}), running(indexed, study, set())) == (4, 2, 0)
     assert indexed.claim(study, {"x"}) is None
     assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
     assert [indexed.claim(study, set()).params["seed"] for _ in range(3)] == [0, 1, 3]
     assert indexed.claim(study, set()) is None
-    assert (indexed.running(study, set()), indexed.running(study, {"a"}), indexed.running(study, {"x"})) == (4, 2, 0)
-    assert indexed.waiting(study, set()) == 0
+    assert (running(indexed, study, set()), running(indexed, study, {"a"}), running(indexed, study, {"x"})) == (4, 2, 0)
+    assert waiting(indexed, study, set()) == 0
     assert indexed.states(study) == {run_id: {"RUNNING"} for run_id in "abc"}
 
 
@@ -171,12 +179,12 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
     inside, most, meet = set(), [], threading.Barrier(2)
 
     class Slow(Index):
-        def _trials(self, *arguments):
+        def trials(self, *arguments, **more):
             inside.add(self)
             with contextlib.suppress(threading.BrokenBarrierError):
                 meet.wait(0.2)
             most.append(len(inside))
-            return super()._trials(*arguments)
+            return super().trials(*arguments, **more)
 
         def _start(self, trial_id):
             inside.discard(self)
@@ -470,8 +478,8 @@ def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
     study = indexed.open("one", ("psnr",))
     taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, set())) == (1, 0)  # its heartbeat is young
+    assert (running(indexed, study, set()), waiting(indexed, study, set())) == (1, 0)  # its heartbeat is young
     monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, {"a"})) == (0, 1)
+    assert (running(indexed, study, set()), waiting(indexed, study, {"a"})) == (0, 1)
     assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}
