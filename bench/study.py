@@ -58,9 +58,7 @@ def show(results: Path = Path("results")) -> int:
         results: the folder with runs/ and studies/
     """
     store = Store(results)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("study", "kind", "swept", "backbones", "runs"):
-        table.add_column(heading)
+    table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
         record = store.study(name)
         status = Counter(store.named(run_id).status for run_id in record["runs"])

@@ -60,9 +60,9 @@ def run_in_child(
 ) -> Outcome:
     """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
 
-    ``watch`` is called a few times a second with the rows that the run's history gained since; when it returns
-    "interrupted" or "pruned" the child is stopped and that is the outcome. After ``timeout`` seconds the outcome is
-    "timed_out". Failures are recorded in the run's folder; interrupted, busy and blocked are none.
+    ``watch`` is called a few times a second with the rows that the history gained since; when it returns "interrupted"
+    or "pruned", the child is stopped with that outcome; after ``timeout`` seconds, with "timed_out". Failures are
+    recorded in the run's folder.
     """
     run = store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,15 @@ def run_in_child(
         while alive and asked is None:
             wait([child.sentinel], POLL_SECONDS)
             alive = child.is_alive()  # asked first: what it wrote last is read once more
-            rows = _new_rows(run, seen)
+            rows = [row for row in rows_of(run) if row["step"] > seen]
             seen = rows[-1]["step"] if rows else seen
             asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
     finally:
         if asked is not None or sys.exc_info()[0] is not None:
-            _stop(child)
+            child.terminate()  # asks it to stop, and gives it time to write its checkpoint
+            child.join(GRACE_SECONDS)
+            if child.is_alive():
+                child.kill()
         child.join()
 
     if run.finished:
@@ -149,18 +152,6 @@ def _outcome(error: BaseException) -> Outcome:
 def _stop_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stop(child: multiprocessing.process.BaseProcess) -> None:
-    """Asks ``child`` to stop, gives it time to write its checkpoint, and ends it if that does not help."""
-    child.terminate()
-    child.join(GRACE_SECONDS)
-    if child.is_alive():
-        child.kill()
-
-
-def _new_rows(run: Run, after: float) -> list[Row]:
-    return [row for row in rows_of(run) if row["step"] > after]
 
 
 def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outcome:

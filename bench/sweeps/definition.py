@@ -17,7 +17,6 @@ from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
 TYPES = get_type_hints(Config)
-LARGEST = 2**31 - 1
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
 
 
@@ -59,7 +58,7 @@ def _widest(name: str) -> Range | tuple:
     if kind is bool:
         return (False, True)
     if kind in (int, float):
-        return Range(kind(0), kind(LARGEST))
+        return Range(kind(0), kind(2**31 - 1))
     if get_origin(kind) is Literal:
         return get_args(kind)
     for rule in get_args(get_type_hints(Config, include_extras=True)[name]):

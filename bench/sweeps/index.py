@@ -61,13 +61,12 @@ class Index:
 
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         local = url.startswith("sqlite")
         # SQLite has no row locks: two workers could both take the same trial.
         self.lock = FileLock(folder / ".claims.lock") if local else nullcontext()
         self.planning = FileLock(folder / ".planning.lock")  # one command at a time plans or reports
         self.artifacts = FileSystemArtifactStore(folder / "artifacts")
-        (folder / "artifacts").mkdir(exist_ok=True)
         options = {
             "engine_kwargs": {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True},
             "heartbeat_interval": HEARTBEAT_SECONDS,
@@ -221,10 +220,7 @@ class Index:
                     for name in shown:
                         trial.set_user_attr(name, metrics[name])
                 lines += [self._picture(study, trial, run.folder / kind.picture), "\n| metric | |\n|---|---|"]
-                lines += [
-                    f"| {metric.label} {metric.arrow} | {metrics[name]:{metric.form}} |"
-                    for name, metric in shown.items()
-                ]
+                lines += [f"| {one.label} {one.arrow} | {metrics[name]:{one.form}} |" for name, one in shown.items()]
         save_note(trial, "\n".join(lines))
 
     def _picture(self, study: Study, trial: Trial, path: Path) -> str:
@@ -291,9 +287,8 @@ def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
 def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """How much of the variance of ``metric`` each swept field, and the seed, explains within a backbone.
 
-    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns
-    ``backbone``, ``parameter`` and ``importance``, which sums to 1 within a backbone. Left out are backbones with fewer
-    than 4 runs, with nothing swept or with no variance.
+    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns backbone,
+    parameter and importance, which sums to 1 in a backbone; none has fewer than 4 runs, nothing swept or no variance.
     """
     found = []
     for backbone, rows in table[table.status == "finished"].groupby("backbone"):

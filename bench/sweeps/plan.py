@@ -1,7 +1,4 @@
-"""What a study consists of: its trials, what is missing of them and what that will cost.
-
-An ablation's plan and a search's are siblings with the same methods; ``make_plan`` chooses by what the study file says.
-"""
+"""What a study consists of: its trials, what is missing of them and what that will cost."""
 
 import hashlib
 import itertools
@@ -61,16 +58,16 @@ class Part(NamedTuple):
 
     def rows(self, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         """Runs of ``cells`` as the study's file has them."""
-        about = {self.kind.key: self.label}
         return {
-            run.folder.name: {**about, **cell.params, "seed": config.seed}
+            run.folder.name: {self.kind.key: self.label, **cell.params, "seed": config.seed}
             for cell in cells
             for config, run in zip(cell.configs, cell.runs, strict=True)
         }
 
 
 class Plan:
-    """What both plans share. Raises UserError when one of its configs cannot work."""
+    """What the plans of an ablation and of a search share: all methods are the same. Raises UserError when one of its
+    configs cannot work."""
 
     kind: str
     final = frozenset({"finished", *FAILURES})  # how a run has ended that is not run again
@@ -150,12 +147,11 @@ class Plan:
         total = 0.0
         for backbone in self.backbones:
             cells, status, configs = self._row(backbone)
-            failed = sum(count for name, count in status.items() if name in FAILURES)
+            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
             seconds = sum(estimates(configs, known))
             total += seconds
-            counts = [str(status["finished"]), str(failed), str(len(configs))]
-            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *counts, f"{seconds / 60:.1f} min")
-        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top" + self._further()
+            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
+        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
         return table
 
     def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell]) -> Part:
@@ -167,9 +163,6 @@ class Plan:
     def _words(self) -> list[str]:
         """What the name says besides settings."""
         return [f"match={self.options.match}"] if self.options.match else []
-
-    def _further(self) -> str:
-        return ""
 
 
 class AblationPlan(Plan):
@@ -248,12 +241,13 @@ class AblationPlan(Plan):
         configs = [cell.configs[0] for cell in cells if self.wants(cell.run)]
         return len(cells) // len(self.seeds), Counter(cell.run.status for cell in cells), configs
 
-    def _further(self) -> str:
-        if not self._prior_names:
-            return ""
-        planned = len(self._prior_names) * sum(map(len, self.cells.values()))
-        finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
-        return f"; priors, not in these minutes: {finished} of {planned} finished"
+    def table(self) -> Table:
+        table = super().table()
+        if self._prior_names:
+            planned = len(self._prior_names) * sum(map(len, self.cells.values()))
+            finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
+            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
+        return table
 
 
 class SearchPlan(Plan):
