@@ -18,8 +18,8 @@ from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
-from bench.sweeps.child import ENDINGS, NO_FAILURE, run_in_child
-from bench.sweeps.kinds import KINDS
+from bench.sweeps.child import ENDINGS, run_in_child
+from bench.sweeps.kinds import KINDS, rows_of
 from bench.tokenizers.config import make_config
 
 
@@ -231,44 +231,56 @@ def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
 
 
 def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(trial, store, monkeypatch):
-    read, looks, seen = child._new_rows, [], []
+    read, looks, seen = child.rows_of, [], []
 
     def work(run):
         while not (run.folder / "looked").exists():
             time.sleep(0.01)
         finishing(run)
 
-    def look(run, after):
-        looks.append(after)
+    def look(run):
+        looks.append(run)
         if len(looks) > 1:
-            return read(run, after)
+            return read(run)
         (run.folder / "looked").write_text("")
         for process in multiprocessing.active_children():
             process.join()  # all that it writes it writes after this look
         return []
 
     trial(work)
-    monkeypatch.setattr(child, "_new_rows", look)
+    monkeypatch.setattr(child, "rows_of", look)
     outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: seen.extend(rows))
     assert (outcome.status, seen) == ("finished", ROWS)
 
 
-def test_rows_are_given_once_and_only_when_whole(store):
-    run = store.run(make_config("cnn", "smoke"))
-    assert child._new_rows(run, 0) == []
-    run.folder.mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (run.folder / "history.jsonl").write_text(text + '{"step": 4, "rec')
-    assert child._new_rows(run, 0) == ROWS
-    assert child._new_rows(run, 2) == ROWS[2:]
-    assert child._new_rows(run, 3) == []
-    (run.folder / "history.jsonl").write_text(text)
-    assert child._new_rows(run, 2) == ROWS[2:]
+def test_rows_are_given_once_and_only_when_whole(trial, store):
+    """A line that is still being written comes with the next look."""
+    lines, looks = [json.dumps(row) + "\n" for row in ROWS], []
+
+    def work(run):
+        with (run.folder / "history.jsonl").open("w") as history:
+            history.write(lines[0] + lines[1] + lines[2][:5])
+            history.flush()
+            while not (run.folder / "looked").exists():
+                time.sleep(0.01)
+            history.write(lines[2][5:])
+        finishing(run)
+
+    def watch(rows):
+        looks.extend([rows] if rows else [])
+        if rows:
+            (store.run(config).folder / "looked").write_text("")
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    assert rows_of(store.run(config)) == []
+    assert run_in_child(config, store, watch=watch).status == "finished"
+    assert looks == [ROWS[:2], ROWS[2:]]
 
 
 def test_what_a_child_can_say_is_a_failure_or_one_of_three_that_are_none():
     said = {*ENDINGS.values(), "crashed"}
-    assert said - set(FAILURES) == set(NO_FAILURE)
+    assert said - set(FAILURES) == {"interrupted", "busy", "blocked"}
     assert set(FAILURES) - said == {"timed_out", "pruned"}  # which the parent decides
 
 

@@ -18,9 +18,9 @@ from bench.analysis.frames import METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, space
-from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
-from bench.sweeps.space import Range, distribution, importances, suggest
+from bench.sweeps import index
+from bench.sweeps.definition import Range, distribution, suggest
+from bench.sweeps.index import MAX_REPORTS, Index, importances, report, without_password
 from bench.tokenizers.config import Config, make_config
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
@@ -60,6 +60,14 @@ def taken(indexed: Index, study: optuna.Study, params=None, run_id: str | None =
     """A trial that a worker has."""
     indexed.enqueue(study, params or {"beta": 0.5, "seed": 0}, run_id)
     return indexed.claim(study, {run_id} if run_id else set())
+
+
+def waiting(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.WAITING, of=of))
+
+
+def running(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.RUNNING, of=of))
 
 
 # -- direction --------------------------------------------------------------------------------------------------------
@@ -156,13 +164,13 @@ def test_waiting_trials_are_taken_once_in_their_order(indexed):
     study = indexed.open("one", ("psnr",))
     for number, run_id in enumerate("abca"):
         indexed.enqueue(study, {"beta": 0.5, "seed": number}, run_id)
-    assert (indexed.waiting(study, set()), indexed.waiting(study, {"a"}), indexed.running(study, set())) == (4, 2, 0)
+    assert (waiting(indexed, study, set()), waiting(indexed, study, {"a"}), running(indexed, study, set())) == (4, 2, 0)
     assert indexed.claim(study, {"x"}) is None
     assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
     assert [indexed.claim(study, set()).params["seed"] for _ in range(3)] == [0, 1, 3]
     assert indexed.claim(study, set()) is None
-    assert (indexed.running(study, set()), indexed.running(study, {"a"}), indexed.running(study, {"x"})) == (4, 2, 0)
-    assert indexed.waiting(study, set()) == 0
+    assert (running(indexed, study, set()), running(indexed, study, {"a"}), running(indexed, study, {"x"})) == (4, 2, 0)
+    assert waiting(indexed, study, set()) == 0
     assert indexed.states(study) == {run_id: {"RUNNING"} for run_id in "abc"}
 
 
@@ -171,12 +179,12 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
     inside, most, meet = set(), [], threading.Barrier(2)
 
     class Slow(Index):
-        def _trials(self, *arguments):
+        def trials(self, *arguments, **more):
             inside.add(self)
             with contextlib.suppress(threading.BrokenBarrierError):
                 meet.wait(0.2)
             most.append(len(inside))
-            return super()._trials(*arguments)
+            return super().trials(*arguments, **more)
 
         def _start(self, trial_id):
             inside.discard(self)
@@ -225,7 +233,7 @@ def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, 
     for seed, status in enumerate(["finished", "pruned", *(name for name in FAILURES if name != "pruned")]):
         run = made(store, status, config=smoke(seed=seed))
         indexed.tell(study, taken(indexed, study, {"seed": seed}), [run], metrics)
-    assert indexed.ended(study) == indexed.counted(study) == 1 + len(FAILURES)
+    assert indexed.ended(study) == 1 + len(FAILURES)
     indexed.give_back(study, taken(indexed, study, {"seed": 90}))  # interrupted, and waiting again
     lost = indexed.claim(study, set())
     study.tell(lost, state=TrialState.FAIL)  # as Optuna does when heartbeats stop
@@ -233,7 +241,6 @@ def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, 
     taken(indexed, study, {"seed": 91})
     indexed.enqueue(study, {"seed": 92})
     assert indexed.ended(study) == 1 + len(FAILURES)
-    assert indexed.counted(study) == indexed.ended(study) + 2
 
 
 def test_a_trial_that_was_given_back_comes_again_as_it_was(indexed):
@@ -426,9 +433,9 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert space._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
     for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert space._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -437,14 +444,14 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
     table = pd.DataFrame(rows, columns=frame([]).columns)
     looked_at = []
     monkeypatch.setattr(
-        space, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
     )
     assert not importances(table[:4], "psnr").empty
     assert importances(table[:3], "psnr").empty
     gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
     assert not importances(gappy, "psnr").empty
     assert not any(map(math.isnan, looked_at))
-    monkeypatch.setattr(space, "MAX_ROWS", 10)
+    monkeypatch.setattr(index, "MAX_ROWS", 10)
     looked_at.clear()
     importances(table, "psnr")
     assert len(set(looked_at)) == 10
@@ -471,8 +478,8 @@ def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
     study = indexed.open("one", ("psnr",))
     taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, set())) == (1, 0)  # its heartbeat is young
+    assert (running(indexed, study, set()), waiting(indexed, study, set())) == (1, 0)  # its heartbeat is young
     monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, {"a"})) == (0, 1)
+    assert (running(indexed, study, set()), waiting(indexed, study, {"a"})) == (0, 1)
     assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}

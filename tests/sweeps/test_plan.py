@@ -16,9 +16,8 @@ from bench.core.store import FAILURES
 from bench.priors.config import PriorConfig
 from bench.priors.models import PRIORS
 from bench.sweeps import plan
-from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_space
 from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
-from bench.sweeps.space import Range, read_space
 from bench.tokenizers.config import Config, make_config
 
 SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))

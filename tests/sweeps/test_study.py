@@ -20,13 +20,12 @@ from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, plan, space
+from bench.sweeps import definition, index, plan
 from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
-from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.definition import Ablation, Range, Search, parse_study
 from bench.sweeps.index import Index, default_url
 from bench.sweeps.plan import Plan, make_plan
-from bench.sweeps.space import Range
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 
@@ -122,7 +121,7 @@ def test_one_more_seed_runs_only_that_seed(child, tmp_path):
 def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
     what = planned(tmp_path, "--seeds", "0", "1")
     for part in what.tokenizers():  # a command that was stopped before it ran anything
-        study.queue(what, part, Index(default_url(tmp_path), tmp_path / "studies"))
+        what.fill(part, Index(default_url(tmp_path), tmp_path / "studies"))
     start(BETA, tmp_path, "--seeds", "1", "--backbone", "vit")
     assert {(config.backbone, config.seed) for config in child.calls} == {("vit", 1)}
     assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
@@ -233,8 +232,8 @@ def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
     part = what.tokenizers()[0]
-    assert study.queue(what, part, dead) == 2
-    one = study.open_study(part, dead)
+    assert what.fill(part, dead) == 2
+    one = part.open(dead)
     taken = dead.claim(one, set())
     dead.storage.record_heartbeat(taken._trial_id)  # its last
     assert start(BETA, tmp_path) == 0
@@ -388,7 +387,7 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     ):
         assert f"{flag} " in flags
     for field in swept:
-        space.distribution(field)
+        definition.distribution(field)
     assert set(CONFIG) <= set(frame([]).columns)
     assert not set(CONFIG) & set(METRICS)
 
@@ -448,11 +447,11 @@ def test_importance_finds_what_matters(tmp_path):
     for beta in (0.25, 0.5, 1.0, 2.0):
         for seed in range(3):
             fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
-    found = space.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
     assert found.sum() == pytest.approx(1)
     assert found["beta"] > 0.9
-    assert space.importances(frame([]), "lpips_vgg").empty
-    assert space.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+    assert index.importances(frame([]), "lpips_vgg").empty
+    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
 
 
 def test_all_backbones_by_default():
@@ -524,8 +523,8 @@ def test_a_worker_that_dies_before_its_first_heartbeat_is_noticed(child, tmp_pat
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
     part = what.tokenizers()[0]
-    study.queue(what, part, dead)
-    assert dead.claim(study.open_study(part, dead), set()) is not None  # and not a beat more
+    what.fill(part, dead)
+    assert dead.claim(part.open(dead), set()) is not None  # and not a beat more
     assert start(BETA, tmp_path) == 0
     assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
 
@@ -642,7 +641,7 @@ def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
     """However often it is planned: waiting ones are part of its budget."""
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials", "3"]
     what, one = make_plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
-    assert [study.queue(what, what.tokenizers()[0], one) for _ in range(2)] == [3, 3]
+    assert [what.fill(what.tokenizers()[0], one) for _ in range(2)] == [3, 3]
     assert states(tmp_path) == {"WAITING": 3}
 
 
@@ -651,8 +650,8 @@ def test_a_search_trial_that_another_worker_runs_is_part_of_the_budget(child, tm
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials"]
     more, fewer = (make_plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
     one, part = Index(default_url(tmp_path), tmp_path / "studies"), fewer.tokenizers()[0]
-    study.queue(more, part, one)
-    opened = study.open_study(part, one)
+    more.fill(part, one)
+    opened = part.open(one)
     assert one.claim(opened, set()) is not None
     assert not study.Workers(fewer, one, [part], 1)._take(part, opened)
     assert states(tmp_path) == {"RUNNING": 1, "WAITING": 2}
@@ -948,8 +947,8 @@ def test_a_dead_workers_prior_comes_back(child, tmp_path, monkeypatch):
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
     what, dead = make_plan(GRIDS, parse_study(GRIDS, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
     (part,) = [part for part in what.priors() if part.label == "independent"]
-    assert study.queue(what, part, dead) == 2
-    assert dead.claim(study.open_study(part, dead), set()) is not None
+    assert what.fill(part, dead) == 2
+    assert dead.claim(part.open(dead), set()) is not None
     assert start(GRIDS, tmp_path) == 0
     assert all(run.finished for run in Store(tmp_path).priors())
     assert Counter(trial.state.name for trial in prior_trials(tmp_path)["independent"]) == {"COMPLETE": 2, "FAIL": 1}
