@@ -149,8 +149,8 @@ class LFQQuantizer(ProjectedQuantizer):
 class SimVQQuantizer(Quantizer):
     """Frozen codes times one learned matrix, so that every code moves whenever one does; losses as in standard.
 
-    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". Unlike there
-    codes are encoder outputs, not Gaussian noise, the matrix starts as the identity, and there is ``entropy_weight``.
+    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". Other than
+    there, codes are encoder outputs, not Gaussian noise, the matrix starts as the identity, and entropy may be added.
     """
 
     settings = ("beta", "kmeans_init", "entropy_weight", "gradient")

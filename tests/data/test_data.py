@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import struct
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,8 +136,18 @@ def test_flat_crops_are_redrawn(small_photos, monkeypatch):
 
 def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told(small_photos):
     assert set(load("photos", 66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
+    assert load("photos", 70).val.shape == (100, 70, 70, 3)  # its whole height
     with pytest.raises(UserError, match=r"image_size 76 .* at most 70"):
         load("photos", 76)
+
+
+def test_photographs_are_colour_pictures_and_a_stereo_pair_is_its_left_view():
+    photos = sources.photographs()
+    assert len(photos) == 9
+    assert all(photo.ndim == 3 and photo.shape[2] == 3 and photo.dtype == np.uint8 for photo in photos.values())
+    left, right, _ = skimage.data.stereo_motorcycle()
+    assert np.array_equal(photos["stereo_motorcycle"], left)
+    assert not np.array_equal(left, right)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -176,6 +188,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
         assert np.array_equal(np.asarray(to_rgb(image)), np.repeat(grey[..., None], 3, axis=2))
     levels = Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16))
     assert np.asarray(to_rgb(levels))[0, :, 0].tolist() == [0, 1, 254, 255]
+    beyond = Image.fromarray(np.array([[-300, 70_000]], np.int32))
+    assert np.asarray(to_rgb(beyond))[0, :, 0].tolist() == [0, 255]
     with pytest.raises(ValueError, match="no defined white"):
         to_rgb(Image.new("F", (4, 4)))
 
@@ -248,6 +262,14 @@ def test_the_names_of_validation_folders_have_an_order(tmp_path):
     assert "split 90 % / 10 %" in load(f"folder:{tmp_path}", 8).split
 
 
+def test_a_class_that_is_called_test_is_no_split_where_nothing_is_called_train(tmp_path):
+    for name in ("practice", "test"):
+        write_images(tmp_path / name, 5)
+    loaded = load(f"folder:{tmp_path}", 8)
+    assert loaded.split.endswith("split 90 % / 10 % by a hash of the path")
+    assert loaded.classes == ("practice", "test")
+
+
 @given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=60))
 def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
     train, val = sources._split_by_hash(sorted(paths))
@@ -256,12 +278,21 @@ def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
     assert sources._split_by_hash(sorted(paths, reverse=True)) == (train, val)
 
 
+def test_the_hash_split_is_the_same_on_every_machine_and_moves_few_images_when_some_are_added():
+    """A golden value, which runs on disk depend on; and the hash of a path depends on no other path."""
+    paths = [f"pets/{number:03}.png" for number in range(100)]
+    _, val = sources._split_by_hash(paths)
+    assert [int(path[5:8]) for path in val] == [8, 23, 39, 54, 59, 62, 64, 71, 79, 87]
+    _, later = sources._split_by_hash([*paths, *(f"more/{number}.png" for number in range(10))])
+    assert len({*val} - {*later}) <= 2
+
+
 def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
     folder = write_images(tmp_path / "pets", 150, size=(4, 4))
     (folder / "007.png").write_bytes((folder / "008.png").read_bytes()[:60])  # cut short
     loaded = load(f"folder:{folder}", 4)
-    assert loaded.skipped == ("007.png",)
-    assert "007.png" in capsys.readouterr().err
+    assert (loaded.name, loaded.skipped) == (f"folder:{folder}", ("007.png",))
+    assert capsys.readouterr().err == "skipped 1 of 150 images that cannot be decoded: 007.png\n"
     assert len(loaded.train) + len(loaded.val) == 149
     assert load(f"folder:{folder}", 4).skipped == ("007.png",)
     kept = np.concatenate([loaded.train, loaded.val])  # no hole and no shift where the broken file was
@@ -275,6 +306,59 @@ def test_many_broken_files_are_an_error_that_names_them_and_leaves_nothing(tmp_p
     with pytest.raises(UserError, match=r"more than 1 % .*empty\.jpg.*repair"):
         load(f"folder:{folder}", 8)
     assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
+def test_broken_files_are_named_as_they_are_called_and_three_of_many(tmp_path, capsys):
+    folder = write_images(tmp_path / "pets", 400, size=(1, 1))
+    for count, told in ((3, "[red]0.png, [red]1.png, [red]2.png"), (4, "[red]0.png, [red]1.png, [red]2.png, …")):
+        for number in range(count):
+            (folder / f"[red]{number}.png").touch()
+        load(f"folder:{folder}", 2)
+        assert " ".join(capsys.readouterr().err.split()).endswith(f"cannot be decoded: {told}")
+
+
+def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
+    write_images(tmp_path, 120, size=(4, 4))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert load(f"folder:{tmp_path}", 4).skipped == ("gone.png",)
+
+
+def toy(monkeypatch, count: int, read=lambda item: np.zeros((4, 4, 3), np.uint8)) -> None:
+    """A data set called toy, of so many images in either split."""
+    split = sources.Split(range(count), read, lambda item: "")
+    monkeypatch.setitem(sources.DATASETS, "toy", lambda size: sources.Source(count, lambda: (split, split, "numbers")))
+
+
+def test_oddities_that_pillow_warns_of_spoil_no_image(monkeypatch):
+    def read(item):
+        warnings.warn_explicit("strange metadata", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+        return np.zeros((4, 4, 3), np.uint8)
+
+    toy(monkeypatch, 5, read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("toy", 4).skipped == ()
+
+
+def test_progress_counts_every_image_also_the_broken_ones():
+    class Bar:
+        done = 0
+
+        def advance(self, count):
+            self.done += count
+
+    def read(item):
+        if item % 100 == 7:
+            raise OSError("torn")
+        return np.zeros((2, 2, 3), np.uint8)
+
+    bar, labels, skipped = Bar(), [], []
+    with ThreadPoolExecutor(2) as pool:
+        split = sources.Split(range(600), read, str)
+        blocks = list(decoding._decode_blocks("toy", split, pool, bar, labels, skipped, limit=6))
+    assert bar.done == 600
+    assert skipped == ["7", "107", "207", "307", "407", "507"]
+    assert sum(map(len, blocks)) == len(labels) == 594
 
 
 @pytest.mark.parametrize("broken", [1, 2])
@@ -337,13 +421,13 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypat
     for name, message in {
         "missing": "No such file.*existing folder of images",
         "one/000.png": "Not a directory.*existing folder of images",
-        "empty": "no images in .*empty: put some there",
+        "empty": r"no images in .*empty: put some there, .*\(\.bmp \.gif \.jpeg \.jpg \.png \.tif \.tiff \.webp\)",
         "one": "only one image in .*one: add another",
         "half": "no images in .*val: put some there",
     }.items():
         with pytest.raises(UserError, match=message):
             load(f"folder:{tmp_path / name}", 8)
-    for name in ("folder:", "folder", "imagenet", str(tmp_path)):
+    for name in ("folder:", "folder", "imagenet", "photos:64", str(tmp_path)):
         with pytest.raises(UserError, match=r"unknown data .*photos, .*cifar10.*or folder:PATH"):
             load(name, 8)
 
@@ -472,6 +556,15 @@ def test_the_cache_is_used_until_a_file_or_the_size_changes(tmp_path, decodes):
     assert len(decodes) == 3
 
 
+def test_a_folder_has_one_cache_whatever_way_leads_to_it(tmp_path, decodes, monkeypatch):
+    folder = write_images(tmp_path / "pets", 5)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, tmp_path / "link", "pets", "../" + str(tmp_path.name) + "/pets"):
+        load(f"folder:{path}", 8)
+    assert len(decodes) == 1
+
+
 def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes, monkeypatch):
     """Each on its own: the bytes or the time of a file, its name, its class, its split, the version of decoding."""
     folder = tmp_path / "pets"
@@ -537,7 +630,10 @@ def test_two_loads_at_once_decode_once(tmp_path, decodes):
     assert np.array_equal(one.train, two.train)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "failure",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), OSError("No space left on device")],
+)
 def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, cache, monkeypatch, failure):
     folder = write_images(tmp_path / "pets", 5)
     write = decoding._write_npy
@@ -561,11 +657,19 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
     assert len(load(f"folder:{folder}", 8).train) == 4
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, monkeypatch):
+    """The disk of the cache: one byte too few is too few, as many as pixels are enough."""
     folder = write_images(tmp_path / "pets", 5)
-    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 * 8 * 8 * 3 - 1}))
+    free = {cache / "data": 5 * 8 * 8 * 3 - 1}
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[path]}))
     with pytest.raises(UserError, match=r"takes 0\.00 GB and .* free some space"):
         load(f"folder:{folder}", 8)
+    free[cache / "data"] += 1
+    assert len(load(f"folder:{folder}", 8).train) == 4
+    free[cache / "data"] = 1_500_000_000
+    toy(monkeypatch, 500_000)
+    with pytest.raises(UserError, match=r"decoding toy takes 12\.29 GB and .* has 1\.50 GB left"):
+        load("toy", 64)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
@@ -599,7 +703,8 @@ def test_fashion_mnist_through_torchvision(cache):
 @pytest.mark.parametrize("name", ["cifar10", "fashion_mnist", "stl10", "celeba", "flowers102"])
 def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
     """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
-    _, train, val = sources.DATASETS[name].args
+    kind, train, val = sources.DATASETS[name].args
+    assert kind.lower() == name.replace("_", "")
     trained = {"cifar10": {"train": True}, "fashion_mnist": {"train": True}, "stl10": {"split": "unlabeled"}}
     assert train == trained.get(name, {"split": "train"})
     assert val == ({"train": False} if "train" in train else {"split": "test"})
@@ -636,6 +741,8 @@ def test_no_network_is_one_sentence_with_the_fix(cache, monkeypatch):
         with pytest.raises(UserError, match=r"no route to host.*torchvision yourself.*folder:PATH") as raised:
             load(name, 32)
         assert "\n" not in str(raised.value)
+        kind = name.replace("_", "")
+        assert re.match(rf"cannot get {kind} \((URLError|RuntimeError): ", str(raised.value), re.IGNORECASE)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -693,6 +800,23 @@ def test_eval_batches_are_the_images_themselves_in_order():
     assert [len(x) for x in batches] == [20, 20, 10]
     assert torch.cat(batches).dtype == torch.uint8
     assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+def test_a_batch_may_be_written_to_whatever_it_was_read_from():
+    """Images on disk are mapped read-only."""
+    images = IMAGES.copy()
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (batch(images, 0, 0, 20, "none", "cpu"), *eval_batches(images, 20)):
+            x.zero_()
+    assert np.array_equal(images, IMAGES)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_a_batch_is_made_on_its_device(augment):
+    x = batch(IMAGES, 0, 0, 20, augment, "meta")
+    assert (x.device.type, x.shape, x.dtype) == ("meta", (20, 3, 16, 16), torch.float32)
 
 
 # --- augmentations --------------------------------------------------------------------------------------------------
