@@ -235,10 +235,10 @@ class Mamba2(nn.Module):
     extension: d_inner is expand · d_model rounded *up* to a multiple of headdim, where mamba-ssm refuses a remainder.
     A_log, D and dt_bias carry `_no_weight_decay = True`: optimisers should exempt them.
 
-    d_model is the width of input and output; d_state n; d_conv >= 1 the taps of the convolution; expand d_inner /
-    d_model, before rounding; headdim p; ngroups g, which the groups' normalisation follows; chunk_size that of the
-    Triton kernel (the PyTorch scan takes at most 64, where it measured fastest); bias that of in_proj and out_proj. -A
-    starts uniform in [1, 16], the step size log-uniform in [0.001, 0.1]. Raises ValueError unless ngroups divides h.
+    d_model is the width of input and output, d_state n, d_conv >= 1 the taps of the convolution, expand d_inner /
+    d_model before rounding, headdim p, ngroups g, also of the normalisation. chunk_size is the Triton kernel's; the
+    PyTorch scan takes at most 64, where it measured fastest. bias is of in_proj and out_proj. -A starts uniform in
+    [1, 16], the step size log-uniform in [0.001, 0.1]. Raises ValueError unless ngroups divides h.
     """
 
     def __init__(

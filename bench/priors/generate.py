@@ -74,7 +74,7 @@ def score_prior(
     known: dict[str, float],
     fid_weights: Path | None,
 ) -> Generated:
-    """All that is measured of a prior, in float32, on validation images and samples; ``known`` is of ``references``.
+    """All that is measured of a prior, in float32, on validation images and samples. ``known``: from ``references``.
 
     ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
     where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
@@ -128,7 +128,7 @@ def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_label
 
 
 def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> Tensor:
-    """``config.samples`` grids (n, h, w) int64 on the CPU, of labels, if there are any, as often as in training."""
+    """``config.samples`` grids (n, h, w) int64 on the CPU; their labels, if any, are drawn as training has them."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = None
     if train_labels is not None:

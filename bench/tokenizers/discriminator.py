@@ -13,7 +13,7 @@ LECAM_DECAY = 0.99
 
 
 class PatchGAN(nn.Module):
-    """Real or reconstructed patches (Isola et al. 2017, section 3.2): (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w).
+    """Real or reconstructed, patch by patch (Isola et al. 2017, 3.2): (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w).
 
     width: channels of the first of ``layers`` 4×4 convolutions of stride 2; each further one doubles them, up to eight
     times. norm: "group" (GroupNorm after every convolution but the first and the last) or "spectral" (on every weight);

@@ -840,5 +840,6 @@ def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest():
     """Of all the depths that were tried: here the shallowest of the narrowest."""
     config = PriorConfig("run", prior="rnn", depth=3, parameters=1, device="cpu")
     counts = [parameter_count(LEARNED["rnn"](7, 2, 1, depth, 0.1, 0)) for depth in (2, 3, 4, 5)]
-    with pytest.raises(UserError, match=f"the nearest is {min(counts):,}$"):
-        build_prior(config, 7, 2, 0)
+    for parameters in (1, round(0.9 * min(counts))):  # nor will one do that is 10 % off
+        with pytest.raises(UserError, match=f"the nearest is {min(counts):,}$"):
+            build_prior(replace(config, parameters=parameters), 7, 2, 0)

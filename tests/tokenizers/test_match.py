@@ -17,7 +17,7 @@ from bench.tokenizers.arguments import parse
 from bench.tokenizers.budgets import match, step_seconds
 from bench.tokenizers.config import make_config
 from bench.tokenizers.costs import static_costs
-from bench.tokenizers.sizes import TOLERANCE, WIDEST, nearest_width
+from bench.tokenizers.sizes import TOLERANCE, WIDEST, nearest_size, nearest_width
 from bench.tokenizers.tokenizer import Tokenizer
 from tests.tokenizers.test_config import OTHER
 
@@ -163,6 +163,14 @@ def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
     assert match(config, "params:4.07k").depth == 4  # within 2 %
     with pytest.raises(UserError):
         match(config, "params:4.09k")
+
+
+def test_a_size_is_the_first_within_two_percent_and_else_the_nearest():
+    costs = {4: 1030, 5: 981, 3: 1000, 0: 1000}
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (4, 5, 3))[1] == 5
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (0, 4))[1] == 4, "no depth of 0"
+    assert nearest_size(lambda width, depth: costs[depth], 900, (4, 5, 3))[1] == 5
+    assert nearest_size(lambda width, depth: width * depth, 40, (4, 5)) == (10, 4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,14 @@ def test_divergence_stops_the_run_and_is_never_saved(watch, tiny, toys, monkeypa
     assert [row["step"] for row in rows(watch.folder / "run")] == [1, 2, 3, 4, 5]
     assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
     assert all(value.isfinite().all() for _, value in tensors(checkpoint(watch.folder / "run")))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_autocast_is_to_bfloat16_on_every_device(device):
+    """torch's own choice for CUDA is float16, which would need its losses scaled."""
+    context = loop.autocast(SimpleNamespace(device=device, precision="bf16"))
+    assert (context.device, context.fast_dtype) == (device.partition(":")[0], torch.bfloat16)
 
 
 def test_every_step_has_random_draws_of_its_own(watch, tiny, toys):
