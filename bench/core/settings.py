@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -34,21 +35,25 @@ def at_least(least: int) -> Limit:
     return Limit(lambda value: value >= least, f"it must be at least {least}")
 
 
-def between(least: int, most: int) -> Limit:
-    """Numbers from ``least`` to ``most``, both included."""
-    return Limit(lambda value: least <= value <= most, f"it must be from {least} to {most}")
+def at_most(most: int) -> Limit:
+    """Numbers up to ``most``: beyond all use, but a stranger's file may ask for any."""
+    return Limit(lambda value: value <= most, f"it must be at most {most}")
 
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}  # of what a field accepts
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more")
 
-Count = Annotated[int, at_least(1)]
-Natural = Annotated[int, NOT_NEGATIVE]
+
+Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
+Layers = Annotated[int, at_least(1), at_most(1000)]
+Features = Annotated[int, at_least(1), at_most(16384)]
+Natural = Annotated[int, NOT_NEGATIVE, at_most(2**31 - 1)]
 Weight = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, Limit(lambda value: value > 0, "it must be above 0")]
 Fraction = Annotated[float, Limit(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")]
 StepShare = Annotated[float, Limit(lambda value: 0 <= value <= 1, "it is a share of the steps, from 0 to 1")]
 Seed = Annotated[int, NOT_NEGATIVE, Limit(lambda value: value < 2**31, "it must be below 2**31")]
+RunId = Annotated[str, Limit(lambda text: text == Path(text).name and text != "..", "it must be the id of a run")]
 Precision = Literal["auto", "bf16", "fp32"]
 
 

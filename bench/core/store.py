@@ -39,6 +39,7 @@ FAILURES = {
 
 
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
+LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 LISTED = 8  # run ids that a message names
 STUDY = {"kind": str, "sweep": list, "metrics": list, "runs": dict}  # what its file says
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
@@ -117,7 +118,13 @@ class Run:
 
     def codes(self) -> dict[str, Any]:
         """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
-        return self._read("config.json", "codes")["codes"]
+        codes, path = self._read("config.json", "codes")["codes"], self.folder / "config.json"
+        for name in ("codebook_size", "grid_size"):
+            if type(codes.get(name)) is not int or not 0 < codes[name] <= LARGEST:
+                raise Damaged(path, f"the {name} of its codes is {codes.get(name)!r}")
+        if not isinstance(codes.get("classes"), list):
+            raise Damaged(path, "its codes have no classes")
+        return codes
 
     def tokenizer(self) -> dict[str, Any]:
         """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
@@ -298,16 +305,29 @@ class Store:
             raise NoSpace(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
 
 
+def check_whole(run: Run) -> None:
+    """Raises UserError where a file of ``run`` is damaged: somebody has to look before anything is overwritten."""
+    status, reason = run.ending()
+    if status == "damaged":
+        raise UserError(reason)
+
+
+def check_finished(run: Run) -> None:
+    """Raises UserError unless ``run`` is finished."""
+    check_whole(run)
+    if not run.finished:
+        raise UserError(f"{run.folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+
+
 def find_tokenizer(name: str, results: Path) -> Run:
     """The finished tokenizer that ``name`` means to ``Store.find``. Raises UserError when there is none."""
     run = Store(results).find(name)
     run = Run(run.folder.resolve())
     if run.folder.parent.name == "priors":
         raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {known_tokenizers(results)}")
-    status, reason = run.ending()
-    if status != "finished":
-        fix = "finish it with python -m bench.run first"
-        raise UserError(reason if status == "damaged" else f"the tokenizer run {run.folder} is {status}; {fix}")
+    check_whole(run)
+    if not run.finished:
+        raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
     if not (run.folder / "tokenizer.safetensors").is_file():
         raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
     return run

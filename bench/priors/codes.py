@@ -15,7 +15,7 @@ from filelock import FileLock
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path, cached, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
-from bench.core.store import Run
+from bench.core.store import Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
@@ -43,15 +43,14 @@ class Codes(NamedTuple):
 
 def digest(folder: Path) -> str:
     """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one."""
-    if not (folder / "metrics.json").is_file():
-        raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+    check_finished(Run(folder))
     return sha256_file(folder / "tokenizer.safetensors")[:16]
 
 
 def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
     """The images that the run was trained and scored on. Raises UserError when they have changed since."""
     data = load(tokenizer.config.data, tokenizer.config.image_size)
-    if data.fingerprint != Run(folder).protocol()["fingerprint"]:
+    if data.fingerprint != Run(folder).protocol().get("fingerprint"):
         raise UserError(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
     return data
 

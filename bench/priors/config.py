@@ -5,7 +5,19 @@ from typing import Annotated, ClassVar
 
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
-from bench.core.settings import Count, Fraction, Natural, OneOf, Positive, Precision, Seed, Weight, at_least
+from bench.core.settings import (
+    Count,
+    Fraction,
+    Natural,
+    OneOf,
+    Positive,
+    Precision,
+    RunId,
+    Seed,
+    Weight,
+    at_least,
+    at_most,
+)
 
 from .models import LEARNED, PRIORS
 
@@ -22,14 +34,14 @@ class PriorConfig:
 
     SHELF: ClassVar[str] = "priors"
 
-    tokenizer: str
+    tokenizer: RunId
     """run id of the tokenizer"""
     prior: Annotated[str, OneOf(PRIORS)]
     """pixelcnn, rnn, transformer, mamba, or independent, the floor: a histogram of the codes of each position"""
-    depth: Annotated[int | None, at_least(1)] = None
+    depth: Annotated[int | None, at_least(1), at_most(1000)] = None
     """layers; unless given 4 for transformer and mamba, 3 for rnn, and for pixelcnn, which sees 2 rows and columns
     further with each, half the grid's side but at least 5"""
-    parameters: Count = 1_000_000
+    parameters: Annotated[int, at_least(1), at_most(10**11)] = 1_000_000
     """of the prior; its width is chosen so that it has so many, within 2 %"""
     dropout: Fraction = 0.1
     """share of features that training leaves out"""
@@ -49,7 +61,7 @@ class PriorConfig:
     """largest gradient norm; 0 does not clip"""
     weight_ema: Fraction = 0.99
     """decay of the weight average that is scored; 0 scores the last weights"""
-    samples: Annotated[int, at_least(4)] = 512
+    samples: Annotated[int, at_least(4), at_most(10**7)] = 512
     """images to generate and score"""
     temperature: Positive = 1.0
     """of sampling; below 1 likely codes become likelier"""

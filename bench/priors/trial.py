@@ -1,6 +1,7 @@
 """One prior config in, one finished run folder out: as ``trial`` does for tokenizers, in ``results/priors/``."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 
 from bench.core import plots
 from bench.core.environment import peak_memory
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
-from bench.core.store import Run, Store
+from bench.core.store import Run, Store, check_whole
 from bench.data import Data
 from bench.metrics import PRECISION_NEIGHBOURS
 from bench.tokenizers import evaluate
@@ -37,8 +38,9 @@ def run_prior(
     store.check_writable(200)
     identity = digest(tokenizer_run.folder)
     run = store.run(config)
+    check_whole(run)
     if run.finished:
-        made_with = run.protocol()["tokenizer"]
+        made_with = run.protocol().get("tokenizer")
         if made_with != identity:
             raise UserError(
                 f"{run.folder} is a prior over the codes of another tokenizer ({made_with}) than "
@@ -58,7 +60,7 @@ def run_prior(
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 
     shape = {"codebook_size": codes.codebook_size, "grid_size": codes.grid_size, "classes": list(codes.classes)}
-    with begun(run, {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config)}):
+    with begun(run, {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config)}, resume):
         known = references(tokenizer, codes, data, config, tokenizer_run.folder / "codes", fid_weights)
         twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
         with peak_memory(config.device) as peak:
@@ -80,8 +82,10 @@ def _lends(other: Run, config: PriorConfig, identity: str) -> bool:
     if not other.finished:
         return False
     made = other.protocol()
-    current = (made["version"], made["tokenizer"]) == (PRIOR_VERSION, identity)
-    return current and other.settings(PriorConfig).trains_as(config)
+    current = (made.get("version"), made.get("tokenizer")) == (PRIOR_VERSION, identity)
+    with suppress(Damaged):
+        return current and other.settings(PriorConfig).trains_as(config)
+    return False
 
 
 def finish(

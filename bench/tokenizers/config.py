@@ -12,7 +12,19 @@ from backbones.layers import downsamplings
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
-from bench.core.settings import Count, Fraction, Limit, Natural, OneOf, Positive, Precision, Seed, StepShare, Weight
+from bench.core.settings import (
+    Count,
+    Features,
+    Fraction,
+    Layers,
+    Natural,
+    OneOf,
+    Positive,
+    Precision,
+    Seed,
+    StepShare,
+    Weight,
+)
 from bench.data import AUGMENTATIONS
 from bench.metrics import MINIMUM_SIZE
 from bench.quantizers import ENTROPY_WEIGHT, QUANTIZERS
@@ -25,7 +37,8 @@ from .sizes import width_of
 PROTOCOL_VERSION = 2
 
 SMALLEST = max(MINIMUM_SIZE.values())
-SEEN_BY_LPIPS = Limit(lambda side: side >= SMALLEST, f"LPIPS needs at least {SMALLEST} pixels a side")
+LARGEST = 8192  # pixels or codes a side
+SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, f"LPIPS needs at least {SMALLEST} pixels a side")
 
 
 @dataclass(frozen=True)
@@ -36,15 +49,15 @@ class Config:
 
     backbone: str
     """a key of BACKBONES, or timm:MODEL, whose encoder is a model of timm, its decoder cnn's"""
-    width: Count
+    width: Features
     """channels at the token grid; with depth it sets the parameter count (timm:MODEL: of the decoder)"""
-    depth: Count
+    depth: Layers
     """blocks per level (cnn, convnext, the decoder of timm:MODEL) or per side (vit, mamba, bimamba, hybrid)"""
     patch_overlap: bool = False
     """vit, mamba, bimamba, hybrid: patches twice as wide as their stride, a cure for grid artefacts"""
     final_conv: bool = False
     """vit, mamba, bimamba, hybrid: a 3×3 convolution over the pixels at the end, the other cure"""
-    attention: Natural = 0
+    attention: Annotated[Natural, settings.at_most(1000)] = 0
     """transformer layers on either side of the quantizer, whatever the backbone"""
     pretrained: bool = False
     """timm:MODEL: start the encoder from timm's weights"""
@@ -53,13 +66,13 @@ class Config:
     (sampled codes); or fsq, lfq, simvq, residual, of an optional package"""
     data: str = "photos"
     """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
-    image_size: Annotated[int, SEEN_BY_LPIPS] = 64
+    image_size: Annotated[int, SEEN_BY_LPIPS, settings.at_most(LARGEST)] = 64
     """side of the square images, in pixels"""
-    grid_size: Count = 8
+    grid_size: Annotated[Count, settings.at_most(LARGEST)] = 8
     """side of the grid of codes; must divide image_size as a power of two; 1 is one code per image"""
-    codebook_size: Count = 512
+    codebook_size: Annotated[Count, settings.at_most(2**24)] = 512
     """K, the number of codes"""
-    code_dim: Count = 16
+    code_dim: Features = 16
     """d, the length of a code vector"""
     beta: Weight = 0.25
     """β, weight of the commitment loss"""
@@ -96,9 +109,9 @@ class Config:
     """scale gan_weight by the ratio of gradients at the decoder's last layer (VQGAN)"""
     gan_lr: Weight = 0.2
     """the discriminator's learning rate as a share of lr"""
-    gan_width: Count = 64
+    gan_width: Features = 64
     """channels of PatchGAN's first layer"""
-    gan_layers: Count = 3
+    gan_layers: Annotated[Count, settings.at_most(10)] = 3
     """PatchGAN's downsampling layers; each doubles the channels, up to eight times gan_width"""
     gan_norm: Literal["group", "spectral"] = "group"
     """PatchGAN's normalisation"""
@@ -152,6 +165,7 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
+        settings.check_values(self)
         self._check_backbone()
         settings.check_fields(self)
         self._check_quantizer()

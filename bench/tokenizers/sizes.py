@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from backbones import backbone
+from bench.core.device import check_memory
 
 if TYPE_CHECKING:
     from .config import Config
@@ -37,6 +38,12 @@ def parameters(config: "Config") -> int:
     """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
     with torch.device("meta"):
         return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
+
+
+def check_size(config: "Config", device: str, copies: int = 1) -> None:
+    """Raises UserError where so many ``copies`` of a tokenizer do not fit into the memory of ``device``."""
+    own = replace(config, backbone="cnn") if config.backbone.startswith("timm:") else config  # and of timm a decoder
+    check_memory(copies * (parameters(own) + config.codebook_size * config.code_dim), device)
 
 
 @cache

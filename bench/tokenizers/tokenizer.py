@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
-from bench.core.store import Run
+from bench.core.store import Run, check_finished
 from bench.quantizers import QUANTIZERS, Quantized
 from bench.training.trial import read_weights
 
 from .config import Config
-from .sizes import sides
+from .sizes import check_size, sides
 
 
 class Tokenizer(nn.Module):
@@ -49,10 +49,12 @@ class Tokenizer(nn.Module):
     def from_run(cls, folder: str | Path, device: str = "cpu") -> "Tokenizer":
         """The scored tokenizer of a finished run folder, in eval mode on ``device``. Raises UserError without one."""
         run = Run(Path(folder))
-        if not run.finished:
-            raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
+        check_finished(run)
         config = run.settings(Config)
-        tokenizer = cls(replace(config, pretrained=False))  # the run's own weights follow
+        plain = replace(config, pretrained=False, device=device)  # the run's own weights follow
+        plain.check()
+        check_size(plain, device)
+        tokenizer = cls(plain)
         tokenizer.config = config
         read_weights(run, "tokenizer.safetensors", tokenizer)
         return tokenizer.to(device).eval().requires_grad_(False)

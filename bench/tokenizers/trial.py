@@ -11,7 +11,7 @@ from bench.core import plots
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir
-from bench.core.store import Run, Store
+from bench.core.store import Run, Store, check_whole
 from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
 from bench.training.trial import begun, complete, write_weights
@@ -19,10 +19,11 @@ from bench.training.trial import begun, complete, write_weights
 from .config import Config
 from .costs import static_costs, throughput
 from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
-from .sizes import parameter_count
+from .sizes import check_size, parameter_count
 from .tokenizer import Tokenizer
 from .train import train
 
+COPIES = 5  # of a model's parameters in training: weights, gradients, their moments, average
 PICTURES = 12  # images in the reconstruction picture
 CODES = 1024  # of them, at most, in the picture of a codebook
 
@@ -31,8 +32,9 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     """Everything that can go wrong for a reason the user can fix, before any training is spent: the settings, the
     device, the results folder, the pretrained weights (fetched if need be) and the data. Raises UserError."""
     config.check()
+    check_size(config, config.resolved().device, COPIES)
     tokenizer = Tokenizer(config)
-    state_megabytes = 5 * 4 * parameter_count(tokenizer) >> 20  # weights, gradients' moments, average, and a spare
+    state_megabytes = COPIES * 4 * parameter_count(tokenizer) >> 20
     store.check_writable(50 + 2 * state_megabytes)
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -54,13 +56,14 @@ def run_trial(
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
+    check_whole(run)
     data = prepare(config, store, fid_weights)
     if run.finished:
-        if run.protocol()["fingerprint"] != data.fingerprint:
+        if run.protocol().get("fingerprint") != data.fingerprint:
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
         return run
 
-    with begun(run, {"config": asdict(config)}):
+    with begun(run, {"config": asdict(config)}, resume):
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
         untrained = score_untrained(config, data.val)
         with peak_memory(config.device) as peak:

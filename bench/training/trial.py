@@ -13,7 +13,7 @@ from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
 from bench.core.files import atomic_path, remove_parts
 from bench.core.progress import say
-from bench.core.store import Run
+from bench.core.store import Run, check_whole
 
 
 @contextmanager
@@ -33,13 +33,6 @@ def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None
         except Diverged as error:
             run.fail("diverged", str(error))
             raise
-
-
-def check_whole(run: Run) -> None:
-    """Raises UserError where a file of ``run`` is damaged: nothing is overwritten before somebody has looked."""
-    status, reason = run.ending()
-    if status == "damaged":
-        raise UserError(reason)
 
 
 def _environments(resumed: Run | None) -> dict[str, Any]:

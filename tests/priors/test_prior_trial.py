@@ -39,8 +39,8 @@ class World:
         self.store, self.tokenizer = Store(root), Run(root / "runs" / NAME)
         self.tokenizer.folder.mkdir(parents=True)
         (self.tokenizer.folder / "tokenizer.safetensors").write_bytes(b"weights")
-        (self.tokenizer.folder / "config.json").write_text("{}")
-        (self.tokenizer.folder / "metrics.json").write_text("{}")
+        self.tokenizer.write("config.json", {"config": {}, "environment": {}})
+        self.tokenizer.write("metrics.json", {"metrics": {}, "protocol": {}})
         self.tiny, self.trained, self.scored, self.diverges = tiny, [], [], False
         self.count, self.training, self.classes = 12, None, ("a", "b", "c")
 
@@ -244,7 +244,7 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     )
     measured = []
     monkeypatch.setattr(prior_trial, "peak_memory", lambda device: measured.append(device) or nullcontext(lambda: 7.5))
-    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: {"extractor_inception": [device, str(path)]})
+    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: {"extractor_inception": f"{device} {path}"})
     run = run_prior(world.config(), world.tokenizer, world.store, file)
     folder = world.tokenizer.folder
     assert seen["loaded"] == (folder, "cpu")
@@ -256,7 +256,7 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     assert seen["score_prior"][1] is loaded
     assert seen["score_prior"][4] == config
     assert seen["score_prior"][6] == file
-    assert run.protocol()["extractor_inception"] == ["cpu", str(file)]
+    assert run.protocol()["extractor_inception"] == f"cpu {file}"
     assert measured == ["cpu"]
     assert run.metrics()["peak_memory_mb"] == 7.5
     assert run.tokenizer() == json.loads(json.dumps(asdict(world.tiny)))
@@ -468,7 +468,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
         if not made.folder.is_dir():
             made.folder.mkdir(parents=True)
             raise Diverged("too steep")
-        made.write("metrics.json", {})
+        made.write("metrics.json", {"metrics": {}, "protocol": {}})
         return made
 
     monkeypatch.setattr(prior, "run_prior", begin_then_finish)
@@ -542,7 +542,7 @@ def test_a_name_that_is_no_tokenizers_is_answered_with_those_there_are(world, tm
         other.folder.mkdir()
         other.write("config.json", {"config": {}, "environment": {}})
         if number:
-            other.write("metrics.json", {})
+            other.write("metrics.json", {"metrics": {}, "protocol": {}})
     names = ", ".join([NAME, *(f"{NAME}-{number}" for number in range(1, 8))])
     with pytest.raises(UserError, match=f"is the run of a prior; name that of a tokenizer: .* has {names}$"):
         find_tokenizer(str(made.folder), results)

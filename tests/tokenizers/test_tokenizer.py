@@ -168,7 +168,7 @@ def finished(tiny, tmp_path):
     tokenizer = Tokenizer(config)
     (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config), "environment": {}}))
     safetensors.torch.save_model(tokenizer, str(tmp_path / "tokenizer.safetensors"))
-    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"metrics": {}, "protocol": {}}')
     return tmp_path, tokenizer.eval()
 
 

@@ -1,5 +1,6 @@
 """What priors are: a distribution over grids of codes, read one code after the other in raster order."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.core.device import check_memory
 from bench.core.errors import UserError
-from bench.core.store import Run
+from bench.core.store import Run, check_whole
 from bench.training.trial import read_weights
 
 
@@ -30,9 +32,12 @@ class Prior(nn.Module):
         from bench.priors.train import PriorConfig, build  # chooses among the siblings of this class
 
         run = Run(Path(folder))
+        check_whole(run)
         if not run.finished or not (run.folder / "prior.safetensors").is_file():
             raise UserError(f"{folder} holds no finished prior; train one with python -m bench.prior")
         config, codes = run.settings(PriorConfig), run.codes()
+        replace(config, device=device).check()
+        check_memory(config.parameters + codes["codebook_size"] * codes["grid_size"], device)
         classes = len(codes["classes"]) if config.conditional else 0
         prior = build(config, codes["codebook_size"], codes["grid_size"], classes)
         prior.config = config
