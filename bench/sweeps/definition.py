@@ -52,7 +52,7 @@ def distribution(name: str, choice: Range | tuple | None = None) -> BaseDistribu
 
 
 def _widest(name: str) -> Range | tuple:
-    kind = TYPES[name]
+    kind = float if TYPES[name] == float | None else TYPES[name]
     if name == "backbone":
         return (*BACKBONES, "timm")
     if kind is bool:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -25,6 +26,7 @@ from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
 from bench.sweeps.definition import Ablation, Range, Search, parse_study
 from bench.sweeps.index import Index, default_url
+from bench.sweeps.kinds import KINDS
 from bench.sweeps.plan import Plan, make_plan
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
@@ -704,8 +706,10 @@ def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
     assert start(one, tmp_path, "--metric", "ssim", "fid_vgg16") == 1
     shown = " ".join(capsys.readouterr().err.split())
     (run,) = [run for run in Store(tmp_path).runs() if run.finished]
-    scores = [f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr")]
-    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)}, " in shown
+    scores = [
+        f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr", "perplexity")
+    ]
+    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)} (" in shown
     assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
 
 
@@ -1004,3 +1008,120 @@ def test_a_study_s_report_is_of_it_alone_and_says_what_mattered(child, tmp_path,
     assert start(BETA, tmp_path, "--backbone", "cnn") == 0
     (name,) = Store(tmp_path).studies()
     assert asked == [(([name], tmp_path), {"importances": study.importances})]
+
+
+# -- one command ------------------------------------------------------------------------------------------------------
+
+
+def workers_of(what: Plan, index=None) -> study.Workers:
+    """Those of the plan's tokenizers, with a bar that keeps its lines in ``told``."""
+    workers = study.Workers(what, index, what.tokenizers(), 2)
+    workers.told, workers.stop = [], threading.Event()
+    workers.bar = SimpleNamespace(done=0, advance=lambda count, text: workers.told.append(text))
+    return workers
+
+
+def test_data_and_weights_are_prepared_for_every_backbone_before_anything_runs(child, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "prepare", lambda *given: asked.append(given))
+    monkeypatch.setattr(study, "Index", Mock(side_effect=UserError("so far, and no further")))
+    assert start(BETA, tmp_path, "--fid-weights", str(tmp_path / "inception.pth")) == 2
+    assert [(config.backbone, store.root, weights) for config, store, weights in asked] == [
+        (name, tmp_path, tmp_path / "inception.pth") for name in ("cnn", "vit")
+    ]
+
+
+def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ended(child, tmp_path, capsys):
+    """Runs of other studies that lie beside them are not its; its report is named in the dashboard."""
+    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    fabricate(Store(tmp_path), make_config("cnn", "smoke", beta=7.0, device="cpu"))
+    child.endings = ["diverged"]
+    assert start(BETA, tmp_path, "--beta", "0.25", "--storage", url, "--workers", "3") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "study beta-smoke: 2 trials to run, 3 at a time" in shown
+    assert "study beta-smoke: 1 diverged, 1 finished" in shown or "study beta-smoke: 1 finished, 1 diverged" in shown
+    assert f"dashboard: optuna-dashboard {url} --artifact-dir {tmp_path}/studies/artifacts" in shown
+    assert not (tmp_path / "studies" / "optuna.db").exists()
+    for backbone in ("cnn", "vit"):
+        note = get_note(optuna.load_study(study_name=f"beta-smoke-{backbone}", storage=url)).splitlines()
+        assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
+
+
+def test_a_command_takes_its_arguments_from_the_shell(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["studies/beta.py", "--metric", "beauty"])
+    assert study.main(BETA, "") == 2
+    assert "metric 'beauty' cannot be optimised" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
+    """By its latest row; a tokenizer's loss and perplexity, a prior's bits."""
+    what = planned(tmp_path, "--steps", "50")
+    workers = workers_of(what)
+    rows = [{"step": step, "reconstruction": 10 / step, "perplexity": 9.4} for step in (10, 20)]
+    monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
+    assert workers._attempt(what.example("cnn"), "a", None).status == "finished"
+    assert workers.told == ["trial 1/2 | a: 20/50 loss 0.5000 perplexity 9"]
+    assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
+
+
+def test_a_child_is_started_with_what_the_command_line_says(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(study, "run_in_child", lambda *all: given.append(all) or Outcome("finished"))
+    what = planned(tmp_path, "--fid-weights", str(tmp_path), "--trial-timeout", "7")
+    workers_of(what)._attempt(what.example("vit"), "a", None)
+    ((config, store, weights, threads, _, timeout),) = given
+    assert (config, store, weights, threads, timeout) == (what.example("vit"), what.store, tmp_path, None, 7.0)
+
+
+def test_a_run_that_has_ended_is_adopted_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in_child", None)
+    what = planned(tmp_path)
+    fabricate_failed(what.store, what.example("cnn"), "diverged")
+    assert workers_of(what)._attempt(what.example("cnn"), "a", None) == ("diverged", "it diverged")
+
+
+def test_a_worker_that_fails_stops_the_others(tmp_path):
+    """What went wrong is told when they have given their trials back."""
+
+    class Broken:
+        def open(self, *given):
+            raise UserError("the database is gone")
+
+    workers = workers_of(planned(tmp_path), Broken())
+    with pytest.raises(UserError, match="database is gone"):
+        workers._work()
+    assert workers.stop.is_set()
+
+
+def test_a_stopped_worker_starts_no_child(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in_child", None)
+    what = planned(tmp_path)
+    workers = workers_of(what)
+    workers.stop.set()
+    assert workers._attempt(what.example("cnn"), "a", None).status == "interrupted"
+
+
+def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeypatch):
+    """A stopped study's trials go on later; given up is only what a search compared."""
+    asked = []
+    what = make_plan(SEARCH, parse_study(SEARCH, "", ["--preset", "smoke", "--results", str(tmp_path)]))
+    workers, rows = workers_of(what), [{"step": 20, "reconstruction": 1.0, "perplexity": 9.0}]
+    monkeypatch.setattr(study, "report", lambda trial, rows, config, after: asked.append(after) or rows[-1]["step"])
+    watched = SimpleNamespace(should_prune=lambda: True)
+    answers = []
+
+    def run(config, store, fid_weights, threads, watch, timeout):
+        answers.extend([watch([]), watch(rows), watch(rows)])
+        workers.stop.set()
+        answers.append(watch(rows))
+        return Outcome("interrupted")
+
+    monkeypatch.setattr(study, "run_in_child", run)
+    workers._attempt(what.example("cnn"), "a", watched)
+    assert answers == [None, "pruned", "pruned", "interrupted"]
+    assert asked == [0, 20]  # what was reported is not reported again
+
+
+def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
+    assert study_command.show(tmp_path) == 0
+    assert "start one with python -m studies.beta" in " ".join(capsys.readouterr().out.split())
