@@ -112,9 +112,8 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if skipped:
-        console.print(
-            f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}", markup=False
-        )
+        message = f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}"
+        console.print(message, markup=False)
 
 
 def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
