@@ -50,12 +50,15 @@ def load(data: str, image_size: int) -> Data:
     """
     name, _, path = data.partition(":")
     if name == "folder" and path:
-        source = folder_source(path, image_size)
-    elif data in DATASETS:
-        source = DATASETS[data](image_size)
-    else:
-        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+        return decoded(data, folder_source(path, image_size), image_size)
+    if data in DATASETS:
+        return decoded(data, DATASETS[data](image_size), image_size)
+    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
 
+
+def decoded(data: str, source: Source, image_size: int) -> Data:
+    """What ``load`` gives, of a ``source`` that is called ``data``."""
+    name = data.partition(":")[0]
     identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
     key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = cache_dir() / "data" / key
