@@ -63,10 +63,8 @@ def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float
 
 
 def _random_resized_crop_and_flip(x: Tensor, rng: torch.Generator, flip: float) -> Tensor:
-    """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling.
-
-    The window is never larger than the image, so there is nothing to antialias.
-    """
+    """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling. No
+    window is larger than the image, so there is nothing to antialias."""
     batch_size, tries = len(x), 10
     area = _uniform(rng, batch_size, tries, low=0.8, high=1.0)
     ratio = _uniform(rng, batch_size, tries, low=math.log(3 / 4), high=math.log(4 / 3)).exp()

@@ -52,12 +52,15 @@ def load(data: str, image_size: int) -> Data:
     """
     name, _, path = data.partition(":")
     if name == "folder" and path:
-        source = folder_source(path, image_size)
-    elif data in DATASETS:
-        source = DATASETS[data](image_size)
-    else:
-        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+        return decoded(data, folder_source(path, image_size), image_size)
+    if data in DATASETS:
+        return decoded(data, DATASETS[data](image_size), image_size)
+    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
 
+
+def decoded(data: str, source: Source, image_size: int) -> Data:
+    """The same, of the images of a ``source`` that is called ``data``."""
+    name = data.partition(":")[0]
     identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
     key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = cache_dir() / "data" / key
@@ -153,9 +156,8 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if skipped:
-        console.print(
-            f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}", markup=False
-        )
+        message = f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}"
+        console.print(message, markup=False)
 
 
 def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
@@ -177,8 +179,8 @@ def _first(names: list[str]) -> str:
 def _decode_blocks(
     data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, labels: list[str], skipped: list[str], limit: float
 ) -> Iterator[np.ndarray]:
-    """Yields the decoded images in order as (n, H, W, 3) blocks and appends their ``labels``; or else the names of what
-    was ``skipped``, UserError beyond ``limit``."""
+    """Yields the images that can be decoded, in order, as (n, H, W, 3) blocks. Appends their classes to ``labels`` and
+    the names of all others to ``skipped``; UserError for more than ``limit`` of these."""
 
     def try_read(item: Any) -> np.ndarray | None:
         try:
@@ -205,8 +207,8 @@ def _decode_blocks(
 
 
 def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> None:
-    """Streams uint8 blocks into an .npy file, and feeds pixels and shape to ``digest``. Through a writable memory map a
-    full disk would be a SIGBUS instead of an OSError."""
+    """Streams uint8 blocks into an .npy file, and pixels and shape into ``digest``. Through a writable memory map a full
+    disk would be a SIGBUS instead of an OSError."""
 
     def write_header(count: int) -> None:  # of constant length: NumPy leaves room for the first axis to grow
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}

@@ -21,7 +21,6 @@ from bench.core.files import cache_dir
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
-PHOTO_TRAIN, PHOTO_VAL = 4096, 512
 PHOTO_TRIES, PHOTO_CONTRAST = 100, 4  # a crop in which no channel's standard deviation reaches 4 levels is redrawn
 
 
@@ -88,12 +87,12 @@ def _is_flat(crop: np.ndarray) -> bool:
     return bool(variance.max() < (PHOTO_CONTRAST * count) ** 2)
 
 
-def _draw_crops(photos: dict[str, np.ndarray], image_size: int, train: bool) -> list[tuple[str, int, int]]:
+def _draw_crops(photos: dict[str, np.ndarray], image_size: int, count: int, train: bool) -> list[tuple[str, int, int]]:
     """(photograph, top, left) of every crop of a split: the photographs in turn, anywhere in the split's part, which is
     the left 75 % of the width (train) or the right 25 %, so that the splits share no pixel."""
     draw = np.random.PCG64(0 if train else 1).random_raw  # NumPy promises this stream for ever, not a Generator's
     crops, names = [], list(photos)
-    for index in range(PHOTO_TRAIN if train else PHOTO_VAL):
+    for index in range(count):
         photo = photos[name := names[index % len(names)]]
         height, width = photo.shape[:2]
         first, last = (0, width * 3 // 4) if train else (width * 3 // 4, width)
@@ -106,8 +105,7 @@ def _draw_crops(photos: dict[str, np.ndarray], image_size: int, train: bool) -> 
     return crops
 
 
-def _open_photos(image_size: int) -> tuple[Split, Split, str]:
-    photos = photographs()
+def _open_photos(photos: dict[str, np.ndarray], counts: tuple[int, int], image_size: int) -> tuple[Split, Split, str]:
     limits = {name: min(photo.shape[0], photo.shape[1] // 4) for name, photo in photos.items()}
     photos = {name: photo for name, photo in photos.items() if limits[name] >= image_size}
     if not photos:
@@ -120,8 +118,16 @@ def _open_photos(image_size: int) -> tuple[Split, Split, str]:
         name, top, left = crop
         return photos[name][top : top + image_size, left : left + image_size]
 
-    splits = [Split(_draw_crops(photos, image_size, train), read, lambda crop: crop[0]) for train in (True, False)]
+    crops = (_draw_crops(photos, image_size, count, train) for count, train in zip(counts, (True, False), strict=True))
+    splits = [Split(places, read, lambda crop: crop[0]) for places in crops]
     return *splits, f"crops of {image_size}×{image_size}, left 75 % / right 25 %"
+
+
+def photo_source(
+    image_size: int, photos: Callable[[], dict[str, np.ndarray]] = photographs, counts: tuple[int, int] = (4096, 512)
+) -> Source:
+    """So many crops to train on and to validate with, drawn from ``photos``."""
+    return Source(counts, lambda: _open_photos(photos(), counts, image_size))
 
 
 # --- torchvision's datasets -----------------------------------------------------------------------------------------
@@ -249,7 +255,7 @@ def folder_source(path: str, image_size: int) -> Source:
 
 
 DATASETS: dict[str, Callable[[int], Source]] = {
-    "photos": lambda size: Source((PHOTO_TRAIN, PHOTO_VAL), partial(_open_photos, size)),
+    "photos": photo_source,
     "cifar10": partial(_torchvision, "CIFAR10", {"train": True}, {"train": False}),
     "fashion_mnist": partial(_torchvision, "FashionMNIST", {"train": True}, {"train": False}),
     "stl10": partial(_torchvision, "STL10", {"split": "unlabeled"}, {"split": "test"}),  # 100,000 to train on

@@ -39,10 +39,8 @@ class FrechetStatistics:
         return mean.numpy(), covariance.numpy()
 
     def distance(self, other: "FrechetStatistics") -> float:
-        """Fréchet distance of the two Gaussians, ‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½): Heusel et al. 2017, eq. 6.
-
-        At least 0, up to rounding. ValueError for fewer than 2 samples.
-        """
+        """Fréchet distance of the two Gaussians, ‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½): Heusel et al. 2017, eq. 6. At
+        least 0, up to rounding. ValueError for fewer than 2 samples."""
         repair()
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 

@@ -122,7 +122,7 @@ class ImageSet(NamedTuple):
             with full_precision(device):
                 for name, network in networks.items():
                     if network is not None:
-                        found[name].append(network(x).cpu().float())
+                        found[name].append(network(x).cpu())
         return cls({name: torch.cat(parts) for name, parts in found.items()})
 
     def distances(self, real: "ImageSet") -> dict[str, float]:

@@ -98,7 +98,7 @@ def status() -> list[Status]:
 def lpips_network(net: str) -> nn.Module:
     """The LPIPS v0.1 network ``alex`` or ``vgg`` with its trunk and linear heads, frozen, in eval mode, on the CPU.
 
-    Loads from the cache, or fetches 64 MB once. Draws no random numbers. UserError as in ``trunk_state``.
+    Draws no random numbers. UserError as in ``trunk_state``.
     """
     state = trunk_state(net)
     repair()

@@ -87,10 +87,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype.
-
-        Among several processes it belongs before they share their state: each would choose its own.
-        """
+        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype. Among several
+        processes it belongs before they share their state: each would choose its own."""
         with torch.autocast(z.device.type, enabled=False):
             self.start(z.float().movedim(1, -1).reshape(-1, self.code_dim))
 
@@ -119,11 +117,8 @@ def chunk_rows(codebook: Tensor) -> int:
 def kmeans(
     tokens: Tensor, centroids: Tensor, normalise: Callable[[Tensor], Tensor] = lambda vectors: vectors, rounds: int = 10
 ) -> Tensor:
-    """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times.
-
-    With ``normalise`` onto the unit sphere it is spherical k-means (Dhillon & Modha 2001). A centroid without tokens
-    restarts at a random one.
-    """
+    """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times, and those
+    without tokens to a random one. With ``normalise`` onto the unit sphere: Dhillon & Modha 2001."""
     for _ in range(rounds):
         codes = nearest(tokens, centroids)
         hits = torch.bincount(codes, minlength=len(centroids))[:, None]

@@ -38,6 +38,7 @@ from bench.data import (
     to_pixels,
     to_rgb,
 )
+from bench.data.decoding import decoded
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +79,13 @@ def column_photos() -> dict[str, np.ndarray]:
     return photos
 
 
-@pytest.fixture
-def small_photos(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "photographs", column_photos)
-    monkeypatch.setattr(sources, "PHOTO_TRAIN", 200)
-    monkeypatch.setattr(sources, "PHOTO_VAL", 100)
+def crops(image_size: int, photos=column_photos, counts: tuple[int, int] = (200, 100)) -> Data:
+    """Few crops of pictures that are not those in scikit-image."""
+    return decoded("photos", sources.photo_source(image_size, photos, counts), image_size)
 
 
-def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_photos):
-    loaded = load("photos", 64)
+def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent():
+    loaded = crops(64)
     columns = {}
     for name, images in (("train", loaded.train), ("val", loaded.val)):
         pixels = images.astype(int)
@@ -99,18 +98,16 @@ def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_
         assert max(columns["train"][number]) < width * 3 // 4 <= min(columns["val"][number])
 
 
-def test_photo_crops_are_the_same_on_every_machine(small_photos):
+def test_photo_crops_are_the_same_on_every_machine():
     # A golden value: it must survive other versions of NumPy, and changes only together with DECODING_VERSION.
-    assert load("photos", 64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
+    assert crops(64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
 
 
 def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
-    assert (sources.PHOTO_TRAIN, sources.PHOTO_VAL) == (4096, 512)
-    monkeypatch.setattr(sources, "PHOTO_TRAIN", 90)
-    monkeypatch.setattr(sources, "PHOTO_VAL", 45)
-    first = load("photos", 64)
+    assert sources.DATASETS["photos"](64).identity == (4096, 512)
+    first = crops(64, sources.photographs, (90, 45))
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
-    second = load("photos", 64)
+    second = crops(64, sources.photographs, (90, 45))
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.val, second.val)
     assert first.train.shape == (90, 64, 64, 3)
@@ -121,24 +118,22 @@ def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_
     assert min(image.std(axis=(0, 1)).max() for image in first.val) >= sources.PHOTO_CONTRAST
 
 
-def test_flat_crops_are_redrawn(small_photos, monkeypatch):
+def test_flat_crops_are_redrawn():
     photo = noise(64, 400, 3)
     photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
     photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
-    monkeypatch.setattr(sources, "photographs", lambda: {"bordered": photo})
-    loaded = load("photos", 16)
+    loaded = crops(16, lambda: {"bordered": photo})
     assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= sources.PHOTO_CONTRAST
     for images in (loaded.train, loaded.val):
         assert not any(sources._is_flat(image) for image in images)
-    monkeypatch.setattr(sources, "photographs", lambda: {"constant": np.full_like(photo, 7)})
-    assert len(load("photos", 20).train) == 200  # the tries are bounded
+    assert len(crops(20, lambda: {"constant": np.full_like(photo, 7)}).train) == 200  # the tries are bounded
 
 
-def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told(small_photos):
-    assert set(load("photos", 66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
-    assert load("photos", 70).val.shape == (100, 70, 70, 3)  # its whole height
+def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told():
+    assert set(crops(66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
+    assert crops(70).val.shape == (100, 70, 70, 3)  # its whole height
     with pytest.raises(UserError, match=r"image_size 76 .* at most 70"):
-        load("photos", 76)
+        crops(76)
 
 
 def test_photographs_are_colour_pictures_and_a_stereo_pair_is_its_left_view():
@@ -323,21 +318,20 @@ def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
     assert load(f"folder:{tmp_path}", 4).skipped == ("gone.png",)
 
 
-def toy(monkeypatch, count: int, read=lambda item: np.zeros((4, 4, 3), np.uint8)) -> None:
-    """A data set called toy, of so many images in either split."""
+def toy(count: int, read=lambda item: np.zeros((4, 4, 3), np.uint8)) -> sources.Source:
+    """So many images in either split."""
     split = sources.Split(range(count), read, lambda item: "")
-    monkeypatch.setitem(sources.DATASETS, "toy", lambda size: sources.Source(count, lambda: (split, split, "numbers")))
+    return sources.Source(count, lambda: (split, split, "numbers"))
 
 
-def test_oddities_that_pillow_warns_of_spoil_no_image(monkeypatch):
+def test_oddities_that_pillow_warns_of_spoil_no_image():
     def read(item):
         warnings.warn_explicit("strange metadata", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
         return np.zeros((4, 4, 3), np.uint8)
 
-    toy(monkeypatch, 5, read)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load("toy", 4).skipped == ()
+        assert decoded("toy", toy(5, read), 4).skipped == ()
 
 
 def test_progress_counts_every_image_also_the_broken_ones():
@@ -488,7 +482,7 @@ def test_labels_name_the_folder_also_behind_broken_files(tmp_path, splits):
     assert_labels_name_the_colours(load(f"folder:{tmp_path}", 2), colours)  # read from the cache
 
 
-def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(monkeypatch):
+def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other():
     """Data sets of packages name images by number, and both splits have a number 5."""
     levels = {number: np.full((4, 4, 3), number, np.uint8) for number in range(150)}
 
@@ -496,9 +490,7 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(mo
         readable = {number: image for number, image in levels.items() if number != broken}
         return sources.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
 
-    source = sources.Source("toy", lambda: (split(5), split(-1), "numbers"))
-    monkeypatch.setitem(sources.DATASETS, "toy", lambda size: source)
-    loaded = load("toy", 4)
+    loaded = decoded("toy", sources.Source("toy", lambda: (split(5), split(-1), "numbers")), 4)
     assert (len(loaded.train), len(loaded.val), loaded.skipped) == (149, 150, ("5",))
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
         assert [loaded.classes[label] for label in labels] == [
@@ -506,8 +498,8 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(mo
         ]
 
 
-def test_labels_of_photos_are_their_photographs(small_photos):
-    loaded = load("photos", 64)
+def test_labels_of_photos_are_their_photographs():
+    loaded = crops(64)
     assert loaded.classes == ("photo0", "photo1", "photo2")
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
         assert np.array_equal(labels, images[:, 0, 0, 2])
@@ -592,13 +584,10 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
 
 
-def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes, monkeypatch, small_photos):
-    monkeypatch.setitem(sources.DATASETS, "others", sources.DATASETS["photos"])
+def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes):
     counts = []
     for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
-        monkeypatch.setattr(sources, "PHOTO_TRAIN", train)
-        monkeypatch.setattr(sources, "PHOTO_VAL", val)
-        loaded = load(name, 16)
+        loaded = decoded(name, sources.photo_source(16, column_photos, (train, val)), 16)
         counts.append((len(loaded.train), len(loaded.val)))
     assert counts == [(20, 9), (21, 9), (20, 10), (20, 9)]
     assert len(decodes) == 4
@@ -667,9 +656,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, mo
     free[cache / "data"] += 1
     assert len(load(f"folder:{folder}", 8).train) == 4
     free[cache / "data"] = 1_500_000_000
-    toy(monkeypatch, 500_000)
     with pytest.raises(UserError, match=r"decoding toy takes 12\.29 GB and .* has 1\.50 GB left"):
-        load("toy", 64)
+        decoded("toy", toy(500_000), 64)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_full_precision_has_no_autocast_and_no_tensorfloat32_and_ends():
 def test_scores_of_images_take_uint8_of_equal_shape():
     x, _ = photographs(2, 1)
     for score in (psnr, ssim):
-        bad = [x.float(), x[:, :1], x[0]]
+        bad = [x.float(), x[:, :1], x[..., 0], x[0]]
         for pair in (*((y, x) for y in [*bad, x[:1]]), *((x, y) for y in [*bad, x[:1]]), *((y, y) for y in bad)):
             with pytest.raises(ValueError, match="must be uint8 of equal shape"):
                 score(*pair)
