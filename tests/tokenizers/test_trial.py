@@ -400,6 +400,15 @@ def test_the_untrained_score_is_of_images_spread_over_the_set(tiny, images, monk
     assert found.keys() == {"grid_energy_init", "grid_edges_init"}
 
 
+def test_the_untrained_score_knows_nothing_of_batches(tiny, images, monkeypatch):
+    """Of a backbone whose norms would couple the images of a training batch."""
+    config, found = replace(tiny, backbone="timm:test_resnet"), []
+    for size in (3, 24):
+        monkeypatch.setattr(evaluate, "EVAL_BATCH", size)
+        found.append(score_untrained(config, images.val))
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
 def test_a_vit_starts_with_a_grid_and_both_cures_lower_it(images):
     """Means over seeds, at an 8×8 grid of 32×32 images."""
 

@@ -155,6 +155,14 @@ def during(toys, step, act):
     return lambda config: toys.append(Acting(config)) or toys[-1]
 
 
+def test_a_row_can_be_read_as_soon_as_it_is_logged(watch, tiny, toys, monkeypatch):
+    """By whoever looks at the run meanwhile; and what is killed has lost none."""
+    read = []
+    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, lambda: read.extend(rows(watch.folder / "run"))))
+    watch.train(tiny)
+    assert [row["step"] for row in read] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_call_goes_on(watch, tiny, toys, monkeypatch, number):
     whole = watch.train(tiny, "whole")
