@@ -5,6 +5,7 @@ and equal bits per image.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from bench.core.errors import Damaged
 from bench.core.store import Run, Store
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
@@ -47,14 +49,14 @@ class Kind(NamedTuple):
 
 
 def _tokenizer_row(run: Run) -> dict[str, Any]:
-    config = {**DEFAULTS, **run.config()}
+    config = {**run.config(), **vars(run.settings(Config))}
     tokens = config["grid_size"] ** 2
     bits = tokens * math.log2(config["codebook_size"])
     return {**config, "tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config["image_size"] ** 2}
 
 
 def _prior_row(run: Run) -> dict[str, Any]:
-    return {**{_renamed(name): value for name, value in run.tokenizer().items()}, **run.config()}
+    return {**{_renamed(name): value for name, value in run.tokenizer().items()}, **vars(run.settings(PriorConfig))}
 
 
 def _renamed(name: str) -> str:
@@ -86,8 +88,11 @@ PRIOR = Kind(
 
 
 def load_runs(results: str | Path = "results") -> pd.DataFrame:
-    """All runs of tokenizers below ``results``, one row each: see ``frame``."""
-    return frame(Store(Path(results)).runs())
+    """All runs of tokenizers below ``results``, one row each: see ``frame``. Warns of those that cannot be read."""
+    table, damaged = read(Store(Path(results)).runs())
+    for sentence in damaged:
+        warnings.warn(sentence, stacklevel=2)
+    return table
 
 
 def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
@@ -96,23 +101,34 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
 
     Of a tokenizer every Config field. Of a prior every PriorConfig field, those Config fields of its tokenizer that
     PriorConfig does not have, the others as ``tokenizer_FIELD``, and ``tokenizer_digest``. A run that was not finished
-    has missing metrics, but its bits, which follow from the Config. Columns exist also when there are no rows.
+    has missing metrics, but its bits, which follow from the Config. Columns exist also when there are no rows. Left out
+    is a run of which not even the settings can be read.
     """
-    rows = [_row(run, kind) for run in runs]
+    return read(runs, kind)[0]
+
+
+def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, list[str]]:
+    """The ``frame`` of ``runs``, and a sentence on each whose settings cannot be read."""
+    rows, damaged = [], []
+    for run in runs:
+        try:
+            rows.append(_row(run, kind))
+        except (Damaged, OSError) as error:
+            damaged.append(str(error))
     columns = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
     table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
     numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
     table[numeric] = table[numeric].astype(float)
-    return table
+    return table, damaged
 
 
 def _row(run: Run, kind: Kind) -> dict[str, Any]:
-    environment = run.environment()
-    row = {"run_id": run.folder.name, "status": run.status, "reason": run.reason, **kind.row(run)}
+    environment, (status, reason) = run.environment(), run.ending()
+    row = {"run_id": run.folder.name, "status": status, "reason": reason, **kind.row(run)}
     row |= {name: environment.get(name) for name in kind.environment}
     row["folder"] = str(run.folder)
-    if run.finished:
-        protocol = run.protocol()
+    if status == "finished":
+        protocol = {"data": None, "count": math.nan, **run.protocol()}  # reports name both
         if "tokenizer" in protocol:
             row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
         row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}

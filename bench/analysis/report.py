@@ -1,7 +1,9 @@
 """One report of many runs: which runs it is about, what it says, and how a page, Markdown and the terminal say it."""
 
 import base64
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
 from bench.core.progress import Bar, say, stdout
 from bench.core.store import FAILURES, Run, Store
 
 from . import charts, frames, rankings
-from .frames import CONFIG, METRICS, PRIOR, frame, main_metric, settings
+from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
 from .statistics import COMPARED, backbone_verdicts, setting_verdicts
 from .tables import LABELS, Sheet, heading, text_of
 
@@ -51,13 +53,14 @@ class Block(NamedTuple):
 
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
-    ``generation``: rankings of priors, with their titles."""
+    ``damaged``: sentences on runs that cannot be read. ``generation``: rankings of priors, with their titles."""
 
     title: str
     facts: dict[str, str]
     blocks: list[Block]
     refusals: Sheet
     unscored: Sheet
+    damaged: list[str]
     runs: Sheet
     trained_on: str
     generation: list[tuple[str, Sheet]]
@@ -86,11 +89,12 @@ def write_report(
     folder = out or selection.root / "reports" / selection.name
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder with --out")
-    table = frame(_watched("reading runs", selection.runs))
+    table, damaged = frames.read(_watched("reading runs", selection.runs))
     known = {run.folder.name for run in selection.runs}
-    priors = frame((run for run in Store(selection.root).priors() if run.config()["tokenizer"] in known), PRIOR)
+    priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
-    report = contents(selection, table, priors)
+    report = contents(selection, table, priors, damaged)
+    report.damaged.extend(further)
     figures = []
     if report.blocks:
         say("drawing charts")
@@ -110,6 +114,14 @@ def write_report(
     show(report)
     stdout.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
     return Written(folder / "report.html", figures)
+
+
+def _is_over(tokenizers: set[str], prior: Run) -> bool:
+    """Whether a prior is over one of ``tokenizers``, or so damaged that it does not tell."""
+    try:
+        return prior.config().get("tokenizer") in tokenizers
+    except Damaged:
+        return True
 
 
 def _watched(label: str, items: list[Any]) -> Iterator[Any]:
@@ -143,7 +155,7 @@ def _find(name: str, results: Path) -> Selection:
     if path.suffix == ".json" and path.is_file():
         return _study(Store(path.resolve().parent.parent), path.stem)
     for run in (Run(path), store.named(name)):
-        if (run.folder / "config.json").is_file():
+        if os.path.lexists(run.folder / "config.json"):
             return Selection("selection", [run], results)
     if (path / "runs").is_dir():
         return Selection("all", Store(path).runs(), path)
@@ -153,7 +165,7 @@ def _find(name: str, results: Path) -> Selection:
 
 def _study(store: Store, name: str) -> Selection:
     study = store.study(name)
-    started = [run for run in map(store.named, study["runs"]) if (run.folder / "config.json").is_file()]
+    started = [run for run in map(store.named, study["runs"]) if os.path.lexists(run.folder / "config.json")]
     return Selection(name, started, store.root, study)
 
 
@@ -161,9 +173,9 @@ def _few(names: list[str]) -> str:
     return (", ".join(names[:BRIEF]) or "none") + (f" and {len(names) - BRIEF} more" if len(names) > BRIEF else "")
 
 
-def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame) -> Report:
-    """The report of ``selection``, whose frame is ``table``, and of the frame ``priors`` over it. Reads the runs'
-    per-image scores for the verdicts."""
+def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, damaged: Sequence[str] = ()) -> Report:
+    """The report of ``selection``, whose frame is ``table``, and of the frame ``priors`` over it; ``damaged`` tells of
+    runs in neither. Reads the runs' per-image scores for the verdicts."""
     parts = list(frames.blocks(table))
     unscored = table[table.status != "finished"]
     found = []
@@ -172,10 +184,11 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame) ->
         found.append(_block(head + _title(block), block, unscored))
     return Report(
         title={"all": "All runs", "selection": "Selected runs"}.get(selection.name, f"Study {selection.name}"),
-        facts=_facts(selection, table),
+        facts=_facts(selection, table, len(damaged)),
         blocks=found,
         refusals=rankings.refusals(parts),
         unscored=rankings.failures(unscored),
+        damaged=list(damaged),
         runs=rankings.run_list(table, parts),
         trained_on=rankings.trained_on(table),
         generation=list(rankings.generation(priors)),
@@ -215,14 +228,15 @@ def _equal(block: pd.DataFrame) -> dict[str, str]:
     return {name: text_of(block[name].iloc[0]) for name in CONFIG if block[name].nunique(dropna=False) == 1}
 
 
-def _facts(selection: Selection, table: pd.DataFrame) -> dict[str, str]:
-    counts = table.status.value_counts()
-    runs = [f"{counts[status]} {status}" for status in ("finished", *FAILURES, "unfinished") if status in counts]
+def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str, str]:
+    counts = Counter(table.status) + Counter(damaged=damaged)
+    known = dict.fromkeys(("finished", *FAILURES, *sorted(counts)))
+    runs = [f"{counts[status]} {status}" for status in known if counts[status]]
     facts = {"backbones": ", ".join(sorted(table.backbone.unique()))}
     facts["swept"] = "; ".join(f"{name} {_values(table[name])}" for name in settings(table)) or "nothing"
     if selection.study:
         facts = {"kind": selection.study["kind"], **facts}
-        planned = len(selection.study["runs"]) - len(table)
+        planned = len(selection.study["runs"]) - len(table) - damaged
         runs += [f"{planned} planned but not started"] if planned else []
     return {**facts, "seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
 
@@ -239,8 +253,7 @@ def write_data(table: pd.DataFrame, folder: Path) -> None:
         table.to_csv(temporary, index=False)
     names = [name for name in table if name in METRICS or name.endswith("_kmeans")]
     long = table.melt(["run_id", *CONFIG, "status"], names, "metric", "value").dropna(subset="value")
-    mixed = [name for name in CONFIG if long[name].dtype == object]  # Parquet has one type per column
-    long = long.astype(dict.fromkeys(mixed, "string")).sort_values(["run_id", "metric"], ignore_index=True)
+    long = long.sort_values(["run_id", "metric"], ignore_index=True)
     with atomic_path(folder / "runs.parquet") as temporary:
         long.to_parquet(temporary, index=False)
 
@@ -266,6 +279,8 @@ def markdown(report: Report) -> str:
         parts += [f"## Generation: {_inline(title)}", _markdown(sheet)]
     for title, sheet in (("Not ranked against each other", report.refusals), ("Without scores", report.unscored)):
         parts += [f"## {title}", _markdown(sheet)] if sheet.rows else []
+    if report.damaged:
+        parts += ["## Damaged, and left out", "\n".join(f"- {_inline(sentence)}" for sentence in report.damaged)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -302,4 +317,6 @@ def show(report: Report) -> None:
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))
         stdout.print(f"{len(report.blocks)} blocks are not ranked against each other: they differ in {names}.")
+    for sentence in report.damaged:
+        say(f"[yellow]left out:[/] {escape(sentence)}")
     stdout.print(f"Runs: {escape(report.facts['runs'])}.", soft_wrap=True)

@@ -90,7 +90,12 @@ def read_json(path: Path) -> dict[str, Any]:
     and without control characters."""
     if os.path.lexists(path) and not path.is_file():
         raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read ({error.strerror})") from error
     try:
         if CONTROL.search(content):
             raise ValueError("control characters")
@@ -108,7 +113,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         with suppress(ValueError, RecursionError):
-            row = json.loads(line, parse_float=_finite, parse_constant=_finite)
+            row = json.loads(line)
             if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
                 rows.append(row)
     return rows

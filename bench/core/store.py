@@ -97,7 +97,8 @@ class Run:
                 return "finished", ""
             if os.path.lexists(self.folder / "failure.json"):
                 failure = read_json(self.folder / "failure.json")
-                if not all(isinstance(failure.get(name), str) for name in ("status", "reason")):
+                told = all(isinstance(failure.get(name), str) for name in ("status", "reason"))
+                if not told or failure["status"] in ("finished", "unfinished"):
                     raise Damaged(self.folder / "failure.json", "it tells no status and reason")
                 return failure["status"], failure["reason"]
             return "unfinished", ""

@@ -52,9 +52,11 @@ class Known:
     def folder(self) -> Path:
         return Path(self.asked.run_id())
 
-    @property
-    def finished(self) -> bool:
-        return self.status == "finished"
+    def ending(self) -> tuple[str, str]:
+        return self.status, self.reason
+
+    def settings(self, kind: type) -> Config | PriorConfig:
+        return kind(**self.config())
 
     def config(self) -> dict[str, Any]:
         return asdict(self.asked)

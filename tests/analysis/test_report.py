@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from bench import report as command
 from bench.analysis import charts, rankings, report, tables
-from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, with_rates
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
 from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.statistics import Verdict
@@ -441,16 +442,16 @@ def test_importances_are_of_runs_that_were_measured_the_same_way(store, sketched
 
 
 def test_data_round_trip(store, sketched):
-    """CSV gives the frame back; Parquet every metric of every run, also where a setting was text in one run."""
+    """CSV gives the frame back; Parquet every metric of every run, also where a number was written as a whole one."""
     runs = sweep(store, EFFECTS, seeds=(0, 1))
     fabricate_failed(store, make_config("vit", "smoke", seed=5))
     odd = json.loads((runs[0].folder / "config.json").read_text())
-    odd["config"]["beta"] = "auto"
+    odd["config"]["beta"] = 1
     runs[0].write("config.json", odd)
     table = frame(store.runs())
     out = write_report([], store.root).page.parent
 
-    flat = pd.read_csv(out / "runs.csv", float_precision="round_trip", dtype={"beta": object})
+    flat = pd.read_csv(out / "runs.csv", float_precision="round_trip")
     assert list(flat) == list(table)
     for name in table:
         values, empty = table[name], ("", None)
@@ -463,7 +464,7 @@ def test_data_round_trip(store, sketched):
     assert long.value.dtype == "float64"
     assert long.value.notna().all()
     assert long.seed.dtype == "int64"
-    assert set(long.beta) == {"auto", "0.25", "1.0"}
+    assert set(long.beta) == {0.25, 1.0}
     wide = long.pivot(index="run_id", columns="metric", values="value")
     expected = table.set_index("run_id")[list(wide)]
     pd.testing.assert_frame_equal(wide, expected, check_names=False, check_like=True)
@@ -958,3 +959,77 @@ def test_the_ranking_has_all_that_evaluators_measure():
     assert set(names) - set(shown) == {
         *("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
     }
+
+
+# -- damaged runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"metrics": {"psnr": "x"}, "protocol": {}}', '{"metrics": 1e400}'])
+def test_one_damaged_run_is_named_and_the_others_are_reported(store, sketched, capsys, content):
+    """It counts as damaged, with its file and what is wrong, on the page, in the tables and in the terminal."""
+    runs = sweep(store, EFFECTS, seeds=(0, 1))
+    (runs[0].folder / "metrics.json").write_text(content)
+    page = write_report([], store.root).page
+    said = capsys.readouterr()
+    assert f"{len(runs) - 1} finished, 1 damaged" in said.out
+    for text in (page.read_text(), (page.parent / "tables.md").read_text().replace("\\_", "_")):
+        assert "is damaged" in text
+        assert runs[0].folder.name in text
+    assert (pd.read_parquet(page.parent / "runs.parquet").metric == "psnr").sum() == len(runs) - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"codebook_size": 0}, "codebook_size is 0; it must be at least 1"),
+        ({"width": "4"}, "width is '4'; it must be a whole number"),
+        ({"beta": [0.25]}, "beta is [0.25]; it must be a number"),
+        ({"backbone": {}}, "backbone is {}; it must be text"),
+        (None, "it is empty"),
+    ],
+)
+def test_a_run_whose_settings_cannot_be_read_is_left_out_by_name(store, sketched, capsys, change, what):
+    runs = sweep(store, EFFECTS, seeds=(0, 1))
+    path = runs[0].folder / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text("" if change is None else json.dumps({**stored, "config": {**stored["config"], **change}}))
+    page = write_report([], store.root).page
+    said = capsys.readouterr()
+    assert f"left out: {path} is damaged: {what}" in said.err
+    assert f"{len(runs) - 1} finished, 1 damaged" in said.out
+    assert f"{path} is damaged: {what}" in unescape(page.read_text())
+    assert "## Damaged, and left out" in (page.parent / "tables.md").read_text()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert len(load_runs(store.root)) == len(runs) - 1
+
+
+def test_a_damaged_prior_is_named_and_does_not_count_as_a_run(store, sketched, capsys):
+    runs = sweep(store, EFFECTS, seeds=(0,))
+    folder = store.root / "priors" / "rnn-x"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("[]")
+    write_report([], store.root)
+    said = capsys.readouterr()
+    assert f"left out: {folder / 'config.json'} is damaged: a list where an object belongs" in said.err
+    assert f"Runs: {len(runs)} finished.\n" in said.out
+
+
+def test_when_every_run_is_damaged_the_report_says_so(store, sketched, capsys):
+    for run in sweep(store, EFFECTS, seeds=(0,)):
+        (run.folder / "config.json").write_text("")
+    write_report([], store.root)
+    assert "damaged.\n" in capsys.readouterr().out
+
+
+def test_nothing_that_a_run_tells_steers_a_terminal_or_a_page(store, sketched, capsys):
+    """A stranger's reason, folder and machine are text."""
+    sweep(store, EFFECTS, seeds=(0,))
+    failed = store.run(make_config("cnn", "smoke", seed=9))
+    fabricate_failed(store, make_config("cnn", "smoke", seed=9))
+    reason = '{"status": "crashed", "reason": "<script>alert(1)</script> \x1b[2J"}'
+    (failed.folder / "failure.json").write_text(reason)
+    page = write_report([], store.root).page
+    said = capsys.readouterr()
+    for text in (said.out, said.err, page.read_text(), (page.parent / "tables.md").read_text()):
+        assert "\x1b" not in text
+        assert "<script>alert" not in text

@@ -337,6 +337,7 @@ def test_what_is_no_file_is_not_read(run, name, make):
         ("config.json", {"config": 1, "environment": {}}, "it has no config"),
         ("failure.json", {"status": "crashed"}, "it tells no status and reason"),
         ("failure.json", {"status": 1, "reason": ""}, "it tells no status and reason"),
+        ("failure.json", {"status": "finished", "reason": ""}, "it tells no status and reason"),
     ],
 )
 def test_a_part_that_is_missing_or_of_another_kind_is_damage(run, name, content, what):
