@@ -253,7 +253,7 @@ def test_what_the_page_of_two_runs_calls_better_has_the_sign_of_its_change(store
         (line,) = [line for line in out.splitlines() if "LPIPS vgg ↓" in line]
         assert line.split()[-1] == word
         assert line.split()[-3].startswith(sign)
-        assert f"{0 if word == 'worse' else 100} % of 64 images by LPIPS vgg" in out
+        assert f"{9 if word == 'worse' else 91} % of 64 images by LPIPS vgg" in out
 
 
 def test_scores_of_other_images_are_no_wins(store, diff):
