@@ -313,7 +313,7 @@ def show(report: Report) -> None:
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
     for title, sheet in report.generation:
-        stdout.print(f"Generation, {title}: {len(sheet.rows)} rows; see the report.")
+        stdout.print(escape(f"Generation, {title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))
         stdout.print(f"{len(report.blocks)} blocks are not ranked against each other: they differ in {names}.")
