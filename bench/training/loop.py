@@ -73,9 +73,9 @@ def fit(
     """Trains ``learner`` and returns its model with averaged weights and in eval mode, and the seconds that the steps
     took, resumed parts included.
 
-    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` goes on
-    from one found there, if it is whole. One is written every ``checkpoint_seconds``, or less often if writing takes
-    more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` it goes
+    on from a whole one found there, without it drops that. One is written every ``checkpoint_seconds``, or less often
+    if writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}

@@ -175,10 +175,11 @@ def test_units_are_powers_of_a_thousand(monkeypatch, kind, amount):
 
 
 def test_a_size_is_the_first_within_two_percent_and_else_the_nearest():
-    costs = {4: 1030, 5: 981, 3: 1000, 0: 1000}
+    costs = {4: 1030, 5: 981, 3: 1000, 0: 1000, 7: 900}
     assert nearest_size(lambda width, depth: costs[depth], 1000, (4, 5, 3))[1] == 5
     assert nearest_size(lambda width, depth: costs[depth], 1000, (0, 4))[1] == 4, "no depth of 0"
     assert nearest_size(lambda width, depth: costs[depth], 900, (4, 5, 3))[1] == 5
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (7, 3))[1] == 3, "too few will not do either"
     assert nearest_size(lambda width, depth: width * depth, 40, (4, 5)) == (10, 4)
 
 

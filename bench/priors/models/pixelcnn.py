@@ -18,7 +18,7 @@ class GatedLayer(nn.Module):
     """One layer of both stacks; pads above and to the left only, so that neither sees what comes later.
 
     The vertical stack holds at row r what rows above r say, the horizontal one at (r, c) what they and the pixels to
-    the left say: all before (r, c), without the blind spot of masked square kernels. Both residual, (B, width, h, w).
+    the left say: all before (r, c), without the blind spot of masked square kernels. Both (B, width, h, w), residual.
     """
 
     def __init__(self, width: int, dropout: float):

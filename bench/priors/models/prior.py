@@ -51,9 +51,9 @@ class Prior(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """``logits``."""
-        return self.logits(*inputs)
+        return self.logits(codes, labels)
 
     def start(self, labels: Tensor | None, count: int) -> Any:
         """What ``step`` knows before the first code of ``count`` grids."""

@@ -127,7 +127,7 @@ class CausalMambaLayer(MambaBlock):
     """The backbone's Mamba-2 block, which is causal, with its recurrent state: a step costs the same wherever it is."""
 
     def start(self, count: int) -> Any:
-        """An empty window and a zero state."""
+        """An empty convolution window and a zero state."""
         return self.mixer.initial_cache(count)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
