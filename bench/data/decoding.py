@@ -166,8 +166,8 @@ def _decode_blocks(
 
 
 def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> None:
-    """Streams uint8 blocks into an .npy file, and pixels and shape into ``digest``. Through a writable memory map a full
-    disk would be a SIGBUS instead of an OSError."""
+    """Streams uint8 blocks into an .npy file, and pixels and shape into ``digest``. Through a writable memory map, a
+    full disk would be a SIGBUS instead of an OSError."""
 
     def write_header(count: int) -> None:  # of constant length: NumPy leaves room for the first axis to grow
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}
