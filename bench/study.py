@@ -39,7 +39,7 @@ def rebuild(
     Args:
         names: studies to rebuild; all of them by default
         results: the folder with runs/ and studies/
-        storage: Optuna storage URL; SQLite below --results by default
+        storage: Optuna storage URL; $VQBENCH_STORAGE or else SQLite below --results by default
     """
     store = Store(results)
     if not (results / "studies").is_dir():

@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 import torch
 
+from bench.core.cli import REFUSALS, refusal
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 
-from .kinds import KINDS, AnyConfig, Row, rows_of
+from .kinds import KINDS, AnyConfig, Row
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
@@ -77,7 +78,7 @@ def run_in_child(
         while alive and asked is None:
             wait([child.sentinel], POLL_SECONDS)
             alive = child.is_alive()  # asked first: what it wrote last is read once more
-            rows = [row for row in rows_of(run) if row["step"] > seen]
+            rows = [row for row in run.history() if row["step"] > seen]
             seen = rows[-1]["step"] if rows else seen
             asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
     finally:
@@ -98,9 +99,12 @@ def run_in_child(
         outcome = Outcome(asked, f"given up at step {seen}: worse than others of its study were at that step")
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     if outcome.status in FAILURES:
-        if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
-            run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
-        run.fail(*outcome)
+        try:
+            if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
+                run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
+            run.fail(*outcome)
+        except OSError as error:  # the disk that was full for the child
+            return Outcome("blocked", refusal(error))
     return outcome
 
 
@@ -131,15 +135,18 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
     except BaseException as error:
         outcome = _outcome(error)
         with suppress(BrokenPipeError):  # of a parent that has died
-            tell.send(outcome)  # before the log, which is for people and may have no room left
-        if not isinstance(error, tuple(ENDINGS)):
-            traceback.print_exception(error)
-        print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
-        sys.exit(1)
+            tell.send(outcome)
+        with suppress(OSError):  # the log is for people, and may have no room left
+            if outcome.status == "crashed":
+                traceback.print_exception(error)
+            print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # without flushing what the log has no room for
 
 
 def _outcome(error: BaseException) -> Outcome:
     status = next((status for kind, status in ENDINGS.items() if isinstance(error, kind)), "crashed")
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return Outcome("blocked", refusal(error)[:LONGEST])
     reason = str(error) or type(error).__name__
     if status == "crashed":
         reason = f"{type(error).__name__}: {error}"
@@ -172,9 +179,16 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
     return Outcome("crashed", f"{how}; see {run.folder}/log.txt")
 
 
-def _memory_kills() -> int:
-    """Processes that the kernel has killed in this control group for lack of memory; 0 where it does not tell."""
-    try:
-        return int(re.search(r"^oom_kill (\d+)", Path("/sys/fs/cgroup/memory.events").read_text(), re.M)[1])
-    except (OSError, TypeError):
-        return 0
+def _memory_kills(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processes that the kernel has killed for lack of memory in the control group of this one, which the file
+    ``groups`` names, or in the outermost that is ``mounted`` here; 0 where it does not tell."""
+    with suppress(OSError, ValueError):
+        for line in groups.read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue  # version 1 has a hierarchy per controller, version 2 a single one without a name
+            top, file = (mounted / "memory", "memory.oom_control") if controllers else (mounted, "memory.events")
+            for folder in (top / name.lstrip("/"), top):  # a container may see its own group as the outermost
+                with suppress(OSError, TypeError):
+                    return int(re.search(r"^oom_kill (\d+)", (folder / file).read_text(), re.M)[1])
+    return 0

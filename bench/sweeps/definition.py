@@ -88,7 +88,8 @@ class StudyArguments(Arguments):
     workers: int = 1
     """trials at a time on this machine; start the same command elsewhere for more"""
     storage: str | None = None
-    """Optuna storage URL, postgresql+psycopg://... for many machines; the default is SQLite below --results"""
+    """Optuna storage URL, postgresql+psycopg://... for many machines; the default is $VQBENCH_STORAGE, which keeps a
+    password off the command line, or else SQLite below --results"""
     plan: bool = False
     """show the cells, what is already finished and the estimated cost, and stop"""
     trial_timeout: float | None = None

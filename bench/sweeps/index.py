@@ -6,6 +6,7 @@ Each backbone has a study of its own, so that nobody is pruned by another backbo
 
 import logging
 import math
+import os
 import re
 import threading
 import warnings
@@ -23,15 +24,19 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
+from optuna_dashboard._note import note_ver_key, split_body
+from sqlalchemy import event
 
 from bench.analysis.frames import settings
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 
 from .definition import Space, distribution, read_space
-from .kinds import KINDS, AnyConfig, Row, kind_of, rows_of
+from .kinds import KINDS, AnyConfig, Row, kind_of
+from .patience import PatientStorage, check_damage, reason_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -41,19 +46,27 @@ MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
+SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
 GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
 Study = optuna.Study
 Metrics = tuple[str, ...]
 
 
 def default_url(results: Path) -> str:
-    """The SQLite database below ``results``."""
-    return f"sqlite:///{results / 'studies' / 'optuna.db'}"
+    """$VQBENCH_STORAGE, or else the SQLite database below ``results``."""
+    return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
 
 
 def without_password(url: str) -> str:
-    """``url`` as it may be printed."""
-    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", url)
+    """``url`` as it may be printed: passwords masked, also those of its query. One that cannot be read is not shown."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "the storage URL, which cannot be read"
+    if "@" in f"{parsed.username}{parsed.host}":  # a password with an @ that is not written %40
+        return f"a {parsed.drivername} URL with an @ too many (write %40 in a password)"
+    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
+    return parsed.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 class Index:
@@ -75,12 +88,17 @@ class Index:
         }
         with FileLock(folder / ".create.lock"):  # tables are created once
             try:
-                self.storage = RDBStorage(url, **options)
+                self.storage = PatientStorage(url, without_password(url), **options)
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
             except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
-                reason = str(error.__cause__ or error).strip().partition("\n")[0]
-                raise UserError(f"cannot open storage {without_password(url)}: {reason}; see --storage") from error
+                check_damage(without_password(url), error)
+                raise UserError(
+                    f"cannot open storage {without_password(url)}: {reason_of(error)}; see --storage"
+                ) from error
+        if local:  # nothing in it is lost that the runs do not have, so it need not wait for the disk at every step
+            event.listen(self.storage.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
+            self.storage.engine.dispose()  # connections that were opened before
 
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
@@ -156,7 +174,7 @@ class Index:
         def beat() -> None:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
-                    self.storage.record_heartbeat(trial._trial_id)
+                    RDBStorage.record_heartbeat(self.storage, trial._trial_id)  # without patience
                 except StorageInternalError as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
@@ -173,25 +191,27 @@ class Index:
         search sampled ``params`` from, {} for an ablation."""
         distributions = {name: distribution(name, space.get(name)) for name in params}
         template = _waiting(params, distributions, runs[0].folder.name)
-        trial = Trial(study, self.storage.create_new_trial(study._study_id, template_trial=template))
-        self._start(trial._trial_id)
+        template.user_attrs = _attributes(runs)
         if len(metrics) == 1:
-            report(trial, rows_of(runs[0]), runs[0].settings(kind_of(runs[0]).config), after=0)
-        self.tell(study, trial, runs, metrics)
+            config = runs[0].settings(kind_of(runs[0]).config)
+            template.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
+        trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
+        self._start(trial_id)
+        trial = Trial(study, trial_id)
+        body = split_body(self._note(study, trial, runs), trial_id)  # save_note reads those of all trials
+        for name, part in {note_ver_key(trial_id): 1, **body}.items():
+            self.storage.set_study_system_attr(study._study_id, name, part)
+        self.storage.set_trial_state_values(trial_id, *_result(runs, metrics))
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
         another worker took for dead and ended is left as it is."""
-        failed = next((run for run in runs if not run.finished), None)
         try:
-            self._describe(study, trial, runs)
-            if failed is None:
-                rows = [run.metrics() for run in runs]
-                study.tell(trial, [sum(row[name] for row in rows) / len(rows) for name in metrics])
-            else:
-                trial.set_user_attr("status", failed.status)
-                trial.set_user_attr("reason", failed.reason)
-                study.tell(trial, state=TrialState.PRUNED if failed.status == "pruned" else TrialState.FAIL)
+            for name, value in _attributes(runs).items():
+                trial.set_user_attr(name, value)
+            save_note(trial, self._note(study, trial, runs))
+            state, values = _result(runs, metrics)
+            study.tell(trial, values, state)
         except GONE:
             if not self.storage.get_trial(trial._trial_id).state.is_finished():
                 raise
@@ -206,22 +226,17 @@ class Index:
         ended = self.storage.get_trial(trial._trial_id)
         study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
 
-    def _describe(self, study: Study, trial: Trial, runs: list[Run]) -> None:
-        """Metrics as attributes; each run's picture as artifact and in the note."""
-        trial.set_user_attr("run_id", runs[0].folder.name)
-        trial.set_user_attr("seconds", sum(map(_seconds, runs)))
+    def _note(self, study: Study, trial: Trial, runs: list[Run]) -> str:
+        """How each run ended, its picture, which becomes an artifact, and its scores."""
         kind, lines = kind_of(runs[0]), []
         for run in runs:
-            lines.append(f"**{run.folder.name}**: {run.status}{f', {run.reason}' if run.reason else ''}\n")
-            if run.finished:
-                metrics = run.metrics()
-                shown = {name: metric for name, metric in kind.metrics.items() if name in metrics}
-                if run == runs[0]:
-                    for name in shown:
-                        trial.set_user_attr(name, metrics[name])
+            status, reason = run.ending()
+            lines.append(f"**{run.folder.name}**: {status}{f', {reason}' if reason else ''}\n")
+            if status == "finished":
                 lines += [self._picture(study, trial, run.folder / kind.picture), "\n| metric | |\n|---|---|"]
-                lines += [f"| {one.label} {one.arrow} | {metrics[name]:{one.form}} |" for name, one in shown.items()]
-        save_note(trial, "\n".join(lines))
+                scores = ((kind.metrics[name], value) for name, value in _scores(run).items())
+                lines += [f"| {one.label} {one.arrow} | {value:{one.form}} |" for one, value in scores]
+        return "\n".join(lines)
 
     def _picture(self, study: Study, trial: Trial, path: Path) -> str:
         if not path.is_file():
@@ -257,30 +272,38 @@ def rebuild(index: Index, store: Store, name: str) -> int:
             params = {name: value for name, value in row.items() if name not in aside}
             identity = (row[kind.key], *(params.items() if searching else [run_id]))
             trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
-        for (label, *_), (params, runs) in trials.items():
-            with index.planning:
-                study = index.open(kind.study(name, label), metrics)
+        with index.planning:
+            labels = dict.fromkeys(label for label, *_ in trials)
+            studies = {label: index.open(kind.study(name, label), metrics) for label in labels}
+            for study in studies.values():
                 index.recover(study)
-                ended = all(run.finished for run in runs) or any(run.status in FAILURES for run in runs)
-                if ended and not index.states(study).get(runs[0].folder.name):
-                    index.add(study, params, runs, metrics, read_space(record["space"]))
+            known = {label: index.states(study) for label, study in studies.items()}
+            for (label, *_), (params, runs) in trials.items():
+                statuses = {run.status for run in runs}
+                if runs[0].folder.name not in known[label] and (statuses == {"finished"} or statuses & {*FAILURES}):
+                    index.add(studies[label], params, runs, metrics, read_space(record["space"]))
                     added += 1
     return added
 
 
-def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
-    """Reports the training loss (see Kind) of ``rows`` beyond step ``after``; returns the last step reported.
-
-    At most MAX_REPORTS, at the same steps in every trial of a study. Negative where the study maximises, so that the
-    pruner's better is a smaller loss. Does nothing for a trial that another worker has taken for dead.
-    """
+def curve(rows: list[Row], config: AnyConfig, direction: StudyDirection, after: int = 0) -> Iterator[tuple[int, float]]:
+    """Steps beyond ``after`` and the training loss (see Kind) there: at most MAX_REPORTS, at the same steps in every
+    trial of a study. Negative where the study maximises, so that the pruner's better is a smaller loss."""
     every = math.ceil(config.steps / MAX_REPORTS)
-    sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+    sign = -1 if direction == StudyDirection.MAXIMIZE else 1
     for row in rows:
         if row["step"] // every > after // every:
             after = int(row["step"])
-            with suppress(UpdateFinishedTrialError):
-                trial.report(sign * KINDS[config.SHELF].loss(config, row), after)
+            yield after, sign * KINDS[config.SHELF].loss(config, row)
+
+
+def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
+    """Reports the ``curve`` of ``rows``; returns the last step reported. Does nothing for a trial that another worker
+    has taken for dead."""
+    for step, loss in curve(rows, config, trial.study.direction, after):
+        after = step
+        with suppress(UpdateFinishedTrialError):
+            trial.report(loss, step)
     return after
 
 
@@ -319,13 +342,39 @@ def _range_of(values: pd.Series) -> BaseDistribution:
     return CategoricalDistribution(tuple(values.unique()))
 
 
+def _scores(run: Run) -> dict[str, float]:
+    """Metrics that a finished run has, in the order of tables."""
+    metrics = run.metrics()
+    return {name: metrics[name] for name in kind_of(run).metrics if metrics.get(name) is not None}
+
+
+def _attributes(runs: list[Run]) -> dict[str, Any]:
+    """What a trial of ``runs`` is known by and has cost, the scores of its first run, and why one of them failed."""
+    about = {"run_id": runs[0].folder.name, "seconds": sum(map(_seconds, runs))}
+    about |= _scores(runs[0]) if runs[0].finished else {}
+    failed = next((run for run in runs if not run.finished), None)
+    return about if failed is None else {**about, "status": failed.status, "reason": failed.reason}
+
+
+def _result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] | None]:
+    """How a trial of ``runs`` ended: with the means of ``metrics``, or without."""
+    status = next((run.status for run in runs if not run.finished), None)
+    if status is not None:
+        return (TrialState.PRUNED if status == "pruned" else TrialState.FAIL), None
+    rows = [run.metrics() for run in runs]
+    values = [[row.get(name) for row in rows] for name in metrics]
+    if any(None in column for column in values):  # such as a metric that was not asked for then
+        return TrialState.FAIL, None
+    return TrialState.COMPLETE, [sum(column) / len(rows) for column in values]
+
+
 def _seconds(run: Run) -> float:
     """What a run has cost, finished or not."""
     if run.finished:
         metrics = run.metrics()
-        return metrics["train_seconds"] + metrics.get("score_seconds", 0.0)
-    rows = rows_of(run)
-    return rows[-1]["seconds"] if rows else 0.0
+        return sum(metrics.get(name) or 0.0 for name in ("train_seconds", "score_seconds"))
+    rows = run.history()
+    return rows[-1].get("seconds", 0.0) if rows else 0.0
 
 
 def _waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:

@@ -67,8 +67,3 @@ KINDS = {kind.config.SHELF: kind for kind in (TOKENIZERS, PRIORS)}
 def kind_of(run: Run) -> Kind:
     """The kind of ``run``, by the folder it lies in."""
     return KINDS[run.folder.parent.name]
-
-
-def rows_of(run: Run) -> list[Row]:
-    """The rows of a run's history; none before its first step."""
-    return run.history() if (run.folder / "history.jsonl").is_file() else []

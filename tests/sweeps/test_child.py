@@ -21,7 +21,7 @@ from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
 from bench.sweeps.child import ENDINGS, run_in_child
-from bench.sweeps.kinds import KINDS, rows_of
+from bench.sweeps.kinds import KINDS
 from bench.tokenizers.config import make_config
 
 
@@ -233,7 +233,7 @@ def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
 
 
 def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(trial, store, monkeypatch):
-    read, looks, seen = child.rows_of, [], []
+    read, looks, seen = Run.history, [], []
 
     def work(run):
         while not (run.folder / "looked").exists():
@@ -250,7 +250,7 @@ def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(tria
         return []
 
     trial(work)
-    monkeypatch.setattr(child, "rows_of", look)
+    monkeypatch.setattr(Run, "history", look)
     outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: seen.extend(rows))
     assert (outcome.status, seen) == ("finished", ROWS)
 
@@ -275,7 +275,7 @@ def test_rows_are_given_once_and_only_when_whole(trial, store):
 
     trial(work)
     config = make_config("cnn", "smoke")
-    assert rows_of(store.run(config)) == []
+    assert store.run(config).history() == []
     assert run_in_child(config, store, watch=watch).status == "finished"
     assert looks == [ROWS[:2], ROWS[2:]]
 
