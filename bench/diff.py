@@ -7,23 +7,24 @@ A run is named by its folder, or by its id below --results or the beginning of i
 "Better" and "worse" are said of B, and only where the two may be ranked against each other.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import tyro
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.differences import Change, Pairs, compare
-from bench.analysis.frames import METRICS
+from bench.analysis.frames import CLOCKED, METRICS, differing, frame
 from bench.core.cli import guarded
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
+
+Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,73 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(a: Run, b: Run) -> None:
-    """Prints how ``b`` differs from ``a``."""
+    """Prints how ``b`` differs from ``a``. Clocked metrics of two machines are not ranked."""
     for letter, run in (("A", a), ("B", b)):
         _say(f"{letter}: {run.folder}" + ("" if run.finished else f" ({run.status}: {run.reason or 'no scores yet'})"))
 
-    found = compare(a, b)
-    _show_pairs("Configuration", found.config, "The same configuration.")
-    if set(found.config) == {"seed"}:
+    config = _unequal(a.config(), b.config())
+    _show_pairs("Configuration", config, "The same configuration.")
+    if set(config) == {"seed"}:
         _say("The same configuration with another seed: the differences are seed noise.")
-    _show_pairs("Environment", found.environment, "The same environment.")
+    environment = _unequal(_flat(a.environment()), _flat(b.environment()))
+    _show_pairs("Environment", environment, "The same environment.")
     if not (a.finished and b.finished):
         _say("No metrics to compare: both runs must be finished.")
         return
 
-    _show_pairs("Protocol", found.refusals, "The same protocol and equal bits per image: the two may be ranked.")
-    if found.refusals:
-        _say(f"The two must not be ranked against each other: they differ in {', '.join(found.refusals)}.")
-    stdout.print(metric_table(found.changes))
-    if found.wins:
-        each = f"% of {found.images} images by"
-        shares = [f"{100 * share:.0f} {each} {METRICS[name].label}" for name, share in found.wins.items()]
+    table = frame([a, b])
+    refusals = differing(table[:1], table[1:])
+    _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
+    if refusals:
+        _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
+    ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
+    if environment.keys() & {"processor", "threads"}:
+        ranked -= set(CLOCKED)
+    stdout.print(metric_table(table, ranked))
+    if ranked and (shares := _wins(a.per_image(), b.per_image())):
         _say(f"B better on {', '.join(shares)}.")
 
 
-def metric_table(changes: list[Change]) -> Table:
-    """A row per metric that both runs have, with a word on B where the two may be ranked."""
+def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
+    """A row per metric that both rows of a frame have, with a word on the second where it may be ``ranked``."""
     shown = Table(title="Metrics", title_justify="left", box=box.SIMPLE_HEAD)
     shown.add_column("metric", no_wrap=True)
     for heading in ("A", "B", "B - A", "change"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("B is")
-    words = {"better": "[green]better[/]", "worse": "[red]worse[/]", "equal": "equal", "": "–"}
-    for metric, a, b, verdict in changes:
-        numbers = [f"{value:{metric.form}}" for value in (a, b)] + [f"{b - a:+{metric.form}}"]
+    for name, (a, b) in table[list(METRICS)].dropna(axis=1).items():
+        metric = METRICS[name]
+        texts = [f"{value:{metric.form}}" for value in (a, b)]
+        if name not in ranked:
+            verdict = "–"
+        elif texts[0] == texts[1]:
+            verdict = "equal"
+        else:
+            verdict = "[green]better[/]" if (b < a) == (metric.better == "lower") else "[red]worse[/]"
         change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
-        shown.add_row(f"{metric.label} {metric.arrow}", *numbers, change, words[verdict])
+        shown.add_row(f"{metric.label} {metric.arrow}", *texts, f"{b - a:+{metric.form}}", change, verdict)
     return shown
+
+
+def _wins(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
+    """By each metric that has scores per image, (N,), on how many of them B is better, in words."""
+    shares = []
+    for name, metric in METRICS.items():
+        if name in a and name in b:
+            won = b[name] < a[name] if metric.better == "lower" else b[name] > a[name]
+            shares.append(f"{100 * won.mean():.0f} % of {len(won)} images by {metric.label}")
+    return shares
+
+
+def _unequal(a: dict[str, Any], b: dict[str, Any]) -> Pairs:
+    pairs = {name: (a.get(name), b.get(name)) for name in {**a, **b}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    versions = environment.get("versions", {})
+    rest = {name: value for name, value in environment.items() if name != "versions"}
+    return rest | {f"versions.{name}": version for name, version in versions.items()}
 
 
 def _show_pairs(title: str, pairs: Pairs, otherwise: str) -> None:

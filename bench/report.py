@@ -7,8 +7,6 @@
 Rows are ranked within a block only: equal protocol and equal bits per image. The same runs give the same report.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

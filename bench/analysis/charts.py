@@ -4,44 +4,26 @@ Only rows that were measured the same way share a picture, and only rows of equa
 drawn per protocol or per block (see ``bench.analysis.frames``). A chart that the rows cannot fill is not made.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.files import atomic_path
 
-from .frames import CLOCKED, METRICS, PRIOR_METRICS, machines, main_metric, protocols, settings, summary
+from . import looks
+from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
 from .galleries import learning_curves, reconstructions, samples
-from .looks import (
-    BITS,
-    PRIOR_MARKERS,
-    TEXT,
-    Drawing,
-    add_legend,
-    brief,
-    is_number,
-    label_of,
-    look_of,
-    new_figure,
-    new_panels,
-    places_of,
-    plain_log,
-    scale_x,
-)
+from .looks import BITS, Drawing, brief, is_number, label_of, look_of
 from .slices import Scope, block_scopes, controlled, counted, key_metrics, protocol_scopes, usual
 
 STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in a folder's name is no formula
@@ -70,13 +52,8 @@ def draw(
     ``parameter`` with its ``importance``, which sums to 1 within a backbone. Returns the charts in reading order; none
     for rows without scores. Equal rows give equal bytes. Raises OSError where ``folder`` cannot be written.
     """
-    charts = []
     with matplotlib.rc_context(STYLE):
-        for drawing in _drawings(table.reset_index(drop=True), importances, priors):
-            path = folder / f"{drawing.name}.png"
-            _save(drawing, path)
-            charts.append(Chart(drawing.name, drawing.title, drawing.caption, path))
-    return charts
+        return [_saved(drawing, folder) for drawing in _drawings(table.reset_index(drop=True), importances, priors)]
 
 
 def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.DataFrame | None) -> Iterator[Drawing]:
@@ -95,34 +72,36 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.
         yield importance(importances)
 
 
-def _save(drawing: Drawing, path: Path) -> None:
-    """Writes the PNG at ``path`` and the SVG beside it."""
-    figure = drawing.figure
-    figure.suptitle(textwrap.fill(drawing.title, 80), x=0.01, ha="left", fontsize=10)
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
+def _saved(drawing: Drawing, folder: Path) -> Chart:
+    """Writes PNG and SVG into ``folder``."""
+    name, title, caption, figure = drawing
+    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", fontsize=10)
+    with atomic_path(folder / f"{name}.png") as temporary:
+        figure.canvas.print_png(temporary, metadata={"Software": None})
     figure.set_layout_engine("none")  # once is enough
-    with atomic_path(path.with_name(f"{drawing.name}.svg")) as temporary:
-        FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
+    with atomic_path(folder / f"{name}.svg") as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return Chart(name, title, caption, folder / f"{name}.png")
 
 
-def _against(
-    name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: dict[str, dict[str, Any]] | None = None
-) -> Figure:
+def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: looks.Entries) -> Figure:
     """One axes per metric: runs as points against column ``name``, with ``means`` also their mean per backbone and
     value, joined within each of ``lines``, and k-means on patches. ``more``: further entries of the legend."""
     rows = pd.concat(lines)
-    x, dodge = places_of(rows[name]), 0.0 if is_number(rows[name]) else 0.12
-    figure, panels = new_panels(len(metrics))
-    references = {}
+    x, dodge = looks.places_of(rows[name]), 0.0 if is_number(rows[name]) else 0.12
+    figure, panels = looks.new_panels(len(metrics))
+    entries = dict(more)
     for axes, metric in zip(panels, metrics, strict=True):
         for line in lines:
             _series(axes, line, x, metric, means, dodge)
-            if means and _reference(axes, line, x, metric):
-                references = {"k-means on patches": REFERENCE}
-        scale_x(axes, rows[name], name)
+            reference = f"{metric}_kmeans"
+            if means and reference in line and line[reference].notna().any():
+                mean = line[reference].groupby(x[line.index]).mean()
+                axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
+                entries = {"k-means on patches": REFERENCE} | more
+        looks.scale_x(axes, rows[name], name)
         axes.set_ylabel(label_of(metric))
-    add_legend(figure, list(rows.backbone.unique()), references | (more or {}))
+    looks.add_legend(figure, list(rows.backbone.unique()), entries)
     return figure
 
 
@@ -143,16 +122,6 @@ def _series(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str, means: bo
             axes.fill_between(mean.index, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _reference(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str) -> bool:
-    """K-means on patches at the same bits, where it was scored. Tells whether it was."""
-    name = f"{metric}_kmeans"
-    if name not in rows or rows[name].isna().all():
-        return False
-    mean = rows[name].groupby(x[rows.index]).mean()
-    axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
-    return True
-
-
 def sweeps(scope: Scope) -> Iterator[Drawing]:
     """``sweep_FIELD``: key metrics against each swept setting, the others fixed.
 
@@ -166,10 +135,11 @@ def sweeps(scope: Scope) -> Iterator[Drawing]:
         rows = rows[rows[field].notna()]
         if rows[field].nunique() < 2:
             continue
-        figure = _against(field, [rows], key_metrics(rows), means=alone)
-        shape = "Line and band" if is_number(rows[field]) else "Marker and bar"
-        caption = f"{shape}: mean ± standard deviation over seeds. {counted(scope, rows, [field], fixed)}"
-        if not alone:
+        figure = _against(field, [rows], key_metrics(rows), alone, {})
+        if alone:
+            shape = "Line and band" if is_number(rows[field]) else "Marker and bar"
+            caption = f"{shape}: mean ± standard deviation over seeds. {counted(scope, rows, [field], fixed)}"
+        else:
             caption = f"All {len(rows)} scored runs. The other settings vary too: this one's own effect does not show."
         if field in BITS:
             caption += " The bits of an image differ along the axis."
@@ -193,15 +163,14 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
             [f"{m:{form}}" + (f"\n±{s:{form}}" if s == s else "") for m, s in zip(*pair, strict=True)]
             for pair in zip(mean.to_numpy(), std.to_numpy(), strict=True)
         ]
-        figure = new_figure(1.1 + 0.45 * len(mean))
+        figure = looks.new_figure(1.1 + 0.45 * len(mean))
         axes = figure.subplots()
-        lower = METRICS[metric].better == "lower"
         sns.heatmap(
             mean.set_axis([brief(value) for value in mean.columns], axis=1),
             annot=np.array(words),
             fmt="",
-            annot_kws={"fontsize": TEXT},
-            cmap="viridis_r" if lower else "viridis",
+            annot_kws={"fontsize": looks.TEXT},
+            cmap="viridis_r" if METRICS[metric].better == "lower" else "viridis",
             cbar_kws={"label": f"{label_of(metric)}\nyellow is best", "format": f"{{x:{form}}}"},
             linewidths=1,
             ax=axes,
@@ -219,17 +188,17 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
 def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     """``rate_distortion``: metrics against bits per pixel; where K is swept, one line per grid size."""
     rows, fixed = controlled(scope.rows, list(BITS))
-    coded = rows[rows.coded_bits_per_pixel.notna()] if "coded_bits_per_pixel" in rows else rows.iloc[:0]
+    coded = rows.dropna(subset="coded_bits_per_pixel") if "coded_bits_per_pixel" in rows else rows.iloc[:0]
     if rows.bits_per_pixel.nunique() < 2 and coded.empty:
         return
     per_grid = rows.groupby("grid_size").codebook_size.nunique().max() > 1
     lines = [line for _, line in rows.groupby("grid_size")] if per_grid else [rows]
     metrics = [metric for metric in key_metrics(rows) if metric != "perplexity"]
     hollow = {"marker": "o", "color": "0.4", "markerfacecolor": "white", "linestyle": ":", "linewidth": 0.8}
-    more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else None
-    figure = _against("bits_per_pixel", lines, metrics, means=True, more=more)
+    more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else {}
+    figure = _against("bits_per_pixel", lines, metrics, True, more)
     if len(coded):
-        _entropy_coded(figure, rows, metrics)
+        _entropy_coded(figure, rows, coded, metrics)
     joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
     caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
     if len(coded):
@@ -237,10 +206,11 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     yield Drawing("rate_distortion", "Rate and distortion", caption, figure)
 
 
-def _entropy_coded(figure: Figure, rows: pd.DataFrame, metrics: list[str]) -> None:
-    """Adds to ``rate_distortion`` where each mean moves when codes are sent at the rate of their best prior."""
-    groups = rows[rows.coded_bits_per_pixel.notna()].groupby(["backbone", "bits_per_pixel"])
-    means = groups[["coded_bits_per_pixel", *metrics]].mean().reset_index()
+def _entropy_coded(figure: Figure, rows: pd.DataFrame, coded: pd.DataFrame, metrics: list[str]) -> None:
+    """Adds to ``rate_distortion`` where each mean of ``coded`` moves when codes are sent at the rate of their best
+    prior."""
+    names = ["coded_bits_per_pixel", *metrics]
+    means = coded.groupby(["backbone", "bits_per_pixel"])[names].mean().reset_index()
     means = means[means.coded_bits_per_pixel > 0]  # one code in all takes none, and the axis is logarithmic
     if means.empty:
         return
@@ -251,7 +221,7 @@ def _entropy_coded(figure: Figure, rows: pd.DataFrame, metrics: list[str]) -> No
             axes.plot(*at, color=look["color"], linewidth=0.8, linestyle=":", zorder=1)
             axes.plot(*(ends[:1] for ends in at), linestyle="none", markersize=5, markerfacecolor="white", **look)
         rates = pd.concat([rows.bits_per_pixel, means.coded_bits_per_pixel.nsmallest(1)], ignore_index=True)
-        scale_x(axes, rates, "bits_per_pixel")
+        looks.scale_x(axes, rates, "bits_per_pixel")
         low, high = rates.min(), max(rates.max(), means.coded_bits_per_pixel.max())
         axes.set_xlim(low / (high / low) ** 0.1 / 1.05, high * (high / low) ** 0.1 * 1.05)
 
@@ -262,23 +232,23 @@ def generation(rows: pd.DataFrame, known: int) -> Iterator[Drawing]:
     metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
     names = ["coded_bits_per_pixel", *metrics, *(f"{metric}_real" for metric in metrics)]
     means = rows.groupby(["backbone", "prior", "grid_size", "codebook_size"])[names].mean().reset_index()
-    figure, panels = new_panels(len(metrics))
+    figure, panels = looks.new_panels(len(metrics))
     rates = rows.coded_bits_per_pixel
     for axes, metric in zip(panels, metrics, strict=True):
         for (backbone, prior), line in means.groupby(["backbone", "prior"]):
-            look = {"color": look_of(backbone)["color"], "marker": PRIOR_MARKERS.get(prior, "p")}
+            look = {"color": look_of(backbone)["color"], "marker": looks.PRIOR_MARKERS.get(prior, "p")}
             axes.plot(line.coded_bits_per_pixel, line[metric], markersize=5, linewidth=0.9, alpha=0.9, **look)
         for backbone, height in means.groupby("backbone")[f"{metric}_real"].min().items():
             axes.axhline(height, color=look_of(backbone)["color"], linewidth=0.8, linestyle=":", zorder=0)
         if rates.max() > 4 * rates.min():
             axes.set_xscale("log")
-            plain_log(axes.xaxis)
+            looks.plain_log(axes.xaxis)
         axes.set(xlabel="bits per pixel under the prior ↓", ylabel=f"{PRIOR_METRICS[metric].label} ↓")
-    looks = {name: {"color": look_of(name)["color"], "linewidth": 3} for name in sorted(rows.backbone.unique())}
+    entries = {name: {"color": look_of(name)["color"], "linewidth": 3} for name in sorted(rows.backbone.unique())}
     grey = {"color": "0.35", "linestyle": "none", "markersize": 5}
-    looks |= {name: {"marker": PRIOR_MARKERS.get(name, "p"), **grey} for name in sorted(rows.prior.unique())}
-    looks["real codes"] = {"color": "0.4", "linestyle": ":", "linewidth": 0.8}
-    add_legend(figure, [], looks)
+    entries |= {name: {"marker": looks.PRIOR_MARKERS.get(name, "p"), **grey} for name in sorted(rows.prior.unique())}
+    entries["real codes"] = {"color": "0.4", "linestyle": ":", "linewidth": 0.8}
+    looks.add_legend(figure, [], entries)
     first = rows.iloc[0]
     count = f"{len(rows)} priors" if len(rows) == known else f"{len(rows)} of {known} priors, those with equal settings"
     caption = (
@@ -302,21 +272,20 @@ def pareto(cost: pd.Series, score: pd.Series) -> pd.Series:
 
 def cost(scope: Scope) -> Iterator[Drawing]:
     """``cost``: the main metric against what a tokenizer costs; clocked costs only if one machine made all rows."""
-    metric = main_metric(scope.rows)
+    metric, varied = main_metric(scope.rows), settings(scope.rows)
     table = summary(scope.rows)
     costs = ("params", "flops", "train_seconds", "images_per_second_decode")
-    scored = [name for name in costs if scope.rows[name].notna().any()]
+    scored = [name for name in costs if name in table]
     names = [name for name in scored if machines(scope.rows) == 1 or name not in CLOCKED]
     if len(table) < 2 or not names:
         return
-    varied = settings(scope.rows)
-    figure, panels = new_panels(len(names))
+    figure, panels = looks.new_panels(len(names))
     for axes, name in zip(panels, names, strict=True):
         known = table.dropna(subset=[name, metric])
-        _cost_panel(axes, known, name, metric)
+        front = _cost_panel(axes, known, name, metric)
         if len(varied) == 1:  # words for several would not fit beside a ring
-            _name_front(axes, known, name, metric, varied[0])
-    add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
+            _name_front(axes, front, name, metric, varied[0])
+    looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
     caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
     caption += f"Beside the rings: {label_of(varied[0])}. " if len(varied) == 1 else ""
     if len(names) < len(scored):
@@ -325,54 +294,49 @@ def cost(scope: Scope) -> Iterator[Drawing]:
     yield Drawing("cost", f"{METRICS[metric].label} against cost", caption, figure)
 
 
-def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> None:
-    """Means with error bars, and the Pareto front as steps through ringed points."""
+def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
+    """Means with error bars, and the Pareto front as steps through ringed points. Returns the rows on the front."""
     style = {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
     for backbone, own in table.groupby("backbone"):
         axes.errorbar(own[name], own[metric], yerr=own[f"{metric}_std"], **style, **look_of(backbone))
-    front = _front(table, name, metric)
+    cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
+    front = best_first(table[pareto(cost, score)], name)
     axes.plot(front[name], front[metric], color="0.3", linewidth=1, drawstyle="steps-post", zorder=1)
     axes.scatter(front[name], front[metric], s=80, facecolors="none", edgecolors="0.3", linewidths=1, zorder=3)
     if table[name].min() > 0 and table[name].max() >= 3 * table[name].min():
         axes.set_xscale("log")
-        plain_log(axes.xaxis)
+        looks.plain_log(axes.xaxis)
     else:  # so narrow that a logarithm looks the same and has no round ticks
         axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(0.2)
     axes.set(xlabel=label_of(name), ylabel=label_of(metric))
+    return front
 
 
-def _name_front(axes: Axes, table: pd.DataFrame, name: str, metric: str, setting: str) -> None:
+def _name_front(axes: Axes, front: pd.DataFrame, name: str, metric: str, setting: str) -> None:
     """Writes the value of ``setting`` beside each ring, on its cheaper and better side, where no other point can be."""
     right, up = METRICS[name].better == "higher", METRICS[metric].better == "higher"
     offset = (5 if right else -5, 5 if up else -5)
-    style = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "fontsize": TEXT}
-    for _, row in _front(table, name, metric).iterrows():
+    style = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "fontsize": looks.TEXT}
+    for _, row in front.iterrows():
         axes.annotate(brief(row[setting]), (row[name], row[metric]), offset, textcoords="offset points", **style)
-
-
-def _front(table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
-    """The rows on the Pareto front, cheapest first."""
-    cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
-    return table[pareto(cost, score)].sort_values(name, ascending=METRICS[name].better == "lower")
 
 
 def importance(importances: pd.DataFrame) -> Drawing:
     """``importance``: how much each setting matters, per backbone, largest on top."""
-    order = importances.groupby("parameter").importance.mean().sort_values(ascending=False).index
-    backbones = sorted(importances.backbone.unique())
-    figure = new_figure(1.1 + 0.14 * len(order) * (len(backbones) + 1))
+    shares = importances.pivot(index="parameter", columns="backbone", values="importance")
+    shares = shares.loc[shares.mean(axis=1).sort_values(ascending=False).index]
+    figure = looks.new_figure(1.1 + 0.14 * len(shares) * (len(shares.columns) + 1))
     axes = figure.subplots()
-    thick = 0.8 / len(backbones)
-    for i, backbone in enumerate(backbones):
-        own = importances[importances.backbone == backbone].groupby("parameter").importance.mean().reindex(order)
-        axes.barh(np.arange(len(order)) + (i + 0.5) * thick - 0.4, own, 0.9 * thick, color=look_of(backbone)["color"])
-    axes.set_yticks(range(len(order)), [label_of(name) for name in order])
+    thick = 0.8 / len(shares.columns)
+    for i, (backbone, own) in enumerate(shares.items()):
+        axes.barh(np.arange(len(own)) + (i + 0.5) * thick - 0.4, own, 0.9 * thick, color=look_of(backbone)["color"])
+    axes.set_yticks(range(len(shares)), map(label_of, shares.index))
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlabel("importance (share within a backbone)")
-    add_legend(figure, backbones, {})
+    looks.add_legend(figure, list(shares), {})
     caption = "How much of the variation between runs each setting, or the seed, explains: shares within a backbone."
     return Drawing("importance", "Which settings matter", caption, figure)
 

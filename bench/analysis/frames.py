@@ -4,8 +4,6 @@ One row per run; a column has the name of its Config field or metric. Rows are r
 and equal bits per image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields
@@ -22,16 +20,10 @@ from bench.tokenizers import costs
 from bench.tokenizers.config import Config
 
 # In the order of tables. Described where they are computed: scores of reconstructions, and costs
-METRICS: dict[str, Metric] = {
-    **{name: metric for evaluator in EVALUATORS for name, metric in evaluator.METRICS.items()},
-    **costs.METRICS,
-}
+METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
-CLOCKED = (
-    *("images_per_second_encode", "images_per_second_decode"),
-    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
-)
+CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
 REFERENCES = ("_kmeans", "_real", "_shuffled")  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
@@ -39,8 +31,8 @@ UNMATCHED = "†"
 CONFIG = tuple(field.name for field in fields(Config))
 PRIOR_CONFIG = tuple(field.name for field in fields(PriorConfig))
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
-# Config fields that say who ran, not what was set: never a setting whose values a table lists.
-IDENTITY = ("backbone", "seed", "device", "precision", "data", "image_size")
+# Fields that say who ran, not what was set: never a setting whose values a table lists.
+IDENTITY = ("backbone", "prior", "tokenizer", "seed", "device", "precision", "data", "image_size")
 
 
 class Kind(NamedTuple):
@@ -56,9 +48,9 @@ class Kind(NamedTuple):
 
 def _tokenizer_row(run: Run) -> dict[str, Any]:
     config = {**DEFAULTS, **run.config()}
-    bits = config["grid_size"] ** 2 * math.log2(config["codebook_size"])
-    config |= {"tokens": config["grid_size"] ** 2, "bits_per_image": bits}
-    return {**config, "bits_per_pixel": bits / config["image_size"] ** 2}
+    tokens = config["grid_size"] ** 2
+    bits = tokens * math.log2(config["codebook_size"])
+    return {**config, "tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config["image_size"] ** 2}
 
 
 def _prior_row(run: Run) -> dict[str, Any]:
@@ -70,10 +62,14 @@ def _renamed(name: str) -> str:
     return f"tokenizer_{name}" if name in PRIOR_CONFIG else name
 
 
+def _settings(fields: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in fields if name.removeprefix("tokenizer_") not in IDENTITY)
+
+
 TOKENIZER = Kind(
     row=_tokenizer_row,
     fields=CONFIG,
-    settings=tuple(name for name in CONFIG if name not in IDENTITY),
+    settings=_settings(CONFIG),
     models=("backbone",),
     metrics=METRICS,
     environment=("commit", "processor", "threads"),
@@ -82,11 +78,7 @@ _RENAMED = tuple(map(_renamed, CONFIG))
 PRIOR = Kind(
     row=_prior_row,
     fields=(*PRIOR_CONFIG, *_RENAMED),
-    settings=tuple(
-        name
-        for name in sorted((*_RENAMED, *PRIOR_CONFIG), key=lambda name: name.startswith("tokenizer_"))
-        if name.removeprefix("tokenizer_") not in ("tokenizer", "prior", *IDENTITY)
-    ),
+    settings=_settings(sorted((*_RENAMED, *PRIOR_CONFIG), key=lambda name: name.startswith("tokenizer_"))),
     models=("backbone", "prior"),
     metrics=PRIOR_METRICS,
     environment=("processor", "threads"),
@@ -130,19 +122,17 @@ def _row(run: Run, kind: Kind) -> dict[str, Any]:
 def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:
     """``table`` with what its codes cost under the best of ``priors`` over them: ``coded_bits_per_image`` and
     ``coded_bits_per_pixel``, missing where there is none."""
-    names = ["coded_bits_per_image", "coded_bits_per_pixel"]
-    least = priors.groupby("tokenizer")[names].min().astype(float)
+    least = priors.groupby("tokenizer")[["coded_bits_per_image", "coded_bits_per_pixel"]].min().astype(float)
     return table.join(least, on="run_id")
 
 
 def protocols(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Finished rows of ``table``, split into groups that were measured the same way, largest group first."""
     finished = table[table.status == "finished"]
-    names = [name for name in finished if name.startswith("protocol_")]
     if finished.empty:
         return []
-    groups = [group for _, group in finished.groupby(names, dropna=False, sort=False)]
-    return sorted(groups, key=len, reverse=True)
+    groups = finished.groupby(list(finished.filter(like="protocol_")), dropna=False, sort=False)
+    return sorted((group for _, group in groups), key=len, reverse=True)
 
 
 def blocks(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -155,13 +145,12 @@ def blocks(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 def differing(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, tuple[Any, Any]]:
     """Why two blocks are not ranked against each other: field → (value in ``a``, value in ``b``)."""
-    names = [name for name in a if name.startswith("protocol_")] + ["bits_per_image"]
-    pairs = {name: (a[name].iloc[0], b[name].iloc[0]) for name in names}
-    return {
-        name.removeprefix("protocol_"): pair
-        for name, pair in pairs.items()
-        if pair[0] != pair[1] and not all(pd.isna(value) for value in pair)
-    }
+    found = {}
+    for name in [*a.filter(like="protocol_"), "bits_per_image"]:
+        pair = a[name].iloc[0], b[name].iloc[0]
+        if pair[0] != pair[1] and not all(map(pd.isna, pair)):
+            found[name.removeprefix("protocol_")] = pair
+    return found
 
 
 def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
@@ -175,16 +164,15 @@ def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
 def uneven(table: pd.DataFrame) -> list[str]:
     """Config fields that are fixed within each backbone but differ from one backbone to another, such as width."""
     swept = settings(table)
-    names = [name for name in TOKENIZER.settings if name not in swept]
-    return [name for name in names if table[name].nunique(dropna=False) > 1]
+    return [name for name in TOKENIZER.settings if name not in swept and table[name].nunique(dropna=False) > 1]
 
 
 def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kind = TOKENIZER) -> pd.DataFrame:
     """Mean and spread over seeds: one row per model and setting of a block.
 
     Columns: ``backbone``, the settings, of priors ``prior``, ``n`` (scored seeds), ``failed`` (rows of ``unscored``
-    with the block's data, image size and bits, whether the same setting was ever scored or not), and per metric
-    ``METRIC`` (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
+    with the block's data, image size and bits, of settings without a score, too), and per metric ``METRIC`` (mean) and
+    ``METRIC_std`` (sample standard deviation; missing when n is 1).
     """
     failed = block.iloc[:0]
     if unscored is not None and len(unscored):
@@ -210,6 +198,11 @@ def main_metric(table: pd.DataFrame) -> str:
     trained_on = (scored.lpips_weight > 0) & (scored.lpips_net == "alex")
     names = ("lpips_vgg", "lpips_alex") if trained_on.any() else ("lpips_alex", "lpips_vgg")
     return next((name for name in names if scored[name].notna().any()), "psnr")
+
+
+def best_first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """``rows`` in order of ``metric``."""
+    return rows.sort_values(metric, ascending=METRICS[metric].better == "lower", kind="stable")
 
 
 def machines(table: pd.DataFrame) -> int:

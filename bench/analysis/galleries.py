@@ -1,7 +1,6 @@
 """Charts of what runs kept beside their scores: how they learned, what they reconstruct, what priors generate."""
 
-from __future__ import annotations
-
+import itertools
 import math
 import zipfile
 import zlib
@@ -16,24 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bench.core.plots import tile
 from bench.core.store import FAILURES, Run
 
-from .frames import METRICS, main_metric
-from .looks import (
-    BITS,
-    Drawing,
-    add_legend,
-    brief,
-    is_number,
-    label_of,
-    levels_of,
-    look_of,
-    new_figure,
-    picture_rows,
-    plain_log,
-)
-from .slices import Scope, best_first, first_sweep, representative
+from . import looks
+from .frames import METRICS, best_first, main_metric
+from .looks import BITS, Drawing, brief, is_number, label_of, look_of
+from .slices import Scope, first_sweep, representative
 
 HUES = 8  # values of one setting among learning curves and pictures
 CURVE_SEEDS, CURVES, CURVE_POINTS = 5, 150, 60  # seeds of one setting; runs in all; points of one run
@@ -48,8 +35,9 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
     """
     stopped = scope.unscored[scope.unscored.status.isin(FAILURES)]
     field, rows, words = first_sweep(pd.concat([scope.rows, stopped], ignore_index=True))
-    values = levels_of(rows[field or "backbone"], HUES)
-    rows = rows[rows[field or "backbone"].isin(values)]
+    by = field or "backbone"
+    values = looks.levels_of(rows[by], HUES)
+    rows = rows[rows[by].isin(values)]
     setting = ["backbone", field] if field else ["backbone"]
     seeds = max(1, min(CURVE_SEEDS, CURVES // rows.groupby(setting).ngroups))
     rows = rows.sort_values("seed", kind="stable").groupby(setting).head(seeds)
@@ -57,17 +45,17 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
     known = [name for name in QUANTITIES if any(name in curve for curve in curves.values())]
     if not known:
         return
-    ramp = sns.color_palette("viridis" if is_number(rows[field or "backbone"]) else "Dark2", len(values) + 1)
+    ramp = sns.color_palette("viridis" if is_number(rows[by]) else "Dark2", len(values) + 1)
     colours = {value: ramp[i] if field else look_of(value)["color"] for i, value in enumerate(values)}
     figure, grid = _curve_axes(known, sorted(rows.backbone.unique()) if field else [""])
     for (quantity, backbone), axes in grid.items():
         shown = rows[rows.backbone == backbone] if backbone else rows
-        for value, runs in shown.groupby(field or "backbone"):
+        for value, runs in shown.groupby(by):
             _curves(axes, runs, curves, quantity, colours[value])
     lines = {brief(value): {"color": colours[value]} for value in values}  # without viridis' last: too faint a yellow
     if (rows.status != "finished").any():
         lines["stopped"] = {"color": "0.3", "linestyle": "--", "marker": "x", "markersize": 5}
-    add_legend(figure, [], lines, title=label_of(field) if field else None)
+    looks.add_legend(figure, [], lines, title=label_of(field) if field else None)
     caption = f"Thin: {len(rows)} of {len(scope.rows) + len(stopped)} runs, at most {seeds} seeds of a setting{words}, "
     caption += f"averaged to {CURVE_POINTS} points; bold: mean over finished seeds."
     if field and len(values) < scope.rows[field].nunique():
@@ -86,18 +74,18 @@ def _history(folder: str) -> pd.DataFrame:
 
 
 def _curve_axes(quantities: list[str], names: list[str]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """One axes per quantity and column of ``names``; without names, the quantities side by side."""
+    """One axes per quantity, as rows, and column of ``names``; for the single name "", the quantities side by side."""
     if names == [""]:
-        figure = new_figure(2.9)
+        figure = looks.new_figure(2.9)
         panels = figure.subplots(1, len(quantities), squeeze=False).T
     else:
-        figure = new_figure(0.8 + 1.7 * len(quantities))
+        figure = looks.new_figure(0.8 + 1.7 * len(quantities))
         panels = figure.subplots(len(quantities), len(names), squeeze=False, sharex="col", sharey="row")
     grid = {(quantity, name): panels[i, j] for i, quantity in enumerate(quantities) for j, name in enumerate(names)}
     for (quantity, name), axes in grid.items():
         if quantity != "perplexity":
             axes.set_yscale("log")
-            plain_log(axes.yaxis)
+            looks.plain_log(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if name == names[0]:
@@ -136,16 +124,17 @@ def reconstructions(scope: Scope) -> Iterator[Drawing]:
     if field:
         metric = main_metric(rows)
         best = best_first(rows.groupby("backbone")[[metric]].mean(), metric).index[0]
-        rows = rows[(rows.backbone == best) & rows[field].isin(levels_of(rows[field], HUES))]
+        rows = rows[(rows.backbone == best) & rows[field].isin(looks.levels_of(rows[field], HUES))]
         title = f"Reconstructions by {label_of(field)}, {best}"
         yield from _gallery(rows, words, field, f"reconstructions_{field}", title)
 
 
 def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> Iterator[Drawing]:
     """Originals, then a row of reconstructions per value of ``by``: of its lowest seed that kept samples of them."""
-    seeds = [own.iterrows() for _, own in rows.sort_values("seed", kind="stable").groupby(by)]
-    kept = [next(((row, *pair) for _, row in own if (pair := _kept(row.folder, "x", "x_hat"))), None) for own in seeds]
-    kept = [found for found in kept if found]
+    kept = []
+    for _, own in rows.sort_values("seed", kind="stable").groupby(by):
+        found = ((row, *pair) for _, row in own.iterrows() if (pair := _kept(row.folder, "x", "x_hat")))
+        kept += itertools.islice(found, 1)
     same = [found for found in kept if np.array_equal(found[1], kept[0][1])]
     if not same:
         return
@@ -154,8 +143,7 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
     for row, _, _ in same:
         scores = [f"{METRICS[metric].label} {row[metric]:{METRICS[metric].form}}" for metric in metrics]
         labels.append("\n".join([row.backbone if by == "backbone" else f"{label_of(by)} = {brief(row[by])}", *scores]))
-    picture = tile([same[0][1], *(x_hat for _, _, x_hat in same)], scale=max(1, 128 // same[0][1].shape[1]))
-    figure = picture_rows(picture, labels)
+    figure = looks.picture_rows([same[0][1], *(x_hat for _, _, x_hat in same)], labels)
     caption = f"One run per row, the lowest seed{words}; scores are means over the whole validation set."
     if by in BITS:
         caption += " The bits of an image differ between rows."
@@ -172,10 +160,12 @@ def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
     if not kept:
         return
     labels = [f"{row.prior}\nover {row.backbone}\n{row.coded_bits_per_token:.2f} bits" for row, _ in kept]
-    picture = tile([images for _, (images,) in kept], scale=max(1, 128 // kept[0][1][0].shape[1]))
-    caption = f"One prior per row, of seed {kept[0][0].seed}, at the grid of {kept[0][0].grid_size}×"
-    caption += f"{kept[0][0].grid_size} codes, lowest rate first; bits per token. Samples are not chosen."
-    yield Drawing("samples", "Samples", caption, picture_rows(picture, labels))
+    figure = looks.picture_rows([images for _, (images,) in kept], labels)
+    seed, grid = kept[0][0][["seed", "grid_size"]]
+    caption = (
+        f"One prior per row, of seed {seed}, at the grid of {grid}×{grid} codes, lowest rate first; bits per token."
+    )
+    yield Drawing("samples", "Samples", f"{caption} Samples are not chosen.", figure)
 
 
 def _kept(folder: str, *names: str) -> list[np.ndarray]:

@@ -1,7 +1,5 @@
 """What charts look like: figures, the colour and marker of each backbone, labels, axes and legends."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -14,10 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-from PIL.Image import Image
 
 from backbones import BACKBONES
-from bench.core.plots import label_rows
+from bench.core.plots import label_rows, tile
 from bench.priors.models import PRIORS
 
 from .frames import METRICS
@@ -34,6 +31,8 @@ FIELD_LABELS = {"beta": "β", "codebook_size": "K", "grid_size": "grid size", "c
 PALETTE = dict(zip(sorted(BACKBONES), sns.color_palette("colorblind", len(BACKBONES)).as_hex(), strict=True))
 PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
 MARKERS = {name: "osD^vP*X"[i % 8] for i, name in enumerate(sorted(BACKBONES))}
+
+Entries = dict[str, dict[str, Any]]  # of a legend: how each label's line looks
 
 
 class Drawing(NamedTuple):
@@ -79,10 +78,7 @@ def new_panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with ``count`` axes, two a row."""
     rows, columns = math.ceil(count / 2), min(2, count)
     figure = new_figure(0.8 + 2.1 * rows)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[count:]:
-        spare.remove()
-    return figure, axes[:count]
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def look_of(backbone: str) -> dict[str, Any]:
@@ -90,9 +86,7 @@ def look_of(backbone: str) -> dict[str, Any]:
     return {"color": PALETTE.get(backbone, "0.25"), "marker": MARKERS.get(backbone, "p")}
 
 
-def add_legend(
-    figure: Figure, backbones: list[str], lines: dict[str, dict[str, Any]], title: str | None = None
-) -> None:
+def add_legend(figure: Figure, backbones: list[str], lines: Entries, title: str | None = None) -> None:
     """Markers of ``backbones`` and ``lines`` by their label, below the axes."""
     looks = {name: {"linestyle": "none", "markersize": 5, **look_of(name)} for name in sorted(backbones)}
     handles = [Line2D([], [], label=label, **look) for label, look in {**looks, **lines}.items()]
@@ -154,8 +148,9 @@ def plain_log(axis: Axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def picture_rows(picture: Image, labels: list[str]) -> Figure:
-    """A figure of ``picture``, rows of tiles with a label each."""
+def picture_rows(rows: list[np.ndarray], labels: list[str]) -> Figure:
+    """A figure of rows of images, each (N, H, W, 3) uint8 with a label."""
+    picture = tile(rows, scale=max(1, 128 // rows[0].shape[1]))
     figure = new_figure(0.4 + min(0.83 * WIDTH * picture.height / picture.width, 1.2 * len(labels)))
     axes = figure.subplots()
     axes.imshow(picture)

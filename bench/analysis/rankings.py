@@ -1,7 +1,5 @@
 """The sheets of a report: which model is best, which blocks are not compared, verdicts, failures, all runs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,21 +9,8 @@ import pandas as pd
 
 from bench.metrics import EVALUATORS
 
-from .frames import (
-    BUDGETS,
-    CLOCKED,
-    METRICS,
-    PRIOR,
-    UNMATCHED,
-    blocks,
-    differing,
-    machines,
-    main_metric,
-    settings,
-    summary,
-    uneven,
-    unmatched,
-)
+from . import frames
+from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, text_of
 
@@ -48,11 +33,11 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     Marked is the best of a column, as shown; not in columns without a better or where all are equal, and in clocked
     ones only when all rows were measured on one machine. ``failed``: runs to be counted beside the scored ones.
     """
-    main = main_metric(block)
-    table = summary(block, failed).sort_values(main, ascending=METRICS[main].better == "lower", kind="stable")
-    by = [*table.columns[: table.columns.get_loc("n")], "n", "failed"]
+    main = frames.main_metric(block)
+    table = best_first(frames.summary(block, failed), main)
+    by = list(table.loc[:, :"failed"])
     names = [name for name in RANKED if name in table]
-    off = unmatched(table)
+    off = frames.unmatched(table)
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
     notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
@@ -65,7 +50,12 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     if nets := trained_on(block):
         notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
     keys = [*by, *names]
-    return Sheet(keys, _ranked(table, by, names, unequal), list(_references(block, keys)), notes, main)
+    references = []
+    for _, group in block.groupby(["grid_size", "codebook_size"]):
+        first = group.iloc[0]
+        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
+        references.append([cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys])
+    return Sheet(keys, _ranked(table, by, names, unequal), references, notes, main)
 
 
 def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Sequence[str]) -> list[list[Cell]]:
@@ -79,14 +69,6 @@ def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Seque
     ]
 
 
-def _references(block: pd.DataFrame, keys: list[str]) -> Iterator[list[Cell]]:
-    """k-means at each grid and K of the block: what the same bits buy without any network."""
-    for _, group in block.groupby(["grid_size", "codebook_size"]):
-        first = group.iloc[0]
-        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
-        yield [cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys]
-
-
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     """Title and ranking of each group of priors over tokenizers that spend equal bits, scored by one protocol; and the
     priors without scores."""
@@ -94,9 +76,8 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
     for block in blocks(finished.assign(bits_per_image=bits)):
         first = block.iloc[0]
-        size = f"{first.image_size}×{first.image_size}"
-        amount = f"{first.bits_per_image:.0f} bits per image before coding"
-        yield f"{first.data} {size}, {amount}, {_sampling(first)}", prior_ranking(block)
+        what = f"{first.data} {first.image_size}×{first.image_size}, {first.bits_per_image:.0f} bits per image"
+        yield f"{what} before coding, {_sampling(first)}", prior_ranking(block)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
 
@@ -105,16 +86,15 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     """Mean ± standard deviation over seeds per backbone, setting and prior of ``block``, the best in gFID first, with
     the rows that bound them."""
     main = "gfid" if "gfid" in block and block.gfid.notna().all() else "gfid_vgg16"
-    table = summary(block, kind=PRIOR).sort_values(main, kind="stable")
-    by = [*table.columns[: table.columns.get_loc("n")], "n"]
+    table = frames.summary(block, kind=frames.PRIOR).sort_values(main, kind="stable")
+    by = list(table.loc[:, :"n"])
     names = [name for name in GENERATED if name in table]
     rows = _ranked(table, by, names, CLOCKED if machines(block) > 1 else ())
     references = []
     for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
         for backbone, own in block.groupby("backbone"):
-            known = {"backbone": backbone, "prior": label}
-            known |= {name: own[f"{name}{suffix}"].mean() for name in names if f"{name}{suffix}" in own}
-            references.append([cell(key, known.get(key)) for key in (*by, *names)])
+            known, means = {"backbone": backbone, "prior": label}, own.filter(like=suffix).mean()
+            references.append([cell(key, known.get(key, means.get(f"{key}{suffix}"))) for key in (*by, *names)])
     first, floor = block.iloc[0], block.coded_bits_per_token_independent
     notes = [
         f"{_sampling(first)}, against all {first.protocol_count:.0f} "
@@ -129,8 +109,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
 
 
 def _sampling(prior: pd.Series) -> str:
-    how = f"{prior.samples} samples, temperature {prior.temperature:g}"
-    return how + (f", top {prior.top_k}" if prior.top_k else "")
+    top = f", top {prior.top_k}" if prior.top_k else ""
+    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}"
 
 
 def protocol_of(block: pd.DataFrame) -> dict[str, str]:
@@ -146,7 +126,7 @@ def _protocol_line(protocol: dict[str, str]) -> str:
 
 
 def _uneven(block: pd.DataFrame) -> list[str]:
-    values = block.groupby("backbone")[uneven(block)].first()
+    values = block.groupby("backbone")[frames.uneven(block)].first()
     each = [f"{name} ({', '.join(f'{who} {text_of(v)}' for who, v in values[name].items())})" for name in values]
     return [f"Not equal across backbones: {', '.join(each)}."] if each else []
 
@@ -161,7 +141,7 @@ def refusals(parts: list[pd.DataFrame]) -> Sheet:
     rows = [
         [Cell(str(number), order=number), *(Cell(text, order=text) for text in (name, _short(its), _short(first)))]
         for number, block in enumerate(parts[1:], 2)
-        for name, (first, its) in differing(parts[0], block).items()
+        for name, (first, its) in frames.differing(parts[0], block).items()
     ]
     return Sheet(["block", "differs in", "its value", "block 1 has"], rows)
 

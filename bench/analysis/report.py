@@ -1,12 +1,11 @@
-"""One report of many runs: tables, charts and verdicts, as a page, as Markdown and as data."""
-
-from __future__ import annotations
+"""One report of many runs: which runs it is about, what it says, and how a page, Markdown and the terminal say it."""
 
 import base64
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,21 +16,58 @@ from rich.table import Table
 from bench.core.errors import UserError
 from bench.core.files import atomic_path
 from bench.core.progress import Bar, say, stdout
-from bench.core.store import Run, Store
+from bench.core.store import FAILURES, Run, Store
 
-from . import charts
-from .charts import Chart
-from .contents import BRIEF, Report, contents, select
-from .frames import CONFIG, METRICS, PRIOR, frame, main_metric, protocols, with_rates
-from .rankings import RANKED
-from .tables import LABELS, Sheet, heading
+from . import charts, frames, rankings
+from .frames import CONFIG, METRICS, PRIOR, frame, main_metric, settings
+from .statistics import COMPARED, backbone_verdicts, setting_verdicts
+from .tables import LABELS, Sheet, heading, text_of
+
+BRIEF = 8  # rows, sentences or names where there is little room
+
+
+class Selection(NamedTuple):
+    """Which runs a report is about, the results folder that it goes to, and the study's JSON where it is one."""
+
+    name: str
+    runs: list[Run]
+    root: Path
+    study: dict[str, Any] | None = None
+
+
+class Block(NamedTuple):
+    """Rows that may be ranked against each other, how they were measured, the settings they share, and verdicts: the
+    main ones as sentences that hold ``within``, the others as sentences, all of them as tables by title."""
+
+    title: str
+    ranking: Sheet
+    protocol: dict[str, str]
+    equal: dict[str, str]
+    within: str
+    headline: list[str]
+    others: list[str]
+    verdicts: dict[str, Sheet]
+
+
+class Report(NamedTuple):
+    """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
+    ``generation``: rankings of priors, with their titles."""
+
+    title: str
+    facts: dict[str, str]
+    blocks: list[Block]
+    refusals: Sheet
+    unscored: Sheet
+    runs: Sheet
+    trained_on: str
+    generation: list[tuple[str, Sheet]]
 
 
 class Written(NamedTuple):
     """What ``write_report`` wrote: the path of report.html, and the charts."""
 
     page: Path
-    charts: list[Chart]
+    charts: list[charts.Chart]
 
 
 def write_report(
@@ -50,16 +86,15 @@ def write_report(
     folder = out or selection.root / "reports" / selection.name
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder with --out")
-    with Bar("reading runs", len(selection.runs)) as bar:
-        table = frame(_counted(selection.runs, bar))
+    table = frame(_watched("reading runs", selection.runs))
     known = {run.folder.name for run in selection.runs}
     priors = frame((run for run in Store(selection.root).priors() if run.config()["tokenizer"] in known), PRIOR)
-    table = with_rates(table, priors) if len(priors) else table
+    table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors)
     figures = []
     if report.blocks:
         say("drawing charts")
-        most = protocols(table)[0]  # scores of several protocols do not mix
+        most = frames.protocols(table)[0]  # scores of several protocols do not mix
         shares = importances(most, main_metric(most)) if importances else None
         figures = charts.draw(table, folder / "plots", shares, priors)
     for old in (folder / "plots").glob("*.*"):
@@ -77,10 +112,125 @@ def write_report(
     return Written(folder / "report.html", figures)
 
 
-def _counted(runs: list[Run], bar: Bar) -> Iterator[Run]:
-    for run in runs:
-        yield run
-        bar.advance()
+def _watched(label: str, items: list[Any]) -> Iterator[Any]:
+    """``items``, counted by a bar."""
+    with Bar(label, len(items)) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def select(names: Sequence[str], results: Path) -> Selection:
+    """The runs that ``names`` mean: studies (NAME or the path of its json), run folders, run ids or results folders.
+
+    Nothing named means every run below ``results``. Raises UserError on a name that is none of these, and when there
+    are no runs.
+    """
+    found = [_find(name, results) for name in names] or [Selection("all", Store(results).runs(), results)]
+    runs = {run.folder.resolve(): run for part in found for run in part.runs}
+    ordered = [runs[folder] for folder in sorted(runs)]
+    selection = found[0]._replace(runs=ordered) if len(found) == 1 else Selection("selection", ordered, results)
+    if not selection.runs:
+        what = f" of study {selection.name}" if selection.study else ""
+        raise UserError(f"no runs{what} below {selection.root / 'runs'}; start with python -m bench.run")
+    return selection
+
+
+def _find(name: str, results: Path) -> Selection:
+    path, store = Path(name), Store(results)
+    if name in store.studies():
+        return _study(store, name)
+    if path.suffix == ".json" and path.is_file():
+        return _study(Store(path.resolve().parent.parent), path.stem)
+    for run in (Run(path), store.named(name)):
+        if (run.folder / "config.json").is_file():
+            return Selection("selection", [run], results)
+    if (path / "runs").is_dir():
+        return Selection("all", Store(path).runs(), path)
+    known = f"studies: {_few(store.studies())}; runs: {_few([run.folder.name for run in store.runs()])}"
+    raise UserError(f"unknown study or run {name!r} in {results}; it has {known}")
+
+
+def _study(store: Store, name: str) -> Selection:
+    study = store.study(name)
+    started = [run for run in map(store.named, study["runs"]) if (run.folder / "config.json").is_file()]
+    return Selection(name, started, store.root, study)
+
+
+def _few(names: list[str]) -> str:
+    return (", ".join(names[:BRIEF]) or "none") + (f" and {len(names) - BRIEF} more" if len(names) > BRIEF else "")
+
+
+def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame) -> Report:
+    """The report of ``selection``, whose frame is ``table``, and of the frame ``priors`` over it. Reads the runs'
+    per-image scores for the verdicts."""
+    parts = list(frames.blocks(table))
+    unscored = table[table.status != "finished"]
+    found = []
+    for number, block in enumerate(_watched("comparing", parts), 1):
+        head = f"{number}. " if len(parts) > 1 else ""
+        found.append(_block(head + _title(block), block, unscored))
+    return Report(
+        title={"all": "All runs", "selection": "Selected runs"}.get(selection.name, f"Study {selection.name}"),
+        facts=_facts(selection, table),
+        blocks=found,
+        refusals=rankings.refusals(parts),
+        unscored=rankings.failures(unscored),
+        runs=rankings.run_list(table, parts),
+        trained_on=rankings.trained_on(table),
+        generation=list(rankings.generation(priors)),
+    )
+
+
+def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame) -> Block:
+    main = main_metric(block)
+    metrics = tuple(dict.fromkeys([main, *COMPARED]))
+    backbones, swept = backbone_verdicts(block, metrics), setting_verdicts(block, metrics)
+    first = [one for metric in dict.fromkeys([main, "psnr"]) for one in backbones if one.metric == metric]
+    others = [one.sentence() for one in backbones + swept if one not in first]
+    within = first[0].within if len({one.within for one in first}) == 1 else ""
+    verdicts = {"Backbones against each other": backbones, "Settings within a backbone": swept}
+    failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
+    return Block(
+        title=title,
+        ranking=rankings.ranking(block, failed),
+        protocol=rankings.protocol_of(block),
+        equal=_equal(block),
+        within=within,
+        headline=[replace(one, within="" if within else one.within).sentence() for one in first],
+        others=others,
+        verdicts={name: rankings.verdict_list(ones) for name, ones in verdicts.items() if ones},
+    )
+
+
+def _title(block: pd.DataFrame) -> str:
+    first = block.iloc[0]
+    title = f"{first.protocol_data} {first.image_size}×{first.image_size}, {first.bits_per_image:.0f} bits per image"
+    codes = f" ({first.grid_size}×{first.grid_size} codes, K = {first.codebook_size})"
+    return title if len(block[["grid_size", "codebook_size"]].drop_duplicates()) > 1 else title + codes
+
+
+def _equal(block: pd.DataFrame) -> dict[str, str]:
+    """Config fields that all rows share."""
+    return {name: text_of(block[name].iloc[0]) for name in CONFIG if block[name].nunique(dropna=False) == 1}
+
+
+def _facts(selection: Selection, table: pd.DataFrame) -> dict[str, str]:
+    counts = table.status.value_counts()
+    runs = [f"{counts[status]} {status}" for status in ("finished", *FAILURES, "unfinished") if status in counts]
+    facts = {"backbones": ", ".join(sorted(table.backbone.unique()))}
+    facts["swept"] = "; ".join(f"{name} {_values(table[name])}" for name in settings(table)) or "nothing"
+    if selection.study:
+        facts = {"kind": selection.study["kind"], **facts}
+        planned = len(selection.study["runs"]) - len(table)
+        runs += [f"{planned} planned but not started"] if planned else []
+    return {**facts, "seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
+
+
+def _values(column: pd.Series) -> str:
+    values = sorted(column.dropna().unique(), key=lambda value: (isinstance(value, str), value))
+    texts = list(map(text_of, values))
+    return ", ".join(texts) if len(texts) <= 2 * BRIEF else f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
 
 
 def write_data(table: pd.DataFrame, folder: Path) -> None:
@@ -95,7 +245,7 @@ def write_data(table: pd.DataFrame, folder: Path) -> None:
         long.to_parquet(temporary, index=False)
 
 
-def html(report: Report, figures: Sequence[Chart]) -> str:
+def html(report: Report, figures: Sequence[charts.Chart]) -> str:
     """The page: one file that needs no other. Reads the pictures of ``figures``."""
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -136,7 +286,7 @@ def show(report: Report) -> None:
     """Prints the best rows of each block, what it says about its backbones, and what has no scores."""
     for block in report.blocks[:BRIEF]:
         keys, kept = block.ranking.keys, (block.ranking.order, "psnr", "perplexity")
-        shown = [i for i, key in enumerate(keys) if key in kept or key not in (*RANKED, "failed")]
+        shown = [i for i, key in enumerate(keys) if key in kept or key not in (*rankings.RANKED, "failed")]
         table = Table(title=escape(block.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for i in shown:
             words = escape(heading(keys[i])).replace(" ", "\n")
@@ -148,7 +298,7 @@ def show(report: Report) -> None:
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
     for title, sheet in report.generation:
-        stdout.print(f"Generation, {title}: {len(sheet.rows)} rows; see the report.")
+        stdout.print(escape(f"Generation, {title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))
         stdout.print(f"{len(report.blocks)} blocks are not ranked against each other: they differ in {names}.")

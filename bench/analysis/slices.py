@@ -1,13 +1,11 @@
 """Which rows of a frame share a chart, and which of them stand for the others."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .frames import DEFAULTS, METRICS, PRIOR, blocks, main_metric, protocols, settings
+from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, main_metric, protocols, settings
 from .looks import BITS, at_words, brief
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first
@@ -26,8 +24,8 @@ class Scope(NamedTuple):
 
 def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
     """One scope per protocol of finished and scored rows, the largest PROTOCOLS of them."""
-    groups = [rows[rows[main_metric(rows)].notna()] for rows in protocols(table)]
-    groups = [rows for rows in groups if len(rows)]
+    scored = [rows.dropna(subset=main_metric(rows)) for rows in protocols(table)]
+    groups = [rows for rows in scored if len(rows)]
     shown = groups[:PROTOCOLS]
     telling = _telling(shown)
     unscored = table[table.status != "finished"]
@@ -41,7 +39,8 @@ def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
         suffix = f"_protocol{index + 1}" if len(groups) > 1 else ""
         title = ", ".join(f"{name.removeprefix('protocol_')} {brief(first[name])}" for name in telling)
         swept = [name for name in BITS if name in settings(rows)]
-        scopes.append(Scope(rows, _alike(unscored, rows, ["data", "image_size"]), swept, suffix, title, note))
+        alike = unscored.merge(rows[["data", "image_size"]].drop_duplicates())
+        scopes.append(Scope(rows, alike, swept, suffix, title, note))
     return scopes
 
 
@@ -66,18 +65,9 @@ def block_scopes(scope: Scope, protocols_drawn: int) -> list[Scope]:
         if len(found) > len(shown):
             note += f" {len(found) - len(shown)} smaller blocks of other bits per image are not drawn."
         swept = [name for name in settings(rows) if name not in BITS]
-        scopes.append(Scope(rows, _alike(scope.unscored, rows, ["bits_per_pixel"]), swept, suffix, title, note))
+        alike = scope.unscored.merge(rows[["bits_per_pixel"]].drop_duplicates())
+        scopes.append(Scope(rows, alike, swept, suffix, title, note))
     return scopes
-
-
-def _alike(unscored: pd.DataFrame, rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Rows of ``unscored`` whose ``columns`` are those of ``rows``."""
-    return unscored.merge(rows[columns].drop_duplicates())
-
-
-def best_first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """``rows`` in order of ``metric``."""
-    return rows.sort_values(metric, ascending=METRICS[metric].better == "lower", kind="stable")
 
 
 def key_metrics(rows: pd.DataFrame) -> list[str]:

@@ -5,8 +5,6 @@ reference value. The unit of evidence is the seed: a paired t test over seeds, H
 of a call, and, as a second witness, a paired bootstrap over the validation images.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,7 @@ SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; pre
 LISTED = 6  # values of a setting that a sentence lists; of more it gives the range
 
 Interval = tuple[float, float]
-Reader = Callable[[str], dict[str, np.ndarray]]
+Reader = Callable[[str], dict[str, np.ndarray]]  # of a run folder's per-image scores
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,10 @@ class Verdict:
     """What the runs say about ``a`` against ``b``: two backbones, or two values of a setting such as ``beta=0.25``.
 
     ``within`` says where: the backbone whose setting is compared, or the swept settings that two backbones share
-    ("over beta 0.25, 1"), which are averaged. ``n`` is the number of paired seeds, ``difference`` the mean over them of
-    a - b in the metric's unit (nan without a pair), ``interval`` its 95 % t interval. ``image_interval`` is the 95 %
-    percentile interval of the same difference over resampled images, of the first IMAGE_SEEDS seeds (None where runs
-    have no scores per image). ``p`` is the Holm-adjusted p-value. Interval, image interval and p are None below FEWEST
-    seeds. The intervals are of this one comparison, not adjusted.
+    ("over beta 0.25, 1"), which are averaged. ``n`` counts paired seeds, ``difference`` is the mean over them of a - b
+    in the metric's unit (nan without a pair), ``interval`` its 95 % t interval, ``image_interval`` its 95 % percentile
+    interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image), ``p`` the
+    Holm-adjusted p-value; these three are None below FEWEST seeds. The intervals are not adjusted.
 
     ``better`` is ``a``, ``b`` or None, not distinguishable: see ``backbone_verdicts`` for the rule.
     """
@@ -72,14 +69,13 @@ class Verdict:
                 return f"{place}{self.a} and {self.b} equal in {label} on {few}"
             lower = "lower" if self.difference < 0 else "higher"
             return f"{place}{self.a} {self._number(abs(self.difference))} {label} {lower} than {self.b} on {few}"
-        sign = 1
-        if self.better is None:
-            claim = f"{self.a} and {self.b} not distinguishable in {label}: difference"
+        if self.better:
+            other, sign = self.b if self.better == self.a else self.a, -1 if self.difference < 0 else 1
+            claim = f"{self.better} better than {other} by {self._number(abs(self.difference))} {label}"
         else:
-            other = self.b if self.better == self.a else self.a
-            claim, sign = f"{self.better} better than {other} by", -1 if self.difference < 0 else 1
-        number, unit = self._number(sign * self.difference), f" {label}" if self.better else ""
-        words = f"{place}{claim} {number}{unit} {self._range(self.interval, sign)}, {seeds}"
+            sign, number = 1, self._number(self.difference)
+            claim = f"{self.a} and {self.b} not distinguishable in {label}: difference {number}"
+        words = f"{place}{claim} {self._range(self.interval, sign)}, {seeds}"
         if self.better is None and not self.interval[0] <= 0 <= self.interval[1]:
             words += f", p {self.p:.2g} after Holm's correction"
         return words + (f"; over images {self._range(self.image_interval, sign)}" if self.image_interval else "")
@@ -117,18 +113,16 @@ def backbone_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) ->
     What is paired: runs with equal seed and equal swept settings (``frames.settings``). Width and depth do not mean the
     same in two backbones: where they were swept, models of equal budget are paired, parameters within 10 %. The scores
     of a seed are averaged over the settings that both backbones have *in every counted seed*. When runs are missing,
-    the counted seeds and settings are the complete rectangle with the most pairs of runs, of equally many the one with
-    most seeds, and one with at least FEWEST seeds before any other. Everything outside it is ignored. Runs that differ
-    in precision or device alone are averaged into one, so that they do not count as further evidence. Missing scores
-    are left out.
+    what counts is the complete rectangle of seeds and settings with the most pairs of runs, of equally many the one
+    with most seeds, and one with at least FEWEST seeds before any other. Runs that differ in precision or device alone
+    are averaged into one: they are no further evidence. Missing scores are left out.
 
     The rule: ``a`` is better than ``b`` only if the Holm-adjusted p-value of the paired t test over seeds is below 0.05
     *and*, where there are scores per image, the bootstrap interval over images (Efron & Tibshirani 1993, ch. 13) lies
     on the same side of 0. A family is all comparisons of one call in one metric; Holm's procedure (1979) keeps the
-    probability of any false verdict in it at most 5 %, and the second condition can only lower it. Several metrics are
-    several families. The t test assumes that differences between seeds are normal, which no test can check on so few;
-    counts such as dead codes are not. A difference that is the same in every seed has p = 0, the limit of the t test,
-    or p = 1 when it is zero, as between identical runs.
+    probability of any false verdict in it at most 5 %. The t test assumes that differences between seeds are normal,
+    which no test can check on so few; counts such as dead codes are not. A difference that is the same in every seed
+    has p = 0, the limit of the t test, or p = 1 when it is zero, as between identical runs.
     """
     by = [name for name in settings(block) if name not in ("width", "depth")]
     if len(by) < len(settings(block)):
@@ -174,23 +168,18 @@ def _coded(block: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFra
 def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, pd.DataFrame]:
     """Cells of every value of ``column``, in its order."""
     groups = rows.groupby([column, "seed", "setting"])
-    means = groups[[metric for metric in metrics if metric in rows]].mean()
-    cells = means.assign(folders=groups["folder"].agg(list))
+    cells = groups[list(metrics)].mean().assign(folders=groups["folder"].agg(list))
     return {value: part.droplevel(column) for value, part in cells.groupby(level=column)}
 
 
 def _verdicts(pairs: list[_Pair], metrics: Sequence[str]) -> list[Verdict]:
     """One family of verdicts per metric; each file of per-image scores is read at most once."""
-
-    @functools.cache
-    def read(folder: str) -> dict[str, np.ndarray]:
-        return Run(Path(folder)).per_image()
-
+    read = functools.cache(lambda folder: Run(Path(folder)).per_image())
     return [verdict for metric in metrics for verdict in _family(pairs, metric, read)]
 
 
 def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
-    pairs = [pair for pair in pairs if _has(pair.cells_a, metric) and _has(pair.cells_b, metric)]
+    pairs = [pair for pair in pairs if not any(side[metric].isna().all() for side in (pair.cells_a, pair.cells_b))]
     tables = [_shared(pair, metric) for pair in pairs]
     tests = {i: _paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
     p_values = dict(zip(tests, _holm([p for _, p in tests.values()]), strict=True))
@@ -209,10 +198,6 @@ def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
         within = pair.within or _described(pair.settings.loc[table.columns])
         numbers = len(table), difference, interval, image_interval, p
         yield Verdict(metric, pair.a, pair.b, within, *numbers, better)
-
-
-def _has(cells: pd.DataFrame, metric: str) -> bool:
-    return metric in cells and cells[metric].notna().any()
 
 
 def _shared(pair: _Pair, metric: str) -> pd.DataFrame:

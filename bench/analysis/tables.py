@@ -1,7 +1,5 @@
 """Cells and sheets, what page, Markdown and terminal are made of, and the table of scores that commands print."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -13,8 +11,7 @@ from rich.table import Table
 from .frames import METRICS, PRIOR_METRICS
 
 LABELS = METRICS | PRIOR_METRICS
-# Shown in millions, in this format.
-MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}
+MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}  # so shown
 HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
 SHORT = {  # headings on the terminal, by lines, where labels are too wide
     "perplexity": "perp.\n",

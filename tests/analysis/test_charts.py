@@ -293,7 +293,7 @@ def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost,
     ]
     missing = dict.fromkeys(("params", "flops", "train_seconds", "images_per_second_decode"))
     (drawing,) = charts.cost(scope(made(*(missing | row for row in rows))))
-    charts._save(drawing, tmp_path / "cost.png")
+    charts._saved(drawing, tmp_path)
     drawing.figure.set_dpi(looks.DPI)
     (axes,) = drawing.figure.axes
     assert [label.get_text() for label in axes.texts] == ["1", "2", "5"]
@@ -989,3 +989,176 @@ def test_blocks_of_several_protocols_have_names_and_titles_of_their_own():
     assert [block.suffix for block in blocks] == [f"_protocol{number}_{bits}bits" for number, bits in places]
     titles = [f"data {data}, {bits} bits per image" for data in ("photos", "cifar10") for bits in (64, 96)]
     assert [block.title for block in blocks] == titles
+
+
+# -- small print ------------------------------------------------------------------------------------------------------
+
+
+def test_a_setting_swept_in_one_backbone_alone_has_no_heat_map():
+    assert not list(charts.heatmaps(scope(made({"beta": 1.0}, {"beta": 2.0}), "beta")))
+
+
+def test_a_heat_map_is_named_for_its_setting_and_warns_of_other_bits():
+    cells = itertools.product(("cnn", "vit"), (16, 64), (1.0, 2.0))
+    rows = [{"backbone": who, "codebook_size": k, "beta": beta} for who, k, beta in cells]
+    of_bits, of_beta = charts.heatmaps(scope(made(*rows), "codebook_size", "beta"))
+    assert (of_bits.name, of_bits.title) == ("heatmap_backbone_codebook_size", "PSNR dB by backbone and K")
+    assert of_bits.caption.endswith("The bits of an image differ between columns.")
+    assert "bits" not in of_beta.caption
+    assert of_bits.figure.axes[0].get_xlabel() == "K"
+
+
+def test_one_grid_has_one_line_over_the_means_of_its_seeds():
+    (drawing,) = charts.rate_distortion(scope(made({"codebook_size": 64}, {"codebook_size": 256})))
+    assert drawing.caption.startswith("Lines join means over seeds; bands")
+
+
+def test_generation_is_drawn_in_the_first_two_distances_that_all_priors_have():
+    both = {"gfid": 10.0, "gfid_real": 5.0, "gkid_vgg16": 0.3}
+    for rows, expected in (
+        ((both, both | {"seed": 1}), ["gFID ↓", "gFID vgg16 ↓"]),
+        ((both, both | {"seed": 1, "gfid": math.nan}), ["gFID vgg16 ↓", "gKID vgg16 ↓"]),
+    ):
+        (drawing,) = charts.generation(made_priors(*rows), 2)
+        assert [axes.get_ylabel() for axes in drawing.figure.axes] == expected
+
+
+def test_priors_over_codebooks_of_two_sizes_are_two_points():
+    rows = [{"codebook_size": k, "coded_bits_per_pixel": k / 1000, "gfid_vgg16": 80.0 - k / 10} for k in (64, 128)]
+    (drawing,) = charts.generation(made_priors(*rows), 2)
+    marker = looks.PRIOR_MARKERS["rnn"]
+    (line,) = [line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == marker]
+    np.testing.assert_allclose(line.get_xydata(), [[0.064, 73.6], [0.128, 67.2]])
+
+
+def test_generation_says_against_which_images_samples_are_measured():
+    rows = [{"samples": 100, "temperature": 0.9, "protocol_count": 50, "data": "folder:/a/faces", "image_size": 64}]
+    (drawing,) = charts.generation(made_priors(*rows), 1)
+    assert drawing.caption.startswith(
+        "1 priors, means over seeds; 100 samples each, at temperature 0.9, against all 50 validation images of faces "
+        "at 64×64. Lines join grid sizes."
+    )
+
+
+def test_many_points_are_one_image_of_a_chart_and_few_are_not():
+    for count, image in ((200, False), (201, True)):
+        rows = [{"beta": 1.0 + seed % 2, "seed": seed} for seed in range(count)]
+        (drawing,) = charts.sweeps(scope(made(*rows), "beta"))
+        assert drawing.figure.axes[0].collections[0].get_rasterized() == image
+
+
+def test_no_importance_is_no_chart():
+    none = pd.DataFrame(columns=["backbone", "parameter", "importance"])
+    assert not list(charts._drawings(made(), none, None))
+
+
+def test_a_title_is_folded_before_it_leaves_the_page(tmp_path):
+    figure = looks.new_figure(1.0)
+    title = " ".join(["word"] * 30)
+    charts._saved(looks.Drawing("dot", title, "", figure), tmp_path)
+    told = figure.get_suptitle().split("\n")
+    assert " ".join(told) == title
+    assert max(map(len, told)) <= 80
+    assert len(told) == 2
+
+
+def test_eight_kinds_of_prior_at_most_have_samples_side_by_side(tmp_path):
+    np.savez(tmp_path / "samples.npz", x=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    names = [f"prior{i}" for i in range(galleries.HUES + 1)]
+    rows = [
+        {"prior": name, "folder": str(tmp_path), "coded_bits_per_pixel": 1.0 - i / 10} for i, name in enumerate(names)
+    ]
+    (drawing,) = galleries.samples(made_priors(*rows))
+    shown = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
+    assert shown == names[:0:-1]  # those of the lowest rates
+
+
+def test_pictures_that_cannot_be_read_are_none(tmp_path):
+    """Whether an array is missing, of objects, or damaged within the file."""
+    path = tmp_path / "samples.npz"
+    x = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, x=x)
+    assert galleries._kept(str(tmp_path), "x", "x_hat") == []
+    np.savez(path, x=np.array([None, x], dtype=object))
+    assert galleries._kept(str(tmp_path), "x") == []
+    np.savez_compressed(path, x=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    content[2000:2100] = b"\xff" * 100
+    path.write_bytes(content)
+    assert galleries._kept(str(tmp_path), "x") == []
+
+
+def test_a_history_with_a_damaged_line_is_none(tmp_path):
+    run = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
+    (run.folder / "history.jsonl").write_text('{"step": 1, "rec\n{"step": 2}\n')
+    assert galleries._history(str(run.folder)).empty
+
+
+def test_of_equally_common_settings_without_a_default_the_smallest_stands():
+    rows = [{"beta": beta, "lr": lr} for beta in (4.0, 2.0, 3.0) for lr in (0.1, 0.2)]
+    shown, fixed = controlled(made(*rows), ["lr"])
+    assert fixed == {"beta": 2.0}
+    assert set(shown.beta) == {2.0}
+
+
+def test_bits_that_were_not_swept_are_no_axis():
+    for changed, fields in (({"beta": 9.0}, []), ({"grid_size": 8}, ["grid_size"])):
+        (wide,) = slices.protocol_scopes(made({}, changed))
+        assert wide.fields == fields
+
+
+def test_a_finished_run_without_its_main_score_is_in_no_chart():
+    (wide,) = slices.protocol_scopes(made({"lpips_vgg": 0.3}, {"lpips_vgg": 0.4, "seed": 1}, {"seed": 2}))
+    assert list(wide.rows.seed) == [0, 1]
+
+
+def test_protocols_that_differ_in_small_print_are_told_apart_by_one_field_of_it():
+    rows = [{"seed": i, "protocol_split": letter, "protocol_version": letter} for i, letter in enumerate("ab")]
+    assert [scope.title for scope in slices.protocol_scopes(made(*rows))] == ["split a", "split b"]
+
+
+def test_what_is_no_longer_registered_is_dark_grey():
+    assert looks.look_of("gone") == {"color": "0.25", "marker": "p"}
+    (drawing,) = charts.generation(made_priors({"prior": "gone"}), 1)
+    assert entries(drawing.figure)["gone"] == ("0.35", "p")
+
+
+def test_a_legend_has_at_most_six_columns():
+    for count, columns in ((2, 2), (9, 6)):
+        figure = looks.new_figure(1.0)
+        looks.add_legend(figure, [], {str(i): {"color": "0.5"} for i in range(count)}, title="values")
+        (legend,) = figure.legends
+        assert legend._ncols == columns
+        assert legend.get_title().get_text() == "values"
+
+
+def test_panels_stand_two_a_row_and_one_alone_is_as_wide_as_the_page():
+    for count, (rows, columns) in ((1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (5, (3, 2))):
+        figure, panels = looks.new_panels(count)
+        assert len(panels) == len(figure.axes) == count
+        assert panels[0].get_gridspec().get_geometry() == (rows, columns)
+        assert figure.get_figheight() == pytest.approx(0.8 + 2.1 * rows)
+        assert figure.get_figwidth() == looks.WIDTH
+
+
+def test_small_pictures_are_enlarged_and_labels_stand_beside_their_rows():
+    rows = [np.full((3, 32, 16, 3), shade, dtype=np.uint8) for shade in (10, 20)]
+    (axes,) = looks.picture_rows(rows, ["first", "second"]).axes
+    picture = np.asarray(axes.images[0].get_array())
+    assert picture.shape == ((2 * 32 + 2) * 4, (3 * 16 + 2 * 2) * 4, 3)
+    shown = {
+        label.get_text(): int(picture[int(at), 0, 0])
+        for at, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    }
+    assert shown == {"first": 10, "second": 20}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_best_backbone_of_a_swept_gallery_is_so_on_average(tmp_path, seed):
+    """Not the one with the single best run."""
+    store = Store(tmp_path)
+    for beta in (1.0, 2.0):
+        for who, quality in (("cnn", 0.05), ("vit", 0.2 if beta - 1 == seed else -0.3)):
+            fabricate(store, make_config(who, "smoke", beta=beta), quality)
+    _, drawing = galleries.reconstructions(scope(frame(store.runs())))
+    assert drawing.title == "Reconstructions by β, cnn"

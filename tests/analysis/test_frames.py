@@ -13,12 +13,15 @@ import pytest
 from bench.analysis.frames import (
     BUDGETS,
     CLOCKED,
+    CONFIG,
     METRICS,
     PRIOR,
     PRIOR_METRICS,
+    best_first,
     blocks,
     differing,
     frame,
+    main_metric,
     protocols,
     settings,
     summary,
@@ -377,3 +380,47 @@ def test_a_setting_that_one_backbone_lacks_is_uneven_and_a_metric_that_one_has_i
     assert found.ssim["vit"] == 0.5
     assert math.isnan(found.ssim["cnn"])
     assert list(found.columns[:2]) == ["n", "failed"]
+
+
+def test_what_ranks_is_decided_by_finished_runs_and_by_any_that_was_trained_on_it():
+    """A failed run flatters nothing; one finished run among many does."""
+
+    def run(net: str, status: str = "finished") -> dict:
+        scores = {"lpips_alex": 0.3, "lpips_vgg": 0.4} if status == "finished" else {}
+        return {"status": status, "lpips_weight": 1.0, "lpips_net": net, **scores}
+
+    def main(*rows: dict) -> str:
+        return main_metric(pd.DataFrame(rows, columns=frame([]).columns))
+
+    assert main(run("vgg"), run("alex", "diverged")) == "lpips_alex"
+    assert main(run("vgg"), run("alex")) == "lpips_vgg"
+
+
+def test_protocols_of_equally_many_runs_come_in_the_order_of_their_runs():
+    table = frame([scored(smoke(seed=0), count=99), scored(smoke(seed=1)), scored(smoke(seed=2), count=80)])
+    assert [list(group.seed) for group in protocols(table)] == [[0], [1], [2]]
+
+
+def test_blocks_of_a_protocol_ascend_in_bits():
+    table = frame([scored(smoke(codebook_size=k)) for k in (64, 256, 16)])
+    assert [part.codebook_size.iloc[0] for part in blocks(table)] == [16, 64, 256]
+
+
+def test_swept_settings_are_listed_in_the_order_of_their_fields():
+    table = frame([scored(smoke()), scored(smoke(lr=1.0, beta=9.0, codebook_size=64, width=1))])
+    assert settings(table) == sorted(settings(table), key=CONFIG.index) != sorted(settings(table))
+
+
+def test_rows_are_ordered_by_the_better_and_equal_ones_stay_as_they_stand():
+    table = frame([scored(smoke(seed=seed), psnr) for seed, psnr in enumerate([20.0, 21.0, 20.0, 22.0, 20.0])])
+    assert list(best_first(table, "psnr").seed) == [3, 1, 0, 2, 4]
+    assert list(best_first(table.assign(fid=table.psnr), "fid").seed) == [0, 2, 4, 1, 3]
+
+
+def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
+    measured = {"version": 1, "tokenizer": "abcd", "count": 64}
+    over = smoke()
+    table = frame([Known(PriorConfig(over.run_id(), "rnn").resolved(), scores={}, measured=measured, over=over)], PRIOR)
+    assert table.tokenizer_digest.tolist() == ["abcd"]
+    assert [name for name in table if name.startswith("protocol_")] == ["protocol_count", "protocol_version"]
+    assert table.tokenizer.tolist() == [over.run_id()]

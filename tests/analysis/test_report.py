@@ -15,11 +15,10 @@ import pytest
 from PIL import Image
 
 from bench import report as command
-from bench.analysis import charts, contents, rankings, report, tables
-from bench.analysis.contents import Report, Selection, select
+from bench.analysis import charts, rankings, report, tables
 from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
-from bench.analysis.report import markdown, write_report
+from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.statistics import Verdict
 from bench.analysis.tables import NONE, heading
 from bench.core.errors import UserError
@@ -53,7 +52,7 @@ def sketched(monkeypatch):
 
 def report_of(store, *names):
     selection = select(names, store.root)
-    return contents.contents(selection, frame(selection.runs), frame(store.priors(), PRIOR))
+    return contents(selection, frame(selection.runs), frame(store.priors(), PRIOR))
 
 
 def ranked(store) -> tables.Sheet:
@@ -215,7 +214,7 @@ def test_the_facts_count_every_run_once(tmp_path):
     rest = [made((smoke(seed=seed), {}), status=status) for seed, status in ((2, "pruned"), (3, "unfinished"))]
     table = pd.concat([done, *rest], ignore_index=True)
     study = {"kind": "ablation", "runs": {letter: {} for letter in "abcdefgh"}}
-    facts = contents.contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
+    facts = contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
     assert facts["runs"] == "4 finished, 1 pruned, 1 unfinished, 2 planned but not started"
     assert (facts["backbones"], facts["swept"], facts["seeds"]) == ("cnn, vit", "beta 0.25, 1", "0, 1, 2, 3")
 
@@ -698,7 +697,7 @@ def texts(sheet) -> list[list[str]]:
 
 def about(*runs, name="all") -> Report:
     """The report of runs without folders."""
-    return contents.contents(Selection(name, [], Path("results")), made(*runs), frame([], PRIOR))
+    return contents(Selection(name, [], Path("results")), made(*runs), frame([], PRIOR))
 
 
 def test_who_costs_more_in_every_budget_is_marked_and_the_mark_explained():
@@ -727,9 +726,9 @@ def test_a_list_is_cut_at_the_limit_and_only_then_says_so(monkeypatch):
         priors = prior_rows(*({"steps": beta, "gfid_vgg16": 80.0} for beta in range(count)))
         ((_, sheet),) = generation(priors)
         assert [note for note in sheet.notes if "The first" in note] == cut
-    assert contents._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
-    assert contents._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
-    assert contents._few([]) == "none"
+    assert report._few(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert report._few(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+    assert report._few([]) == "none"
 
 
 def test_titles_name_what_is_reported_and_number_several_blocks():
@@ -834,16 +833,16 @@ def test_a_protocol_is_one_line_and_shared_settings_are_those_of_all_rows():
     table = made((smoke(beta=1.0), measured), (smoke(beta=2.0), measured | {"augment": None}))
     (line,) = [note for note in ranking(table.assign(psnr=1.0), NOBODY).notes if note.startswith("Protocol")]
     assert line == "Protocol: data photos; split a 0123456789…; count 64; image size 32; extractor vgg16 none."
-    equal = contents._equal(table)
+    equal = report._equal(table)
     assert (equal["backbone"], equal["codebook_size"]) == ("cnn", "128")
     assert not {"beta", "augment"} & set(equal)
 
 
 def test_facts_give_values_in_order_and_of_many_both_ends():
-    assert contents._values(pd.Series([10, 9, None, 9])) == "9, 10"
-    assert contents._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
-    assert contents._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
-    assert contents._values(pd.Series(range(20))) == "0 to 19 (20 values)"
+    assert report._values(pd.Series([10, 9, None, 9])) == "9, 10"
+    assert report._values(pd.Series(["b", 10.0, "a", 9.0])) == "9, 10, a, b"
+    assert report._values(pd.Series(range(16))) == ", ".join(map(str, range(16)))
+    assert report._values(pd.Series(range(20))) == "0 to 19 (20 values)"
     facts = about((smoke(), {"psnr": 20.0})).facts
     assert facts == {"backbones": "cnn", "swept": "nothing", "seeds": "0", "runs": "1 finished"}
 
@@ -959,3 +958,151 @@ def test_the_ranking_has_all_that_evaluators_measure():
     assert set(names) - set(shown) == {
         *("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
     }
+
+
+# -- small print ------------------------------------------------------------------------------------------------------
+
+
+def test_both_metrics_that_runs_were_trained_on_are_named():
+    runs = [(smoke(lpips_net=net, seed=seed), {"psnr": 20.0}) for seed, net in enumerate(("vgg", "alex", "vgg"))]
+    assert rankings.trained_on(made(*runs)) == "LPIPS alex and LPIPS vgg"
+
+
+def test_a_setting_keeps_ten_digits():
+    assert tables.text_of(1_234_567_890) == "1234567890"
+    assert tables.text_of(0.000123456789) == "0.000123456789"
+    assert tables.text_of(20_000.0) == "20000"
+
+
+def test_facts_tell_the_kind_of_a_study_first_and_failures_in_words(tmp_path):
+    table = made((smoke(), {"status": "out_of_memory"}), (smoke(seed=1), {"status": "timed_out"}))
+    study = {"kind": "search", "runs": {"a": {}, "b": {}}}
+    facts = contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
+    assert next(iter(facts.items())) == ("kind", "search")
+    assert facts["runs"] == "1 out of memory, 1 timed out"
+
+
+def test_the_terminal_shows_the_first_blocks_alone_and_names_once_what_sets_them_apart(capsys):
+    runs = [(smoke(codebook_size=2**k), {"psnr": 20.0}) for k in range(1, 11)]
+    found = about(*runs)
+    report.show(found)
+    out = " ".join(capsys.readouterr().out.split())
+    shown = [block.title.partition(" (")[0] in out for block in found.blocks]
+    assert shown == [True] * report.BRIEF + [False] * 2
+    assert "10 blocks are not ranked against each other: they differ in bits_per_image. Runs" in out
+
+
+def test_the_terminal_counts_the_rows_of_priors_whatever_their_data_is_called(with_priors, capsys):
+    """Brackets are no markup there."""
+    found = report_of(with_priors)
+    titles = [title.replace("photos", "folder:/[/]/[red]faces") for title, _ in found.generation]
+    report.show(found._replace(generation=[(title, sheet) for title, (_, sheet) in zip(titles, found.generation)]))  # noqa: B905
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if line.startswith("Generation, ")]
+    assert told == [f"Generation, {title}: 4 rows; see the report." for title in titles]
+
+
+def test_without_priors_there_is_no_table_of_them(store, sketched):
+    fabricate(store, smoke())
+    folder = write_report([], store.root).page.parent
+    assert {path.name for path in folder.glob("*.*")} == {"report.html", "tables.md", "runs.csv", "runs.parquet"}
+    assert not any(name.startswith("coded_") for name in pd.read_csv(folder / "runs.csv"))
+
+
+def test_a_run_that_is_named_twice_counts_once(store, tmp_path):
+    run = fabricate(store, smoke())
+    (tmp_path / "link").symlink_to(store.root / "runs")
+    through = tmp_path / "link" / run.folder.name
+    selection = select([run.folder.name, str(run.folder), str(through)], store.root)
+    assert [found.folder.name for found in selection.runs] == [run.folder.name]
+
+
+def test_runs_of_a_study_that_were_not_started_are_no_runs(store):
+    store.extend_study("beta", {"kind": "ablation"}, {"cnn-ema-0": {}, fabricate(store, smoke()).folder.name: {}})
+    (store.root / "runs" / "cnn-ema-0").mkdir()
+    assert len(select(["beta"], store.root).runs) == 1
+
+
+def test_a_study_comes_before_a_folder_of_its_name(store, tmp_path, monkeypatch):
+    run = fabricate(store, smoke())
+    store.extend_study("beta", {"kind": "ablation"}, {run.folder.name: {}})
+    elsewhere = Store(tmp_path / "beta")
+    for seed in (1, 2):
+        fabricate(elsewhere, smoke(seed=seed))
+    monkeypatch.chdir(tmp_path)
+    assert [found.folder.name for found in select(["beta"], store.root).runs] == [run.folder.name]
+    assert select([str(elsewhere.root)], store.root).root == elsewhere.root
+
+
+def test_long_data_is_in_the_order_of_runs_and_their_metrics(store, sketched):
+    for seed in (1, 0):
+        fabricate(store, smoke(seed=seed))
+    long = pd.read_parquet(write_report([], store.root).page.parent / "runs.parquet")
+    order = list(zip(long.run_id, long.metric, strict=True))
+    assert order == sorted(order)
+    assert {"psnr", "psnr_kmeans", "bits_per_image"} <= set(long.metric)
+    assert set(long.status) == {"finished"}
+
+
+def test_what_the_terminal_leaves_out_is_failed_and_every_score_but_three():
+    """The main metric, PSNR and perplexity stay."""
+    scores = {"psnr": 20.0, "ssim": 0.5, "perplexity": 9.0, "lpips_alex": 0.3}
+    found = about((smoke(), scores), (smoke("vit"), scores))
+    keys = found.blocks[0].ranking.keys
+    assert [key for key in keys if key in RANKED] == [
+        *("lpips_alex", "psnr", "ssim", "perplexity", "bits_per_image", "params", "flops", "train_seconds")
+    ]
+    assert list(keys)[:3] == ["backbone", "n", "failed"]
+    assert found.blocks[0].ranking.order == "lpips_alex"
+
+
+def test_settings_that_differ_between_backbones_are_named_with_whose_they_are():
+    runs = [(smoke("cnn", width=8), {"psnr": 20.0}), (smoke("vit", width=16, depth=3), {"psnr": 21.0})]
+    (note,) = [note for note in ranking(made(*runs), NOBODY).notes if note.startswith("Not equal")]
+    assert "width (cnn 8, vit 16)" in note
+    assert note.endswith(".")
+    assert "beta" not in note
+
+
+def test_a_table_of_scores_names_its_groups_and_those_that_diverged(capsys):
+    scores = {"psnr": 20.0, "psnr_real": 25.0}
+    groups = [
+        tables.Group([("a", 2.5e6, scores), ("b", 0, {**scores, "psnr": 21.0})], [("real", "_real")], ["c"], "first"),
+        tables.Group([("d", 1e6, {"psnr": 19.0, "psnr_real": 26.0})], [("real", "_real")]),
+    ]
+    table = tables.score_table("run", ["psnr", "ssim"], groups, "a title")
+    assert [column.header for column in table.columns] == ["run", "M\npar.", "PSNR\ndB\n↑"]
+    assert table.title == "a title"
+    names, sizes, scored = (list(column.cells) for column in table.columns)
+    assert names == ["[italic]first[/]", "a", "b", "c", "real", "d", "real"]
+    assert sizes == ["", "2.50", NONE, "[red]diverged[/]", NONE, "1.00", NONE]
+    assert scored == ["", "20.00", "[bold]21.00[/]", "", "25.00", "19.00", "26.00"]
+
+
+def test_the_headline_leaves_out_where_it_holds_only_if_all_hold_there(store):
+    """Else each sentence says it."""
+    sweep(store, EFFECTS)
+    fabricate(store, smoke("mamba", beta=0.25))
+    (block,) = report_of(store).blocks
+    assert block.within == ""
+    assert (
+        sum("over beta 0.25, 1: cnn" in sentence or "over beta 0.25, 1: vit" in sentence for sentence in block.headline)
+        == 2
+    )
+
+
+def test_the_page_says_so_where_there_is_nothing_to_compare(store, sketched):
+    fabricate(store, smoke())
+    text = write_report([], store.root).page.read_text()
+    assert "One backbone with one setting: nothing to compare." in text
+    assert 'href="#verdicts"' not in text
+    assert re.findall(r'href="#(\w+)-?\d*"', text) == ["summary", "block", "charts", "runs", "reading"]
+    fabricate(store, smoke("vit"))
+    fabricate(store, smoke(codebook_size=16))
+    fabricate_failed(store, smoke(seed=5))
+    text = write_report([], store.root).page.read_text()
+    places = ["summary", "block-1", "block-2", "refusals", "charts", "verdicts", "unscored", "runs", "reading"]
+    nav = re.search(r"<nav.*?</nav>", text, re.S)[0]
+    assert re.findall(r'href="#([\w-]+)"', nav) == places
+    assert all(f'<section id="{place}">' in text for place in places)
+    assert "Only rows of the same block may be compared." in text

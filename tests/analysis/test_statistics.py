@@ -32,7 +32,8 @@ def no_warnings():
 def rows(scores, **metrics) -> pd.DataFrame:
     """A block without run folders from (Config, LPIPS) pairs; ``metrics`` are further columns."""
     table = pd.DataFrame([{**asdict(config), "lpips_alex": score} for config, score in scores])
-    return table.assign(folder="nowhere", params=1_000_000.0, **metrics)
+    unscored = dict.fromkeys(METRICS.keys() - {"lpips_alex"}, np.nan)
+    return table.assign(**{**unscored, "folder": "nowhere", "params": 1_000_000.0, **metrics})
 
 
 def block(names=("cnn", "vit"), seeds=range(5), betas=(0.25,), effects=None, noise=0.01, draw=0) -> pd.DataFrame:
@@ -199,7 +200,8 @@ def test_swapping_the_names_swaps_the_signs_and_nothing_else(tmp_path):
 def test_the_better_is_who_scores_better(metric, better):
     """By a difference that is the same in every seed, in each direction."""
     for gap, order in ((-0.1, "lower"), (0.1, "higher")):
-        table = block(("cnn",)).rename(columns={"lpips_alex": metric})
+        table = block(("cnn",))
+        table[metric] = table.lpips_alex
         table = pd.concat([table, table.assign(backbone="vit", **{metric: table[metric] + gap})], ignore_index=True)
         verdict = only(backbone_verdicts(table, [metric]))
         assert verdict.difference == pytest.approx(-gap)

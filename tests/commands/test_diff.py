@@ -237,3 +237,29 @@ def test_dots_stand_for_runs_that_are_not_named(store):
             store.find("missing")
         assert str(error.value).count("cnn-ema") == min(8, seed + 1)
         assert str(error.value).endswith(", ...") == (seed == 8)
+
+
+def test_long_values_are_folded_and_not_cut(store, diff):
+    a, b = (fabricate(store, smoke(data=f"folder:/{letter * 150}")) for letter in "ab")
+    _, out, _ = diff(a, b)
+    assert out.count("a") >= 150 < out.count("b")
+    assert "…" not in out
+
+
+def test_what_the_page_of_two_runs_calls_better_has_the_sign_of_its_change(store, diff):
+    a, b = (fabricate(store, smoke(seed=seed), quality) for seed, quality in ((0, 0.0), (1, 0.02)))
+    for first, second, word, sign in ((a, b, "better", "-"), (b, a, "worse", "+")):
+        _, out, _ = diff(first, second)
+        (line,) = [line for line in out.splitlines() if "LPIPS vgg ↓" in line]
+        assert line.split()[-1] == word
+        assert line.split()[-3].startswith(sign)
+        assert f"{9 if word == 'worse' else 91} % of 64 images by LPIPS vgg" in out
+
+
+def test_scores_of_other_images_are_no_wins(store, diff):
+    """Nor is anything said of images where one run has no scores of them."""
+    a, b = (fabricate(store, smoke(seed=seed)) for seed in (0, 1))
+    (b.folder / "per_image.npz").unlink()
+    code, out, _ = diff(a, b)
+    assert (code, "images by" in out) == (0, False)
+    assert "LPIPS vgg" in out
