@@ -16,7 +16,7 @@ import tyro
 
 from bench.analysis.report import write_report
 from bench.core.cli import guarded
-from bench.sweeps.space import importances
+from bench.sweeps.index import importances
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ The same command continues what was stopped, killed or extended; started on seve
 folder and the storage, it divides the work.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,16 +15,15 @@ from pathlib import Path
 import tyro
 from rich import box
 from rich.table import Table
+from tyro.extras import subcommand_cli_from_dict
 
 from bench.core.cli import guarded
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
-from bench.sweeps.definition import Ablation, Search
-from bench.sweeps.index import Index, default_url, without_password
-from bench.sweeps.index import rebuild as rebuild_index
-from bench.sweeps.space import Range
+from bench.sweeps import index
+from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
 
 __all__ = ["PRIORS", "Ablation", "Range", "Search", "main"]  # what a study file needs
@@ -47,10 +44,10 @@ def rebuild(
     store = Store(results)
     if not (results / "studies").is_dir():
         raise UserError(f"there are no studies in {results}; name the folder with --results")
-    index = Index(storage or default_url(results), results / "studies")
+    built = index.Index(storage or index.default_url(results), results / "studies")
     for name in names or store.studies():
-        added = rebuild_index(index, store, name)
-        say(f"study {name}: {added} trials added to {without_password(index.url)}")
+        added = index.rebuild(built, store, name)
+        say(f"study {name}: {added} trials added to {index.without_password(built.url)}")
     return 0
 
 
@@ -61,9 +58,7 @@ def show(results: Path = Path("results")) -> int:
         results: the folder with runs/ and studies/
     """
     store = Store(results)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("study", "kind", "swept", "backbones", "runs"):
-        table.add_column(heading)
+    table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
         record = store.study(name)
         status = Counter(store.named(run_id).status for run_id in record["runs"])
@@ -76,8 +71,4 @@ def show(results: Path = Path("results")) -> int:
 
 if __name__ == "__main__":
     commands = {"list": show, "rebuild": rebuild}
-    sys.exit(
-        guarded(
-            lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench.study", description=__doc__)
-        )
-    )
+    sys.exit(guarded(lambda: subcommand_cli_from_dict(commands, prog="python -m bench.study", description=__doc__)))

@@ -5,9 +5,6 @@ it failed comes through a pipe; its output goes to ``log.txt`` in the run's fold
 a checkpoint, when its parent dies.
 """
 
-from __future__ import annotations
-
-import json
 import multiprocessing
 import os
 import re
@@ -21,15 +18,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
-from bench.core.store import Busy, NoSpace, Run, Store
+from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 
-from .kinds import KINDS, AnyConfig, Row
+from .kinds import KINDS, AnyConfig, Row, rows_of
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
@@ -43,7 +40,6 @@ ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that 
     MemoryError: "out_of_memory",
     torch.OutOfMemoryError: "out_of_memory",
 }
-NO_FAILURE = ("interrupted", "busy", "blocked")
 
 
 class Outcome(NamedTuple):
@@ -54,22 +50,19 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-Watch = Callable[[list[Row]], str | None]
-
-
 def run_in_child(
     config: AnyConfig,
     store: Store,
     fid_weights: Path | None = None,
     threads: int | None = None,
-    watch: Watch = lambda rows: None,
+    watch: Callable[[list[Row]], str | None] = lambda rows: None,
     timeout: float | None = None,
 ) -> Outcome:
     """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
 
-    ``watch`` is called a few times a second with the rows that the run's history gained since; when it returns
-    "interrupted" or "pruned" the child is stopped and that is the outcome. After ``timeout`` seconds the outcome is
-    "timed_out". Failures are recorded in the run's folder; interrupted, busy and blocked are none.
+    ``watch`` is called a few times a second with the rows that the history gained since; when it returns "interrupted"
+    or "pruned", the child is stopped with that outcome; after ``timeout`` seconds, with "timed_out". Failures are
+    recorded in the run's folder.
     """
     run = store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -84,25 +77,27 @@ def run_in_child(
         while alive and asked is None:
             wait([child.sentinel], POLL_SECONDS)
             alive = child.is_alive()  # asked first: what it wrote last is read once more
-            rows = _new_rows(run, seen)
+            rows = [row for row in rows_of(run) if row["step"] > seen]
             seen = rows[-1]["step"] if rows else seen
             asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
     finally:
         if asked is not None or sys.exc_info()[0] is not None:
-            _stop(child)
+            child.terminate()  # asks it to stop, and gives it time to write its checkpoint
+            child.join(GRACE_SECONDS)
+            if child.is_alive():
+                child.kill()
         child.join()
 
     if run.finished:
         return Outcome("finished")
     outcome = Outcome(asked) if asked else _ended(told, child.exitcode, run, _memory_kills() > killed_before)
-    if outcome.status == "timed_out":
-        outcome = Outcome(
-            "timed_out", f"not finished after {timeout:.0f} s; --retry-failed goes on with it, or take fewer --steps"
-        )
-    if outcome.status == "pruned":
-        outcome = Outcome("pruned", f"given up at step {seen}: worse than others of its study were at that step")
+    if asked == "timed_out":
+        advice = "--retry-failed goes on with it, or take fewer --steps"
+        outcome = Outcome(asked, f"not finished after {timeout:.0f} s; {advice}")
+    elif asked == "pruned":
+        outcome = Outcome(asked, f"given up at step {seen}: worse than others of its study were at that step")
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-    if outcome.status not in NO_FAILURE:
+    if outcome.status in FAILURES:
         if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
             run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
         run.fail(*outcome)
@@ -117,12 +112,15 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int | None, tell: Connection) -> NoReturn:
-    """The child's whole life. Never returns; says through ``tell`` how it ended unless it ended well."""
+def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int | None, tell: Connection) -> None:
+    """The child's whole life; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
     store = Store(root)
-    log = _open_log(store.run(config))
+    try:
+        log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -138,18 +136,9 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
             traceback.print_exception(error)
         print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
         sys.exit(1)
-    sys.exit(0)
-
-
-def _open_log(run: Run) -> int:
-    try:
-        return os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError:
-        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _outcome(error: BaseException) -> Outcome:
-    """How a trial ended that raised ``error``."""
     status = next((status for kind, status in ENDINGS.items() if isinstance(error, kind)), "crashed")
     reason = str(error) or type(error).__name__
     if status == "crashed":
@@ -165,41 +154,22 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _stop(child: multiprocessing.process.BaseProcess) -> None:
-    """Asks ``child`` to stop, gives it time to write its checkpoint, and ends it if that does not help."""
-    child.terminate()
-    child.join(GRACE_SECONDS)
-    if child.is_alive():
-        child.kill()
-
-
-def _new_rows(run: Run, after: float) -> list[dict[str, float]]:
-    try:
-        text = (run.folder / "history.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    complete = text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
-    return [row for row in map(json.loads, complete) if row["step"] > after]
-
-
 def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outcome:
-    """Outcome of a child that was not asked to stop and left no metrics: what it said, or if it could say nothing, what
-    its exit code means."""
-    try:
+    """Outcome of a child that was not asked to stop and left no metrics: what it said, or else what its exit code
+    means."""
+    outcome = None
+    with suppress(EOFError):  # it said nothing
         outcome = told.recv() if told.poll() else None
-    except EOFError:
-        outcome = None
     if exitcode == -signal.SIGTERM or (outcome and outcome.status == "interrupted"):
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        if memory_kill and name == "SIGKILL":
-            return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
-        maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
-        return Outcome("crashed", f"ended by {name}{maybe}; see {run.folder}/log.txt")
-    return Outcome("crashed", f"exit code {exitcode}; see {run.folder}/log.txt")
+    name = signal.Signals(-exitcode).name if exitcode < 0 else ""
+    if memory_kill and name == "SIGKILL":
+        return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
+    maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
+    how = f"ended by {name}{maybe}" if name else f"exit code {exitcode}"
+    return Outcome("crashed", f"{how}; see {run.folder}/log.txt")
 
 
 def _memory_kills() -> int:

@@ -1,24 +1,82 @@
-"""What a study file says, and its command line: an Ablation or a Search, and the flags that each of them takes."""
+"""What a study file says, and its command line: an Ablation or a Search, the values of a field, and the flags."""
 
-from __future__ import annotations
-
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
 from backbones import BACKBONES
-from bench.analysis.frames import METRICS
+from bench.analysis.frames import DEFAULTS, METRICS
 from bench.core.errors import UserError
+from bench.core.settings import OneOf
 from bench.metrics import weights
 from bench.priors.config import PriorConfig
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
-from .space import TYPES, Range, Space
-
-DEFAULTS = {one.name: None if one.default is MISSING else one.default for one in fields(Config)}
+TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
+
+
+class Range(NamedTuple):
+    """Values of a searched Config field between two ends, both included; ``log`` samples orders of magnitude evenly."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether only whole numbers are meant: both ends are."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+Space = dict[str, Range | tuple]  # Config field → Range, or the tuple of its possible values
+
+
+def read_space(stored: dict[str, Any]) -> Space:
+    """A search's space as its study's file has it."""
+    return {name: Range(**choice) if isinstance(choice, dict) else tuple(choice) for name, choice in stored.items()}
+
+
+def distribution(name: str, choice: Range | tuple | None = None) -> BaseDistribution:
+    """Optuna's distribution of a Config field: of a search's ``choice``, or the widest, the same for all values that an
+    ablation may give it. Raises UserError for a field that has none."""
+    if choice is None:
+        choice = _widest(name)
+    if isinstance(choice, Range):
+        return (IntDistribution if choice.whole else FloatDistribution)(choice.low, choice.high, log=choice.log)
+    return CategoricalDistribution(choice)
+
+
+def _widest(name: str) -> Range | tuple:
+    kind = float if TYPES[name] == float | None else TYPES[name]
+    if name == "backbone":
+        return (*BACKBONES, "timm")
+    if kind is bool:
+        return (False, True)
+    if kind in (int, float):
+        return Range(kind(0), kind(2**31 - 1))
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    for rule in get_args(get_type_hints(Config, include_extras=True)[name]):
+        if isinstance(rule, OneOf):
+            return tuple(rule.choices)
+    raise UserError(f"{name} is text without a list of choices and cannot be swept")
+
+
+def suggest(trial: Trial, space: Space) -> dict[str, Any]:
+    """Values of the searched fields for ``trial``; Optuna keeps those that it already has."""
+    values = {}
+    for name, choice in space.items():
+        if isinstance(choice, Range):
+            draw = trial.suggest_int if choice.whole else trial.suggest_float
+            values[name] = draw(name, choice.low, choice.high, log=choice.log)
+        else:
+            values[name] = trial.suggest_categorical(name, choice)
+    return values
 
 
 @dataclass(frozen=True)
@@ -84,20 +142,6 @@ class Ablation:
     seeds: tuple[int, ...] = (0, 1, 2)
     priors: tuple[str, ...] = ()
 
-    @property
-    def arguments(self) -> type[StudyArguments]:
-        """What its command line takes besides ``flags``."""
-        return PriorStudyArguments if self.priors else AblationArguments
-
-    def flags(self) -> dict[str, Any]:
-        """Config field → its type as a flag: a swept field takes several values."""
-        told = tyro.conf.arg(help="values to sweep")
-        return {name: Annotated[tuple[TYPES[name], ...], told] for name in self.sweep}
-
-    def values(self) -> dict[str, Any]:
-        """Flag → what the study gives it."""
-        return {**self.settings, **self.sweep, **({"prior": self.priors} if self.priors else {})}
-
 
 @dataclass(frozen=True)
 class Search:
@@ -109,42 +153,26 @@ class Search:
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0,)
 
-    @property
-    def arguments(self) -> type[StudyArguments]:
-        """What its command line takes."""
-        return SearchArguments
-
-    def flags(self) -> dict[str, Any]:
-        """Config field → its type as a flag: a searched field is none."""
-        return {name: tyro.conf.Suppress[TYPES[name]] for name in self.space}
-
-    def values(self) -> dict[str, Any]:
-        """Flag → what the study gives it."""
-        return self.settings
-
-    def first(self) -> dict[str, Any]:
-        """One point of the space, of its first values."""
-        return {name: choice[0] for name, choice in self.space.items()}
-
-    def stored(self) -> dict[str, Any]:
-        """The space as the study's file has it, for ``read_space``."""
-        return {name: choice._asdict() if isinstance(choice, Range) else choice for name, choice in self.space.items()}
-
 
 def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
-    values = study.values()
-    extra = [(name, kind, field(default=values.get(name, DEFAULTS[name]))) for name, kind in study.flags().items()]
-    kind = make_dataclass("Options", extra, bases=(study.arguments,), frozen=True)
-    defaults = {**values, "backbone": study.backbones, "seeds": study.seeds}
-    options = parse(kind, arguments, f"python -m studies.{study.name}", description, **defaults)
-    missing = weights.inception_missing() if options.fid_weights is None else ""
+    values = {**study.settings, "backbone": study.backbones, "seeds": study.seeds}
+    if isinstance(study, Search):
+        base, flags = SearchArguments, {name: tyro.conf.Suppress[TYPES[name]] for name in study.space}
+    else:
+        base = PriorStudyArguments if study.priors else AblationArguments
+        told = tyro.conf.arg(help="values to sweep")
+        flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
+        values |= study.sweep | ({"prior": study.priors} if study.priors else {})
+    extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
+    options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
+    options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
         if metric not in known:
             raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
-        if metric == "fid" and missing:
-            raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
+    if "fid" in options.metric and options.fid_weights is None and (missing := weights.inception_missing()):
+        raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if value == ():

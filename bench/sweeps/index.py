@@ -4,32 +4,34 @@ An index over the run store, never the truth: delete the database and ``python -
 Each backbone has a study of its own, so that nobody is pruned by another backbone's curve.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 
+from bench.analysis.frames import settings
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 
-from .kinds import KINDS, AnyConfig, kind_of
-from .space import Space, distribution, read_space
+from .definition import Space, distribution, read_space
+from .kinds import KINDS, AnyConfig, Row, kind_of, rows_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -37,7 +39,9 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
+MAX_ROWS = 150  # runs of a backbone that importance is computed from
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
+GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
 Study = optuna.Study
 Metrics = tuple[str, ...]
 
@@ -57,23 +61,21 @@ class Index:
 
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         local = url.startswith("sqlite")
         # SQLite has no row locks: two workers could both take the same trial.
         self.lock = FileLock(folder / ".claims.lock") if local else nullcontext()
         self.planning = FileLock(folder / ".planning.lock")  # one command at a time plans or reports
         self.artifacts = FileSystemArtifactStore(folder / "artifacts")
-        (folder / "artifacts").mkdir(exist_ok=True)
-        options = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+        options = {
+            "engine_kwargs": {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True},
+            "heartbeat_interval": HEARTBEAT_SECONDS,
+            "grace_period": GRACE_SECONDS,
+            "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+        }
         with FileLock(folder / ".create.lock"):  # tables are created once
             try:
-                self.storage = RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=HEARTBEAT_SECONDS,
-                    grace_period=GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
-                )
+                self.storage = RDBStorage(url, **options)
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
             except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
@@ -99,23 +101,19 @@ class Index:
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
         """Adds a trial for some worker to take. ``params`` empty: its values are sampled when it is taken."""
-        study.add_trial(_template(params, run_id, {}))
+        study.add_trial(_waiting(params, {name: distribution(name) for name in params}, run_id))
 
-    def claim(self, study: Study, run_ids: set[str]) -> Trial | None:
-        """Takes a waiting trial of one of ``run_ids`` (of any, if empty), first come first served.
-
-        No two workers get the same. None when there is none.
-        """
+    def claim(self, study: Study, run_ids: Collection[str] = ()) -> Trial | None:
+        """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
+        when there is none."""
         with self.lock:
-            for waiting in self._trials(study, TrialState.WAITING, run_ids):
-                try:
+            for waiting in self.trials(study, TrialState.WAITING, of=run_ids):
+                with suppress(UpdateFinishedTrialError):
                     if self._start(waiting._trial_id):
                         # by its number: no two trials draw alike, whoever takes them
                         seed = zlib.crc32(f"{study.study_name}/{waiting.number}".encode())
                         study.sampler = optuna.samplers.TPESampler(seed=seed)
                         return Trial(study, waiting._trial_id)
-                except optuna.exceptions.UpdateFinishedTrialError:
-                    continue
         return None
 
     def _start(self, trial_id: int) -> bool:
@@ -124,43 +122,26 @@ class Index:
         self.storage.record_heartbeat(trial_id)
         return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
-    def _trials(self, study: Study, state: TrialState, run_ids: set[str]) -> list[FrozenTrial]:
-        trials = study.get_trials(deepcopy=False, states=(state,))
-        return [trial for trial in trials if not run_ids or trial.user_attrs.get("run_id") in run_ids]
-
-    def running(self, study: Study, run_ids: set[str]) -> int:
-        """Trials of ``run_ids`` (of all runs, if empty) that some worker has."""
-        return len(self._trials(study, TrialState.RUNNING, run_ids))
-
-    def waiting(self, study: Study, run_ids: set[str]) -> int:
-        """Trials of ``run_ids`` (of all runs, if empty) that nobody has taken yet."""
-        return len(self._trials(study, TrialState.WAITING, run_ids))
+    def trials(self, study: Study, *states: TrialState, of: Collection[str] = ()) -> list[FrozenTrial]:
+        """Trials in one of ``states`` (in any, if none is given) of the runs ``of`` (of all, if empty)."""
+        trials = study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if not of or trial.user_attrs.get("run_id") in of]
 
     def states(self, study: Study) -> dict[str, set[str]]:
         """run_id → names of the states that its trials are in."""
         found: dict[str, set[str]] = {}
-        for trial in study.get_trials(deepcopy=False):
+        for trial in self.trials(study):
             found.setdefault(trial.user_attrs.get("run_id", ""), set()).add(trial.state.name)
         return found
 
-    def size(self, study: Study) -> int:
-        """Trials of any kind."""
-        return len(study.get_trials(deepcopy=False))
-
     def ended(self, study: Study) -> int:
         """Trials that ran to an end of their own: neither interrupted nor lost with their worker."""
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+        trials = self.trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         return sum(trial.state != TrialState.FAIL or trial.user_attrs.get("status") in FAILURES for trial in trials)
-
-    def counted(self, study: Study) -> int:
-        """Trials that count towards a search's budget: ended, running or waiting."""
-        return self.ended(study) + len(
-            study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        )
 
     def seconds(self, study: Study) -> float:
         """Seconds of training and scoring that all trials took together, by the run folders."""
-        return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False))
+        return sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials(study))
 
     def recover(self, study: Study) -> None:
         """Gives trials whose worker died back to the queue."""
@@ -176,12 +157,9 @@ class Index:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
                     self.storage.record_heartbeat(trial._trial_id)
-                except (
-                    optuna.exceptions.StorageInternalError
-                ) as error:  # the next one may pass; results are in the store
+                except StorageInternalError as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
-        self.storage.record_heartbeat(trial._trial_id)
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -190,28 +168,22 @@ class Index:
             done.set()
             thread.join()
 
-    def add(
-        self, study: Study, params: dict[str, Any], runs: list[Run], metrics: tuple[str, ...], space: Space
-    ) -> None:
-        """Records ``runs`` (the seeds of one trial) that ended without this database knowing.
-
-        ``space`` is what a search sampled ``params`` from, {} for an ablation.
-        """
-        template = _template(params, runs[0].folder.name, space)
-        trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
-        self._start(trial_id)
-        trial = Trial(study, trial_id)
-        if len(metrics) == 1 and (runs[0].folder / "history.jsonl").is_file():
-            report(trial, runs[0].history(), kind_of(runs[0]).config(runs[0]), after=0)
+    def add(self, study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> None:
+        """Records ``runs`` (the seeds of one trial) that ended without this database knowing. ``space`` is what a
+        search sampled ``params`` from, {} for an ablation."""
+        distributions = {name: distribution(name, space.get(name)) for name in params}
+        template = _waiting(params, distributions, runs[0].folder.name)
+        trial = Trial(study, self.storage.create_new_trial(study._study_id, template_trial=template))
+        self._start(trial._trial_id)
+        if len(metrics) == 1:
+            report(trial, rows_of(runs[0]), runs[0].settings(kind_of(runs[0]).config), after=0)
         self.tell(study, trial, runs, metrics)
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
-        """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed.
-
-        Everything else is written first. A trial that another worker took for dead and ended is left as it is.
-        """
+        """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
+        another worker took for dead and ended is left as it is."""
+        failed = next((run for run in runs if not run.finished), None)
         try:
-            failed = next((run for run in runs if not run.finished), None)
             self._describe(study, trial, runs)
             if failed is None:
                 rows = [run.metrics() for run in runs]
@@ -220,7 +192,7 @@ class Index:
                 trial.set_user_attr("status", failed.status)
                 trial.set_user_attr("reason", failed.reason)
                 study.tell(trial, state=TrialState.PRUNED if failed.status == "pruned" else TrialState.FAIL)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        except GONE:
             if not self.storage.get_trial(trial._trial_id).state.is_finished():
                 raise
 
@@ -228,20 +200,11 @@ class Index:
         """Ends ``trial`` as interrupted and puts a copy of it into the queue."""
         try:
             trial.set_user_attr("status", "interrupted")
-            frozen = self.storage.get_trial(trial._trial_id)
             study.tell(trial, state=TrialState.FAIL)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        except GONE:
             return  # another worker took it for dead, and has put its copy there
-        attributes = {key: value for key, value in frozen.user_attrs.items() if key == "run_id"}
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=frozen.params,
-                distributions=frozen.distributions,
-                user_attrs=attributes,
-                system_attrs={"fixed_params": frozen.params},
-            )
-        )
+        ended = self.storage.get_trial(trial._trial_id)
+        study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
 
     def _describe(self, study: Study, trial: Trial, runs: list[Run]) -> None:
         """Metrics as attributes; each run's picture as artifact and in the note."""
@@ -257,10 +220,7 @@ class Index:
                     for name in shown:
                         trial.set_user_attr(name, metrics[name])
                 lines += [self._picture(study, trial, run.folder / kind.picture), "\n| metric | |\n|---|---|"]
-                lines += [
-                    f"| {metric.label} {metric.arrow} | {metrics[name]:{metric.form}} |"
-                    for name, metric in shown.items()
-                ]
+                lines += [f"| {one.label} {one.arrow} | {metrics[name]:{one.form}} |" for name, one in shown.items()]
         save_note(trial, "\n".join(lines))
 
     def _picture(self, study: Study, trial: Trial, path: Path) -> str:
@@ -270,16 +230,13 @@ class Index:
         return f"![{path.stem}](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})\n"
 
     def attach(self, study: Study, text: str, pictures: Iterable[tuple[str, Path]]) -> None:
-        """Shows ``text`` and ``pictures``, (caption, path) each, in the study's note.
-
-        What was attached before under the same file name is replaced.
-        """
+        """Shows ``text`` and ``pictures``, (caption, path) each, in the study's note; a picture replaces what was
+        attached before under its file name."""
         known = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(study)}
         lines = [text]
         for caption, path in pictures:
-            if path.name in known:
-                artifact = known[path.name]
-                with open(path, "rb") as file:
+            if artifact := known.get(path.name):
+                with path.open("rb") as file:
                     self.artifacts.write(artifact, file)
             else:
                 artifact = upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=study)
@@ -292,14 +249,14 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     were. Raises UserError on an unknown name."""
     record, added = store.study(name), 0
     searching = record["kind"] == "search"
-    for kind in KINDS.values():
+    for shelf, kind in KINDS.items():
         metrics = kind.ranked or tuple(record["metrics"])
         trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
-        for run_id, row in record.get(kind.shelf, {}).items():
+        for run_id, row in record.get(shelf, {}).items():
             aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
             params = {name: value for name, value in row.items() if name not in aside}
             identity = (row[kind.key], *(params.items() if searching else [run_id]))
-            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.shelf))
+            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
         for (label, *_), (params, runs) in trials.items():
             with index.planning:
                 study = index.open(kind.study(name, label), metrics)
@@ -311,22 +268,55 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     return added
 
 
-def report(trial: Trial, rows: list[dict[str, float]], config: AnyConfig, after: int) -> int:
-    """Reports the training loss (the Kind's; of tokenizers reconstruction + lpips_weight · lpips) of ``rows`` beyond
-    step ``after``.
+def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
+    """Reports the training loss (see Kind) of ``rows`` beyond step ``after``; returns the last step reported.
 
-    At most MAX_REPORTS of them, at the same steps in every trial of a study. Negative where the study maximises, so
-    that the pruner's better is a smaller loss. Returns the last step reported; does nothing for a trial that another
-    worker has taken for dead.
+    At most MAX_REPORTS, at the same steps in every trial of a study. Negative where the study maximises, so that the
+    pruner's better is a smaller loss. Does nothing for a trial that another worker has taken for dead.
     """
     every = math.ceil(config.steps / MAX_REPORTS)
     sign = -1 if trial.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     for row in rows:
         if row["step"] // every > after // every:
             after = int(row["step"])
-            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            with suppress(UpdateFinishedTrialError):
                 trial.report(sign * KINDS[config.SHELF].loss(config, row), after)
     return after
+
+
+def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """How much of the variance of ``metric`` each swept field, and the seed, explains within a backbone.
+
+    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns backbone,
+    parameter and importance, which sums to 1 in a backbone; none has fewer than 4 runs, nothing swept or no variance.
+    """
+    found = []
+    for backbone, rows in table[table.status == "finished"].groupby("backbone"):
+        rows = rows[rows[metric].notna()]
+        rows = rows.sample(min(len(rows), MAX_ROWS), random_state=0)
+        swept = settings(rows)
+        if len(rows) < 4 or not swept or rows[metric].nunique() < 2:
+            continue
+        names = [*swept, "seed"] if rows.seed.nunique() > 1 else list(swept)
+        rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
+        distributions = {name: _range_of(rows[name]) for name in names}
+        study = optuna.create_study()
+        study.add_trials(
+            create_trial(params=dict(zip(names, values, strict=True)), distributions=distributions, value=value)
+            for *values, value in rows.itertuples(index=False)
+        )
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        found += [(backbone, name, share) for name, share in shares.items()]
+    return pd.DataFrame(found, columns=["backbone", "parameter", "importance"])
+
+
+def _range_of(values: pd.Series) -> BaseDistribution:
+    """The distribution that just holds ``values``: a number's order and scale help the forest, and cost it less."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        low, high = float(values.min()), float(values.max())
+        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
+    return CategoricalDistribution(tuple(values.unique()))
 
 
 def _seconds(run: Run) -> float:
@@ -334,15 +324,16 @@ def _seconds(run: Run) -> float:
     if run.finished:
         metrics = run.metrics()
         return metrics["train_seconds"] + metrics.get("score_seconds", 0.0)
-    history = run.history() if (run.folder / "history.jsonl").is_file() else []
-    return history[-1]["seconds"] if history else 0.0
+    rows = rows_of(run)
+    return rows[-1]["seconds"] if rows else 0.0
 
 
-def _template(params: dict[str, Any], run_id: str | None, space: Space) -> FrozenTrial:
+def _waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:
+    """A trial to be taken; what ``params`` leaves open is sampled then."""
     return create_trial(
         state=TrialState.WAITING,
         params=params,
-        distributions={name: distribution(name, space.get(name)) for name in params},
+        distributions=distributions,
         user_attrs={"run_id": run_id} if run_id else {},
         system_attrs={"fixed_params": params},
     )

@@ -1,7 +1,5 @@
 """What differs between the runs of tokenizers and of priors to a study; all else in this room is the same for both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +18,11 @@ Row = dict[str, float]
 class Kind(NamedTuple):
     """One kind of run."""
 
-    shelf: str  # key of its runs in a study's file, and the store's folder of them
     noun: str  # what several of them are called
     key: str  # what each Optuna study has one value of; its name ends in that,
     prefix: str  # with this before it
     train: Callable[[Any, Store, Path | None], Run]  # config, store and Inception's weights → the finished run
-    config: Callable[[Run], AnyConfig]  # of a run
+    config: type  # whose SHELF is also the key of its runs in a study's file
     metrics: dict[str, Metric]
     ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
     told: tuple[str, ...]  # further metrics in the line of a trial that ended
@@ -38,42 +35,40 @@ class Kind(NamedTuple):
         return f"{name}-{self.prefix}{label}"
 
 
-def _train_prior(config: PriorConfig, store: Store, fid_weights: Path | None) -> Run:
-    return run_prior(config, store.named(config.tokenizer), store, fid_weights)
-
-
-KINDS = {
-    Config.SHELF: Kind(
-        shelf=Config.SHELF,
-        noun="trials",
-        key="backbone",
-        prefix="",
-        train=run_trial,
-        config=lambda run: run.settings(Config),
-        metrics=METRICS,
-        ranked=(),
-        told=("psnr", "perplexity"),
-        picture="reconstructions.png",
-        loss=lambda config, row: row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0),
-        figures=lambda row: f"loss {row['reconstruction']:.4f} perplexity {row['perplexity']:.0f}",
-    ),
-    PriorConfig.SHELF: Kind(
-        shelf=PriorConfig.SHELF,
-        noun="priors",
-        key="prior",
-        prefix="prior-",
-        train=_train_prior,
-        config=lambda run: run.settings(PriorConfig),
-        metrics=PRIOR_METRICS,
-        ranked=("coded_bits_per_token",),
-        told=("gfid_vgg16",),
-        picture="samples.png",
-        loss=lambda config, row: row["bits_per_token"],
-        figures=lambda row: f"{row['bits_per_token']:.3f} bits per token",
-    ),
-}
+TOKENIZERS = Kind(
+    noun="trials",
+    key="backbone",
+    prefix="",
+    train=run_trial,
+    config=Config,
+    metrics=METRICS,
+    ranked=(),
+    told=("psnr", "perplexity"),
+    picture="reconstructions.png",
+    loss=lambda config, row: row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0),
+    figures=lambda row: f"loss {row['reconstruction']:.4f} perplexity {row['perplexity']:.0f}",
+)
+PRIORS = Kind(
+    noun="priors",
+    key="prior",
+    prefix="prior-",
+    train=lambda config, store, fid_weights: run_prior(config, store.named(config.tokenizer), store, fid_weights),
+    config=PriorConfig,
+    metrics=PRIOR_METRICS,
+    ranked=("coded_bits_per_token",),
+    told=("gfid_vgg16",),
+    picture="samples.png",
+    loss=lambda config, row: row["bits_per_token"],
+    figures=lambda row: f"{row['bits_per_token']:.3f} bits per token",
+)
+KINDS = {kind.config.SHELF: kind for kind in (TOKENIZERS, PRIORS)}
 
 
 def kind_of(run: Run) -> Kind:
     """The kind of ``run``, by the folder it lies in."""
     return KINDS[run.folder.parent.name]
+
+
+def rows_of(run: Run) -> list[Row]:
+    """The rows of a run's history; none before its first step."""
+    return run.history() if (run.folder / "history.jsonl").is_file() else []

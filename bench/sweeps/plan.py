@@ -1,15 +1,9 @@
-"""What a study consists of: its trials, what is missing of them and what that will cost.
-
-An ablation's plan and a search's are siblings with the same methods; ``make_plan`` chooses by what the study file says.
-"""
-
-from __future__ import annotations
+"""What a study consists of: its trials, what is missing of them and what that will cost."""
 
 import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +12,7 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from bench.analysis.frames import frame
+from bench.analysis.frames import DEFAULTS, frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 from bench.priors.config import PriorConfig
@@ -26,12 +20,13 @@ from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
-from .definition import DEFAULTS, Ablation, Search, StudyArguments
-from .index import Index, Study, Trial
-from .kinds import KINDS, AnyConfig, Kind
-from .space import suggest
+from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
+from .index import Index, Study, Trial, TrialState
+from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
+SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
+SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision")  # what the time of a step depends on
 
 
 class Cell(NamedTuple):
@@ -57,25 +52,28 @@ class Part(NamedTuple):
     metrics: tuple[str, ...]
     cells: list[Cell]  # an ablation's; a search makes its own as it goes
 
+    def open(self, index: Index) -> Study:
+        """Its Optuna study, made if need be."""
+        return index.open(self.name, self.metrics, self.steps)
+
     def rows(self, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         """Runs of ``cells`` as the study's file has them."""
-        about = {self.kind.key: self.label}
         return {
-            run.folder.name: {**about, **cell.params, "seed": config.seed}
+            run.folder.name: {self.kind.key: self.label, **cell.params, "seed": config.seed}
             for cell in cells
             for config, run in zip(cell.configs, cell.runs, strict=True)
         }
 
 
 class Plan:
-    """What both plans share. Raises UserError when one of its configs cannot work."""
+    """What the plans of an ablation and of a search share: all methods are the same. Raises UserError when one of its
+    configs cannot work."""
 
     kind: str
-    swept: tuple[str, ...]
-    final: Collection[str]  # how a run has ended that is not run again
+    final = frozenset({"finished", *FAILURES})  # how a run has ended that is not run again
 
-    def __init__(self, study: Ablation | Search, options: StudyArguments):
-        self.study, self.options, self.store = study, options, Store(options.results)
+    def __init__(self, study: Ablation | Search, options: StudyArguments, space: Space):
+        self.study, self.options, self.space, self.store = study, options, space, Store(options.results)
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
@@ -83,26 +81,28 @@ class Plan:
     @cached_property
     def name(self) -> str:
         """The study's name, its preset, and every setting that differs from what these two say."""
-        usual = DEFAULTS | {**preset_settings(self.options.preset), **self.study.settings}
+        usual = {**DEFAULTS, **preset_settings(self.options.preset), **self.study.settings}
         own = PRESETS[self.options.preset]["own"].values()
         uneven = {name for settings in own for name in settings} - {*self.study.settings}  # no value of them is usual
-        machine = ("device", "precision", *self.swept)
+        unnamed = ("device", "precision", *self.space)
         words = [self.study.name, self.options.preset]
         for name, value in self.options.settings().items():
-            if name in machine or (value == usual[name] and name not in uneven):
+            if name in unnamed or (value == usual.get(name) and name not in uneven):
                 continue
             if name == "data" and value.startswith("folder:"):
                 path = Path(value.removeprefix("folder:")).expanduser().resolve()
                 value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
-            value = f"{value:g}" if isinstance(value, float) else value
-            words.append(f"{name}={value}" if name != "data" else value)
-        match = [f"match={self.options.match}"] if self.options.match else []
-        return re.sub(r"[^\w.=-]+", "_", "-".join(self._named(words, match)))
+            words.append(value if name == "data" else f"{name}={shown(value)}")
+        return re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
 
     def header(self) -> dict[str, Any]:
         """What the study's file says besides its runs."""
-        header = {"study": self.study.name, "sweep": self.swept, "metrics": self.options.metric}
-        return {**header, "kind": self.kind, "space": self._space()}
+        header = {"study": self.study.name, "sweep": tuple(self.space), "metrics": self.options.metric}
+        return {**header, "kind": self.kind, "space": {}}
+
+    def example(self, backbone: str) -> Config:
+        """A config to prepare data and weights with: the first values, at the first seed."""
+        return self.configs(backbone, {name: choice[0] for name, choice in self.space.items()})[0]
 
     def configs(self, backbone: str, params: dict[str, Any]) -> list[Config]:
         """The runs of a trial with ``params``: one, or in a search one per seed."""
@@ -116,14 +116,27 @@ class Plan:
 
     def tokenizers(self) -> list[Part]:
         """A part per backbone."""
-        kind, options = KINDS[Config.SHELF], self.options
-        return [
-            Part(kind.study(self.name, name), kind, name, options.steps, options.metric, cells)
-            for name, cells in self.cells.items()
-        ]
+        return [self._part(TOKENIZERS, name, self.options.steps, cells) for name, cells in self.cells.items()]
 
-    def _cell(self, params: dict[str, Any], configs: list[AnyConfig]) -> Cell:
-        return Cell(params, configs, [self.store.run(config) for config in configs])
+    def priors(self) -> list[Part]:
+        """A part per prior, with a cell for every tokenizer that is finished; a search has none."""
+        return []
+
+    def fill(self, part: Part, index: Index) -> int:
+        """Enqueues what is missing of ``part`` and records what ended elsewhere. Returns how many trials are to be run,
+        those that other workers have included."""
+        with index.planning:
+            study = part.open(index)
+            index.recover(study)
+            return self._fill(part, index, study)
+
+    def allows(self, index: Index, study: Study) -> bool:
+        """Whether another trial may begin: in a search, neither are all begun nor is the time over."""
+        return True
+
+    def prunes(self, trial: Trial) -> bool:
+        """Whether a trial of a search is to be given up for its curve."""
+        return False
 
     def table(self) -> Table:
         """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
@@ -134,13 +147,22 @@ class Plan:
         total = 0.0
         for backbone in self.backbones:
             cells, status, configs = self._row(backbone)
-            failed = sum(count for name, count in status.items() if name in FAILURES)
+            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
             seconds = sum(estimates(configs, known))
             total += seconds
-            counts = [str(status["finished"]), str(failed), str(len(configs))]
-            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *counts, f"{seconds / 60:.1f} min")
-        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top" + self._further()
+            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
+        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
         return table
+
+    def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell]) -> Part:
+        return Part(kind.study(self.name, label), kind, label, steps, kind.ranked or self.options.metric, cells)
+
+    def _cell(self, params: dict[str, Any], configs: list[AnyConfig]) -> Cell:
+        return Cell(params, configs, [self.store.run(config) for config in configs])
+
+    def _words(self) -> list[str]:
+        """What the name says besides settings."""
+        return [f"match={self.options.match}"] if self.options.match else []
 
 
 class AblationPlan(Plan):
@@ -149,61 +171,43 @@ class AblationPlan(Plan):
     kind = "ablation"
 
     def __init__(self, study: Ablation, options: StudyArguments):
-        self.swept = tuple(study.sweep)
-        # what a search pruned says nothing about a cell
-        self.final = {"finished"} if options.retry_failed else {"finished", *FAILURES} - {"pruned"}
+        self.final = {"finished"} if options.retry_failed else self.final - {"pruned"}  # which says nothing of a cell
         self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
         self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
-        super().__init__(study, options)
-        for cell in itertools.chain(*self.cells.values()):
-            for prior in self._prior_names:
-                self._prior(prior, cell).check()  # before any tokenizer is trained
+        super().__init__(study, options, {name: vars(options)[name] for name in study.sweep})
 
     def _cells(self, backbone: str) -> list[Cell]:
         """All cells of one seed before those of the next."""
-        values = [dict.fromkeys(vars(self.options)[name]) for name in self.swept]
         cells = []
-        for seed, *combination in itertools.product(self.seeds, *values):
-            params = {**dict(zip(self.swept, combination, strict=True)), "seed": seed}
+        for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
+            params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
             (config,) = self.configs(backbone, params)
             config.check()
             cells.append(self._cell(params, [config]))
+            for prior in self._prior_names:
+                self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
         return cells
 
-    def example(self, backbone: str) -> Config:
-        """One config, to prepare data and weights with."""
-        return self.cells[backbone][0].configs[0]
-
     def priors(self) -> list[Part]:
-        """A part per prior, with a cell for every tokenizer that is finished."""
         finished = [(name, one) for name, cells in self.cells.items() for one in cells if one.run.finished]
-        kind, parts = KINDS[PriorConfig.SHELF], []
+        parts = []
         for prior in self._prior_names if finished else ():
             cells = [
                 # timm's models go by one name: Optuna has to know all values beforehand
                 self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
                 for name, one in finished
             ]
-            study = kind.study(self.name, prior)
-            parts.append(Part(study, kind, prior, self.options.prior_steps, kind.ranked, cells))
+            parts.append(self._part(PRIORS, prior, self.options.prior_steps, cells))
         return parts
 
     def _prior(self, prior: str, cell: Cell) -> PriorConfig:
-        (config,), options = cell.configs, self.options
-        return PriorConfig(
-            tokenizer=cell.run.folder.name,
-            prior=prior,
-            **{field: vars(options)[flag] for flag, field in PRIOR_SETTINGS.items()},
-            precision=options.precision,
-            device=options.device,
-            seed=config.seed,
-        )
+        given = {field: vars(self.options)[flag] for flag, field in PRIOR_SETTINGS.items()}
+        given |= {"precision": self.options.precision, "device": self.options.device, "seed": cell.params["seed"]}
+        return PriorConfig(tokenizer=cell.run.folder.name, prior=prior, **given)
 
-    def fill(self, part: Part, index: Index, study: Study) -> int:
-        """Enqueues what is missing and records what ended elsewhere. Returns the number of trials to be run, those that
-        other workers have included."""
+    def _fill(self, part: Part, index: Index, study: Study) -> int:
         rows = part.rows(part.cells)
-        self.store.extend_study(self.name, self.header(), rows, part.kind.shelf)
+        self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
         states = index.states(study)
         for cell in part.cells:
             run_id = cell.run.folder.name
@@ -215,15 +219,7 @@ class AblationPlan(Plan):
                 index.enqueue(study, cell.params, run_id)
             elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
                 index.add(study, cell.params, cell.runs, part.metrics, {})
-        return index.waiting(study, {*rows}) + index.running(study, {*rows})
-
-    def allows(self, index: Index, study: Study) -> bool:
-        """Whether another trial may begin."""
-        return True
-
-    def prunes(self, trial: Trial) -> bool:
-        """Whether a trial is to be given up for its curve."""
-        return False
+        return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
     def claimed(self, part: Part, trial: Trial) -> Cell:
         """The runs of a trial that was taken."""
@@ -234,15 +230,10 @@ class AblationPlan(Plan):
         parts = (*self.tokenizers(), *self.priors())
         return not all(cell.run.finished for part in parts for cell in part.cells)
 
-    def _named(self, words: list[str], match: list[str]) -> list[str]:
-        if not self._prior_names:
-            return words + match
-        given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS}
+    def _words(self) -> list[str]:
+        given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS if self._prior_names}
         usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
-        return words + match + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
-
-    def _space(self) -> dict[str, Any]:
-        return {}
+        return super()._words() + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
 
     def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
         """Cells per seed, how runs ended, and the configs to run."""
@@ -250,61 +241,52 @@ class AblationPlan(Plan):
         configs = [cell.configs[0] for cell in cells if self.wants(cell.run)]
         return len(cells) // len(self.seeds), Counter(cell.run.status for cell in cells), configs
 
-    def _further(self) -> str:
-        if not self._prior_names:
-            return ""
-        planned = len(self._prior_names) * sum(map(len, self.cells.values()))
-        finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
-        return f"; priors, not in these minutes: {finished} of {planned} finished"
+    def table(self) -> Table:
+        table = super().table()
+        if self._prior_names:
+            planned = len(self._prior_names) * sum(map(len, self.cells.values()))
+            finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
+            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
+        return table
 
 
 class SearchPlan(Plan):
     """The plan of a Search: so many trials, whose values are drawn when they are taken."""
 
     kind = "search"
-    final = frozenset({"finished", *FAILURES})
 
     def __init__(self, study: Search, options: StudyArguments):
-        self.swept = tuple(study.space)
-        if (options.match or "").startswith("time:"):
-            raise UserError(
-                f"--match {options.match} would give each trial of a search other steps; match params or flops"
-            )
-        super().__init__(study, options)
+        if options.timed:
+            words = "would give each trial of a search other steps; match params or flops"
+            raise UserError(f"--match {options.match} {words}")
+        super().__init__(study, options, study.space)
 
     def _cells(self, backbone: str) -> list[Cell]:
         self.example(backbone).check()
         return []
 
-    def example(self, backbone: str) -> Config:
-        """One config, to prepare data and weights with."""
-        return self.configs(backbone, self.study.first())[0]
+    def header(self) -> dict[str, Any]:
+        stored = {name: one._asdict() if isinstance(one, Range) else one for name, one in self.space.items()}
+        return {**super().header(), "space": stored}
 
-    def priors(self) -> list[Part]:
-        """None: a search is of tokenizers."""
-        return []
-
-    def fill(self, part: Part, index: Index, study: Study) -> int:
-        """Enqueues what is missing of the budget. Returns the number of trials to be run, those that other workers have
-        included."""
+    def _fill(self, part: Part, index: Index, study: Study) -> int:
         self.store.extend_study(self.name, self.header(), {})
-        for _ in range(self.options.trials - index.counted(study)):
+        left = self.options.trials - index.ended(study)
+        for _ in range(left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))):
             index.enqueue(study, {})
-        return max(0, self.options.trials - index.ended(study))
+        return max(0, left)
 
     def allows(self, index: Index, study: Study) -> bool:
-        """Whether another trial may begin: neither are all begun nor is the time over."""
         if self.options.timeout is not None and index.seconds(study) >= self.options.timeout:
             return False
-        return index.ended(study) + index.running(study, set()) < self.options.trials
+        return index.ended(study) + len(index.trials(study, TrialState.RUNNING)) < self.options.trials
 
     def prunes(self, trial: Trial) -> bool:
-        """Whether a trial is to be given up for its curve."""
         return trial.should_prune()
 
     def claimed(self, part: Part, trial: Trial) -> Cell:
         """Draws the values of a trial that was taken, and records its runs."""
-        params = suggest(trial, self.study.space)
+        params = suggest(trial, self.space)
         cell = self._cell(params, self.configs(part.label, params))
         self.store.extend_study(self.name, self.header(), part.rows([cell]))
         return cell
@@ -314,52 +296,41 @@ class SearchPlan(Plan):
         runs = self.store.study(self.name)["runs"]
         return any(self.store.named(run_id).status in {*FAILURES} - {"pruned"} for run_id in runs)
 
-    def _named(self, words: list[str], match: list[str]) -> list[str]:
-        if self.seeds != self.study.seeds:  # a trial's value is the mean over them
-            words = [*words, "seeds=" + "+".join(map(str, self.seeds))]
-        return words + match
-
-    def _space(self) -> dict[str, Any]:
-        return self.study.stored()
+    def _words(self) -> list[str]:
+        # a trial's value is the mean over its seeds
+        seeds = [f"seeds={'+'.join(map(str, self.seeds))}"] if self.seeds != self.study.seeds else []
+        return seeds + super()._words()
 
     def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
         """Trials, how runs ended, and a config for each that is left of the budget."""
-        studies = self.store.studies()
-        runs = self.store.study(self.name)["runs"] if self.name in studies else {}
-        rows = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
-        status = Counter(run.status for run in rows)
+        runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
+        ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
+        status = Counter(run.status for run in ours)
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
         return self.options.trials, status, [self.example(backbone)] * left
 
-    def _further(self) -> str:
-        return ""
 
-
-PLANS = {Ablation: AblationPlan, Search: SearchPlan}
+def shown(value: Any) -> str:
+    """``value`` of a setting, in few characters."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def make_plan(study: Ablation | Search, options: StudyArguments) -> AblationPlan | SearchPlan:
     """The plan of ``study``. Raises UserError when one of its configs cannot work."""
-    return PLANS[type(study)](study, options)
+    return (AblationPlan if isinstance(study, Ablation) else SearchPlan)(study, options)
 
 
 def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
     """Training seconds of ``configs`` on this machine: from finished runs of equal shape in ``known``, else from a few
     steps that are run now."""
-    shape = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
-    shape += ("quantizer", "codebook_size", "code_dim")
     finished = known[known.status == "finished"]
-    per_step: dict[tuple, float] = {}
+    rates = finished.train_seconds / finished.steps
+    per_step = rates.groupby([finished[name] for name in SHAPE]).median().to_dict()
+    found = []
     for config in configs:
-        key = tuple(getattr(config, name) for name in (*shape, "device", "precision"))
-        if key not in per_step:
-            same = finished
-            for name, value in zip((*shape, "device", "precision"), key, strict=True):
-                same = same[same[name] == value]
-            rates = same.train_seconds / same.steps
-            per_step[key] = float(rates.median()) if len(rates) else step_seconds(config)
-    return [
-        config.steps * per_step[tuple(getattr(config, name) for name in (*shape, "device", "precision"))]
-        for config in configs
-    ]
+        shape = tuple(getattr(config, name) for name in SHAPE)
+        if shape not in per_step:
+            per_step[shape] = step_seconds(config)
+        found.append(config.steps * per_step[shape])
+    return found

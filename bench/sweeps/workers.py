@@ -1,14 +1,11 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from rich.markup import escape
 
@@ -21,14 +18,12 @@ from bench.training.loop import interruptible
 
 from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
-from .index import Index, Study, Trial, default_url, report, without_password
+from .index import Index, Study, Trial, TrialState, default_url, importances, report, without_password
 from .kinds import AnyConfig, Row
-from .plan import Cell, Part, Plan, make_plan
-from .space import importances
+from .plan import Cell, Part, Plan, make_plan, shown
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
-ROUNDS = 2
 
 
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
@@ -49,7 +44,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     index = Index(url, plan.store.root / "studies")
     idle = True
     for parts in (plan.tokenizers, plan.priors):  # a prior waits for its tokenizer
-        for _ in range(ROUNDS):  # the second finds what was lost with workers that died, if anything
+        for _ in range(2):  # the second finds what was lost with workers that died, if anything
             idle &= not run_missing(plan, parts(), index)
     if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")
@@ -61,31 +56,15 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
 
 def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
     """Runs what is missing of ``parts``, which are of one kind, and returns how many trials that were."""
-    missing = sum(queue(plan, part, index) for part in parts)
+    missing = sum(plan.fill(part, index) for part in parts)
     if missing:
         say(f"study {plan.name}: {missing} {parts[0].kind.noun} to run, {plan.options.workers} at a time")
         Workers(plan, index, parts, missing).run()
     return missing
 
 
-def open_study(part: Part, index: Index) -> Study:
-    """The part's Optuna study."""
-    return index.open(part.name, part.metrics, part.steps)
-
-
-def queue(plan: Plan, part: Part, index: Index) -> int:
-    """Brings the index up to date with the store and enqueues what is missing.
-
-    Returns the number of trials to be run, those that other workers have included.
-    """
-    with index.planning:
-        study = open_study(part, index)
-        index.recover(study)
-        return plan.fill(part, index, study)
-
-
 def conclude(plan: Plan, index: Index) -> None:
-    """Counts the tokenizers, writes the report, attaches its plots."""
+    """Counts how tokenizers ended, writes the report, attaches its plots."""
     runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
     status = Counter(run.status for run in runs)
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
@@ -94,7 +73,7 @@ def conclude(plan: Plan, index: Index) -> None:
         for part in (*plan.tokenizers(), *plan.priors()):
             text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`"
             pictures = [(chart.title, chart.path) for chart in written.charts]
-            index.attach(open_study(part, index), text, pictures)
+            index.attach(part.open(index), text, pictures)
 
 
 class Workers:
@@ -123,12 +102,12 @@ class Workers:
     def _work(self) -> None:
         """One worker: takes trials from the part that has had fewest until none is left."""
         try:
-            studies = {name: open_study(part, self.index) for name, part in self.parts.items()}
+            studies = {name: part.open(self.index) for name, part in self.parts.items()}
             while not self.stop.is_set():
                 fewest_first = sorted(studies, key=lambda name: self.index.ended(studies[name]))
                 if any(self._take(self.parts[name], studies[name]) for name in fewest_first):
                     continue
-                if not any(self.index.running(study, self.planned) for study in studies.values()):
+                if not any(self.index.trials(study, TrialState.RUNNING, of=self.planned) for study in studies.values()):
                     return
                 time.sleep(IDLE_SECONDS)  # another worker may die and its trial come back
                 for study in studies.values():
@@ -139,13 +118,10 @@ class Workers:
 
     def _take(self, part: Part, study: Study) -> bool:
         """Runs one waiting trial of ``part``, if there is one and the budget allows it."""
-        if not self.plan.allows(self.index, study):
-            return False
-        trial = self.index.claim(study, self.planned)
-        if trial is None:
+        if not self.plan.allows(self.index, study) or (trial := self.index.claim(study, self.planned)) is None:
             return False
         cell = self.plan.claimed(part, trial)
-        label = " ".join([part.label, *(f"{name}={_short(value)}" for name, value in cell.params.items())])
+        label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
         began = time.monotonic()
         with self.index.heartbeat(trial):
             for config in cell.configs:
@@ -161,8 +137,8 @@ class Workers:
         return True
 
     def _attempt(self, config: AnyConfig, label: str, watched: Trial | None) -> Outcome:
-        """Runs a config in a child process, again where that makes sense; or adopts how it ended before. Its curve goes
-        to the trial ``watched``."""
+        """Runs a config in a child process, again where that makes sense, or adopts how it ended before; its curve goes
+        to ``watched``."""
         run, attempts, reported = self.plan.store.run(config), 0, 0
         if not self.plan.wants(run):
             return Outcome(run.status, run.reason)
@@ -214,7 +190,3 @@ class Workers:
             names = dict.fromkeys((*part.metrics, *self.kind.told))
             text = ", ".join(f"{known[name].label} {metrics[name]:{known[name].form}}" for name in names)
         say(f"{self.done}/{self.missing} {label}: {escape(text)} ({seconds:.0f} s)")
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,18 +8,20 @@ import re
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
-from bench.sweeps.child import ENDINGS, NO_FAILURE, run_in_child
-from bench.sweeps.kinds import KINDS
+from bench.sweeps.child import ENDINGS, run_in_child
+from bench.sweeps.kinds import KINDS, rows_of
 from bench.tokenizers.config import make_config
 
 
@@ -231,44 +233,56 @@ def test_a_child_that_does_not_listen_is_ended(trial, store, monkeypatch):
 
 
 def test_the_last_rows_are_given_also_when_the_child_ends_between_two_looks(trial, store, monkeypatch):
-    read, looks, seen = child._new_rows, [], []
+    read, looks, seen = child.rows_of, [], []
 
     def work(run):
         while not (run.folder / "looked").exists():
             time.sleep(0.01)
         finishing(run)
 
-    def look(run, after):
-        looks.append(after)
+    def look(run):
+        looks.append(run)
         if len(looks) > 1:
-            return read(run, after)
+            return read(run)
         (run.folder / "looked").write_text("")
         for process in multiprocessing.active_children():
             process.join()  # all that it writes it writes after this look
         return []
 
     trial(work)
-    monkeypatch.setattr(child, "_new_rows", look)
+    monkeypatch.setattr(child, "rows_of", look)
     outcome = run_in_child(make_config("cnn", "smoke"), store, watch=lambda rows: seen.extend(rows))
     assert (outcome.status, seen) == ("finished", ROWS)
 
 
-def test_rows_are_given_once_and_only_when_whole(store):
-    run = store.run(make_config("cnn", "smoke"))
-    assert child._new_rows(run, 0) == []
-    run.folder.mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (run.folder / "history.jsonl").write_text(text + '{"step": 4, "rec')
-    assert child._new_rows(run, 0) == ROWS
-    assert child._new_rows(run, 2) == ROWS[2:]
-    assert child._new_rows(run, 3) == []
-    (run.folder / "history.jsonl").write_text(text)
-    assert child._new_rows(run, 2) == ROWS[2:]
+def test_rows_are_given_once_and_only_when_whole(trial, store):
+    """A line that is still being written comes with the next look."""
+    lines, looks = [json.dumps(row) + "\n" for row in ROWS], []
+
+    def work(run):
+        with (run.folder / "history.jsonl").open("w") as history:
+            history.write(lines[0] + lines[1] + lines[2][:5])
+            history.flush()
+            while not (run.folder / "looked").exists():
+                time.sleep(0.01)
+            history.write(lines[2][5:])
+        finishing(run)
+
+    def watch(rows):
+        looks.extend([rows] if rows else [])
+        if rows:
+            (store.run(config).folder / "looked").write_text("")
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    assert rows_of(store.run(config)) == []
+    assert run_in_child(config, store, watch=watch).status == "finished"
+    assert looks == [ROWS[:2], ROWS[2:]]
 
 
 def test_what_a_child_can_say_is_a_failure_or_one_of_three_that_are_none():
     said = {*ENDINGS.values(), "crashed"}
-    assert said - set(FAILURES) == set(NO_FAILURE)
+    assert said - set(FAILURES) == {"interrupted", "busy", "blocked"}
     assert set(FAILURES) - said == {"timed_out", "pruned"}  # which the parent decides
 
 
@@ -315,6 +329,116 @@ def test_an_unknown_exit_code_is_a_crash(store):
     outcome = child._ended(told, 1, run, memory_kill=False)
     assert outcome.status == "crashed"
     assert re.search(r"exit code 1\b", outcome.reason)
+
+
+# -- what a child and its run are given --------------------------------------------------------------------------------
+
+
+def test_a_child_has_a_session_and_a_log_of_its_own(trial, store):
+    """Ctrl-C in the terminal reaches the parent alone; all that the child prints goes to the log."""
+
+    def work(run):
+        os.write(1, b"said\n")
+        os.write(2, b"warned\n")
+        (run.folder / "session.txt").write_text(str(os.getsid(0)))
+        finishing(run)
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    assert run_in_child(config, store).status == "finished"
+    folder = store.run(config).folder
+    assert int((folder / "session.txt").read_text()) != os.getsid(0)
+    assert (folder / "log.txt").read_text() == "said\nwarned\n"
+
+
+def test_a_child_is_given_its_config_the_store_and_inceptions_weights(trial, store, monkeypatch):
+    def train(config, store, fid_weights):
+        run = store.run(config)
+        (run.folder / "given.txt").write_text(f"{config.seed} {store.root} {fid_weights}")
+        finishing(run)
+
+    monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setitem(KINDS, "runs", KINDS["runs"]._replace(train=train))
+    config = make_config("cnn", "smoke", seed=5)
+    assert run_in_child(config, store, Path("weights.pth")).status == "finished"
+    assert (store.run(config).folder / "given.txt").read_text() == f"5 {store.root} weights.pth"
+
+
+def test_a_run_that_fell_before_its_first_file_is_described_as_any_other(trial, store):
+    """With what every auto means on this machine, and with the machine; what it wrote itself is left alone."""
+    trial(raising(ValueError("a shape")))
+    config = make_config("cnn", "smoke")
+    run_in_child(config, store)
+    run = store.run(config)
+    assert run.config() == asdict(config.resolved())
+    assert run.environment() == environment()
+    run.write("config.json", {"config": {"its": "own"}, "environment": {}})
+    run_in_child(config, store)
+    assert run.config() == {"its": "own"}
+
+
+def test_a_child_does_not_outlive_an_error_of_who_watches_it(trial, store):
+    def work(run):
+        (run.folder / "history.jsonl").write_text('{"step": 1}\n')
+        time.sleep(20)
+        (run.folder / "late").write_text("")
+
+    trial(work)
+    config = make_config("cnn", "smoke")
+    with pytest.raises(ZeroDivisionError):
+        run_in_child(config, store, watch=lambda rows: 1 / 0 if rows else None)
+    assert not multiprocessing.active_children()
+    assert not (store.run(config).folder / "late").exists()
+
+
+def test_a_child_asks_itself_to_stop_when_its_parent_has_died(monkeypatch):
+    """So that it writes a checkpoint first."""
+    ends, asked = multiprocessing.Pipe(duplex=False), []
+    ends[1].close()
+    monkeypatch.setattr(child.multiprocessing, "parent_process", lambda: SimpleNamespace(sentinel=ends[0]))
+    monkeypatch.setattr(child.os, "kill", lambda *given: asked.append(given))
+    child._stop_with_parent()
+    assert asked == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("events", "kills"),
+    [
+        ("low 0\nhigh 9\nmax 8\noom 7\noom_kill 3\noom_group_kill 1\n", 3),
+        ("oom 7\n", 0),
+        (None, 0),
+    ],
+)
+def test_kills_for_lack_of_memory_are_counted_where_the_kernel_tells(monkeypatch, tmp_path, events, kills):
+    """Processes, and neither how often memory ran out nor how often a whole group was killed."""
+    if events:
+        (tmp_path / "events").write_text(events)
+    monkeypatch.setattr(child, "Path", lambda path: tmp_path / "events")
+    assert child._memory_kills() == kills
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "memory_kill", "status", "reason"),
+    [
+        (1, False, "crashed", "exit code 1; see {}/log.txt"),
+        (1, True, "crashed", "exit code 1; see {}/log.txt"),
+        (-11, True, "crashed", "ended by SIGSEGV; see {}/log.txt"),
+        (-9, False, "crashed", "ended by SIGKILL (often the system's, for lack of memory); see {}/log.txt"),
+        (-9, True, "out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size"),
+    ],
+)
+def test_an_end_without_a_word_is_told_from_its_exit_code(store, exitcode, memory_kill, status, reason):
+    run = store.run(make_config("cnn", "smoke"))
+    told, tell = multiprocessing.Pipe(duplex=False)
+    tell.close()
+    assert child._ended(told, exitcode, run, memory_kill) == (status, reason.format(run.folder))
+
+
+def test_what_an_error_is_and_says_is_its_reason():
+    assert child._outcome(KeyError("step")) == ("crashed", "KeyError: 'step'")
+    assert child._outcome(RuntimeError()) == ("crashed", "RuntimeError: ")
+    assert child._outcome(MemoryError()) == ("out_of_memory", "MemoryError")
+    assert child._outcome(Diverged("not finite")) == ("diverged", "not finite")
 
 
 # -- with trials that train, in children that first wait for torch to be imported ------------------------------------

@@ -5,6 +5,8 @@ import json
 import math
 import threading
 from dataclasses import asdict
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import optuna
 import pandas as pd
@@ -14,13 +16,16 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import get_note
 
+from backbones import BACKBONES
 from bench.analysis.frames import METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
+from bench.data import AUGMENTATIONS
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, space
-from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
-from bench.sweeps.space import Range, distribution, importances, suggest
+from bench.quantizers import QUANTIZERS
+from bench.sweeps import index
+from bench.sweeps.definition import Range, distribution, suggest
+from bench.sweeps.index import MAX_REPORTS, Index, importances, report, without_password
 from bench.tokenizers.config import Config, make_config
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
@@ -60,6 +65,14 @@ def taken(indexed: Index, study: optuna.Study, params=None, run_id: str | None =
     """A trial that a worker has."""
     indexed.enqueue(study, params or {"beta": 0.5, "seed": 0}, run_id)
     return indexed.claim(study, {run_id} if run_id else set())
+
+
+def waiting(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.WAITING, of=of))
+
+
+def running(indexed: Index, study: optuna.Study, of: set[str]) -> int:
+    return len(indexed.trials(study, TrialState.RUNNING, of=of))
 
 
 # -- direction --------------------------------------------------------------------------------------------------------
@@ -156,13 +169,13 @@ def test_waiting_trials_are_taken_once_in_their_order(indexed):
     study = indexed.open("one", ("psnr",))
     for number, run_id in enumerate("abca"):
         indexed.enqueue(study, {"beta": 0.5, "seed": number}, run_id)
-    assert (indexed.waiting(study, set()), indexed.waiting(study, {"a"}), indexed.running(study, set())) == (4, 2, 0)
+    assert (waiting(indexed, study, set()), waiting(indexed, study, {"a"}), running(indexed, study, set())) == (4, 2, 0)
     assert indexed.claim(study, {"x"}) is None
     assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
     assert [indexed.claim(study, set()).params["seed"] for _ in range(3)] == [0, 1, 3]
     assert indexed.claim(study, set()) is None
-    assert (indexed.running(study, set()), indexed.running(study, {"a"}), indexed.running(study, {"x"})) == (4, 2, 0)
-    assert indexed.waiting(study, set()) == 0
+    assert (running(indexed, study, set()), running(indexed, study, {"a"}), running(indexed, study, {"x"})) == (4, 2, 0)
+    assert waiting(indexed, study, set()) == 0
     assert indexed.states(study) == {run_id: {"RUNNING"} for run_id in "abc"}
 
 
@@ -171,12 +184,12 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
     inside, most, meet = set(), [], threading.Barrier(2)
 
     class Slow(Index):
-        def _trials(self, *arguments):
+        def trials(self, *arguments, **more):
             inside.add(self)
             with contextlib.suppress(threading.BrokenBarrierError):
                 meet.wait(0.2)
             most.append(len(inside))
-            return super()._trials(*arguments)
+            return super().trials(*arguments, **more)
 
         def _start(self, trial_id):
             inside.discard(self)
@@ -225,7 +238,7 @@ def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, 
     for seed, status in enumerate(["finished", "pruned", *(name for name in FAILURES if name != "pruned")]):
         run = made(store, status, config=smoke(seed=seed))
         indexed.tell(study, taken(indexed, study, {"seed": seed}), [run], metrics)
-    assert indexed.ended(study) == indexed.counted(study) == 1 + len(FAILURES)
+    assert indexed.ended(study) == 1 + len(FAILURES)
     indexed.give_back(study, taken(indexed, study, {"seed": 90}))  # interrupted, and waiting again
     lost = indexed.claim(study, set())
     study.tell(lost, state=TrialState.FAIL)  # as Optuna does when heartbeats stop
@@ -233,7 +246,6 @@ def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, 
     taken(indexed, study, {"seed": 91})
     indexed.enqueue(study, {"seed": 92})
     assert indexed.ended(study) == 1 + len(FAILURES)
-    assert indexed.counted(study) == indexed.ended(study) + 2
 
 
 def test_a_trial_that_was_given_back_comes_again_as_it_was(indexed):
@@ -426,9 +438,9 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert space._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
     for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert space._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -437,14 +449,14 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
     table = pd.DataFrame(rows, columns=frame([]).columns)
     looked_at = []
     monkeypatch.setattr(
-        space, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
     )
     assert not importances(table[:4], "psnr").empty
     assert importances(table[:3], "psnr").empty
     gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
     assert not importances(gappy, "psnr").empty
     assert not any(map(math.isnan, looked_at))
-    monkeypatch.setattr(space, "MAX_ROWS", 10)
+    monkeypatch.setattr(index, "MAX_ROWS", 10)
     looked_at.clear()
     importances(table, "psnr")
     assert len(set(looked_at)) == 10
@@ -471,8 +483,144 @@ def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
     study = indexed.open("one", ("psnr",))
     taken(indexed, study, {"beta": 0.5, "seed": 3}, "a")
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, set())) == (1, 0)  # its heartbeat is young
+    assert (running(indexed, study, set()), waiting(indexed, study, set())) == (1, 0)  # its heartbeat is young
     monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
     indexed.recover(study)
-    assert (indexed.running(study, set()), indexed.waiting(study, {"a"})) == (0, 1)
+    assert (running(indexed, study, set()), waiting(indexed, study, {"a"})) == (0, 1)
     assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}
+
+
+# -- workers that share a database ------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_taken_for_dead_only_after_it_missed_several_beats(indexed):
+    storage = indexed.storage
+    assert storage.get_heartbeat_interval() * 4 <= storage.grace_period <= 60
+
+
+@pytest.mark.parametrize(
+    ("url", "locks", "options"),
+    [
+        ("sqlite:///x.db", True, {"connect_args": {"timeout": 60}}),
+        ("postgresql+psycopg://host/x", False, {"pool_pre_ping": True}),
+    ],
+)
+def test_only_sqlite_needs_a_lock_and_waits_for_its_file(tmp_path, monkeypatch, url, locks, options):
+    """A server's connections are looked at before they are used: it may have been started again."""
+    opened = []
+    monkeypatch.setattr(index, "RDBStorage", lambda url, **given: opened.append((url, given["engine_kwargs"])))
+    one = Index(url, tmp_path)
+    assert opened == [(url, options)]
+    assert isinstance(one.lock, index.FileLock) == locks
+
+
+def test_a_worker_s_heart_beats_until_its_trial_has_ended(indexed, monkeypatch, caplog):
+    """Though the database may not answer for a while."""
+    trial, beats, enough = SimpleNamespace(_trial_id=17, number=3), [], threading.Event()
+
+    def record(trial_id):
+        beats.append(trial_id)
+        if len(beats) == 3:
+            enough.set()
+        raise optuna.exceptions.StorageInternalError("locked")
+
+    monkeypatch.setattr(index, "HEARTBEAT_SECONDS", 0.001)
+    indexed.storage = SimpleNamespace(record_heartbeat=record)
+    with indexed.heartbeat(trial):
+        assert enough.wait(5)
+    assert {*beats} == {17}
+    assert "heartbeat of trial 3 failed: locked" in caplog.text
+    assert not any(thread.name.endswith("(beat)") for thread in threading.enumerate())
+
+
+def test_the_time_that_trials_took_is_that_of_those_that_have_any(indexed, store):
+    study = indexed.open("one", ("psnr",))
+    indexed.enqueue(study, {"seed": 0})
+    assert indexed.seconds(study) == 0
+    for seed, seconds in ((1, 10.0), (2, 20.5)):
+        run = made(store, config=smoke(seed=seed), train_seconds=seconds)
+        indexed.add(study, {"seed": seed}, [run], ("psnr",), {})
+    assert indexed.seconds(study) == 30.5
+
+
+def test_what_optuna_refuses_of_a_trial_under_way_is_told(indexed, store):
+    """Only a trial that has ended elsewhere is left as it is."""
+    study = indexed.open("one", ("psnr",))
+    trial, run = taken(indexed, study), made(store)
+    trial.set_user_attr = refuse = Mock(side_effect=ValueError("not like this"))
+    with pytest.raises(ValueError, match="not like this"):
+        indexed.tell(study, trial, [run], ("psnr",))
+    study.tell(trial, state=TrialState.FAIL)
+    indexed.tell(study, trial, [run], ("psnr",))
+    assert refuse.call_count == 2
+    assert study.trials[0].state == TrialState.FAIL
+
+
+def test_of_several_runs_that_failed_the_first_says_why(indexed, store):
+    study = indexed.open("one", ("psnr",))
+    statuses = ("finished", "diverged", "crashed")
+    runs = [made(store, status, config=smoke(seed=seed)) for seed, status in enumerate(statuses)]
+    indexed.tell(study, taken(indexed, study), runs, ("psnr",))
+    assert study.trials[0].user_attrs["status"] == "diverged"
+    assert study.trials[0].user_attrs["reason"] == "it diverged"
+    assert study.trials[0].user_attrs["run_id"] == runs[0].folder.name
+
+
+def test_pictures_of_different_names_are_kept_apart(indexed, tmp_path):
+    study, paths = indexed.open("study", ("psnr",)), [tmp_path / "a.png", tmp_path / "b.png"]
+    for round_ in (b"1", b"2"):
+        for path in paths:
+            path.write_bytes(path.name.encode() + round_)
+        indexed.attach(study, "", [(path.stem, path) for path in paths])
+    kept = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(study)}
+    folder = indexed.folder / "artifacts"
+    assert {name: (folder / artifact).read_bytes() for name, artifact in kept.items()} == {
+        "a.png": b"a.png2",
+        "b.png": b"b.png2",
+    }
+    assert get_note(study).index(kept["a.png"]) < get_note(study).index(kept["b.png"])
+
+
+def test_a_search_trial_is_rebuilt_when_all_its_seeds_have_ended(indexed, store):
+    """Or one of them failed; with the distributions that it was drawn from."""
+    rows, spaces = {}, {"beta": {"low": 0.1, "high": 4.0, "log": True}}
+    for beta, statuses in ((0.25, ("finished", "finished")), (0.5, ("finished", "unfinished")), (2.0, ("crashed",))):
+        for seed, status in enumerate(statuses):
+            run = made(store, status, config=smoke(beta=beta, seed=seed), psnr=10.0 * beta + seed)
+            rows[run.folder.name] = {"backbone": "cnn", "beta": beta, "seed": seed}
+    header = {"study": "s", "sweep": ["beta"], "metrics": ["psnr"], "kind": "search", "space": spaces}
+    store.extend_study("s-smoke", header, rows)
+    assert index.rebuild(indexed, store, "s-smoke") == 2
+    trials = indexed.trials(indexed.open("s-smoke-cnn", ("psnr",)))
+    assert [(trial.params, trial.value) for trial in trials] == [({"beta": 0.25}, 3.0), ({"beta": 2.0}, None)]
+    assert {trial.distributions["beta"] for trial in trials} == {FloatDistribution(0.1, 4.0, log=True)}
+    assert index.rebuild(indexed, store, "s-smoke") == 0
+
+
+def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path, monkeypatch):
+    """And which package a server's driver comes with."""
+
+    def refuse(error):
+        def storage(*given, **more):
+            raise error
+
+        monkeypatch.setattr(index, "RDBStorage", storage)
+        with pytest.raises(UserError) as told:
+            Index("postgresql://me:secret@host/x", tmp_path)
+        return str(told.value)
+
+    where = "postgresql://me:***@host/x"
+    assert refuse(ImportError("psycopg")) == f"no driver for {where}: pip install 'vqbench[postgres]'"
+    assert refuse(ValueError("\nrefused\n(details)")) == f"cannot open storage {where}: refused; see --storage"
+
+
+def test_all_that_a_field_may_be_can_be_swept():
+    """Texts with choices, switches and numbers; the backbone of a prior's tokenizer may be any, or a model of timm."""
+    assert distribution("lpips_net") == CategoricalDistribution(("alex", "vgg"))
+    assert distribution("quantizer").choices == tuple(QUANTIZERS)
+    assert distribution("augment").choices == tuple(AUGMENTATIONS)
+    assert distribution("backbone").choices == (*BACKBONES, "timm")
+    assert distribution("gan_adaptive") == CategoricalDistribution((False, True))
+    assert distribution("steps") == IntDistribution(0, 2**31 - 1)
+    assert distribution("lr") == FloatDistribution(0.0, float(2**31 - 1))
+    assert distribution("entropy_weight") == distribution("lr")  # though it may be left open

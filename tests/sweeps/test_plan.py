@@ -5,9 +5,11 @@ import inspect
 import itertools
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from optuna.trial import FixedTrial, TrialState
 
 from backbones import BACKBONES
 from bench.analysis.frames import frame
@@ -16,9 +18,8 @@ from bench.core.store import FAILURES
 from bench.priors.config import PriorConfig
 from bench.priors.models import PRIORS
 from bench.sweeps import plan
-from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_space
 from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
-from bench.sweeps.space import Range, read_space
 from bench.tokenizers.config import Config, make_config
 
 SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))
@@ -342,3 +343,137 @@ def test_the_search_is_over_what_its_docstring_says():
     for field, choice in study.space.items():  # the preset's own value can be found
         own = getattr(make_config("cnn", "cpu"), field)
         assert choice.low <= own <= choice.high if isinstance(choice, Range) else own in choice
+
+
+# -- command lines ----------------------------------------------------------------------------------------------------
+
+SEARCH = Search("search", SPACE, backbones=("cnn",))
+PRIORS_TOO = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
+
+
+def test_what_a_study_takes_unless_told_otherwise():
+    """A prior's sizes are those of bench.prior."""
+    options = parse_study(SEARCH, "", [])
+    assert (options.metric, options.workers, options.storage, options.plan) == (("lpips_vgg",), 1, None, False)
+    assert (options.trials, options.timeout, options.trial_timeout) == (30, None, None)
+    options = parse_study(PRIORS_TOO, "", [])
+    sizes = (options.prior_parameters, options.prior_steps, options.samples)
+    assert sizes == (PriorConfig.parameters, PriorConfig.steps, PriorConfig.samples)
+    assert (options.prior, options.retry_failed) == (("rnn",), False)
+
+
+@pytest.mark.parametrize("flag", ["--trials", "--timeout", "--workers", "--trial-timeout"])
+def test_a_number_that_leaves_nothing_to_do_is_refused(flag):
+    with pytest.raises(UserError, match=f"{flag} is 0.*; it must be above 0"):
+        parse_study(SEARCH, "", [flag, "0"])
+
+
+def test_a_searched_field_is_no_flag_and_a_swept_one_takes_several_values(capsys):
+    with pytest.raises(SystemExit):
+        parse_study(SEARCH, "", ["--beta", "0.5"])
+    assert "python -m studies.search" in capsys.readouterr().err
+    assert parse_study(SWEEP, "", ["--beta", "0.5", "2"]).beta == (0.5, 2.0)
+    with pytest.raises(SystemExit):
+        parse_study(SWEEP, "", ["--steps", "5", "6"])
+
+
+def test_fid_is_refused_only_where_its_weights_cannot_be_had(monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.metrics.weights.inception_missing", lambda: "no file, no network")
+    with pytest.raises(UserError, match="metric 'fid' cannot be had: no file, no network; --metric fid_vgg16 can"):
+        parse_study(SEARCH, "", ["--metric", "psnr", "fid"])
+    assert parse_study(SEARCH, "", ["--metric", "fid_vgg16"]).metric == ("fid_vgg16",)
+    assert parse_study(SEARCH, "", ["--metric", "fid", "--fid-weights", str(tmp_path)]).metric == ("fid",)
+    monkeypatch.setattr("bench.metrics.weights.inception_missing", lambda: "")
+    assert parse_study(SEARCH, "", ["--metric", "fid"]).metric == ("fid",)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_studys_name_says_what_is_unusual_about_it():
+    """In few characters, and without what no number depends on."""
+
+    def name(study, *arguments):
+        return make_plan(study, parse_study(study, "", list(arguments))).name
+
+    assert name(SWEEP, "--lpips-weight", "0", "--lr", "0.0010") == "beta-cpu-lpips_weight=0-lr=0.001"
+    assert name(SWEEP, "--data", "cifar10") == "beta-cpu-cifar10"
+    assert name(SWEEP, "--precision", "fp32", "--device", "cpu", "--workers", "3") == "beta-cpu"
+    assert name(PRIORS_TOO, "--prior-steps", "77", "--samples", "64") == "p-cpu-prior_steps=77-samples=64"
+    assert name(PRIORS_TOO, "--prior", "independent") == "p-cpu"
+    assert name(PRIORS_TOO, "--match", "params:1M", "--samples", "64") == "p-cpu-match=params_1M-samples=64"
+    assert name(SEARCH, "--seeds", "1", "2", "--match", "params:1M") == "search-cpu-seeds=1_2-match=params_1M"
+    assert name(replace(SWEEP, settings={"steps": 77})) == "beta-cpu"
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_what_one_study_of_the_dashboard_has(tmp_path):
+    """Tokenizers have the steps and metrics of the command line, priors their own."""
+    study = replace(PRIORS_TOO, backbones=("cnn", "vit"))
+    found = planned(study, tmp_path, "--metric", "psnr", "ssim", "--prior-steps", "77", "--steps", "60")
+    ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
+    parts = [(part.name, part.label, part.steps, part.metrics) for part in (*found.tokenizers(), *found.priors())]
+    metrics = ("psnr", "ssim")
+    name = "p-smoke-steps=60-prior_steps=77"
+    assert parts == [
+        (f"{name}-cnn", "cnn", 60, metrics),
+        (f"{name}-vit", "vit", 60, metrics),
+        (f"{name}-prior-rnn", "rnn", 77, ("coded_bits_per_token",)),
+    ]
+
+
+def test_a_search_trial_that_was_taken_is_in_the_studys_file_with_every_seed(tmp_path):
+    found = planned(replace(SEARCH, seeds=(0, 5)), tmp_path)
+    values = {"beta": 0.3, "codebook_size": 64, "code_dim": 7}
+    cell = found.claimed(found.tokenizers()[0], FixedTrial(values))
+    assert cell.params == values
+    assert found.store.study(found.name)["runs"] == {
+        run.folder.name: {"backbone": "cnn", **values, "seed": seed}
+        for run, seed in zip(cell.runs, (0, 5), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ended", "running", "allowed"),
+    [(0, 0, 0, True), (24.9, 3, 1, True), (25, 0, 0, False), (0, 4, 1, False), (0, 5, 0, False), (0, 0, 5, False)],
+)
+def test_a_search_begins_no_trial_beyond_its_budget_or_its_time(tmp_path, seconds, ended, running, allowed):
+    index = SimpleNamespace(
+        seconds=lambda study: seconds,
+        ended=lambda study: ended,
+        trials=lambda study, *states, of=(): [None] * running * (states == (TrialState.RUNNING,)),
+    )
+    assert planned(SEARCH, tmp_path, "--trials", "5", "--timeout", "25").allows(index, None) == allowed
+    unhurried = planned(SEARCH, tmp_path, "--trials", "5")
+    assert unhurried.allows(index, None) == (ended + running < 5)
+    assert planned(SWEEP, tmp_path).allows(index, None)
+
+
+def test_an_ablation_begins_with_the_first_values_of_the_command_line(tmp_path):
+    example = planned(SWEEP, tmp_path, "--beta", "2", "0.5", "--seeds", "7", "3").example("cnn")
+    assert (example.beta, example.codebook_size, example.seed) == (2.0, 64, 7)
+
+
+def test_a_study_has_failed_if_any_run_has_no_scores(tmp_path):
+    """Of an ablation any that is planned; of a search any that failed, but pruned is not failed."""
+    found = planned(PRIORS_TOO, tmp_path)
+    config = found.cells["cnn"][0].configs[0]
+    assert found.failed()
+    ended(found, config, "finished")
+    assert found.failed()  # its prior
+    ended(found, priors_of(found)[0], "finished")
+    assert not found.failed()
+    search = planned(SEARCH, tmp_path)
+    for beta, status, failed in ((0.5, "finished", False), (0.6, "pruned", False), (0.7, "timed_out", True)):
+        cell = search.claimed(search.tokenizers()[0], FixedTrial({"beta": beta, "codebook_size": 64, "code_dim": 7}))
+        ended(search, cell.configs[0], status)
+        assert search.failed() == failed
+
+
+def test_values_are_told_in_few_characters():
+    assert [plan.shown(value) for value in (0.25, 1.0, 1e-5, 64, "ema", True)] == [
+        *("0.25", "1", "1e-05"),
+        *("64", "ema", "True"),
+    ]

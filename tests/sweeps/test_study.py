@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -20,13 +21,13 @@ from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import index, plan, space
+from bench.sweeps import definition, index, plan
 from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
-from bench.sweeps.definition import Ablation, Search, parse_study
+from bench.sweeps.definition import Ablation, Range, Search, parse_study
 from bench.sweeps.index import Index, default_url
+from bench.sweeps.kinds import KINDS
 from bench.sweeps.plan import Plan, make_plan
-from bench.sweeps.space import Range
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 
@@ -122,7 +123,7 @@ def test_one_more_seed_runs_only_that_seed(child, tmp_path):
 def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
     what = planned(tmp_path, "--seeds", "0", "1")
     for part in what.tokenizers():  # a command that was stopped before it ran anything
-        study.queue(what, part, Index(default_url(tmp_path), tmp_path / "studies"))
+        what.fill(part, Index(default_url(tmp_path), tmp_path / "studies"))
     start(BETA, tmp_path, "--seeds", "1", "--backbone", "vit")
     assert {(config.backbone, config.seed) for config in child.calls} == {("vit", 1)}
     assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
@@ -233,8 +234,8 @@ def test_a_dead_workers_trial_comes_back_once(child, tmp_path, monkeypatch):
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
     part = what.tokenizers()[0]
-    assert study.queue(what, part, dead) == 2
-    one = study.open_study(part, dead)
+    assert what.fill(part, dead) == 2
+    one = part.open(dead)
     taken = dead.claim(one, set())
     dead.storage.record_heartbeat(taken._trial_id)  # its last
     assert start(BETA, tmp_path) == 0
@@ -388,7 +389,7 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     ):
         assert f"{flag} " in flags
     for field in swept:
-        space.distribution(field)
+        definition.distribution(field)
     assert set(CONFIG) <= set(frame([]).columns)
     assert not set(CONFIG) & set(METRICS)
 
@@ -448,11 +449,11 @@ def test_importance_finds_what_matters(tmp_path):
     for beta in (0.25, 0.5, 1.0, 2.0):
         for seed in range(3):
             fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
-    found = space.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
     assert found.sum() == pytest.approx(1)
     assert found["beta"] > 0.9
-    assert space.importances(frame([]), "lpips_vgg").empty
-    assert space.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+    assert index.importances(frame([]), "lpips_vgg").empty
+    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
 
 
 def test_all_backbones_by_default():
@@ -524,8 +525,8 @@ def test_a_worker_that_dies_before_its_first_heartbeat_is_noticed(child, tmp_pat
     what = planned(tmp_path)
     dead = Index(default_url(tmp_path), tmp_path / "studies")
     part = what.tokenizers()[0]
-    study.queue(what, part, dead)
-    assert dead.claim(study.open_study(part, dead), set()) is not None  # and not a beat more
+    what.fill(part, dead)
+    assert dead.claim(part.open(dead), set()) is not None  # and not a beat more
     assert start(BETA, tmp_path) == 0
     assert states(tmp_path) == {"COMPLETE": 4, "FAIL": 1}
 
@@ -642,7 +643,7 @@ def test_trials_of_a_search_that_wait_are_not_enqueued_again(child, tmp_path):
     """However often it is planned: waiting ones are part of its budget."""
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials", "3"]
     what, one = make_plan(SEARCH, parse_study(SEARCH, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
-    assert [study.queue(what, what.tokenizers()[0], one) for _ in range(2)] == [3, 3]
+    assert [what.fill(what.tokenizers()[0], one) for _ in range(2)] == [3, 3]
     assert states(tmp_path) == {"WAITING": 3}
 
 
@@ -651,8 +652,8 @@ def test_a_search_trial_that_another_worker_runs_is_part_of_the_budget(child, tm
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--trials"]
     more, fewer = (make_plan(SEARCH, parse_study(SEARCH, "", [*words, count])) for count in ("3", "1"))
     one, part = Index(default_url(tmp_path), tmp_path / "studies"), fewer.tokenizers()[0]
-    study.queue(more, part, one)
-    opened = study.open_study(part, one)
+    more.fill(part, one)
+    opened = part.open(one)
     assert one.claim(opened, set()) is not None
     assert not study.Workers(fewer, one, [part], 1)._take(part, opened)
     assert states(tmp_path) == {"RUNNING": 1, "WAITING": 2}
@@ -705,8 +706,10 @@ def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
     assert start(one, tmp_path, "--metric", "ssim", "fid_vgg16") == 1
     shown = " ".join(capsys.readouterr().err.split())
     (run,) = [run for run in Store(tmp_path).runs() if run.finished]
-    scores = [f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr")]
-    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)}, " in shown
+    scores = [
+        f"{METRICS[m].label} {run.metrics()[m]:{METRICS[m].form}}" for m in ("ssim", "fid_vgg16", "psnr", "perplexity")
+    ]
+    assert f"1/2 cnn beta=0.25 seed=0: {', '.join(scores)} (" in shown
     assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
 
 
@@ -948,8 +951,8 @@ def test_a_dead_workers_prior_comes_back(child, tmp_path, monkeypatch):
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
     what, dead = make_plan(GRIDS, parse_study(GRIDS, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
     (part,) = [part for part in what.priors() if part.label == "independent"]
-    assert study.queue(what, part, dead) == 2
-    assert dead.claim(study.open_study(part, dead), set()) is not None
+    assert what.fill(part, dead) == 2
+    assert dead.claim(part.open(dead), set()) is not None
     assert start(GRIDS, tmp_path) == 0
     assert all(run.finished for run in Store(tmp_path).priors())
     assert Counter(trial.state.name for trial in prior_trials(tmp_path)["independent"]) == {"COMPLETE": 2, "FAIL": 1}
@@ -1005,3 +1008,120 @@ def test_a_study_s_report_is_of_it_alone_and_says_what_mattered(child, tmp_path,
     assert start(BETA, tmp_path, "--backbone", "cnn") == 0
     (name,) = Store(tmp_path).studies()
     assert asked == [(([name], tmp_path), {"importances": study.importances})]
+
+
+# -- one command ------------------------------------------------------------------------------------------------------
+
+
+def workers_of(what: Plan, index=None) -> study.Workers:
+    """Those of the plan's tokenizers, with a bar that keeps its lines in ``told``."""
+    workers = study.Workers(what, index, what.tokenizers(), 2)
+    workers.told, workers.stop = [], threading.Event()
+    workers.bar = SimpleNamespace(done=0, advance=lambda count, text: workers.told.append(text))
+    return workers
+
+
+def test_data_and_weights_are_prepared_for_every_backbone_before_anything_runs(child, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "prepare", lambda *given: asked.append(given))
+    monkeypatch.setattr(study, "Index", Mock(side_effect=UserError("so far, and no further")))
+    assert start(BETA, tmp_path, "--fid-weights", str(tmp_path / "inception.pth")) == 2
+    assert [(config.backbone, store.root, weights) for config, store, weights in asked] == [
+        (name, tmp_path, tmp_path / "inception.pth") for name in ("cnn", "vit")
+    ]
+
+
+def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ended(child, tmp_path, capsys):
+    """Runs of other studies that lie beside them are not its; its report is named in the dashboard."""
+    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    fabricate(Store(tmp_path), make_config("cnn", "smoke", beta=7.0, device="cpu"))
+    child.endings = ["diverged"]
+    assert start(BETA, tmp_path, "--beta", "0.25", "--storage", url, "--workers", "3") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "study beta-smoke: 2 trials to run, 3 at a time" in shown
+    assert "study beta-smoke: 1 diverged, 1 finished" in shown or "study beta-smoke: 1 finished, 1 diverged" in shown
+    assert f"dashboard: optuna-dashboard {url} --artifact-dir {tmp_path}/studies/artifacts" in shown
+    assert not (tmp_path / "studies" / "optuna.db").exists()
+    for backbone in ("cnn", "vit"):
+        note = get_note(optuna.load_study(study_name=f"beta-smoke-{backbone}", storage=url)).splitlines()
+        assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
+
+
+def test_a_command_takes_its_arguments_from_the_shell(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["studies/beta.py", "--metric", "beauty"])
+    assert study.main(BETA, "") == 2
+    assert "metric 'beauty' cannot be optimised" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
+    """By its latest row; a tokenizer's loss and perplexity, a prior's bits."""
+    what = planned(tmp_path, "--steps", "50")
+    workers = workers_of(what)
+    rows = [{"step": step, "reconstruction": 10 / step, "perplexity": 9.4} for step in (10, 20)]
+    monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
+    assert workers._attempt(what.example("cnn"), "a", None).status == "finished"
+    assert workers.told == ["trial 1/2 | a: 20/50 loss 0.5000 perplexity 9"]
+    assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
+
+
+def test_a_child_is_started_with_what_the_command_line_says(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(study, "run_in_child", lambda *all: given.append(all) or Outcome("finished"))
+    what = planned(tmp_path, "--fid-weights", str(tmp_path), "--trial-timeout", "7")
+    workers_of(what)._attempt(what.example("vit"), "a", None)
+    ((config, store, weights, threads, _, timeout),) = given
+    assert (config, store, weights, threads, timeout) == (what.example("vit"), what.store, tmp_path, None, 7.0)
+
+
+def test_a_run_that_has_ended_is_adopted_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in_child", None)
+    what = planned(tmp_path)
+    fabricate_failed(what.store, what.example("cnn"), "diverged")
+    assert workers_of(what)._attempt(what.example("cnn"), "a", None) == ("diverged", "it diverged")
+
+
+def test_a_worker_that_fails_stops_the_others(tmp_path):
+    """What went wrong is told when they have given their trials back."""
+
+    class Broken:
+        def open(self, *given):
+            raise UserError("the database is gone")
+
+    workers = workers_of(planned(tmp_path), Broken())
+    with pytest.raises(UserError, match="database is gone"):
+        workers._work()
+    assert workers.stop.is_set()
+
+
+def test_a_stopped_worker_starts_no_child(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_in_child", None)
+    what = planned(tmp_path)
+    workers = workers_of(what)
+    workers.stop.set()
+    assert workers._attempt(what.example("cnn"), "a", None).status == "interrupted"
+
+
+def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeypatch):
+    """A stopped study's trials go on later; given up is only what a search compared."""
+    asked = []
+    what = make_plan(SEARCH, parse_study(SEARCH, "", ["--preset", "smoke", "--results", str(tmp_path)]))
+    workers, rows = workers_of(what), [{"step": 20, "reconstruction": 1.0, "perplexity": 9.0}]
+    monkeypatch.setattr(study, "report", lambda trial, rows, config, after: asked.append(after) or rows[-1]["step"])
+    watched = SimpleNamespace(should_prune=lambda: True)
+    answers = []
+
+    def run(config, store, fid_weights, threads, watch, timeout):
+        answers.extend([watch([]), watch(rows), watch(rows)])
+        workers.stop.set()
+        answers.append(watch(rows))
+        return Outcome("interrupted")
+
+    monkeypatch.setattr(study, "run_in_child", run)
+    workers._attempt(what.example("cnn"), "a", watched)
+    assert answers == [None, "pruned", "pruned", "interrupted"]
+    assert asked == [0, 20]  # what was reported is not reported again
+
+
+def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
+    assert study_command.show(tmp_path) == 0
+    assert "start one with python -m studies.beta" in " ".join(capsys.readouterr().out.split())
