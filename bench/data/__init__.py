@@ -1,6 +1,5 @@
 """Images: decoded once to uint8 arrays on disk, served as batches that are a pure function of (seed, step)."""
 
-from .batches import AUGMENTATIONS, batch, batch_indices, eval_batches, to_float
+from .batches import AUGMENTATIONS, batch, batch_indices, eval_batches, from_uint8
 from .decoding import Data, load
-from .pictures import to_pixels, to_rgb
-from .sources import DATASETS, photographs
+from .sources import DATASETS, photographs, to_pixels, to_rgb

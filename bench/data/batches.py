@@ -1,7 +1,5 @@
 """Batches that are a pure function of (seed, step), and their augmentation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -29,9 +27,9 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarr
     return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1], the range of every model here; keeps shape and memory format."""
-    return pixels.to(torch.float32).div(127.5).sub_(1)
+def from_uint8(x: Tensor) -> Tensor:
+    """[0, 255] uint8 → [-1, 1] float32, the range of every model here; keeps shape and memory format."""
+    return x.float().div(127.5).sub_(1)
 
 
 def batch(
@@ -46,16 +44,13 @@ def batch(
     pixels = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     rng = torch.Generator().manual_seed(int(state[0]))
-    return to_float(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
+    return from_uint8(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
 
 
 def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
     """All of (N, H, W, 3) ``images`` in order, as uint8 (B, 3, H, W) tensors on the CPU; the last may be shorter."""
     for start in range(0, len(images), batch_size):
         yield torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
-
-
-# --- augmentations: uint8 (B, 3, H, W) -> the same, so the range holds and resampled images stay images -------------
 
 
 def _uniform(rng: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -67,15 +62,9 @@ def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float
     return x.index_copy(0, rows, effect(x[rows]))  # only the chosen are computed, and no device has to be waited for
 
 
-def _flip(x: Tensor, rng: torch.Generator) -> Tensor:
-    return _sometimes(x, lambda images: images.flip(-1), 0.5, rng)
-
-
 def _random_resized_crop_and_flip(x: Tensor, rng: torch.Generator, flip: float) -> Tensor:
-    """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling.
-
-    The window is never larger than the image, so there is nothing to antialias.
-    """
+    """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling. No
+    window is larger than the image, so there is nothing to antialias."""
     batch_size, tries = len(x), 10
     area = _uniform(rng, batch_size, tries, low=0.8, high=1.0)
     ratio = _uniform(rng, batch_size, tries, low=math.log(3 / 4), high=math.log(4 / 3)).exp()
@@ -104,7 +93,7 @@ def _blog(x: Tensor, rng: torch.Generator) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "none": lambda x, rng: x,
-    "flip": _flip,
+    "flip": lambda x, rng: _sometimes(x, lambda images: images.flip(-1), 0.5, rng),
     "blog": _blog,
 }
-"""Augmentations of a whole batch by name: (uint8 (B, 3, H, W), generator on the CPU) -> uint8 of the same shape."""
+"""Augmentations by name: uint8 (B, 3, H, W) and a generator on the CPU → the same, so resampled images stay images."""

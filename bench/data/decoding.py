@@ -3,8 +3,6 @@
 Arrays are (N, H, W, 3): what decoders give, and one image is one contiguous read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -46,20 +44,21 @@ class Data:
 def load(data: str, image_size: int) -> Data:
     """The images of ``data``, a name in DATASETS or ``folder:PATH``, as squares of ``image_size``.
 
-    The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other
-    processes map the same files. Unreadable files are skipped, and listed in ``Data.skipped``.
-
-    Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an image_size
-    beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
+    The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other processes map the
+    same files. Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an
+    image_size beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
     """
     name, _, path = data.partition(":")
     if name == "folder" and path:
-        source = folder_source(path, image_size)
-    elif data in DATASETS:
-        source = DATASETS[data](image_size)
-    else:
-        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+        return decoded(data, folder_source(path, image_size), image_size)
+    if data in DATASETS:
+        return decoded(data, DATASETS[data](image_size), image_size)
+    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
 
+
+def decoded(data: str, source: Source, image_size: int) -> Data:
+    """The same, of the images of a ``source`` that is called ``data``."""
+    name = data.partition(":")[0]
     identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
     key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = cache_dir() / "data" / key
@@ -78,8 +77,7 @@ def load(data: str, image_size: int) -> Data:
             f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
             "free space or fix permissions there, or set VQBENCH_CACHE to another folder"
         ) from error
-    classes = tuple(fields["classes"])
-    skipped = tuple(fields["skipped"])
+    skipped, classes = tuple(fields["skipped"]), tuple(fields["classes"])
     return Data(data, train, val, fields["fingerprint"], fields["split"], skipped, classes, labels if classes else None)
 
 
@@ -96,22 +94,20 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
             "free some space, or set VQBENCH_CACHE to a folder on a larger disk"
         )
 
-    digest, skipped, counts, names = hashlib.sha256(), [], [], []
+    digest, skipped = hashlib.sha256(), []
+    labels: dict[str, list[str]] = {"train": [], "val": []}  # of the images that can be decoded
     try:
         with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for part, split in zip(("train", "val"), splits, strict=True):
-                before = len(skipped)
+            for (part, found), split in zip(labels.items(), splits, strict=True):
+                blocks = _decode_blocks(data, split, pool, bar, found, skipped, limit=total / 100)
                 with atomic_path(folder / f"{part}.npy") as path:
-                    blocks = _decode_blocks(data, split, pool, bar, skipped, limit=total / 100)
-                    counts.append(_write_npy(path, blocks, image_size, digest))
-                unreadable = set(skipped[before:])
-                names.append([split.label(item) for item in split.items if str(item) not in unreadable])
-        if 0 in counts:
+                    _write_npy(path, blocks, image_size, digest)
+        if not all(labels.values()):
             raise UserError(f"a split of {data} has no readable image ({_first(skipped)}): repair or replace them")
-        classes = _write_labels(folder, names)
-        what = f"{name}: {counts[0]} train / {counts[1]} val {how}"
+        classes = _write_labels(folder, labels)
+        what = f"{name}: {len(labels['train'])} train / {len(labels['val'])} val {how}"
         with atomic_path(folder / "meta.json") as path:
             fields = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped, "classes": classes}
             path.write_text(json.dumps(fields))
@@ -123,16 +119,15 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         console.print(message, markup=False)
 
 
-def _write_labels(folder: Path, names: list[list[str]]) -> list[str]:
-    """Writes what class each image of both splits is of, and returns the classes: none unless every image has one and
-    there are several."""
-    classes = sorted({name for split in names for name in split})
+def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
+    """Writes the class of each image and returns all: none unless every image has one and there are several."""
+    classes = sorted(set().union(*labels.values()))
     if "" in classes or len(classes) < 2:
         classes = []
     places = {name: place for place, name in enumerate(classes)}
-    for part, split in zip(("train", "val"), names, strict=True):
+    for part, names in labels.items():
         with atomic_path(folder / f"{part}_labels.npy") as path:
-            np.save(path, np.array([places.get(name, -1) for name in split], dtype=np.int64))
+            np.save(path, np.array([places.get(name, -1) for name in names], dtype=np.int64))
     return classes
 
 
@@ -141,9 +136,10 @@ def _first(names: list[str]) -> str:
 
 
 def _decode_blocks(
-    data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, skipped: list[str], limit: float
+    data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, labels: list[str], skipped: list[str], limit: float
 ) -> Iterator[np.ndarray]:
-    """Yields the decoded images in order as (n, H, W, 3) blocks; appends to ``skipped``, UserError beyond ``limit``."""
+    """Yields the images that can be decoded, in order, as (n, H, W, 3) blocks. Appends their classes to ``labels`` and
+    the names of all others to ``skipped``; UserError for more than ``limit`` of these."""
 
     def try_read(item: Any) -> np.ndarray | None:
         try:
@@ -154,7 +150,11 @@ def _decode_blocks(
     for start in range(0, len(split.items), DECODING_CHUNK):
         chunk = split.items[start : start + DECODING_CHUNK]
         images = list(pool.map(try_read, chunk))
-        skipped += [str(item) for item, image in zip(chunk, images, strict=True) if image is None]
+        for item, image in zip(chunk, images, strict=True):
+            if image is None:
+                skipped.append(str(item))
+            else:
+                labels.append(split.label(item))
         if len(skipped) > limit:
             raise UserError(
                 f"more than 1 % of the images of {data} cannot be decoded (the first: {_first(skipped)}): "
@@ -165,15 +165,12 @@ def _decode_blocks(
             yield np.stack(readable)
 
 
-def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> int:
-    """Streams uint8 blocks into an .npy file, feeds pixels and shape to ``digest``, returns the number of images.
-
-    Through a file and not a writable memory map: there a full disk is a SIGBUS instead of an OSError.
-    """
+def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> None:
+    """Streams uint8 blocks into an .npy file, and pixels and shape into ``digest``. Through a writable memory map, a
+    full disk would be a SIGBUS instead of an OSError."""
 
     def write_header(count: int) -> None:  # of constant length: NumPy leaves room for the first axis to grow
-        shape = (count, image_size, image_size, 3)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}
         np.lib.format.write_array_header_1_0(file, header)
 
     count = 0
@@ -186,4 +183,3 @@ def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest
         file.seek(0)
         write_header(count)  # known only now: unreadable files have no row
     digest.update(repr((count, image_size)).encode())
-    return count

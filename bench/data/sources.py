@@ -3,8 +3,6 @@
 To add a data set: write a function ``image_size -> Source`` and add a line to ``DATASETS``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -14,39 +12,58 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from backbones.torchvision_repair import repair
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
 
-from .pictures import to_pixels
-
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
-PHOTO_TRAIN, PHOTO_VAL = 4096, 512
 PHOTO_TRIES, PHOTO_CONTRAST = 100, 4  # a crop in which no channel's standard deviation reaches 4 levels is redrawn
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images yet to be decoded: ``read(item)`` gives (H, W, 3) uint8 or raises; ``str(item)`` names it in messages.
-    ``label(item)`` names its class; empty for none."""
+    """Images yet to be decoded."""
 
-    items: Sequence[Any]
-    read: Callable[[Any], np.ndarray]
-    label: Callable[[Any], str] = lambda item: ""
+    items: Sequence[Any]  # whose str() names them in messages
+    read: Callable[[Any], np.ndarray]  # item → (H, W, 3) uint8, or it raises
+    label: Callable[[Any], str]  # item → name of its class; empty for none
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set yet to be opened: ``identity`` is a cheap JSON value that changes whenever the pixels may have.
+    """A data set yet to be opened."""
 
-    ``open()`` gives (train, val, how), where ``how`` completes the sentence "photos: 4096 train / 512 val …".
+    identity: Any  # a cheap JSON value that changes whenever the pixels may have
+    open: Callable[[], tuple[Split, Split, str]]  # train, val, and what completes "photos: 4096 train / 512 val …"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: turned as its EXIF says, transparency over white, 16-bit grey scaled to 8 bits.
+
+    ValueError for floating-point pixels, whose white is undefined.
     """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode.startswith("I"):  # I;16 and its relatives; convert() would clip them at 255
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:  # hidden colours may be anything
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-    identity: Any
-    open: Callable[[], tuple[Split, Split, str]]
+
+def to_pixels(image: Image.Image, image_size: int) -> np.ndarray:
+    """The central square of a picture, resized to (image_size, image_size, 3) uint8 by Pillow's antialiased Lanczos."""
+    image = to_rgb(image)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box))
 
 
 # --- scikit-image's photographs -------------------------------------------------------------------------------------
@@ -69,14 +86,12 @@ def _is_flat(crop: np.ndarray) -> bool:
     return bool(variance.max() < (PHOTO_CONTRAST * count) ** 2)
 
 
-def _draw_crops(photos: dict[str, np.ndarray], image_size: int, train: bool) -> list[tuple[str, int, int]]:
-    """(photograph, top, left) of every crop of a split: the photographs in turn, a random place in the split's part.
-
-    Crops stay inside the left 75 % of the width (train) or the right 25 %, so the splits share no pixel.
-    """
+def _draw_crops(photos: dict[str, np.ndarray], image_size: int, count: int, train: bool) -> list[tuple[str, int, int]]:
+    """(photograph, top, left) of every crop of a split: the photographs in turn, anywhere in the split's part, which is
+    the left 75 % of the width (train) or the right 25 %, so that the splits share no pixel."""
     draw = np.random.PCG64(0 if train else 1).random_raw  # NumPy promises this stream for ever, not a Generator's
     crops, names = [], list(photos)
-    for index in range(PHOTO_TRAIN if train else PHOTO_VAL):
+    for index in range(count):
         photo = photos[name := names[index % len(names)]]
         height, width = photo.shape[:2]
         first, last = (0, width * 3 // 4) if train else (width * 3 // 4, width)
@@ -89,8 +104,7 @@ def _draw_crops(photos: dict[str, np.ndarray], image_size: int, train: bool) -> 
     return crops
 
 
-def _open_photos(image_size: int) -> tuple[Split, Split, str]:
-    photos = photographs()
+def _open_photos(photos: dict[str, np.ndarray], counts: tuple[int, int], image_size: int) -> tuple[Split, Split, str]:
     limits = {name: min(photo.shape[0], photo.shape[1] // 4) for name, photo in photos.items()}
     photos = {name: photo for name, photo in photos.items() if limits[name] >= image_size}
     if not photos:
@@ -103,12 +117,16 @@ def _open_photos(image_size: int) -> tuple[Split, Split, str]:
         name, top, left = crop
         return photos[name][top : top + image_size, left : left + image_size]
 
-    splits = [Split(_draw_crops(photos, image_size, train), read, lambda crop: crop[0]) for train in (True, False)]
+    crops = (_draw_crops(photos, image_size, count, train) for count, train in zip(counts, (True, False), strict=True))
+    splits = [Split(places, read, lambda crop: crop[0]) for places in crops]
     return *splits, f"crops of {image_size}×{image_size}, left 75 % / right 25 %"
 
 
-def _photos(image_size: int) -> Source:
-    return Source((PHOTO_TRAIN, PHOTO_VAL), partial(_open_photos, image_size))
+def photo_source(
+    image_size: int, photos: Callable[[], dict[str, np.ndarray]] = photographs, counts: tuple[int, int] = (4096, 512)
+) -> Source:
+    """So many crops to train on and to validate with, drawn from ``photos``."""
+    return Source(counts, lambda: _open_photos(photos(), counts, image_size))
 
 
 # --- torchvision's datasets -----------------------------------------------------------------------------------------
@@ -129,15 +147,12 @@ def _open_torchvision(kind: str, train: dict, val: dict, image_size: int) -> tup
             "or give your images as folder:PATH"
         ) from error
 
-    def reader(dataset: Sequence[tuple[Image.Image, Any]]) -> Callable[[int], np.ndarray]:
-        return lambda index: to_pixels(dataset[index][0], image_size)
-
-    splits = [Split(range(len(dataset)), reader(dataset), _labeller(dataset)) for dataset in opened]
+    splits = [_torchvision_split(dataset, image_size) for dataset in opened]
     names = " / ".join(f"{option}={value}" for which in (train, val) for option, value in which.items())
     return *splits, f"images, central squares resized to {image_size}×{image_size}, {names}"
 
 
-def _labeller(dataset: Any) -> Callable[[int], str]:
+def _torchvision_split(dataset: Any, image_size: int) -> Split:
     """Names the class of an image without decoding it; torchvision's classes have several words for that."""
     targets = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), [])
     names = getattr(dataset, "classes", None)
@@ -146,7 +161,7 @@ def _labeller(dataset: Any) -> Callable[[int], str]:
         target = int(targets[index]) if len(targets) else -1  # STL-10's unlabelled images have -1
         return "" if target < 0 else str(names[target] if names else target)
 
-    return label
+    return Split(range(len(dataset)), lambda index: to_pixels(dataset[index][0], image_size), label)
 
 
 def _torchvision(kind: str, train: dict, val: dict, image_size: int) -> Source:
@@ -159,8 +174,8 @@ def _torchvision(kind: str, train: dict, val: dict, image_size: int) -> Source:
 def _find_images(root: str, below: str = "") -> list[str]:
     """Sorted paths, relative to ``root`` and with slashes, of the image files at any depth in its subfolder ``below``.
 
-    Hidden files and folders are left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once.
-    Raises UserError where a folder cannot be listed or nothing is found.
+    What is hidden is left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once. UserError where a
+    folder cannot be listed or nothing is found.
     """
 
     def refuse(error: OSError) -> None:
@@ -208,15 +223,13 @@ def folder_source(path: str, image_size: int) -> Source:
     held_out = [name for name in VALIDATION_FOLDERS if os.path.isdir(os.path.join(root, name))]
     if held_out and os.path.isdir(os.path.join(root, "train")):
         train, val = _find_images(root, "train"), _find_images(root, held_out[0])
-        split_folders = 1
-        how = f"subfolders train / {held_out[0]}"
+        split_folders, how = 1, f"subfolders train / {held_out[0]}"
     else:
         paths = _find_images(root)
         if len(paths) < 2:
             raise UserError(f"only one image in {root}: add another, one is needed to train and one to validate")
         train, val = _split_by_hash(paths)
-        split_folders = 0
-        how = "split 90 % / 10 % by a hash of the path"
+        split_folders, how = 0, "split 90 % / 10 % by a hash of the path"
 
     def read(name: str) -> np.ndarray:
         with Image.open(os.path.join(root, name)) as image:
@@ -232,7 +245,7 @@ def folder_source(path: str, image_size: int) -> Source:
 
 
 DATASETS: dict[str, Callable[[int], Source]] = {
-    "photos": _photos,
+    "photos": photo_source,
     "cifar10": partial(_torchvision, "CIFAR10", {"train": True}, {"train": False}),
     "fashion_mnist": partial(_torchvision, "FashionMNIST", {"train": True}, {"train": False}),
     "stl10": partial(_torchvision, "STL10", {"split": "unlabeled"}, {"split": "test"}),  # 100,000 to train on

@@ -19,15 +19,16 @@ perplexity, usage         exp(entropy) and support of the codes over the whole e
 ========================  ==========================================================================================
 """
 
+from bench.data import from_uint8
+
 from . import weights
 from .artefacts import Artefacts, ArtefactScores
 from .codes import CodeHistogram, CodeScores
-from .distances import FrechetStatistics, KernelDistance
-from .extractors import EXTRACTORS, digests
-from .images import PixelScores, from_uint8, full_precision, psnr, ssim, to_uint8
+from .distances import FrechetStatistics, kernel_distance
+from .images import PixelScores, full_precision, psnr, ssim, to_uint8
 from .lpips import MINIMUM_SIZE, LPIPSScores, Perceptual, perceptual
 from .registry import Batch, Evaluator, Metric, Setup
-from .sets import PRECISION_NEIGHBOURS, ImageSet, InceptionScores
+from .sets import EXTRACTORS, PRECISION_NEIGHBOURS, ImageSet, InceptionScores, digests
 
 # Every score of reconstructions, in the order of tables. Each network runs in one of them.
 EVALUATORS: tuple[type[Evaluator], ...] = (InceptionScores, LPIPSScores, PixelScores, ArtefactScores, CodeScores)

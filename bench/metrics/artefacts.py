@@ -1,7 +1,5 @@
 """Whether a grid of patches shows in reconstructions, and how sharp they are."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -20,14 +18,11 @@ class Artefacts:
     Two views of a grid, either of them in decibels, 0 for none, averaged over rows and columns. They look at r alone,
     at where things are and not at how large: neither constant shifts nor flips of the images change them, and white
     noise scores 0. What has no size beyond the rounding of pixels to integers is no grid either.
-
-    power: (size,) Σ|DFT(r)|² of rows and of columns, float64, and steepness: (size − 1,) Σ|∇r| between the neighbouring
-    pixels k and k + 1, both over images, colours, and lines; lines: how many of the latter.
     """
 
     def __init__(self) -> None:
-        self.power: Tensor | float = 0.0
-        self.steepness: Tensor | float = 0.0
+        self.power: Tensor | float = 0.0  # (size,) Σ|DFT(r)|² over images, colours, rows and columns, float64
+        self.steepness: Tensor | float = 0.0  # (size − 1,) Σ|∇r| between pixels k and k + 1 of the same lines
         self.lines = 0
         self.gradients = torch.zeros(2, dtype=torch.float64)  # Σ|∇x̂|, Σ|∇x|
 
@@ -35,8 +30,7 @@ class Artefacts:
         """Adds originals ``x`` and their reconstructions ``x_hat``: (B, 3, S, S) uint8 each, on one device."""
         check_pair(x_hat, x)
         x, x_hat = x.float(), x_hat.float()
-        for direction in (lambda images: images, lambda images: images.mT):  # along the rows, then the columns
-            original, reconstruction = direction(x), direction(x_hat)
+        for original, reconstruction in ((x, x_hat), (x.mT, x_hat.mT)):  # along the rows, then the columns
             residual = reconstruction - original
             self.power += _over_lines(torch.fft.fft(residual, norm="ortho").abs().square())
             self.steepness += _over_lines(residual.diff().abs())
@@ -44,12 +38,11 @@ class Artefacts:
             self.lines += residual.shape[:-1].numel()
 
     def grid_energy(self, grid_size: int) -> float:
-        """How far the frequency of the grid and its harmonics rise above the frequencies around them, in dB.
+        """How far the power at 1, 2, … cycles per patch rises above that of the frequencies around them, in dB.
 
-        The power spectrum at 1, 2, … cycles per patch against the geometric mean of the four frequencies on either side
-        (fewer where the next harmonic is near), on average over those harmonics. So it is blind to a spectrum that
-        falls smoothly, as those of images and of blur do, and to errors that are no pattern but differ from patch to
-        patch, which have no energy there: see ``grid_edges``.
+        Against the geometric mean of four on either side (fewer where the next harmonic is near), on average over the
+        harmonics. So it is blind to a spectrum that falls smoothly, as those of images and of blur do, and to errors
+        that are no pattern but differ from patch to patch: see ``grid_edges``.
         """
         spectrum = 10 * (self.power / self.lines + ROUNDING_POWER).log10()
         harmonics = torch.arange(grid_size, len(spectrum), grid_size)
@@ -60,10 +53,8 @@ class Artefacts:
         return (spectrum[harmonics] - neighbours.mean(1)).mean().item()
 
     def grid_edges(self, grid_size: int) -> float:
-        """How much steeper the residual is across the borders of patches than inside of them, in dB.
-
-        20·log10 of the ratio of mean |∇r|; below 0 where the insides are the steeper ones.
-        """
+        """How much steeper the residual is across the borders of patches than inside of them: 20·log10 of the ratio of
+        mean |∇r|, in dB; below 0 where the insides are the steeper ones."""
         patch = (len(self.steepness) + 1) // grid_size
         border = torch.arange(1, len(self.steepness) + 1) % patch == 0
         if border.all() or not border.any():

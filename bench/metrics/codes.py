@@ -1,7 +1,5 @@
 """How codes are used, and what they cost."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 
@@ -12,10 +10,7 @@ from .registry import Batch, Evaluator, Metric, Setup
 
 
 class CodeHistogram:
-    """How often each of ``codebook_size`` codes occurs over a whole evaluation set; ``counts`` is (K,) int64.
-
-    Perplexity is not linear in the batches: its mean over batches underestimates that of the set.
-    """
+    """How often each of K codes occurs over a whole evaluation set, whose perplexity is not the mean over batches."""
 
     def __init__(self, codebook_size: int):
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)

@@ -1,7 +1,5 @@
 """Images as numbers, and how near one is to another pixel by pixel."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -18,22 +16,14 @@ SSIM_WINDOW = 11  # pixels, of a Gaussian with σ = 1.5
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] float → [0, 255] uint8 of the same shape: clamped, then rounded to nearest. ValueError for NaN."""
+    """[-1, 1] float → [0, 255] uint8 of the same shape, clamped and rounded to nearest. ValueError for NaN."""
     if x.isnan().any():
         raise ValueError("the images contain NaN")
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def from_uint8(x: Tensor) -> Tensor:
-    """[0, 255] uint8 → [-1, 1] float32 of the same shape; ``to_uint8`` undoes it exactly."""
-    return x.float() / 127.5 - 1
-
-
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per image: two (B, 3, H, W) uint8 → (B,) float32 dB, at most ``PSNR_CAP``.
-
-    10·log10(255² / mean squared error over the image's pixels and channels).
-    """
+    """10·log10(255² / mean squared error) per image: two (B, 3, H, W) uint8 → (B,) float32 dB, at most PSNR_CAP."""
     check_pair(x_hat, x)
     error = (x_hat.float() - x.float()).square().mean((1, 2, 3)) / 255**2
     return -10 * error.clamp_min(10 ** (-PSNR_CAP / 10)).log10()
@@ -61,12 +51,11 @@ def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
 
 def check_pair(x_hat: Tensor, x: Tensor) -> None:
     """Raises ValueError unless both are uint8 (B, 3, H, W) of one shape."""
-    for images in (x_hat, x):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape != x.shape:
-            raise ValueError(
-                "images to compare must be uint8 of equal shape (B, 3, H, W), not "
-                f"{x_hat.dtype} {tuple(x_hat.shape)} and {x.dtype} {tuple(x.shape)}"
-            )
+    if {x_hat.dtype, x.dtype} != {torch.uint8} or x_hat.shape != x.shape or x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(
+            "images to compare must be uint8 of equal shape (B, 3, H, W), not "
+            f"{x_hat.dtype} {tuple(x_hat.shape)} and {x.dtype} {tuple(x.shape)}"
+        )
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """LPIPS, as a training loss and as a metric, and what its networks' features say of a whole set."""
 
-from __future__ import annotations
-
 import functools
 from typing import ClassVar
 
@@ -9,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.data import from_uint8
+
 from . import weights
-from .distances import FrechetStatistics, KernelDistance
-from .images import from_uint8, full_precision
+from .distances import FrechetStatistics, kernel_distance
+from .images import full_precision
 from .registry import Batch, Evaluator, Metric, Setup
 
 MINIMUM_SIZE = {"alex": 31, "vgg": 16}  # below it a pooling layer of the trunk has nothing left to pool
@@ -71,11 +71,8 @@ def _check_range(*batches: Tensor) -> None:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length along the channels, in float32 whatever the autocast; a zero vector stays zero.
-
-    ``F.normalize`` has a gradient where the sum of squares is zero; a plain square root has NaN. Features of images
-    have norms above 0.1, so ``eps`` changes no value and only bounds the gradient.
-    """
+    """Unit length along the channels, in float32 whatever the autocast; a zero vector stays zero, and has a gradient.
+    Features of images have norms above 0.1, so ``eps`` changes no value and only bounds that gradient."""
     return F.normalize(features.float(), dim=1, eps=1e-6)
 
 
@@ -94,9 +91,8 @@ def perceptual(net: str, device: torch.device) -> Perceptual:
 class LPIPSScores(Evaluator):
     """What the networks of LPIPS say, each run once per image: VGG16 for its LPIPS and for the distances between sets.
 
-    In float32 whatever the surrounding autocast. VGG16 bounds the time of scoring with 2.5 GFLOP per 64×64 image, four
-    fifths of the whole. On a CPU, batches of 8 to 32 images are quickest: larger ones leave the caches. UserError if
-    the weights cannot be had or are damaged.
+    In float32 whatever the surrounding autocast. VGG16 bounds the time of scoring: 2.5 GFLOP per 64×64 image. UserError
+    if the weights cannot be had or are damaged.
     """
 
     METRICS: ClassVar[dict[str, Metric]] = {
@@ -110,7 +106,7 @@ class LPIPSScores(Evaluator):
         super().__init__(setup)
         self.alex, self.vgg = perceptual("alex", setup.device), perceptual("vgg", setup.device)
         self.statistics = FrechetStatistics(512), FrechetStatistics(512)  # reconstructions, originals
-        self.kernels = KernelDistance(), KernelDistance()
+        self.pooled: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the same, 2 KB an image: KID needs the vectors
 
     @torch.inference_mode()
     def update(self, batch: Batch) -> None:
@@ -119,12 +115,12 @@ class LPIPSScores(Evaluator):
             lpips_alex = self.alex(*pair)
             lpips_vgg, *pooled = self.vgg.distance_and_features(*pair)
         self.keep(lpips_alex=lpips_alex, lpips_vgg=lpips_vgg)
-        for features, statistics, kernel in zip(pooled, self.statistics, self.kernels, strict=True):
+        for features, statistics, kept in zip(pooled, self.statistics, self.pooled, strict=True):
             statistics.update(features)
-            kernel.update(features)
+            kept.append(features.cpu())
 
     def result(self) -> dict[str, float]:
         """The means, and both distances. ValueError for fewer than 2 images."""
-        (reconstructions, originals), kernels = self.statistics, self.kernels
-        distances = {"fid_vgg16": reconstructions.distance(originals), "kid_vgg16": kernels[0].distance(kernels[1])}
-        return distances | super().result()
+        reconstructions, originals = self.statistics
+        fid = reconstructions.distance(originals)
+        return {"fid_vgg16": fid, "kid_vgg16": kernel_distance(*map(torch.cat, self.pooled)), **super().result()}

@@ -1,7 +1,5 @@
 """What every metric has to say about itself, and what every evaluator has to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 

@@ -1,28 +1,84 @@
-"""Sets of images, compared by the features of every extractor."""
+"""Sets of images, compared by the features that networks see in them.
 
-from __future__ import annotations
+To add such a network: write a function like ``_vgg16`` and add a line to ``EXTRACTORS``.
+"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backbones.torchvision_repair import repair
+from bench.data import from_uint8
 
-from .distances import FrechetStatistics, KernelDistance
-from .extractors import EXTRACTORS
+from . import weights
+from .distances import FrechetStatistics, kernel_distance
 from .images import full_precision
+from .lpips import perceptual, pool
 from .registry import Batch, Evaluator, Metric, Setup
 
 PRECISION_NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, section 3
 
+Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 → (B, dimension) float32, both on one device
+
+
+class Extractor(NamedTuple):
+    """A network that turns images into feature vectors, with weights from a given file or of its own."""
+
+    suffix: str  # of the metrics on it
+    weights: str  # their name in ``weights.DIGESTS`` and in files of features
+    about: str  # what a protocol says of it besides their digest
+    dimension: int
+    load: Callable[[torch.device, Path | None], Features | None]  # None where its weights cannot be had
+    digest: Callable[[Path | None], str | None]  # of the weights, likewise
+
+    def identity(self, path: Path | None) -> str | None:
+        """What has to be equal for two scores on it to be comparable; None where its weights cannot be had."""
+        digest = self.digest(path)
+        return f"{self.about}{digest}" if digest else None
+
+
+def _vgg16(device: torch.device, path: Path | None) -> Features:
+    network = perceptual("vgg", device)
+    return lambda x: pool(network.features(from_uint8(x)))
+
+
+def _inception(device: torch.device, path: Path | None) -> Features | None:
+    network = weights.inception(path)
+    return None if network is None else lambda x: network.to(device)(x)[0]  # which takes uint8
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "vgg16": Extractor(
+        suffix="_vgg16",
+        weights="vgg",
+        about="LPIPS VGG16 relu5_3, mean-pooled, ",
+        dimension=512,
+        load=_vgg16,
+        digest=lambda path: weights.weights_digest("vgg"),
+    ),
+    "inception": Extractor(
+        suffix="",  # ``fid`` and ``gfid`` are Inception's alone
+        weights="inception",
+        about="",
+        dimension=2048,
+        load=_inception,
+        digest=lambda path: weights.inception_digest(path),
+    ),
+}
+
+
+def digests(path: Path | None) -> str:
+    """Of the weights of all, for the names of files with what was computed by them."""
+    return "-".join(extractor.digest(path) or "none" for extractor in EXTRACTORS.values())
+
 
 class InceptionScores(Evaluator):
-    """FID (Heusel et al. 2017, eq. 6), where Inception's weights are at hand; nothing elsewhere.
+    """FID where Inception's weights are at hand, nothing elsewhere; UserError for a damaged file of them.
 
-    Its 11.4 GFLOP per image bound the time of scoring. UserError for a damaged file of weights.
+    Its 11.4 GFLOP per image bound the time of scoring.
     """
 
     METRICS: ClassVar[dict[str, Metric]] = {"fid": Metric("FID", ".1f", "lower")}
@@ -47,20 +103,16 @@ class InceptionScores(Evaluator):
         return {} if self.features is None else {"fid": reconstructions.distance(originals)}
 
 
-class ImageSet:
-    """Features of one set of images, to be compared with those of another set: what is generated with what is real.
+class ImageSet(NamedTuple):
+    """Features of one set of images, to be compared with those of another set: what is generated with what is real."""
 
-    features: (N, dimension) float32 on the CPU of each of EXTRACTORS; N is 0 where its weights cannot be had.
-    """
-
-    def __init__(self, features: dict[str, Tensor]):
-        self.features = features
+    features: dict[str, Tensor]  # by EXTRACTORS, (N, dimension) float32 on the CPU; N is 0 where weights cannot be had
 
     @classmethod
     @torch.inference_mode()
     def of(
         cls, batches: Iterable[Tensor], device: torch.device | str = "cpu", inception_path: Path | None = None
-    ) -> ImageSet:
+    ) -> "ImageSet":
         """The features of uint8 (B, 3, H, W) ``batches``, each network run once per image, in float32."""
         device = torch.device(device)
         networks = {name: extractor.load(device, inception_path) for name, extractor in EXTRACTORS.items()}
@@ -70,10 +122,10 @@ class ImageSet:
             with full_precision(device):
                 for name, network in networks.items():
                     if network is not None:
-                        found[name].append(network(x).cpu().float())
+                        found[name].append(network(x).cpu())
         return cls({name: torch.cat(parts) for name, parts in found.items()})
 
-    def distances(self, real: ImageSet) -> dict[str, float]:
+    def distances(self, real: "ImageSet") -> dict[str, float]:
         """How far this set, of generated images, is from a ``real`` one: ``gfid`` with the suffix of each extractor of
         which both have features, and on VGG16 ``gkid_vgg16``, ``precision_vgg16`` (share of these images that lie
         within the real ones' neighbourhoods) and ``recall_vgg16`` (the reverse). ValueError for sets of fewer than 4
@@ -81,28 +133,20 @@ class ImageSet:
         repair()
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-        own, others = self.features["vgg16"], real.features["vgg16"]
-        if min(len(own), len(others)) <= PRECISION_NEIGHBOURS:
-            raise ValueError(f"sets of {len(own)} and {len(others)} images are too small to compare")
+        pair = self.features["vgg16"], real.features["vgg16"]
+        if min(map(len, pair)) <= PRECISION_NEIGHBOURS:
+            raise ValueError(f"sets of {len(pair[0])} and {len(pair[1])} images are too small to compare")
         distances = {}
         for name, extractor in EXTRACTORS.items():
-            pair = self.features[name], real.features[name]
-            if all(map(len, pair)):
-                made, found = (_accumulated(FrechetStatistics(features.shape[1]), features) for features in pair)
-                distances[f"gfid{extractor.suffix}"] = made.distance(found)
-        made, found = (_accumulated(KernelDistance(), features) for features in (own, others))
+            own, others = self.features[name], real.features[name]
+            if len(own) and len(others):
+                statistics = FrechetStatistics.of(own)
+                distances[f"gfid{extractor.suffix}"] = statistics.distance(FrechetStatistics.of(others))
         options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
-        covered = prc_features_to_metric(own, others, **options)
+        covered = prc_features_to_metric(*pair, **options)
         return {
             **distances,
-            "gkid_vgg16": made.distance(found),
+            "gkid_vgg16": kernel_distance(*pair),
             "precision_vgg16": covered[KEY_METRIC_PRECISION],
             "recall_vgg16": covered[KEY_METRIC_RECALL],
         }
-
-
-def _accumulated(
-    accumulator: FrechetStatistics | KernelDistance, features: Tensor
-) -> FrechetStatistics | KernelDistance:
-    accumulator.update(features)
-    return accumulator

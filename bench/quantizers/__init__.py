@@ -24,8 +24,6 @@ one back, so a small code_dim is a look-up in a small projected space, with a co
 All arithmetic is float32 whatever the autocast: distances of nearby codes differ by less than bfloat16 resolves.
 """
 
-from __future__ import annotations
-
 from .codebook import GRADIENTS, Quantized, Quantizer, nearest
 from .learned import EMAL2Quantizer, EMAQuantizer, GumbelQuantizer, L2Quantizer, StandardQuantizer
 from .packaged import FSQQuantizer, LFQQuantizer, ResidualQuantizer, SimVQQuantizer

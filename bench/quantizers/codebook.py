@@ -3,8 +3,6 @@
 Pure functions on tokens (N, d) and codebooks (K, d), both float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,31 +17,39 @@ ZERO_NORM = 1e-6  # shorter vectors have no direction
 
 
 class Quantized(NamedTuple):
-    """What every quantizer returns.
+    """What every quantizer returns."""
 
-    z_q: (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``.
-    codes: (B, h, w) int64 in [0, K).
-    loss: scalar, what the quantizer adds to the training loss (weights such as β applied).
-    distortion: scalar, mean squared distance of tokens to their codes, for the log (no gradient).
-    """
-
-    z_q: Tensor
-    codes: Tensor
-    loss: Tensor
-    distortion: Tensor
+    z_q: Tensor  # (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``
+    codes: Tensor  # (B, h, w) int64 in [0, K)
+    loss: Tensor  # scalar, what the quantizer adds to the training loss (weights such as β applied)
+    distortion: Tensor  # scalar, mean squared distance of tokens to their codes, for the log (no gradient)
 
 
 class Quantizer(nn.Module):
     """The interface: float32 whatever the autocast, and a grid as the list of its tokens. Siblings quantize those.
 
-    codebook_size: K ≥ 1. code_dim: d ≥ 1. ``settings`` names the other fields of Config that the constructor takes.
+    codebook_size: K ≥ 1. code_dim: d ≥ 1. Of the others, which are fields of Config, ``settings`` names those that a
+    sibling heeds. beta: commitment weight β ≥ 0. kmeans_init: the first codes are centroids of k-means rather than
+    random tokens. entropy_weight: weight ≥ 0 of ``entropy_penalty`` in training. gradient: a name in GRADIENTS.
+    UserError as ``check`` raises it.
     """
 
     settings: tuple[str, ...] = ()
 
-    def __init__(self, codebook_size: int, code_dim: int):
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        beta: float = 0.25,
+        kmeans_init: bool = False,
+        entropy_weight: float = 0.0,
+        gradient: str = "straight_through",
+    ):
         super().__init__()
+        self.check(codebook_size)
         self.codebook_size, self.code_dim = codebook_size, code_dim
+        self.beta, self.kmeans_init, self.entropy_weight = beta, kmeans_init, entropy_weight
+        self.pass_gradient = GRADIENTS[gradient]
 
     @classmethod
     def check(cls, codebook_size: int) -> None:
@@ -61,9 +67,14 @@ class Quantizer(nn.Module):
         """Chooses the first codes by the encoder's first outputs (N, d)."""
         raise NotImplementedError
 
+    def entropy_loss(self, tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Tensor | float:
+        """``entropy_penalty`` times its weight; 0 in eval mode, and without a weight, where it is not computed."""
+        if not (self.training and self.entropy_weight):
+            return 0.0
+        return self.entropy_weight * entropy_penalty(tokens, codebook, distortion)
+
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes ``z`` (B, d, h, w), any float dtype. In training mode the codebook's statistics move; in eval
-        mode nothing does."""
+        """Quantizes ``z`` (B, d, h, w), any float dtype. The codebook's statistics move in training mode only."""
         with torch.autocast(z.device.type, enabled=False):
             grid = z.float().movedim(1, -1)
             z_q, codes, loss, distortion = self.quantize(grid.reshape(-1, self.code_dim))
@@ -76,24 +87,18 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype.
-
-        Among several processes it belongs before they share their state: each would choose its own.
-        """
+        """Chooses the first codes by the encoder's first outputs ``z`` (B, d, h, w), any float dtype. Among several
+        processes it belongs before they share their state: each would choose its own."""
         with torch.autocast(z.device.type, enabled=False):
             self.start(z.float().movedim(1, -1).reshape(-1, self.code_dim))
-
-
-# -------------------------------------------------------------------------------------------------------------- look-up
 
 
 @torch.no_grad()
 def nearest(tokens: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each token in Euclidean distance.
 
-    tokens (N, d) and codebook (K, d) float32 → (N,) int64; ties go to one of the nearest.
-    ``argmin_k ‖x − e_k‖² = argmin_k ‖e_k‖² − 2 x·e_k``: one GEMM and one argmin, in row chunks that stay in cache, so
-    no N×K matrix exists. The GEMM and the argmin's pass over its result bound it.
+    tokens (N, d) and codebook (K, d) float32 → (N,) int64; ties go to one of the nearest. It is the argmin of
+    ‖e‖² − 2 x·e: one GEMM and one argmin, in chunks of rows that stay in cache, so that no N×K matrix exists.
     """
     half_norms = codebook.square().sum(1).mul_(0.5)
     codes = torch.empty(len(tokens), dtype=torch.int64, device=tokens.device)
@@ -112,11 +117,8 @@ def chunk_rows(codebook: Tensor) -> int:
 def kmeans(
     tokens: Tensor, centroids: Tensor, normalise: Callable[[Tensor], Tensor] = lambda vectors: vectors, rounds: int = 10
 ) -> Tensor:
-    """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times.
-
-    With ``normalise`` onto the unit sphere it is spherical k-means (Dhillon & Modha 2001). A centroid without tokens
-    restarts at a random one. Every round costs one look-up and draws K random numbers.
-    """
+    """Lloyd's algorithm: moves ``centroids`` (K, d) to the means of their tokens (N, d), ``rounds`` times, and those
+    without tokens to a random one. With ``normalise`` onto the unit sphere: Dhillon & Modha 2001."""
     for _ in range(rounds):
         codes = nearest(tokens, centroids)
         hits = torch.bincount(codes, minlength=len(centroids))[:, None]
@@ -137,9 +139,6 @@ def first_codes(
     vectors[len(order) :] += 0.01 * spread * torch.randn_like(vectors[len(order) :])
     vectors = normalise(vectors)
     return kmeans(tokens, vectors, normalise) if by_kmeans and len(tokens) > codebook_size else vectors
-
-
-# ------------------------------------------------------------------------------------------------------------- gradient
 
 
 def straight_through(tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -168,9 +167,6 @@ def rotate(tokens: Tensor, chosen: Tensor) -> Tensor:
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straight_through": straight_through, "rotation": rotate}
 
 
-# -------------------------------------------------------------------------------------------------------------- entropy
-
-
 def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Tensor:
     """E[H(p(code | token))] − H(E[p(code | token)]), in nats: −ln K when every token is sure of its code and all codes
     are in equal use, at most 0 (Yu et al. 2024, "Language Model Beats Diffusion", eq. 5–6).
@@ -179,9 +175,9 @@ def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Ten
     mixture of Gaussians of that variance σ²: p(code | token) = softmax(−‖x − e‖² / 2σ²), so the scale of space is
     indifferent. The gradient reaches tokens and codebook, σ² is held.
 
-    The soft choices cost O(N·K·d) work, three GEMMs and their gradient. Memory: no N×K matrix exists, one chunk of
-    CHUNK_BYTES does. A first pass sums p over all tokens, of all processes; with that mean p̄ held, the penalty is
-    −E[KL(p ‖ p̄)], of equal value and gradient, a sum over tokens whose chunks are computed anew in the backward pass.
+    No N×K matrix exists, only chunks of CHUNK_BYTES. A first pass sums p over all tokens, of all processes; with that
+    mean p̄ held, the penalty is −E[KL(p ‖ p̄)], of equal value and gradient: a sum over tokens, whose chunks are computed
+    anew in the backward pass.
     """
     precision = 1 / distortion.detach().clamp_min(1e-12)
     chunks = tokens.split(chunk_rows(codebook))

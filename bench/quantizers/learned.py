@@ -1,7 +1,5 @@
 """Quantizers whose codes are learned: by gradient, or as moving averages of the tokens that choose them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,38 +7,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import GRADIENTS, Quantized, Quantizer, all_reduce, entropy_penalty, first_codes, nearest
+from .codebook import Quantized, Quantizer, all_reduce, first_codes, nearest
 
 
 class CodebookQuantizer(Quantizer):
     """Look-up, gradient estimator, initialisation from data and dead-code reset; siblings add the learning.
 
-    beta: commitment weight β ≥ 0.
     revive_after: a code that no token chose while ``revive_after``·K tokens passed, enough for ``revive_after`` of them
         under uniform use, becomes a random token of the current batch (0: never). Tokens, not steps: a step brings
         8,192 of them on a 16×16 grid, but 32 with one code per image.
-    kmeans_init: the first codes are centroids of k-means rather than random tokens.
-    entropy_weight: weight ≥ 0 of ``entropy_penalty`` in training; 0 does not compute it.
-    gradient: ``straight_through`` or ``rotation``.
     """
 
     settings = ("beta", "revive_after", "kmeans_init", "entropy_weight", "gradient")
     codebook: Tensor
 
-    def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        *,
-        beta: float = 0.25,
-        revive_after: int = 0,
-        kmeans_init: bool = False,
-        entropy_weight: float = 0.0,
-        gradient: str = "straight_through",
-    ):
-        super().__init__(codebook_size, code_dim)
-        self.beta, self.revive_after, self.kmeans_init = beta, revive_after, kmeans_init
-        self.entropy_weight, self.pass_gradient = entropy_weight, GRADIENTS[gradient]
+    def __init__(self, codebook_size: int, code_dim: int, *, revive_after: int = 0, **shared: Any):
+        super().__init__(codebook_size, code_dim, **shared)
+        self.revive_after = revive_after
         self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))  # tokens since a code was chosen
 
     def normalise(self, vectors: Tensor) -> Tensor:
@@ -48,8 +31,7 @@ class CodebookQuantizer(Quantizer):
         return vectors
 
     def choose(self, tokens: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (N,) of tokens (N, d), their vectors (N, d) in ``codebook`` (K, d), and z_q: the same vectors with the
-        gradient for the decoder's side."""
+        """Codes (N,) of tokens (N, d), their vectors (N, d) in ``codebook`` (K, d), and z_q: these with a gradient."""
         codes = nearest(tokens.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)
         return codes, chosen, self.pass_gradient(tokens, chosen)
@@ -75,9 +57,8 @@ class CodebookQuantizer(Quantizer):
         codes, chosen, z_q = self.choose(tokens, codebook)
         distortion = F.mse_loss(tokens.detach(), chosen.detach())
         loss = self.beta * F.mse_loss(tokens, chosen.detach()) + self.learning_loss(tokens, chosen)
-        if self.training and self.entropy_weight:
-            kept = codebook.clone()  # a moving average moves before the backward pass
-            loss = loss + self.entropy_weight * entropy_penalty(tokens, kept, distortion)
+        kept = codebook.clone()  # a moving average moves before the backward pass
+        loss = loss + self.entropy_loss(tokens, kept, distortion)
         if self.training:
             self._learn(tokens.detach(), codes)
         return Quantized(z_q, codes, loss, distortion)
@@ -161,21 +142,18 @@ class EMAQuantizer(CodebookQuantizer):
 class EMAL2Quantizer(EMAQuantizer):
     """Codes that are moving averages of unit tokens, themselves brought back to the unit sphere."""
 
-    def normalise(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1)
+    normalise = L2Quantizer.normalise
 
 
 class GumbelQuantizer(CodebookQuantizer):
     """Codes sampled in training, so that the decoder's gradient weighs the alternatives and reaches the codebook.
 
     p(code | token) = softmax(−‖x − e‖² / 2σ²), a mixture of Gaussians whose variance σ² is the batch's own mean squared
-    distance, per component, to the nearest code: nearness needs no projection of its own and the scale of space is
-    indifferent. In training the decoder sees one code k = argmax(ln p + Gumbel noise), a sample of p, and the gradient
-    is that of Σ y_k e_k with y = softmax((ln p + noise) / ``temperature``): the straight-through Gumbel-softmax (Jang
-    et al. 2017, section 2.2). In eval mode k is the most likely code, the nearest. Neither a codebook loss nor a KL
-    term to the uniform prior is added: β weighs the commitment to the sampled code, ``entropy_weight`` spreads codes.
-
-    Training holds several N×K matrices of float32 and spends O(N·K·d) on the soft choice and on its gradient.
+    distance, per component, to the nearest code, so the scale of space is indifferent. In training the decoder sees one
+    code k = argmax(ln p + Gumbel noise), a sample of p, and the gradient is that of Σ y_k e_k with
+    y = softmax((ln p + noise) / ``temperature``): the straight-through Gumbel-softmax (Jang et al. 2017, section 2.2).
+    In eval mode k is the nearest code. There is no codebook loss, and no KL term to the uniform prior: β weighs the
+    commitment to the sampled code, ``entropy_weight`` spreads codes. Training holds several N×K matrices of float32.
     """
 
     settings = ("beta", "revive_after", "kmeans_init", "entropy_weight", "temperature")

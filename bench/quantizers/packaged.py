@@ -1,16 +1,14 @@
 """Quantizers built on the optional package vector-quantize-pytorch, behind the interface of all others.
 
-Each is given tokens (1, N, d) in float32 and left to choose codes. Differences from our quantizers are corrected; each
-is noted inline.
+Its modules are given tokens (1, N, d) in float32. Where they differ from our quantizers they are corrected.
 """
-
-from __future__ import annotations
 
 import functools
 import itertools
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.core.errors import UserError
 
-from .codebook import GRADIENTS, Quantized, Quantizer, entropy_penalty, first_codes, nearest
+from .codebook import Quantized, Quantizer, first_codes, nearest, straight_through
 
 LEVELS = range(3, 17)  # of one component of FSQ: the package rounds two levels in another way than three and more
 
@@ -36,7 +34,8 @@ def package() -> ModuleType:
 
 
 def require(quantizer: str, rule: str, codebook_size: int, possible: Callable[[int], bool]) -> None:
-    """Raises UserError, naming the nearest K that will do, unless ``codebook_size`` is ``possible``."""
+    """Raises UserError without the package; and, naming the nearest K that will do, if this one is not ``possible``."""
+    package()
     if not possible(codebook_size):
         around = (size for step in itertools.count(1) for size in (codebook_size - step, codebook_size + step))
         fix = next(size for size in around if size > 0 and possible(size))
@@ -44,16 +43,13 @@ def require(quantizer: str, rule: str, codebook_size: int, possible: Callable[[i
 
 
 class ProjectedQuantizer(Quantizer):
-    """d components → Linear → m scalars, rounded one by one → Linear → z_q. There is no codebook to learn.
+    """d components → Linear → m scalars (``components``), rounded one by one → Linear → z_q: no codebook to learn."""
 
-    ``components`` is m, and ``spread`` the standard deviation of the first scalars.
-    """
-
-    spread: float
+    spread: float  # standard deviation of the first scalars
     codec: nn.Module
 
-    def __init__(self, codebook_size: int, code_dim: int, components: int):
-        super().__init__(codebook_size, code_dim)
+    def __init__(self, codebook_size: int, code_dim: int, components: int, **shared: Any):
+        super().__init__(codebook_size, code_dim, **shared)
         self.project_in = nn.Linear(code_dim, components)
         self.project_out = nn.Linear(components, code_dim)
 
@@ -62,8 +58,7 @@ class ProjectedQuantizer(Quantizer):
         raise NotImplementedError
 
     def quantize(self, tokens: Tensor) -> Quantized:
-        """Projects, rounds and projects back. The distortion is measured between tokens, where no loss pulls
-        it down."""
+        """Projects, rounds and projects back. Distortion is measured between tokens, where no loss pulls it down."""
         rounded, codes, loss = self.round(self.project_in(tokens))
         z_q = self.project_out(rounded)
         return Quantized(z_q, codes, loss, F.mse_loss(tokens.detach(), z_q.detach()))
@@ -90,7 +85,6 @@ class FSQQuantizer(ProjectedQuantizer):
     spread = 0.3  # the inner levels: encoders that start on all of them, at 0.9, come to use fewer and score lower
 
     def __init__(self, codebook_size: int, code_dim: int):
-        self.check(codebook_size)
         levels = fsq_levels(codebook_size)
         super().__init__(codebook_size, code_dim, len(levels))
         self.codec = package().FSQ(list(levels))
@@ -98,7 +92,6 @@ class FSQQuantizer(ProjectedQuantizer):
     @classmethod
     def check(cls, codebook_size: int) -> None:
         """Raises UserError unless K is a product of numbers in LEVELS."""
-        package()
         require("fsq", "a product of 3 to 16 levels a component", codebook_size, lambda size: bool(fsq_levels(size)))
 
     def round(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,8 +103,8 @@ class FSQQuantizer(ProjectedQuantizer):
 def fsq_levels(codebook_size: int) -> tuple[int, ...]:
     """Levels of each component, falling, whose product is K ≥ 2; empty where LEVELS offer none.
 
-    Among all factorisations the one nearest to six levels each, by squared logarithm. That gives the five that the
-    paper recommends (its table 1) at their K, and 8·8·8 at 512.
+    Of all factorisations it is the one nearest to six levels each, by squared logarithm: at their K the five that the
+    paper recommends (its table 1), and 8·8·8 at 512.
     """
 
     def factorisations(rest: int, largest: int) -> list[tuple[int, ...]]:
@@ -134,60 +127,38 @@ class LFQQuantizer(ProjectedQuantizer):
     settings = ("beta", "entropy_weight")
     spread = 1.0
 
-    def __init__(self, codebook_size: int, code_dim: int, *, beta: float = 0.25, entropy_weight: float = 0.0):
-        self.check(codebook_size)
+    def __init__(self, codebook_size: int, code_dim: int, **shared: Any):
         bits = codebook_size.bit_length() - 1
-        super().__init__(codebook_size, code_dim, bits)
-        self.beta, self.entropy_weight = beta, entropy_weight
-        self.codec = package().LFQ(dim=bits).eval()
+        super().__init__(codebook_size, code_dim, bits, **shared)
+        self.codec = package().LFQ(dim=bits)
 
     @classmethod
     def check(cls, codebook_size: int) -> None:
         """Raises UserError unless K is a power of two, at least 2."""
-        package()
         require("lfq", "a power of two", codebook_size, lambda size: size > 1 and size & (size - 1) == 0)
 
-    def train(self, mode: bool = True) -> LFQQuantizer:
-        """The package's part stays in eval mode: in training it holds all soft choices, N×K, whatever their weight,
-        and does not average them over processes."""
-        super().train(mode)
-        self.codec.eval()
-        return self
-
     def round(self, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.codec.eval()  # in training it would hold all soft choices, N×K
         with torch.no_grad():
             signs, codes, _ = self.codec(scalars[None])
-        loss = self.beta * F.mse_loss(scalars, signs[0])
-        if self.training and self.entropy_weight:
-            distortion = F.mse_loss(scalars.detach(), signs[0])
-            loss = loss + self.entropy_weight * entropy_penalty(scalars, self.codec.codebook, distortion)
-        return GRADIENTS["straight_through"](scalars, signs[0]), codes[0].long(), loss
+        distance = F.mse_loss(scalars, signs[0])
+        loss = self.beta * distance + self.entropy_loss(scalars, self.codec.codebook, distance)
+        return straight_through(scalars, signs[0]), codes[0].long(), loss
 
 
 class SimVQQuantizer(Quantizer):
-    """Frozen codes times one learned matrix, so that every code moves whenever one does.
+    """Frozen codes times one learned matrix, so that every code moves whenever one does; losses as in standard.
 
-    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". The frozen
-    codes are encoder outputs rather than Gaussian noise, and the matrix starts as the identity. Losses as in standard,
-    and, which the paper does not have, the entropy penalty by ``entropy_weight``.
+    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer". Other than
+    there, codes are encoder outputs, not Gaussian noise, the matrix starts as the identity, and entropy may be added.
     """
 
     settings = ("beta", "kmeans_init", "entropy_weight", "gradient")
 
-    def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        *,
-        beta: float = 0.25,
-        kmeans_init: bool = False,
-        entropy_weight: float = 0.0,
-        gradient: str = "straight_through",
-    ):
-        super().__init__(codebook_size, code_dim)
-        self.kmeans_init, self.entropy_weight, self.pass_gradient = kmeans_init, entropy_weight, GRADIENTS[gradient]
+    def __init__(self, codebook_size: int, code_dim: int, **shared: Any):
+        super().__init__(codebook_size, code_dim, **shared)
         self.codec = package().SimVQ(
-            code_dim, codebook_size, rotation_trick=False, input_to_quantize_commit_loss_weight=beta
+            code_dim, codebook_size, rotation_trick=False, input_to_quantize_commit_loss_weight=self.beta
         )
         self.codec.code_transform.weight._no_weight_decay = True  # decay would shrink the codes
 
@@ -201,8 +172,7 @@ class SimVQQuantizer(Quantizer):
         _, codes, loss = self.codec(tokens[None])
         chosen = self.vectors(codes[0]).detach()
         distortion = F.mse_loss(tokens.detach(), chosen)
-        if self.training and self.entropy_weight:
-            loss = loss + self.entropy_weight * entropy_penalty(tokens, self.codec.codebook, distortion)
+        loss = loss + self.entropy_loss(tokens, self.codec.codebook, distortion)
         return Quantized(self.pass_gradient(tokens, chosen), codes[0], loss, distortion)
 
     def vectors(self, codes: Tensor) -> Tensor:
@@ -219,25 +189,14 @@ class ResidualQuantizer(Quantizer):
     """Two codebooks, of sizes whose product is K: the second quantizes what the first leaves over, z_q is their sum.
 
     A code is the pair's index, so an image costs as many bits as with any other quantizer. Either codebook is a moving
-    average with decay ``ema_decay``, and pulls its input by a commitment loss of weight β. Residual quantization:
-    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1.
+    average with decay ``ema_decay``, and pulls its input by a commitment loss of weight β. Lee et al. 2022,
+    "Autoregressive Image Generation using Residual Quantization", section 3.1.
     """
 
     settings = ("beta", "kmeans_init", "gradient", "ema_decay")
 
-    def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        *,
-        beta: float = 0.25,
-        kmeans_init: bool = False,
-        gradient: str = "straight_through",
-        ema_decay: float = 0.99,
-    ):
-        self.check(codebook_size)
-        super().__init__(codebook_size, code_dim)
-        self.beta, self.kmeans_init, self.pass_gradient = beta, kmeans_init, GRADIENTS[gradient]
+    def __init__(self, codebook_size: int, code_dim: int, *, ema_decay: float = 0.99, **shared: Any):
+        super().__init__(codebook_size, code_dim, **shared)
         self.sizes = residual_sizes(codebook_size)
         self.codec = package().ResidualVQ(
             dim=code_dim,
@@ -250,12 +209,10 @@ class ResidualQuantizer(Quantizer):
     @classmethod
     def check(cls, codebook_size: int) -> None:
         """Raises UserError unless K is a product of two numbers above 1."""
-        package()
         require("residual", "a product of two numbers above 1", codebook_size, lambda size: residual_sizes(size)[1] > 1)
 
     def quantize(self, tokens: Tensor) -> Quantized:
-        """Codes, commitment and moving averages by the package. z_q's gradient is passed once: the package would pass
-        one share per codebook, twice the gradient in all."""
+        """By the package, but for z_q's gradient, which it would pass once per codebook: twice the gradient in all."""
         summed, pairs, losses = self.codec(tokens[None])
         chosen = summed[0].detach()
         codes = pairs[0, :, 0] * self.sizes[1] + pairs[0, :, 1]

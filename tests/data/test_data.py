@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import struct
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,12 +32,13 @@ from bench.data import (
     batches,
     decoding,
     eval_batches,
+    from_uint8,
     load,
     sources,
-    to_float,
     to_pixels,
     to_rgb,
 )
+from bench.data.decoding import decoded
 
 
 @pytest.fixture(autouse=True)
@@ -76,15 +79,13 @@ def column_photos() -> dict[str, np.ndarray]:
     return photos
 
 
-@pytest.fixture
-def small_photos(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "photographs", column_photos)
-    monkeypatch.setattr(sources, "PHOTO_TRAIN", 200)
-    monkeypatch.setattr(sources, "PHOTO_VAL", 100)
+def crops(image_size: int, photos=column_photos, counts: tuple[int, int] = (200, 100)) -> Data:
+    """Few crops of pictures that are not those in scikit-image."""
+    return decoded("photos", sources.photo_source(image_size, photos, counts), image_size)
 
 
-def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_photos):
-    loaded = load("photos", 64)
+def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent():
+    loaded = crops(64)
     columns = {}
     for name, images in (("train", loaded.train), ("val", loaded.val)):
         pixels = images.astype(int)
@@ -97,18 +98,16 @@ def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent(small_
         assert max(columns["train"][number]) < width * 3 // 4 <= min(columns["val"][number])
 
 
-def test_photo_crops_are_the_same_on_every_machine(small_photos):
+def test_photo_crops_are_the_same_on_every_machine():
     # A golden value: it must survive other versions of NumPy, and changes only together with DECODING_VERSION.
-    assert load("photos", 64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
+    assert crops(64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
 
 
 def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
-    assert (sources.PHOTO_TRAIN, sources.PHOTO_VAL) == (4096, 512)
-    monkeypatch.setattr(sources, "PHOTO_TRAIN", 90)
-    monkeypatch.setattr(sources, "PHOTO_VAL", 45)
-    first = load("photos", 64)
+    assert sources.DATASETS["photos"](64).identity == (4096, 512)
+    first = crops(64, sources.photographs, (90, 45))
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
-    second = load("photos", 64)
+    second = crops(64, sources.photographs, (90, 45))
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.val, second.val)
     assert first.train.shape == (90, 64, 64, 3)
@@ -119,23 +118,31 @@ def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_
     assert min(image.std(axis=(0, 1)).max() for image in first.val) >= sources.PHOTO_CONTRAST
 
 
-def test_flat_crops_are_redrawn(small_photos, monkeypatch):
+def test_flat_crops_are_redrawn():
     photo = noise(64, 400, 3)
     photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
     photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
-    monkeypatch.setattr(sources, "photographs", lambda: {"bordered": photo})
-    loaded = load("photos", 16)
+    loaded = crops(16, lambda: {"bordered": photo})
     assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= sources.PHOTO_CONTRAST
     for images in (loaded.train, loaded.val):
         assert not any(sources._is_flat(image) for image in images)
-    monkeypatch.setattr(sources, "photographs", lambda: {"constant": np.full_like(photo, 7)})
-    assert len(load("photos", 20).train) == 200  # the tries are bounded
+    assert len(crops(20, lambda: {"constant": np.full_like(photo, 7)}).train) == 200  # the tries are bounded
 
 
-def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told(small_photos):
-    assert set(load("photos", 66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
+def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told():
+    assert set(crops(66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
+    assert crops(70).val.shape == (100, 70, 70, 3)  # its whole height
     with pytest.raises(UserError, match=r"image_size 76 .* at most 70"):
-        load("photos", 76)
+        crops(76)
+
+
+def test_photographs_are_colour_pictures_and_a_stereo_pair_is_its_left_view():
+    photos = sources.photographs()
+    assert len(photos) == 9
+    assert all(photo.ndim == 3 and photo.shape[2] == 3 and photo.dtype == np.uint8 for photo in photos.values())
+    left, right, _ = skimage.data.stereo_motorcycle()
+    assert np.array_equal(photos["stereo_motorcycle"], left)
+    assert not np.array_equal(left, right)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -176,6 +183,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
         assert np.array_equal(np.asarray(to_rgb(image)), np.repeat(grey[..., None], 3, axis=2))
     levels = Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16))
     assert np.asarray(to_rgb(levels))[0, :, 0].tolist() == [0, 1, 254, 255]
+    beyond = Image.fromarray(np.array([[-300, 70_000]], np.int32))
+    assert np.asarray(to_rgb(beyond))[0, :, 0].tolist() == [0, 255]
     with pytest.raises(ValueError, match="no defined white"):
         to_rgb(Image.new("F", (4, 4)))
 
@@ -248,6 +257,14 @@ def test_the_names_of_validation_folders_have_an_order(tmp_path):
     assert "split 90 % / 10 %" in load(f"folder:{tmp_path}", 8).split
 
 
+def test_a_class_that_is_called_test_is_no_split_where_nothing_is_called_train(tmp_path):
+    for name in ("practice", "test"):
+        write_images(tmp_path / name, 5)
+    loaded = load(f"folder:{tmp_path}", 8)
+    assert loaded.split.endswith("split 90 % / 10 % by a hash of the path")
+    assert loaded.classes == ("practice", "test")
+
+
 @given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=60))
 def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
     train, val = sources._split_by_hash(sorted(paths))
@@ -256,12 +273,21 @@ def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
     assert sources._split_by_hash(sorted(paths, reverse=True)) == (train, val)
 
 
+def test_the_hash_split_is_the_same_on_every_machine_and_moves_few_images_when_some_are_added():
+    """A golden value, which runs on disk depend on; and the hash of a path depends on no other path."""
+    paths = [f"pets/{number:03}.png" for number in range(100)]
+    _, val = sources._split_by_hash(paths)
+    assert [int(path[5:8]) for path in val] == [8, 23, 39, 54, 59, 62, 64, 71, 79, 87]
+    _, later = sources._split_by_hash([*paths, *(f"more/{number}.png" for number in range(10))])
+    assert len({*val} - {*later}) <= 2
+
+
 def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
     folder = write_images(tmp_path / "pets", 150, size=(4, 4))
     (folder / "007.png").write_bytes((folder / "008.png").read_bytes()[:60])  # cut short
     loaded = load(f"folder:{folder}", 4)
-    assert loaded.skipped == ("007.png",)
-    assert "007.png" in capsys.readouterr().err
+    assert (loaded.name, loaded.skipped) == (f"folder:{folder}", ("007.png",))
+    assert capsys.readouterr().err == "skipped 1 of 150 images that cannot be decoded: 007.png\n"
     assert len(loaded.train) + len(loaded.val) == 149
     assert load(f"folder:{folder}", 4).skipped == ("007.png",)
     kept = np.concatenate([loaded.train, loaded.val])  # no hole and no shift where the broken file was
@@ -275,6 +301,58 @@ def test_many_broken_files_are_an_error_that_names_them_and_leaves_nothing(tmp_p
     with pytest.raises(UserError, match=r"more than 1 % .*empty\.jpg.*repair"):
         load(f"folder:{folder}", 8)
     assert not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
+def test_broken_files_are_named_as_they_are_called_and_three_of_many(tmp_path, capsys):
+    folder = write_images(tmp_path / "pets", 400, size=(1, 1))
+    for count, told in ((3, "[red]0.png, [red]1.png, [red]2.png"), (4, "[red]0.png, [red]1.png, [red]2.png, …")):
+        for number in range(count):
+            (folder / f"[red]{number}.png").touch()
+        load(f"folder:{folder}", 2)
+        assert " ".join(capsys.readouterr().err.split()).endswith(f"cannot be decoded: {told}")
+
+
+def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
+    write_images(tmp_path, 120, size=(4, 4))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert load(f"folder:{tmp_path}", 4).skipped == ("gone.png",)
+
+
+def toy(count: int, read=lambda item: np.zeros((4, 4, 3), np.uint8)) -> sources.Source:
+    """So many images in either split."""
+    split = sources.Split(range(count), read, lambda item: "")
+    return sources.Source(count, lambda: (split, split, "numbers"))
+
+
+def test_oddities_that_pillow_warns_of_spoil_no_image():
+    def read(item):
+        warnings.warn_explicit("strange metadata", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+        return np.zeros((4, 4, 3), np.uint8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decoded("toy", toy(5, read), 4).skipped == ()
+
+
+def test_progress_counts_every_image_also_the_broken_ones():
+    class Bar:
+        done = 0
+
+        def advance(self, count):
+            self.done += count
+
+    def read(item):
+        if item % 100 == 7:
+            raise OSError("torn")
+        return np.zeros((2, 2, 3), np.uint8)
+
+    bar, labels, skipped = Bar(), [], []
+    with ThreadPoolExecutor(2) as pool:
+        split = sources.Split(range(600), read, str)
+        blocks = list(decoding._decode_blocks("toy", split, pool, bar, labels, skipped, limit=6))
+    assert bar.done == 600
+    assert skipped == ["7", "107", "207", "307", "407", "507"]
+    assert sum(map(len, blocks)) == len(labels) == 594
 
 
 @pytest.mark.parametrize("broken", [1, 2])
@@ -337,13 +415,13 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypat
     for name, message in {
         "missing": "No such file.*existing folder of images",
         "one/000.png": "Not a directory.*existing folder of images",
-        "empty": "no images in .*empty: put some there",
+        "empty": r"no images in .*empty: put some there, .*\(\.bmp \.gif \.jpeg \.jpg \.png \.tif \.tiff \.webp\)",
         "one": "only one image in .*one: add another",
         "half": "no images in .*val: put some there",
     }.items():
         with pytest.raises(UserError, match=message):
             load(f"folder:{tmp_path / name}", 8)
-    for name in ("folder:", "folder", "imagenet", str(tmp_path)):
+    for name in ("folder:", "folder", "imagenet", "photos:64", str(tmp_path)):
         with pytest.raises(UserError, match=r"unknown data .*photos, .*cifar10.*or folder:PATH"):
             load(name, 8)
 
@@ -404,7 +482,7 @@ def test_labels_name_the_folder_also_behind_broken_files(tmp_path, splits):
     assert_labels_name_the_colours(load(f"folder:{tmp_path}", 2), colours)  # read from the cache
 
 
-def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(monkeypatch):
+def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other():
     """Data sets of packages name images by number, and both splits have a number 5."""
     levels = {number: np.full((4, 4, 3), number, np.uint8) for number in range(150)}
 
@@ -412,9 +490,7 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(mo
         readable = {number: image for number, image in levels.items() if number != broken}
         return sources.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
 
-    source = sources.Source("toy", lambda: (split(5), split(-1), "numbers"))
-    monkeypatch.setitem(sources.DATASETS, "toy", lambda size: source)
-    loaded = load("toy", 4)
+    loaded = decoded("toy", sources.Source("toy", lambda: (split(5), split(-1), "numbers")), 4)
     assert (len(loaded.train), len(loaded.val), loaded.skipped) == (149, 150, ("5",))
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
         assert [loaded.classes[label] for label in labels] == [
@@ -422,8 +498,8 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other(mo
         ]
 
 
-def test_labels_of_photos_are_their_photographs(small_photos):
-    loaded = load("photos", 64)
+def test_labels_of_photos_are_their_photographs():
+    loaded = crops(64)
     assert loaded.classes == ("photo0", "photo1", "photo2")
     for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
         assert np.array_equal(labels, images[:, 0, 0, 2])
@@ -439,16 +515,21 @@ def test_there_are_no_classes_unless_every_image_has_one_and_they_differ(tmp_pat
 
 
 def test_packages_name_classes_in_three_ways_and_minus_one_is_none():
-    class Labelled:
+    class Labelled(list):
+        """Two images and whatever a package says of them."""
+
         def __init__(self, **attributes):
+            super().__init__([None, None])
             self.__dict__ |= attributes
 
+        def labels_of_both(self) -> list[str]:
+            split = sources._torchvision_split(self, 8)
+            return [split.label(index) for index in split.items]
+
     for word in ("targets", "labels", "_labels"):
-        named = sources._labeller(Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]))
-        assert [named(index) for index in range(2)] == ["c", "a"]
-        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(0) == "7"
-        assert sources._labeller(Labelled(**{word: torch.tensor([7, -1])}))(1) == ""
-    assert sources._labeller(Labelled())(3) == ""
+        assert Labelled(**{word: [2, 0]}, classes=["a", "b", "c"]).labels_of_both() == ["c", "a"]
+        assert Labelled(**{word: torch.tensor([7, -1])}).labels_of_both() == ["7", ""]
+    assert Labelled().labels_of_both() == ["", ""]
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
@@ -465,6 +546,15 @@ def test_the_cache_is_used_until_a_file_or_the_size_changes(tmp_path, decodes):
     Image.fromarray(noise(9, 9, 3)).save(folder / "000.png")
     assert load(f"folder:{folder}", 8).fingerprint != first.fingerprint
     assert len(decodes) == 3
+
+
+def test_a_folder_has_one_cache_whatever_way_leads_to_it(tmp_path, decodes, monkeypatch):
+    folder = write_images(tmp_path / "pets", 5)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, tmp_path / "link", "pets", "../" + str(tmp_path.name) + "/pets"):
+        load(f"folder:{path}", 8)
+    assert len(decodes) == 1
 
 
 def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes, monkeypatch):
@@ -494,13 +584,10 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
 
 
-def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes, monkeypatch, small_photos):
-    monkeypatch.setitem(sources.DATASETS, "others", sources.DATASETS["photos"])
+def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes):
     counts = []
     for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
-        monkeypatch.setattr(sources, "PHOTO_TRAIN", train)
-        monkeypatch.setattr(sources, "PHOTO_VAL", val)
-        loaded = load(name, 16)
+        loaded = decoded(name, sources.photo_source(16, column_photos, (train, val)), 16)
         counts.append((len(loaded.train), len(loaded.val)))
     assert counts == [(20, 9), (21, 9), (20, 10), (20, 9)]
     assert len(decodes) == 4
@@ -532,7 +619,10 @@ def test_two_loads_at_once_decode_once(tmp_path, decodes):
     assert np.array_equal(one.train, two.train)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "failure",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), OSError("No space left on device")],
+)
 def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, cache, monkeypatch, failure):
     folder = write_images(tmp_path / "pets", 5)
     write = decoding._write_npy
@@ -556,11 +646,18 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
     assert len(load(f"folder:{folder}", 8).train) == 4
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, monkeypatch):
+    """The disk of the cache: one byte too few is too few, as many as pixels are enough."""
     folder = write_images(tmp_path / "pets", 5)
-    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5 * 8 * 8 * 3 - 1}))
+    free = {cache / "data": 5 * 8 * 8 * 3 - 1}
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[path]}))
     with pytest.raises(UserError, match=r"takes 0\.00 GB and .* free some space"):
         load(f"folder:{folder}", 8)
+    free[cache / "data"] += 1
+    assert len(load(f"folder:{folder}", 8).train) == 4
+    free[cache / "data"] = 1_500_000_000
+    with pytest.raises(UserError, match=r"decoding toy takes 12\.29 GB and .* has 1\.50 GB left"):
+        decoded("toy", toy(500_000), 64)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
@@ -594,7 +691,8 @@ def test_fashion_mnist_through_torchvision(cache):
 @pytest.mark.parametrize("name", ["cifar10", "fashion_mnist", "stl10", "celeba", "flowers102"])
 def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
     """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
-    _, train, val = sources.DATASETS[name].args
+    kind, train, val = sources.DATASETS[name].args
+    assert kind.lower() == name.replace("_", "")
     trained = {"cifar10": {"train": True}, "fashion_mnist": {"train": True}, "stl10": {"split": "unlabeled"}}
     assert train == trained.get(name, {"split": "train"})
     assert val == ({"train": False} if "train" in train else {"split": "test"})
@@ -631,6 +729,8 @@ def test_no_network_is_one_sentence_with_the_fix(cache, monkeypatch):
         with pytest.raises(UserError, match=r"no route to host.*torchvision yourself.*folder:PATH") as raised:
             load(name, 32)
         assert "\n" not in str(raised.value)
+        kind = name.replace("_", "")
+        assert re.match(rf"cannot get {kind} \((URLError|RuntimeError): ", str(raised.value), re.IGNORECASE)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -680,7 +780,7 @@ def test_none_is_the_identity_and_float_is_exact():
     rows = batch_indices(5, 2, 20, len(IMAGES))
     plain = batch(IMAGES, 5, 2, 20, "none", "cpu")
     assert np.array_equal(((plain.double() + 1) * 127.5).round().numpy(), IMAGES[rows].transpose(0, 3, 1, 2))
-    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert from_uint8(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 def test_eval_batches_are_the_images_themselves_in_order():
@@ -688,6 +788,23 @@ def test_eval_batches_are_the_images_themselves_in_order():
     assert [len(x) for x in batches] == [20, 20, 10]
     assert torch.cat(batches).dtype == torch.uint8
     assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+def test_a_batch_may_be_written_to_whatever_it_was_read_from():
+    """Images on disk are mapped read-only."""
+    images = IMAGES.copy()
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (batch(images, 0, 0, 20, "none", "cpu"), *eval_batches(images, 20)):
+            x.zero_()
+    assert np.array_equal(images, IMAGES)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_a_batch_is_made_on_its_device(augment):
+    x = batch(IMAGES, 0, 0, 20, augment, "meta")
+    assert (x.device.type, x.shape, x.dtype) == ("meta", (20, 3, 16, 16), torch.float32)
 
 
 # --- augmentations --------------------------------------------------------------------------------------------------

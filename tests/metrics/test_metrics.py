@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -26,18 +27,19 @@ from bench.metrics import (
     CodeHistogram,
     FrechetStatistics,
     ImageSet,
-    KernelDistance,
     Setup,
     digests,
     distances,
     from_uint8,
     full_precision,
+    kernel_distance,
     psnr,
+    sets,
     ssim,
     to_uint8,
     weights,
 )
-from bench.metrics.extractors import Extractor
+from bench.metrics.sets import Extractor
 
 CPU = torch.device("cpu")
 
@@ -88,6 +90,9 @@ def test_to_uint8_clamps_and_rounds():
     assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
     with pytest.raises(ValueError, match="NaN"):
         to_uint8(torch.tensor([math.nan]))
+    for half in (torch.bfloat16, torch.float16):  # what a decoder may give: rounded once, to pixels
+        x = torch.linspace(-1, 1, 999).to(half)
+        assert torch.equal(to_uint8(x), to_uint8(x.double()))
 
 
 def test_psnr_and_ssim_agree_with_skimage():
@@ -158,11 +163,15 @@ def test_full_precision_has_no_autocast_and_no_tensorfloat32_and_ends():
 def test_scores_of_images_take_uint8_of_equal_shape():
     x, _ = photographs(2, 1)
     for score in (psnr, ssim):
-        for bad in (x.float(), x[:1], x[:, :1], x[0]):
+        bad = [x.float(), x[:, :1], x[..., 0], x[0]]
+        for pair in (*((y, x) for y in [*bad, x[:1]]), *((x, y) for y in [*bad, x[:1]]), *((y, y) for y in bad)):
             with pytest.raises(ValueError, match="must be uint8 of equal shape"):
-                score(bad, x)
-    with pytest.raises(ValueError, match="at least 11 pixels"):
-        ssim(x[..., :10], x[..., :10])
+                score(*pair)
+        with pytest.raises(ValueError, match=r"not torch\.float32 \(1, 3, 64, 64\) and torch\.uint8 \(2, 3, 64, 64\)$"):
+            score(x[:1].float(), x)
+    for small, size in ((x[..., :10], r"\(64, 10\)"), (x[..., :10, :], r"\(10, 64\)")):
+        with pytest.raises(ValueError, match=f"at least 11 pixels a side, not {size}"):
+            ssim(small, small)
 
 
 # ----------------------------------------------------------------------------------------------------------- perceptual
@@ -230,10 +239,14 @@ def test_lpips_refuses_what_is_not_an_image(perceptual):
     x = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="floats"):
         perceptual(x.to(torch.uint8), x)
-    small = x[..., : metrics.MINIMUM_SIZE[perceptual.net]]
-    perceptual(small, small)
-    with pytest.raises(ValueError, match="pixels a side"):
-        perceptual(small[..., 1:], small[..., 1:])
+    size = metrics.MINIMUM_SIZE[perceptual.net]
+    for small, found in ((x[..., :size], rf"\(64, {size - 1}\)"), (x[..., :size].mT, rf"\({size - 1}, 64\)")):
+        perceptual(small, small)
+        smaller = small[..., 1:] if small.shape[3] == size else small[..., 1:, :]
+        with pytest.raises(ValueError, match=f"LPIPS-{perceptual.net} needs {size} pixels a side, not {found}"):
+            perceptual(smaller, smaller)
+        with pytest.raises(RuntimeError, match="too small"):  # no smaller than the trunk itself needs
+            perceptual.trunk(smaller)
     for beyond, found in ((x + torch.linspace(0, 1.5, 64), r"0, 1\.5"), (x - torch.linspace(0, 1.5, 64), r"-1\.5, 0")):
         for pair in ((beyond, x), (x, beyond)):
             with torch.no_grad(), pytest.raises(ValueError, match=rf"not \[{found}\]"):
@@ -251,6 +264,23 @@ def test_lpips_first_made_during_evaluation_can_train():
     x_hat = torch.zeros(1, 3, 32, 32, requires_grad=True)
     metrics.perceptual("alex", CPU)(x_hat, x_hat.detach() + 0.5).sum().backward()
     assert x_hat.grad.abs().sum() > 0
+
+
+def test_lpips_forgives_rounding_and_evaluates_without_gradients(perceptual):
+    x = torch.full((1, 3, 32, 32), 1.0005, requires_grad=True)
+    distance, *pooled = perceptual.distance_and_features(x, -x)
+    assert distance.item() > 0
+    assert not any(found.requires_grad for found in (distance, *pooled))
+    with torch.no_grad(), pytest.raises(ValueError, match="not"):
+        perceptual(x + 1e-3, x)
+
+
+def test_lpips_is_one_network_for_each_net_and_device():
+    trunk("alex"), trunk("vgg")
+    assert metrics.perceptual("alex", CPU) is metrics.perceptual("alex", torch.device("cpu"))
+    assert metrics.perceptual("alex", CPU) is not metrics.perceptual("vgg", CPU)
+    elsewhere = metrics.perceptual.__wrapped__("alex", torch.device("meta"))
+    assert {parameter.device.type for parameter in elsewhere.parameters()} == {"meta"}
 
 
 def test_features_are_the_pooled_last_layer(perceptual):
@@ -291,14 +321,13 @@ def test_frechet_distance_of_gaussians_in_closed_form(seed, n, batch):
     assert statistics(first, batch).distance(statistics(second, batch)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_frechet_statistics_stream_merge_and_ignore_order():
+def test_frechet_statistics_stream_and_ignore_order():
     features = torch.rand(40, 6) + 100  # a mean far above the deviation
     mean, covariance = statistics(features, 40).moments()
     np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
-    merged = statistics(features[:13])
-    merged.merge(statistics(features[13:]))
-    for other in (statistics(features, 3), statistics(features.flip(0)), merged):
+    traced = features.clone().requires_grad_()
+    for other in (statistics(features, 3), statistics(features.flip(0)), FrechetStatistics.of(traced)):
         for found, expected in zip(other.moments(), (mean, covariance), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -318,13 +347,6 @@ def test_frechet_distance_is_symmetric_and_moves_with_neither_set_alone(seed):
     assert statistics(first).distance(statistics(first)) == pytest.approx(0, abs=1e-6)
 
 
-def kernel(features, batch=4):
-    result = KernelDistance()
-    for part in torch.as_tensor(features).split(batch):
-        result.update(part)
-    return result
-
-
 def test_kernel_distance_of_equal_sizes_is_the_unbiased_mmd_of_all_vectors():
     """Summed pair by pair (Bińkowski et al. 2018, eq. 4), no vector with itself."""
     x, y = np.random.default_rng(0).normal(size=(2, 7, 3))
@@ -336,8 +358,9 @@ def test_kernel_distance_of_equal_sizes_is_the_unbiased_mmd_of_all_vectors():
     pairs = [(i, j) for i in range(7) for j in range(7)]
     within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (7 * 6)
     between = sum(k(x[i], y[j]) for i, j in pairs) / 49
-    assert kernel(x).distance(kernel(y)) == pytest.approx(within - 2 * between, rel=1e-5)
-    assert kernel(x).distance(kernel(x[::-1].copy(), 3)) == pytest.approx(kernel(x).distance(kernel(x)), rel=1e-4)
+    x, y = torch.tensor(x), torch.tensor(y)
+    assert kernel_distance(x, y) == pytest.approx(within - 2 * between, rel=1e-5)
+    assert kernel_distance(x, x.flip(0)) == pytest.approx(kernel_distance(x, x), rel=1e-4)
 
 
 def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets():
@@ -346,7 +369,12 @@ def test_kernel_distance_of_unequal_sizes_is_the_mean_over_the_packages_subsets(
     for a, b in ((x, y), (y, x)):
         options = {"kid_subset_size": 5, "verbose": False}  # and torch-fidelity's own number of subsets and seed
         expected = kid_features_to_metric(a, b, **options)[KEY_METRIC_KID_MEAN]
-        assert kernel(a).distance(kernel(b)) == pytest.approx(expected, rel=1e-6)
+        assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_draws_as_torch_fidelity_does_by_default():
+    names = ("kid_subsets", "kid_subset_size", "rng_seed")
+    assert tuple(DEFAULTS[n] for n in names) == (distances.KID_SUBSETS, distances.KID_SUBSET_SIZE, distances.KID_SEED)
 
 
 def image_set(vgg, inception=None):
@@ -390,12 +418,49 @@ def test_sets_of_images_are_compared_on_both_networks_where_both_have_features()
     assert found["gfid_vgg16"] == pytest.approx(
         statistics(torch.tensor(vgg)).distance(statistics(torch.tensor(other))), rel=1e-4
     )
-    assert found["gkid_vgg16"] == pytest.approx(kernel(vgg).distance(kernel(other)), rel=1e-4)
+    assert found["gkid_vgg16"] == pytest.approx(kernel_distance(torch.tensor(vgg), torch.tensor(other)), rel=1e-4)
     names = {"gfid_vgg16", "gkid_vgg16", "precision_vgg16", "recall_vgg16"}
     for pair in ((image_set(vgg, deep), image_set(other)), (image_set(vgg), image_set(other, deeper))):
         assert pair[0].distances(pair[1]).keys() == names  # no FID against nothing
-    with pytest.raises(ValueError, match="3 and 8 images are too small"):
-        image_set(vgg[:3]).distances(image_set(other))
+    assert image_set(vgg[:4]).distances(image_set(other[:4])).keys() == names
+    for few, many, told in ((vgg[:3], other, "3 and 8"), (vgg, other[:3], "8 and 3")):
+        with pytest.raises(ValueError, match=f"sets of {told} images are too small"):
+            image_set(few).distances(image_set(many))
+
+
+class Linear(torch.nn.Module):
+    """Three features of every image, by a product that autocast would round."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.linspace(0, 1, 3 * 48).view(3, 48)
+
+    def forward(self, images):
+        return (torch.nn.functional.linear(images[:, :, :4, :4].flatten(1).float(), self.weight),)
+
+
+def test_features_of_sets_are_float32_whatever_the_autocast(monkeypatch):
+    monkeypatch.setattr(weights, "inception", lambda path: Linear())
+    monkeypatch.setattr(sets, "EXTRACTORS", {"inception": EXTRACTORS["inception"]._replace(dimension=3)})
+    x, x_hat = photographs(5, 13)
+    plain = ImageSet.of(x.split(2)).features["inception"]
+    scores = sets.InceptionScores(Setup(4, CPU))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ImageSet.of(x.split(2)).features["inception"], plain)
+        scores.update(Batch(x, x_hat, None))
+    torch.testing.assert_close(scores.statistics[1].total, plain.double().sum(0), rtol=1e-6, atol=0)
+    assert not plain.requires_grad
+
+
+def test_a_lone_feature_network_is_told_its_device_and_file(monkeypatch):
+    asked = []
+    network = EXTRACTORS["inception"]._replace(load=lambda *told: asked.append(told) or (lambda x: x[:, :1, 0, 0]))
+    monkeypatch.setattr(sets, "EXTRACTORS", {"inception": network._replace(dimension=1)})
+    found = ImageSet.of([torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)], "cpu", "file").features["inception"]
+    sets.InceptionScores(Setup(4, torch.device("meta"), "other"))
+    assert asked == [(CPU, "file"), (torch.device("meta"), "other")]
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[7], [7]]
 
 
 def test_an_extractor_is_one_entry(monkeypatch):
@@ -486,12 +551,13 @@ def test_fid_is_of_inception_and_fid_vgg16_of_vgg16(monkeypatch):
 
 def test_set_distances_need_two_samples():
     one, many = torch.zeros(1, 4), torch.rand(5, 4)
+    two = torch.tensor([[1.0, 0, 0, 0], [3.0, 0, 0, 0]])
+    assert statistics(two).distance(statistics(two + 1)) == pytest.approx(4, abs=1e-6)
+    assert kernel_distance(two, two + 1) == pytest.approx(kernel_distance(two + 1, two))
     with pytest.raises(ValueError, match="at least 2 samples"):
         statistics(many).distance(statistics(one))
-    kernel, empty = KernelDistance(), KernelDistance()
-    kernel.update(many)
-    with pytest.raises(ValueError, match="at least 2 samples of each, not 0"):
-        kernel.distance(empty)
+    with pytest.raises(ValueError, match="at least 2 samples of each, not 1"):
+        kernel_distance(many, one)
 
 
 class VGG16Features(FeatureExtractorBase):
@@ -596,6 +662,30 @@ def test_scores_are_means_over_images_whatever_the_batches(no_inception):
         assert (right - wrong).abs().max() > 0.01  # the bug to stay clear of: LPIPS on [0, 1]
 
 
+def test_metrics_are_shown_under_their_names_with_the_digits_that_tell_runs_apart():
+    shown = {name: metric[:2] for evaluator in EVALUATORS for name, metric in evaluator.METRICS.items()}
+    assert shown == {
+        "fid": ("FID", ".1f"),
+        "fid_vgg16": ("FID vgg16", ".1f"),
+        "kid_vgg16": ("KID vgg16", ".4f"),
+        "lpips_alex": ("LPIPS alex", ".3f"),
+        "lpips_vgg": ("LPIPS vgg", ".3f"),
+        "psnr": ("PSNR dB", ".2f"),
+        "ssim": ("SSIM", ".3f"),
+        "sharpness": ("sharpness", ".2f"),
+        "grid_energy": ("grid energy dB", ".1f"),
+        "grid_edges": ("grid edges dB", ".1f"),
+        "grid_energy_init": ("grid energy dB, untrained", ".1f"),
+        "grid_edges_init": ("grid edges dB, untrained", ".1f"),
+        "perplexity": ("perplexity", ".0f"),
+        "usage": ("usage", ".2f"),
+        "dead_codes": ("dead codes", ".0f"),
+        "tokens": ("tokens", ".0f"),
+        "bits_per_image": ("bits per image", ".0f"),
+        "bits_per_pixel": ("bits per pixel", ".3f"),
+    }
+
+
 def test_no_metric_is_given_by_two_evaluators():
     names = [name for evaluator in EVALUATORS for name in evaluator.METRICS]
     assert len(names) == len(set(names))
@@ -660,6 +750,11 @@ def test_what_codes_say_is_a_matter_of_how_often_each_occurs(codes, batch):
     assert found.dead_codes() == (counts == 0).sum()
     assert found.usage() == pytest.approx((counts > 0).mean())
     assert histogram(12, codes[::-1]).perplexity() == pytest.approx(found.perplexity())
+
+
+def test_perplexity_of_nothing_is_no_number():
+    assert math.isnan(CodeHistogram(4).perplexity())
+    assert (CodeHistogram(4).usage(), CodeHistogram(4).dead_codes()) == (0, 4)
 
 
 @pytest.mark.parametrize("codes", [[-1, 0], [0, 8], [0.0, 1.0]])
@@ -835,6 +930,9 @@ def test_sharpness_is_the_ratio_of_the_sets():
     half = (x // 2).float()
     assert artefacts(x, half.to(torch.uint8)).sharpness() == pytest.approx(0.5, abs=0.02)
     assert artefacts(grey, grey).sharpness() == 1  # flat against flat: nothing is divided by zero
+    dot = grey.clone()
+    dot[0, 0, 5, 5] ^= 1
+    assert artefacts(grey, dot).sharpness() == 4  # grey levels, to its neighbours, against none, which counts as one
     blurred = torch.nn.functional.avg_pool2d(x.float(), 3, stride=1, padding=1).to(torch.uint8)
     assert artefacts(x, blurred).sharpness() < 0.8
     steep = [y.double().diff(dim=2).abs().sum() + y.double().diff(dim=3).abs().sum() for y in (blurred, x)]

