@@ -2,11 +2,8 @@
 
 Every Encoder and Decoder is built as ``(image_size, grid_size, code_dim, width, depth, **options)`` and maps
 (B, 3, image_size, image_size) in [-1, 1] to (B, code_dim, grid_size, grid_size) and back. At one grid all of them make
-the same number of tokens, so all of them spend the same bits. To add one: write ``backbones/NAME.py`` and add a line to
-``BACKBONES``. Widths are solved for, so any from 1 on has to work, and a greater one may not have fewer parameters.
+the same number of tokens, so all of them spend the same bits. CONTRIBUTING.md says how to add one.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -19,10 +16,7 @@ from .torchvision_repair import repair
 
 
 class Backbone(NamedTuple):
-    """An Encoder and its mirror, with the names of the options that either takes.
-
-    The Decoder's ``last_layer`` is the weight that makes pixels.
-    """
+    """An Encoder and its mirror, whose ``last_layer`` is the weight that makes pixels; and the options of either."""
 
     Encoder: Callable[..., nn.Module]
     Decoder: Callable[..., nn.Module]

@@ -4,8 +4,6 @@ Residual branches start at zero, so that no norm is needed to train it; on CPUs 
 the convolutions between them.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ The norm is ConvNeXt's own, LayerNorm over the channels (Liu et al. 2022): on CP
 times faster than RMSNorm under bfloat16.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Pieces that two or more backbones share."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 
@@ -40,10 +38,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 def orthogonal(layer: nn.Module) -> nn.Module:
-    """Orthogonal weights and zero biases in every convolution of ``layer`` (Saxe et al. 2014).
-
-    A chain of them keeps the signal's size, where torch's default shrinks it by √3 a layer.
-    """
+    """Orthogonal weights and zero biases in every convolution of ``layer`` (Saxe et al. 2014): a chain of them keeps
+    the signal's size, where torch's default shrinks it by √3 a layer."""
     for part in layer.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.orthogonal_(part.weight)
@@ -66,10 +62,8 @@ def mlp(width: int) -> nn.Module:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention over the tokens of each image, then SwiGLU, on (B, tokens, width).
-
-    As many heads of 32 as ``width`` holds, rounded up, so that any width will do.
-    """
+    """Pre-norm attention over the tokens of each image, then SwiGLU, on (B, tokens, width): as many heads of 32 as
+    ``width`` holds, rounded up, so that any width will do."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -90,10 +84,7 @@ def blocks(kinds: Sequence[Layer], width: int, depth: int) -> list[nn.Module]:
 
 
 class GridTransformer(nn.Module):
-    """``layers`` transformer blocks over a feature map whose pixels are tokens, with learned positions.
-
-    (B, width, grid_size, grid_size) → the same shape.
-    """
+    """``layers`` transformer blocks, with learned positions, over the pixels of (B, width, grid_size, grid_size)."""
 
     def __init__(self, width: int, grid_size: int, layers: int):
         super().__init__()
@@ -101,8 +92,8 @@ class GridTransformer(nn.Module):
         self.blocks = nn.Sequential(*blocks([TransformerBlock], width, layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.shape[-2:]
-        return self.blocks(x.flatten(2).transpose(1, 2) + self.position).transpose(1, 2).unflatten(2, grid)
+        tokens = self.blocks(x.flatten(2).transpose(1, 2) + self.position)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 def grid_attention(width: int, grid_size: int, attention: int) -> list[nn.Module]:
@@ -129,9 +120,8 @@ class PyramidEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). ``block(channels)`` builds one
     residual block on (B, channels, H, W), ``norm(channels)`` what precedes the last convolution. width: channels at the
-    grid. attention: transformer layers at the grid, after the blocks. No block runs at full resolution, where such
-    networks would spend most of their time, unless grid_size equals image_size. Raises ValueError on a grid that does
-    not divide the image as a power of two.
+    grid. attention: transformer layers at the grid, after the blocks. Unless grid_size equals image_size no block runs
+    at full resolution, where it would take longest. Raises ValueError as ``downsamplings`` does.
     """
 
     def __init__(
@@ -147,8 +137,7 @@ class PyramidEncoder(nn.Module):
     ):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
-        layers: list[nn.Module] = []
-        inputs = 3
+        layers, inputs = [], 3
         for channels in pyramid(width, levels):
             step = Downsample(inputs, channels) if levels else nn.Conv2d(inputs, channels, 3, padding=1)
             layers.append(orthogonal(step))
@@ -178,8 +167,7 @@ class PyramidDecoder(nn.Module):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
         inputs, *finer = reversed(pyramid(width, levels))
-        layers: list[nn.Module] = [orthogonal(nn.Conv2d(code_dim, inputs, 1))]
-        layers += grid_attention(inputs, grid_size, attention)
+        layers = [orthogonal(nn.Conv2d(code_dim, inputs, 1)), *grid_attention(inputs, grid_size, attention)]
         layers.extend(block(inputs) for _ in range(depth))
         for channels in finer:
             layers.append(orthogonal(Upsample(inputs, channels)))
@@ -198,11 +186,9 @@ class PyramidDecoder(nn.Module):
 
 
 def patches(image_size: int, grid_size: int, overlap: bool) -> dict[str, int]:
-    """Kernel size, stride and padding of the (transposed) convolution between images and tokens.
-
-    A patch is a grid cell; with ``overlap`` it reaches half a cell into each neighbour, twice as wide as its stride (a
-    cell of one pixel has none to halve: 3×3). Raises ValueError as ``downsamplings`` does.
-    """
+    """Kernel size, stride and padding of the (transposed) convolution between images and tokens. A patch is a grid
+    cell; with ``overlap`` it is twice as wide and reaches half a cell into each neighbour (for cells of one pixel:
+    3×3). Raises ValueError as ``downsamplings`` does."""
     stride = 2 ** downsamplings(image_size, grid_size)
     kernel = max(2 * stride, 3) if overlap else stride
     return {"kernel_size": kernel, "stride": stride, "padding": (kernel - stride) // 2}
@@ -213,8 +199,7 @@ class TokenEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). Each of ``kinds(width)`` builds a
     residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
-    blocks. patch_overlap: see ``patches``. Raises ValueError on a grid that does not divide the image as a power of
-    two.
+    blocks. patch_overlap, errors: see ``patches``.
     """
 
     def __init__(
@@ -236,9 +221,8 @@ class TokenEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patchify(x)
-        grid = x.shape[-2:]
-        x = self.blocks(x.flatten(2).transpose(1, 2) + self.position)
-        return self.head(x).transpose(1, 2).unflatten(2, grid)
+        tokens = self.head(self.blocks(x.flatten(2).transpose(1, 2) + self.position))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class TokenDecoder(nn.Module):
@@ -274,9 +258,8 @@ class TokenDecoder(nn.Module):
         return getattr(self.final_conv, "weight", self.unpatchify.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        grid = z.shape[-2:]
-        x = self.head(self.blocks(self.embed(z.flatten(2).transpose(1, 2)) + self.position))
-        return self.final_conv(self.unpatchify(x.transpose(1, 2).unflatten(2, grid)))
+        tokens = self.head(self.blocks(self.embed(z.flatten(2).transpose(1, 2)) + self.position))
+        return self.final_conv(self.unpatchify(tokens.transpose(1, 2).unflatten(2, z.shape[-2:])))
 
 
 def token_head(width: int, out_features: int) -> nn.Sequential:

@@ -1,7 +1,5 @@
 """ViT-VQGAN with Mamba-2 in place of attention: the tokens are read in raster order, or in both orders."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn
@@ -35,10 +33,8 @@ class MambaBlock(nn.Module):
 
 
 class BidirectionalMambaBlock(nn.Module):
-    """Two Mamba-2 layers, one of them on the reversed sequence, whose result is flipped back before they are summed.
-
-    One residual: x + forward(x) + flip(backward(flip(x))). Then SwiGLU, on (B, tokens, width).
-    """
+    """Two Mamba-2 layers that read the tokens in either direction, with one residual:
+    x + forward(x) + flip(backward(flip(x))). Then SwiGLU, on (B, tokens, width)."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -18,13 +18,10 @@ Each head carries a state S of p × n numbers through a linear recurrence (secti
 
 Unrolled, y = (L ∘ C Bᵀ) Δx + D x with L_ts = exp(Σ_{s<r≤t} Δ_r A), zero above the diagonal: causal attention with
 decays in the place of a softmax (section 5). That costs O(l²). The chunked algorithm (section 6; `ssd_scan`) attends
-only inside chunks of length q and lets the state carry everything between them: O(l (q + n)), nearly all in matrix
-products.
+only inside chunks of length q and lets the state carry everything between them: O(l (q + n)), mostly matrix products.
 
 On CUDA, `Mamba2` calls mamba-ssm's Triton kernel where that package is installed; everywhere else `ssd_scan` runs.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -50,27 +47,18 @@ def ssd_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan whole sequences: the chunked algorithm of section 6 (listing 1), with the chunks in a loop.
 
-    Args:
-        x: (b, l, h, p), l >= 1.
-        dt: (b, l, h), positive (already through softplus).
-        A: (h,), negative.
-        B, C: (b, l, g, n), g dividing h; head i belongs to group i // (h / g).
-        D: (h,), or None for no skip connection.
-        chunk_size: longest chunk, >= 1. It changes the speed, never the result.
-        initial_state: (b, h, p, n), the state before the first step; None is zero.
-        return_final_state: also return the state after the last step.
+    Shapes and signs are the glossary's, l >= 1; head i belongs to group i // k, and without D there is no skip
+    connection. chunk_size, the longest chunk, changes the speed, never the result. initial_state (b, h, p, n) is the
+    state before the first step, zero unless given.
 
-    Returns:
-        y (b, l, h, p) in the dtype of x and, if asked for, the final state (b, h, p, n). The arithmetic and the state
-        are float32 (float64 if x is) whatever autocast says: decays are products of up to l factors.
-
-    Raises:
-        ValueError: if the shapes do not fit together or chunk_size < 1.
+    Returns y (b, l, h, p) in the dtype of x and, with return_final_state, also the state after the last step. The
+    arithmetic and the state are float32 (float64 if x is) whatever autocast says: decays are products of up to l
+    factors. Raises ValueError if the shapes do not fit together or chunk_size < 1.
     """
     _check_shapes(x, dt, A, B, C, D, initial_state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    length, head_dim, groups = x.shape[1], x.shape[3], B.shape[2]
+    length, groups = x.shape[1], B.shape[2]
     out_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
 
@@ -94,18 +82,9 @@ def ssd_scan(
         for i, (dx, dA, B_i, C_i) in enumerate(pieces):
             since_start = dA.cumsum(1)  # every exponent below is a difference of these that is at most zero
             y = _attend(dx, since_start, B_i, C_i, future)
-            if state is not None:
-                read = (C_i @ state).unflatten(3, (-1, head_dim)).transpose(1, 2)
-                y = torch.addcmul(y, read, since_start.exp().unsqueeze(-1))
+            outputs.append(y if state is None else _recall(y, since_start, C_i, state))
             if i + 1 < chunks or return_final_state:
-                until_end = (since_start[:, -1:] - since_start).exp().unsqueeze(-1)
-                written = B_i.mT @ (dx * until_end).transpose(1, 2).flatten(3)
-                if state is None:
-                    state = written
-                else:
-                    kept = since_start[:, -1].exp().repeat_interleave(head_dim, -1).unsqueeze(2)  # (b, g, 1, k p)
-                    state = torch.addcmul(written, kept, state)
-            outputs.append(y)
+                state = _carry(dx, since_start, B_i, state)
         y = torch.cat(outputs, 1).flatten(2, 3)
         if D is not None:
             y = torch.addcmul(y, x, D.to(dtype).unsqueeze(-1))
@@ -113,7 +92,7 @@ def ssd_scan(
     y = y.to(out_dtype)
     if not return_final_state:
         return y
-    return y, state.unflatten(3, (-1, head_dim)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return y, state.unflatten(3, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 def _attend(dx: Tensor, since_start: Tensor, B: Tensor, C: Tensor, future: Tensor) -> Tensor:
@@ -131,16 +110,29 @@ def _attend(dx: Tensor, since_start: Tensor, B: Tensor, C: Tensor, future: Tenso
     return (scores @ dx.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
 
 
+def _recall(y: Tensor, since_start: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """y (b, q, g, k, p) of a chunk, plus what its steps read of the state before it, (b, g, n, k p)."""
+    read = (C @ state).unflatten(3, y.shape[3:]).transpose(1, 2)
+    return torch.addcmul(y, read, since_start.exp().unsqueeze(-1))
+
+
+def _carry(dx: Tensor, since_start: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+    """The state (b, g, n, k p) after a chunk, from the one before it: what remains of that, and what is written."""
+    until_end = (since_start[:, -1:] - since_start).exp().unsqueeze(-1)
+    written = B.mT @ (dx * until_end).transpose(1, 2).flatten(3)
+    if state is None:
+        return written
+    kept = since_start[:, -1].exp().repeat_interleave(dx.shape[-1], -1).unsqueeze(2)  # (b, g, 1, k p)
+    return torch.addcmul(written, kept, state)
+
+
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of the recurrence itself: `ssd_scan` at l = 1, without the length axis and several times faster.
 
     x (b, h, p), dt (b, h), A (h,), B and C (b, g, n), D (h,) or None, state (b, h, p, n) -> y (b, h, p) in the dtype of
-    x and the next state (b, h, p, n) in at least float32. Signs and ranges as in `ssd_scan`.
-
-    Raises:
-        ValueError: if the shapes do not fit together.
+    x and the next state (b, h, p, n) in at least float32. Signs, ranges and errors as in `ssd_scan`.
     """
     _check_shapes(x.unsqueeze(1), dt.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), D, state)
     by_group = (B.shape[1], -1)
@@ -210,10 +202,8 @@ def scan_backend() -> str:
 class Cache(NamedTuple):
     """All that `Mamba2` remembers of the past; its size does not depend on how much past there was."""
 
-    conv: Tensor
-    """(b, d_conv - 1, conv_dim): the latest inputs of the convolution."""
-    state: Tensor
-    """(b, h, p, n): the state of the scan."""
+    conv: Tensor  # (b, d_conv - 1, conv_dim): the latest inputs of the convolution
+    state: Tensor  # (b, h, p, n): the state of the scan
 
 
 class RMSNormGated(nn.Module):
@@ -245,21 +235,10 @@ class Mamba2(nn.Module):
     extension: d_inner is expand · d_model rounded *up* to a multiple of headdim, where mamba-ssm refuses a remainder.
     A_log, D and dt_bias carry `_no_weight_decay = True`: optimisers should exempt them.
 
-    Args:
-        d_model: width of the input and output.
-        d_state: n, how many numbers of state a channel has.
-        d_conv: taps of the causal convolution, >= 1.
-        expand: d_inner / d_model, before rounding.
-        headdim: p, channels per head.
-        ngroups: g, groups of heads that share B, C and a normalisation; divides the number of heads.
-        A_init_range: -A starts uniform in this range, 0 < low <= high.
-        dt_min, dt_max, dt_init_floor: the step size starts log-uniform in [dt_min, dt_max], but never below the floor.
-        chunk_size: chunk length of the Triton kernel. The PyTorch scan takes at most 64, where it measured fastest.
-        bias: whether in_proj and out_proj have biases.
-        conv_bias: whether the convolution has one.
-
-    Raises:
-        ValueError: if ngroups does not divide the number of heads.
+    d_model is the width of input and output, d_state n, d_conv >= 1 the taps of the convolution, expand d_inner /
+    d_model before rounding, headdim p, ngroups g, also of the normalisation. chunk_size is the Triton kernel's; the
+    PyTorch scan takes at most 64, where it measured fastest. bias is of in_proj and out_proj. -A starts uniform in
+    [1, 16], the step size log-uniform in [0.001, 0.1]. Raises ValueError unless ngroups divides h.
     """
 
     def __init__(
@@ -270,10 +249,6 @@ class Mamba2(nn.Module):
         expand: float = 2,
         headdim: int = 64,
         ngroups: int = 1,
-        A_init_range: tuple[float, float] = (1, 16),
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
         chunk_size: int = 256,
         bias: bool = False,
         conv_bias: bool = True,
@@ -294,9 +269,9 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1, bias=conv_bias
         )
-        dt = torch.empty(self.nheads).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_init_floor)
+        dt = torch.empty(self.nheads).uniform_(math.log(0.001), math.log(0.1)).exp_()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log_())
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log_())
         self.D = nn.Parameter(torch.ones(self.nheads))
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True
@@ -367,9 +342,8 @@ class _DepthwiseConv(torch.autograd.Function):
     """Depthwise correlation over time: (b, l + k - 1, c), (c, 1, k) and (c,) or None -> (b, l, c).
 
     Channels-last images of height 1 have this very layout, and oneDNN's forward pass for them is 2 to 6 times faster on
-    a CPU than conv1d or a sum of k shifted products. Its backward pass is not. Hence the gradients here: the same
-    forward kernel for the input, k sums of products for the weight. Forward and backward take 40 % of the time of the
-    shifted products and 30 % of conv1d's (16 × 256 × 384, k = 4).
+    a CPU than conv1d or a sum of k shifted products. Its backward pass is not; hence the gradients here, with which
+    both passes take 30 % of conv1d's time (16 × 256 × 384, k = 4).
     """
 
     @staticmethod

@@ -4,8 +4,6 @@ Its decoder is that of ``cnn``. Where a model has BatchNorm, the images of a tra
 its authors trained it; in eval mode, in which tokenizers are scored and used, each image stands alone.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import textwrap
@@ -24,10 +22,9 @@ class Encoder(nn.Module):
     """A feature map of timm's model ``name``, brought to the grid's size and projected by a 1×1 convolution.
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size); the model gets images of its own
-    mean and standard deviation. Of its feature maps the deepest is taken whose stride is image_size / grid_size, and
-    what lies behind it is dropped. If none has that stride, the nearest one is, the finer of two equally near, and
-    followed by Downsample or Upsample layers: a ViT with patches of 16 makes 4×4 tokens of a 64×64 image, upsampled for
-    an 8×8 grid. A LayerNorm precedes the projection, because models differ in the scale of their features.
+    mean and standard deviation. Its feature map is that of ``nearest_level``, and what lies behind it is dropped. Where
+    its stride is not image_size / grid_size, Downsample or Upsample layers follow: a ViT with patches of 16 makes 4×4
+    tokens of a 64×64 image, upsampled for an 8×8 grid. A LayerNorm evens out the scales of different models' features.
 
     width and depth are the decoder's: an encoder's size is in its name. attention: transformer layers at the grid,
     before the projection. pretrained: start from timm's weights, out of its cache or from the network. Raises
@@ -70,8 +67,7 @@ class Encoder(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError, with the nearest names, unless timm has a model ``name``: an architecture, or one with the tag
-    of its weights behind a dot."""
+    """Raises ValueError, with the nearest names, unless timm has a model ``name``, with or without a tag of weights."""
     try:
         get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
@@ -86,10 +82,10 @@ def nearest_level(name: str, image_size: int, stride: int) -> int:
     Raises ValueError if the model has none whose cells are squares of 1, 2, 4, … pixels that cover the image.
     """
     net, maps = feature_maps(name, image_size)
-    found = zip(net.feature_info.out_indices, net.feature_info.reduction(), maps, strict=True)
-    strides = {
-        level: s for level, s, x in found if s.bit_count() == 1 and s * x.shape[2] == s * x.shape[3] == image_size
-    }
+    strides = {}
+    for level, s, x in zip(net.feature_info.out_indices, net.feature_info.reduction(), maps, strict=True):
+        if s.bit_count() == 1 and s * x.shape[2] == s * x.shape[3] == image_size:
+            strides[level] = s
     if not strides:
         raise ValueError(f"timm's {name} divides {image_size}×{image_size} images into no such grid; choose another")
     return min(strides, key=lambda level: (abs(math.log2(strides[level] / stride)), strides[level], -level))
@@ -104,9 +100,8 @@ def feature_maps(
     """
     size = {"img_size": image_size} if get_pretrained_cfg(name).fixed_input_size else {}
     try:
-        net = timm.create_model(
-            name, pretrained=pretrained, features_only=True, feature_cls="getter", **size, **options
-        )
+        options |= {"features_only": True, "feature_cls": "getter", **size}
+        net = timm.create_model(name, pretrained=pretrained, **options)
         with torch.no_grad():
             maps = net.eval()(torch.zeros(1, 3, image_size, image_size))  # in eval mode it leaves no trace
     except Exception as error:  # a thousand models, and the clients of several hubs, raise what they like

@@ -1,12 +1,9 @@
 """Import torchvision even where its compiled operators do not fit the installed torch.
 
-The Linux wheel of torchvision is a CUDA build. Next to a CPU-only torch its shared library does not load, and
-``import torchvision`` dies with ``RuntimeError: operator torchvision::nms does not exist``, which takes timm, lpips and
-torch-fidelity down with it. None of them calls that operator here; it only has to *exist* for torchvision to register
-its shape function. Defining it (and its quantised twin) first cures the import.
+Its Linux wheel is a CUDA build. Next to a CPU-only torch its shared library does not load, and ``import torchvision``
+dies with ``RuntimeError: operator torchvision::nms does not exist``, as do timm, lpips and torch-fidelity. None of them
+calls that operator here; it only has to *exist*, and defining it (and its quantised twin) first cures the import.
 """
-
-from __future__ import annotations
 
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """ViT-VQGAN (Yu et al. 2022): a vision transformer on either side of the codes."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from .layers import TokenDecoder, TokenEncoder, TransformerBlock

@@ -5,8 +5,6 @@ meta.json, written last, with the digest of the tokenizer's weights. Where train
 mirror images after all images.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +24,8 @@ ENCODE_BATCH = 64
 
 
 class Codes(NamedTuple):
-    """A data set of codes. Labels are places in ``classes``; none where the data has none.
-
-    train, val: (N, h, w) unsigned integers in [0, K), memory-mapped. tokenizer: digest of the weights that made them.
-    """
+    """A data set of codes: train and val are (N, h, w) unsigned integers in [0, K), memory-mapped, labels places in
+    ``classes``, None where the data has none; tokenizer is the digest of the weights that made them."""
 
     train: np.ndarray
     val: np.ndarray
@@ -71,10 +67,8 @@ def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
             _encode(place, tokenizer, data, identity)
     meta = json.loads((place / "meta.json").read_text())
     if meta["tokenizer"] != identity:
-        raise UserError(
-            f"{place} has codes of another tokenizer ({meta['tokenizer']}, not {identity}); delete that folder to "
-            "encode again"
-        )
+        other = f"another tokenizer ({meta['tokenizer']}, not {identity})"
+        raise UserError(f"{place} has codes of {other}; delete that folder to encode again")
     train, val = (np.load(place / f"{split}.npy", mmap_mode="r") for split in ("train", "val"))
     labels = data.labels or (None, None)
     if labels[0] is not None and meta["mirrored"]:

@@ -1,24 +1,11 @@
 """The one description of a prior's run: as Config is of a tokenizer's, a flat dataclass whose fields are the flags."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
+from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
-from bench.core.settings import (
-    Count,
-    Fraction,
-    Natural,
-    OneOf,
-    Positive,
-    Precision,
-    Seed,
-    Weight,
-    at_least,
-    check_fields,
-    identity,
-)
+from bench.core.settings import Count, Fraction, Natural, OneOf, Positive, Precision, Seed, Weight, at_least
 
 from .models import LEARNED, PRIORS
 
@@ -75,7 +62,7 @@ class PriorConfig:
     seed: Seed = 0
     """weights, batches, dropout and samples follow from it"""
 
-    def resolved(self) -> PriorConfig:
+    def resolved(self) -> "PriorConfig":
         """The same config with every ``auto`` replaced by what this machine gives. What the independent prior makes no
         use of, which is all of training, is at its default."""
         device = resolve_device(self.device)
@@ -88,14 +75,14 @@ class PriorConfig:
 
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the version."""
-        return f"{self.prior}-{self.tokenizer}-{identity(PRIOR_VERSION, self.resolved())[:8]}"
+        return f"{self.prior}-{self.tokenizer}-{settings.identity(PRIOR_VERSION, self.resolved())[:8]}"
 
-    def trains_as(self, other: PriorConfig) -> bool:
+    def trains_as(self, other: "PriorConfig") -> bool:
         """Whether both come to the same weights: equal but for how they are sampled from."""
         usual = {field.name: field.default for field in fields(self) if field.name in SAMPLING}
         return replace(self.resolved(), **usual) == replace(other.resolved(), **usual)
 
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
-        check_fields(self if self.prior in LEARNED else replace(self, depth=None))  # the floor has no layers
+        settings.check_fields(self if self.prior in LEARNED else replace(self, depth=None))  # the floor has no layers
         check_device(self.resolved().device)

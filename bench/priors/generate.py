@@ -1,7 +1,5 @@
 """Generate images through a tokenizer from a prior, and score them: rate, distance to real images, copying, speed."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -19,7 +17,6 @@ from bench.core.progress import Bar
 from bench.data import Data, eval_batches
 from bench.metrics import EXTRACTORS, ImageSet, Metric, digests, full_precision, to_uint8
 from bench.tokenizers import costs
-from bench.tokenizers.costs import flops
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer
 
@@ -60,11 +57,8 @@ METRICS: dict[str, Metric] = {
 
 
 class Generated(NamedTuple):
-    """What a prior gave.
-
-    metrics by name; codes (n, h, w) int64 and the first SHOWN of them as images (n, H, W, 3) uint8; neighbours: the
-    training image nearest to each of those, the same shape.
-    """
+    """What a prior gave: metrics by name; codes (n, h, w) int64, and the first SHOWN of them as images (n, H, W, 3)
+    uint8; neighbours: the training image nearest to each of those."""
 
     metrics: dict[str, float]
     codes: np.ndarray
@@ -81,8 +75,7 @@ def score_prior(
     known: dict[str, float],
     fid_weights: Path | None,
 ) -> Generated:
-    """Everything that is measured of a trained prior, in float32, on the validation set and ``config.samples`` images.
-    ``known``: what ``references`` gave.
+    """All that is measured of a prior, in float32, on validation images and samples. ``known``: from ``references``.
 
     ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
     where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
@@ -136,8 +129,7 @@ def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_label
 
 
 def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> Tensor:
-    """``config.samples`` grids (n, h, w) int64 on the CPU. Labels, if there are any, are drawn as the training set has
-    them."""
+    """``config.samples`` grids (n, h, w) int64 on the CPU; their labels, if any, are drawn as training has them."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = None
     if train_labels is not None:
@@ -156,7 +148,7 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
 def whole_grid_flops(prior: Prior) -> int:
     """FLOPs (see ``costs.flops``) of the logits of one whole grid, as training and scoring compute them."""
     codes = torch.zeros(1, prior.grid_size, prior.grid_size, dtype=torch.int64)
-    return flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
+    return costs.flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
 
 
 @torch.inference_mode()
@@ -176,8 +168,9 @@ def speedup(prior: Prior, config: PriorConfig) -> float:
 
 @torch.inference_mode()
 def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
-    """Images of ``grids`` (n, h, w) int64: (n, 3, H, W) uint8 on the CPU."""
-    return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
+    """Images of ``grids`` (n, h, w) int64: (n, 3, H, W) uint8 on the CPU, decoded in float32."""
+    with full_precision(torch.device(device)):
+        return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
 
 
 def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
@@ -211,16 +204,14 @@ def references(
     shuffled = np.random.default_rng(0).permuted(grids.reshape(count, -1), axis=1).reshape(grids.shape)
     real, found = real_features(data, config.device, fid_weights), {}
     for name, chosen in {"real": grids, "shuffled": shuffled}.items():
-        with full_precision(torch.device(config.device)):
-            images = decode(tokenizer, torch.from_numpy(chosen), config.device)
+        images = decode(tokenizer, torch.from_numpy(chosen), config.device)
         scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
         scores["nearest_train_psnr"] = float(nearest(images, data.train, config.device)[0].median())
         found |= {f"{metric}_{name}": value for metric, value in scores.items()}
-    with full_precision(torch.device(config.device)):
-        images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
     floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
     floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
     found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.val, None, None)
+    images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
     psnr = nearest(images, data.train, config.device)[0]
     found |= {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
     with atomic_path(path) as temporary:
@@ -231,10 +222,7 @@ def references(
 @torch.inference_mode()
 def nearest(images: Tensor, train: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """PSNR (n,) in dB of uint8 ``images`` (n, 3, H, W) to their nearest training images, and the rows (n,) of those.
-
-    Nearest in mean squared error, and scored, at 32×32 pixels (box-filtered) where images are larger; mirror images
-    count too. One GEMM of n × N × 3072 for each of the two; NEAREST_IMAGES bounds N.
-    """
+    Nearest, and scored, at 32×32 pixels (box-filtered) where images are larger; mirror images count too."""
     pool = np.linspace(0, len(train) - 1, min(len(train), NEAREST_IMAGES), dtype=int)
 
     def shrink(x: Tensor) -> Tensor:

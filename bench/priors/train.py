@@ -1,7 +1,5 @@
 """Train one prior on the codes of a tokenizer: its size and its step; ``bench.training`` has the loop around it."""
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from bench.core.errors import UserError
 from bench.data import batch_indices
-from bench.tokenizers.sizes import TOLERANCE, nearest_width, parameter_count
+from bench.tokenizers.sizes import TOLERANCE, nearest_size, parameter_count
 from bench.training.loop import adamw, autocast, descend, fit
 
 from .codes import Codes
@@ -85,15 +83,11 @@ def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int)
         with torch.device("meta"):
             return parameter_count(make(width, depth))
 
-    nearest, usual = {}, config.depth or DEPTH.get(config.prior) or max(5, grid_size // 2)
-    for depth in (usual, usual + 1, usual + 2, usual - 1):
-        if depth < 1:
-            continue
-        width = nearest_width(lambda width, depth=depth: count(width, depth), config.parameters)
-        if abs(count(width, depth) / config.parameters - 1) <= TOLERANCE:
-            return make(width, depth)
-        nearest[abs(count(width, depth) - config.parameters)] = count(width, depth)
-    raise UserError(
-        f"{config.prior} for {codebook_size} codes cannot have {config.parameters:,} parameters within "
-        f"{TOLERANCE:.0%}; the nearest is {nearest[min(nearest)]:,}"
-    )
+    usual = config.depth or DEPTH.get(config.prior) or max(5, grid_size // 2)
+    size = nearest_size(count, config.parameters, (usual, usual + 1, usual + 2, usual - 1))
+    if abs(count(*size) / config.parameters - 1) > TOLERANCE:
+        raise UserError(
+            f"{config.prior} for {codebook_size} codes cannot have {config.parameters:,} parameters within "
+            f"{TOLERANCE:.0%}; the nearest is {count(*size):,}"
+        )
+    return make(*size)

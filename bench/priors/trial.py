@@ -1,7 +1,5 @@
 """One prior config in, one finished run folder out: as ``trial`` does for tokenizers, in ``results/priors/``."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -32,11 +30,8 @@ MINIMUM_IMAGES = PRECISION_NEIGHBOURS + 1
 def run_prior(
     config: PriorConfig, tokenizer_run: Run, store: Store, fid_weights: Path | None = None, resume: bool = True
 ) -> Run:
-    """Trains and scores a prior on the codes of ``tokenizer_run``, or returns at once when the store has it finished.
-
-    A finished prior that was trained alike and sampled from otherwise lends its weights. Raises UserError before any
-    training, Interrupted when stopped (the same call continues), Diverged as ``run_trial`` does.
-    """
+    """Trains and scores a prior on the codes of ``tokenizer_run``, or returns at once when the store has it finished. A
+    finished prior that was trained alike and sampled from otherwise lends its weights. Errors are ``run_trial``'s."""
     config = config.resolved()
     config.check()
     store.check_writable(200)
@@ -57,10 +52,8 @@ def run_prior(
         raise UserError(f"{data.name} has no classes to condition on; leave out --conditional")
     codes = encode(tokenizer_run.folder, tokenizer, data)
     if min(len(data.val), len(data.train)) < MINIMUM_IMAGES:
-        raise UserError(
-            f"{data.name} has {len(data.train)} training and {len(data.val)} validation images; scoring generation "
-            f"needs at least {MINIMUM_IMAGES} of each"
-        )
+        found = f"{data.name} has {len(data.train)} training and {len(data.val)} validation images"
+        raise UserError(f"{found}; scoring generation needs at least {MINIMUM_IMAGES} of each")
     classes = len(codes.classes) if config.conditional else 0
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 
@@ -100,9 +93,8 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         kind = np.min_scalar_type(prior.codebook_size - 1)
         np.savez_compressed(temporary, codes=generated.codes.astype(kind), x=generated.images)
-    size = f"{prior.grid_size}×{prior.grid_size} of {prior.codebook_size}"
-    title = f"{config.prior} over {run.tokenizer()['backbone']}, {size}"
-    title += f": {metrics['coded_bits_per_token']:.2f} bits per token"
+    size, bits = f"{prior.grid_size}×{prior.grid_size} of {prior.codebook_size}", metrics["coded_bits_per_token"]
+    title = f"{config.prior} over {run.tokenizer()['backbone']}, {size}: {bits:.2f} bits per token"
     plots.samples(run.folder / "samples.png", generated.images, title)
     plots.neighbours(run.folder / "neighbours.png", generated.images, generated.neighbours, title)
     if config.prior in LEARNED:

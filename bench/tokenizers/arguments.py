@@ -1,7 +1,5 @@
 """What the command lines share: a Config of several backbones and seeds, one sentence for mistakes, exit codes."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -76,10 +74,8 @@ Parsed = TypeVar("Parsed", bound=Arguments)
 
 def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str, **defaults: Any) -> Parsed:
     """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
-
     ``defaults`` replace those of ``kind`` and of the preset, and count as given. Exits with code 2 on an unknown flag,
-    as tyro does; raises UserError on an unknown preset.
-    """
+    as tyro does; raises UserError on an unknown preset."""
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")

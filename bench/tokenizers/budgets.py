@@ -1,7 +1,5 @@
 """Budgets: the width, or the steps, at which every backbone costs the same."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -20,7 +18,7 @@ from bench.core.files import atomic_path, cache_dir
 
 from .config import Config
 from .costs import static_costs
-from .sizes import TOLERANCE, nearest_width, parameters
+from .sizes import TOLERANCE, nearest_size, parameters
 from .tokenizer import Tokenizer
 from .train import train
 
@@ -39,22 +37,18 @@ def match(config: Config, budget: str) -> Config:
     kind, amount = _parse(budget)
     if kind == "time":
         return replace(config, steps=max(1, round(amount / step_seconds(config))))
-    found = []
-    for depth in (config.depth, config.depth + 1, config.depth - 1, config.depth + 2):
-        if depth < 1:
-            continue
-        deep = replace(config, depth=depth)
-        width = nearest_width(lambda width, deep=deep: COSTS[kind](replace(deep, width=width)), amount)
-        sized = replace(deep, width=width)
-        error = abs(COSTS[kind](sized) / amount - 1)
-        if error <= TOLERANCE:
-            return sized
-        found.append((error, sized))
-    _, sized = min(found, key=lambda pair: pair[0])
-    raise UserError(
-        f"{config.backbone} cannot meet {budget} within {TOLERANCE:.0%}: the nearest is {COSTS[kind](sized):,.0f} at "
-        f"width {sized.width} and depth {sized.depth}"
-    )
+
+    def cost(width: int, depth: int) -> float:
+        return COSTS[kind](replace(config, width=width, depth=depth))
+
+    usual = config.depth
+    width, depth = nearest_size(cost, amount, (usual, usual + 1, usual - 1, usual + 2))
+    if abs(cost(width, depth) / amount - 1) > TOLERANCE:
+        raise UserError(
+            f"{config.backbone} cannot meet {budget} within {TOLERANCE:.0%}: the nearest is {cost(width, depth):,.0f} "
+            f"at width {width} and depth {depth}"
+        )
+    return replace(config, width=width, depth=depth)
 
 
 def _parse(budget: str) -> tuple[str, float]:
@@ -76,11 +70,9 @@ COSTS: dict[str, Callable[[Config], float]] = {"params": parameters, "flops": _f
 
 
 def step_seconds(config: Config) -> float:
-    """Mean seconds of a training step of ``config`` on this machine, on random images: measured once, then remembered.
-
-    Remembered, because the number of steps is part of a run's identity: the same command must mean the same run.
-    Settings that cost no time, such as the seed, share one measurement.
-    """
+    """Mean seconds of a training step of ``config`` on this machine, on random images: measured once, then remembered,
+    because the number of steps is part of a run's identity: the same command must mean the same run. Settings that cost
+    no time, such as the seed, share one measurement."""
     usual = {field.name: field.default for field in fields(Config) if field.name in TIMELESS}
     config = replace(config.resolved(), **usual, steps=TIMED_STEPS)
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()

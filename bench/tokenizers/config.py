@@ -3,32 +3,16 @@
 A field's name is the command-line flag, the Optuna parameter and the DataFrame column; its type says what it may be.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from backbones import Backbone, backbone, users
 from backbones.layers import downsamplings
+from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
-from bench.core.settings import (
-    NOT_NEGATIVE,
-    Count,
-    Fraction,
-    Limit,
-    Natural,
-    OneOf,
-    Positive,
-    Precision,
-    Seed,
-    StepShare,
-    Weight,
-    check_choice,
-    check_fields,
-    identity,
-)
+from bench.core.settings import Count, Fraction, Limit, Natural, OneOf, Positive, Precision, Seed, StepShare, Weight
 from bench.data import AUGMENTATIONS
 from bench.metrics import MINIMUM_SIZE
 from bench.quantizers import ENTROPY_WEIGHT, QUANTIZERS
@@ -83,7 +67,7 @@ class Config:
     """ema, ema_l2, residual: decay of the running sums"""
     kmeans_init: bool = False
     """start the codebook at k-means centroids of encoder outputs rather than at random ones"""
-    entropy_weight: Annotated[float | None, NOT_NEGATIVE] = None
+    entropy_weight: Annotated[float | None, settings.NOT_NEGATIVE] = None
     """weight of the entropy penalty: sure about each token, all codes in use; unless given, 0.1 for lfq,
     which needs it, 0.02 for simvq, which gains by it, and 0 for all others"""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
@@ -145,7 +129,7 @@ class Config:
     seed: Seed = 0
     """weights, batches and augmentation follow from it"""
 
-    def resolved(self) -> Config:
+    def resolved(self) -> "Config":
         """The same config with every ``auto`` replaced by what this machine gives, an open ``entropy_weight`` by the
         quantizer's own, and a data folder's real path."""
         device = resolve_device(self.device)
@@ -159,7 +143,7 @@ class Config:
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the protocol version."""
         head = f"{self.backbone.replace(':', '-')}-{self.quantizer}"
-        return f"{head}-{identity(PROTOCOL_VERSION, self.resolved())[:12]}"
+        return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved())[:12]}"
 
     @property
     def tokens(self) -> int:
@@ -169,7 +153,7 @@ class Config:
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
         self._check_backbone()
-        check_fields(self)
+        settings.check_fields(self)
         self._check_quantizer()
         try:
             downsamplings(self.image_size, self.grid_size)
@@ -182,10 +166,7 @@ class Config:
         taken = _backbone(self.backbone).options
         for name in ("attention", "patch_overlap", "final_conv", "pretrained"):
             if getattr(self, name) and name not in taken:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}, of which backbone {self.backbone!r} makes no use; "
-                    f"leave it out or choose from {', '.join(users(name))}"
-                )
+                raise _useless(name, getattr(self, name), f"backbone {self.backbone!r}", users(name))
 
     def _check_quantizer(self) -> None:
         given = self.resolved()
@@ -193,11 +174,13 @@ class Config:
             choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
             value, default = getattr(given, field.name), field.default or 0.0  # an open entropy_weight is none
             if choices and self.quantizer not in choices and value != default:
-                raise UserError(
-                    f"{field.name} is {value}, of which quantizer {self.quantizer!r} makes no use; "
-                    f"leave it out or choose from {', '.join(choices)}"
-                )
+                raise _useless(field.name, value, f"quantizer {self.quantizer!r}", choices)
         QUANTIZERS[self.quantizer].check(self.codebook_size)
+
+
+def _useless(name: str, value: Any, chosen: str, users: list[str]) -> UserError:
+    fix = f"leave it out or choose from {', '.join(users)}"
+    return UserError(f"{name} is {value}, of which {chosen} makes no use; {fix}")
 
 
 def _backbone(name: str) -> Backbone:
@@ -209,22 +192,20 @@ def _backbone(name: str) -> Backbone:
 
 def preset_settings(preset: str) -> dict[str, Any]:
     """Config fields that ``preset`` sets for every backbone. Raises UserError on an unknown name."""
-    check_choice("preset", preset, PRESETS)
+    settings.check_choice("preset", preset, PRESETS)
     return {name: value for name, value in PRESETS[preset].items() if name not in ("params", "depth", "own")}
 
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     """Config of ``backbone`` in ``preset``. ``overrides`` are Config fields; whatever is given wins over the preset,
-    and None means the preset's own value. A width that is not given is the preset's, whatever else is.
-
-    Raises UserError on an unknown backbone, preset or field.
-    """
-    settings = preset_settings(preset)
+    and None means the preset's own value. A width that is not given is the preset's, whatever else is. Raises UserError
+    on an unknown backbone, preset or field."""
+    shared = preset_settings(preset)
     _backbone(backbone)
     for name in overrides:
-        check_choice("setting", name, [field.name for field in fields(Config)])
+        settings.check_choice("setting", name, [field.name for field in fields(Config)])
     sized = "cnn" if backbone.startswith("timm:") else backbone
-    own = {"depth": PRESETS[preset]["depth"], **settings, **PRESETS[preset]["own"].get(sized, {})}
+    own = {"depth": PRESETS[preset]["depth"], **shared, **PRESETS[preset]["own"].get(sized, {})}
     given = {name: value for name, value in overrides.items() if value is not None}
     if "width" not in {**own, **given}:
         own["width"] = width_of(Config(**{"backbone": sized, "width": 1, **own}), PRESETS[preset]["params"])

@@ -1,7 +1,5 @@
 """What a tokenizer costs: parameters, FLOPs, throughput, memory."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable
@@ -57,9 +55,8 @@ def flops(module: nn.Module, *inputs: Tensor) -> int:
     causal too) and the products of the Mamba-2 scan as ``ssd_scan`` makes them, in chunks of up to 64 tokens. Left out
     are element-wise work, norms, softmax and running sums, and the look-ups of codes (2·tokens·K·d) and embeddings.
 
-    A function of shapes alone, on any machine: the pass runs on the meta device, where nothing is computed, and where
-    attention and scan are made of plain products instead of kernels that differ between devices and that torch's
-    FlopCounterMode does not know.
+    A function of shapes alone: on the meta device, where the pass runs, attention and scan are plain products instead
+    of kernels that differ between devices and that torch's FlopCounterMode does not know.
     """
     from torch.utils.flop_counter import FlopCounterMode  # and triton, where that is installed
 

@@ -1,9 +1,4 @@
-"""PatchGAN, and the adversary that trains it beside a tokenizer.
-
-No BatchNorm: it would couple real and reconstructed images through their statistics.
-"""
-
-from __future__ import annotations
+"""PatchGAN, and the adversary that trains it beside a tokenizer."""
 
 import itertools
 
@@ -18,18 +13,18 @@ LECAM_DECAY = 0.99
 
 
 class PatchGAN(nn.Module):
-    """Real or reconstructed, patch by patch (Isola et al. 2017, section 3.2): (B, 3, H, W) in [-1, 1] → logits
-    (B, 1, h, w).
+    """Real or reconstructed, patch by patch (Isola et al. 2017, 3.2): (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w).
 
     width: channels of the first of ``layers`` 4×4 convolutions of stride 2; each further one doubles them, up to eight
-    times. norm: "group" (GroupNorm after every convolution but the first and the last) or "spectral" (on every weight).
+    times. norm: "group" (GroupNorm after every convolution but the first and the last) or "spectral" (on every weight);
+    not BatchNorm, which would couple real and reconstructed images.
     """
 
     def __init__(self, width: int = 64, layers: int = 3, norm: str = "group"):
         super().__init__()
         channels = [min(width * 2**level, width * 8) for level in range(layers + 1)]
         wrap = spectral_norm if norm == "spectral" else nn.Identity()
-        stack: list[nn.Module] = [wrap(nn.Conv2d(3, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        stack = [wrap(nn.Conv2d(3, width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         for level, (inputs, outputs) in enumerate(itertools.pairwise(channels), 1):
             stride = 2 if level < layers else 1
             stack.append(wrap(nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1, bias=norm == "spectral")))
@@ -43,10 +38,8 @@ class PatchGAN(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A discriminator with what its training needs: schedule, running averages for LeCAM, both losses.
-
-    Times are shares of ``config.steps``: from ``gan_start − gan_warmup`` the discriminator trains, from ``gan_start``
-    the tokenizer sees it, with a weight that grows over ``gan_ramp``.
+    """A discriminator with what its training needs: schedule, running averages for LeCAM, both losses. It trains from
+    ``gan_start − gan_warmup`` on; from ``gan_start`` the tokenizer sees it, with a weight that grows over ``gan_ramp``.
     """
 
     def __init__(self, config: Config):

@@ -1,7 +1,5 @@
 """Score a tokenizer on the whole validation set, and the reference that it has to beat at the same bits."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -31,11 +29,9 @@ class Codec(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
-        ...
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, h, w) int64 → (B, 3, H, W) in [-1, 1]."""
-        ...
 
 
 @torch.no_grad()
@@ -48,9 +44,7 @@ def score(
     label: str = "scoring",
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
-
-    Encoder and decoder run in float32; reconstructions are clamped and rounded to uint8 before anything is measured.
-    """
+    Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured."""
     setup = Setup(codebook_size, torch.device(device), fid_weights)
     evaluators = [evaluator(setup) for evaluator in EVALUATORS]
     with Bar(label, len(images)) as bar:
@@ -68,11 +62,9 @@ def score(
 
 @torch.no_grad()
 def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
-    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training.
-
-    On 64 evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
-    nothing about the backbone. Leaves the random generators as they were.
-    """
+    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training, on 64
+    evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
+    nothing about the backbone. Leaves the random generators as they were."""
     artefacts = Artefacts()
     rows = np.linspace(0, len(images) - 1, min(UNTRAINED_IMAGES, len(images)), dtype=int)
     with torch.random.fork_rng():
@@ -104,11 +96,8 @@ def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any
 
 
 class PatchKMeans:
-    """k-means on raw patches: what the same bits buy without any network.
-
-    A patch is a grid cell, (image_size / grid_size)² pixels; its code is the nearest of ``codebook_size`` centroids
-    (Lloyd's algorithm, from random patches, empty clusters restarted).
-    """
+    """k-means on raw patches, what the same bits buy without any network: the code of a grid cell is the nearest of
+    ``codebook_size`` centroids (Lloyd's algorithm, from random patches, empty clusters restarted)."""
 
     def __init__(self, images: np.ndarray, grid_size: int, codebook_size: int, device: str):
         self.grid_size = grid_size

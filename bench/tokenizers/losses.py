@@ -1,7 +1,5 @@
 """Loss functions, each pure: tensors in, scalar out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,10 +12,8 @@ ADAPTIVE_CAP = 1e4
 
 
 class Adversarial(NamedTuple):
-    """Losses of the two sides, from logits of any shape: ``discriminator(real, fake)`` and ``generator(fake)``.
-
-    High logits mean real. The generator's loss falls as ``fake`` rises.
-    """
+    """Losses of the two sides, from logits of any shape, high for real: ``discriminator(real, fake)`` and
+    ``generator(fake)``, which falls as ``fake`` rises."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
@@ -43,24 +39,23 @@ def adaptive_weight(reconstruction: Tensor, gan: Tensor, last_layer: nn.Paramete
     Esser et al. 2021 (VQGAN), equation 7: both losses pull on the last layer equally hard. Norms are float32; a norm
     that is not finite gives 0. Keeps the graphs of both losses.
     """
-    norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (reconstruction, gan)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
+
+    def norm(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+
+    return (norm(reconstruction) / (norm(gan) + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
 
 
 def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
     """LeCAM regulariser (Tseng et al. 2021, equation 6): logits of either side stay near the running average of the
-    other's. Only the excess counts, as in the authors' code: real above fake's average and fake below real's.
-    """
+    other's. Only the excess counts, as in the authors' code: real above fake's average and fake below real's."""
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 
 def gradient_penalty(x: Tensor, logits: Tensor) -> Tensor:
-    """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient at real images.
+    """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient, mean over images.
 
-    ``logits`` were computed from ``x`` (B, 3, H, W), which requires a gradient; the logits of an image are summed over
-    its patches. Mean over the batch.
+    ``logits``, summed over an image's patches, were computed from real ``x`` (B, 3, H, W), which requires a gradient.
     """
     (gradient,) = torch.autograd.grad(logits.float().sum(), x, create_graph=True)
     return 0.5 * gradient.float().square().sum((1, 2, 3)).mean()

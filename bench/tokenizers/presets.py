@@ -6,8 +6,6 @@ own; ``own`` is what one backbone has to itself, such as a depth that suits it, 
 So a backbone that no entry names has a size in all of them. timm:MODEL has the size of cnn, whose decoder it has.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _VITVQGAN: dict[str, Any] = {
@@ -108,11 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # ViT-VQGAN Small (Yu et al. 2022, section 3): 256×256 to 32×32 codes of 32 numbers on the sphere, K = 8192; 8
     # blocks of width 512 a side, and the other backbones with as many parameters
-    "vitvqgan-s": {
-        **_VITVQGAN,
-        **_SMALL,
-        "gan_weight": 0.1,
-    },
+    "vitvqgan-s": {**_VITVQGAN, **_SMALL, "gan_weight": 0.1},
     # the comparison of the blog post "Lessons in training VQGAN", as its code had it: the CNN with 64×64 codes beside
     # 32×32 of the others, and a tenth of their parameters. Reports will not rank these rows
     "blog256": {
@@ -127,9 +121,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # the same question on equal footing: 32×32 codes and as many parameters for all
-    "blog256-fair": {
-        **_VITVQGAN,
-        **_SMALL,
-        "augment": "blog",
-    },
+    "blog256-fair": {**_VITVQGAN, **_SMALL, "augment": "blog"},
 }

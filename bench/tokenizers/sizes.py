@@ -1,8 +1,6 @@
 """How large a model is, told by shapes alone: its parameters, and the width that gives it so many."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -19,7 +17,7 @@ TOLERANCE = 0.02  # of a budget of parameters or FLOPs
 WIDEST = 8192
 
 
-def sides(config: Config) -> list[Callable[[], nn.Module]]:
+def sides(config: "Config") -> list[Callable[[], nn.Module]]:
     """What builds the encoder of ``config``, and what builds its decoder."""
     *modules, encoder_options, decoder_options = backbone(config.backbone)
     shape = (config.image_size, config.grid_size, config.code_dim, config.width, config.depth)
@@ -35,23 +33,21 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @cache
-def parameters(config: Config) -> int:
+def parameters(config: "Config") -> int:
     """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
     with torch.device("meta"):
         return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
 
 
 @cache
-def width_of(config: Config, amount: int) -> int:
+def width_of(config: "Config", amount: int) -> int:
     """The width at which ``config``, whose own width does not matter, has ``amount`` parameters or nearly so."""
     return nearest_width(lambda width: parameters(replace(config, width=width)), amount)
 
 
 def nearest_width(cost: Callable[[int], float], amount: float) -> int:
-    """The width up to WIDEST whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows.
-
-    Looks a few times where cost grows about with the square of width, and at most a few dozen times where it does not.
-    """
+    """The width up to WIDEST whose ``cost(width)`` is nearest to ``amount``; cost must not fall as width grows. Looks a
+    few times where cost grows about with the square of width, and at most a few dozen times where it does not."""
     low, high, width, step = 1, WIDEST, 64, 1  # cost(low) < amount <= cost(high), but for the ends
     while high - low > 1:
         found = cost(width)
@@ -63,3 +59,19 @@ def nearest_width(cost: Callable[[int], float], amount: float) -> int:
         width = guess if low < guess < high else (low + high) // 2
         step *= 2
     return min((low, high), key=lambda width: abs(cost(width) - amount))
+
+
+def nearest_size(cost: Callable[[int, int], float], amount: float, depths: Iterable[int]) -> tuple[int, int]:
+    """Width and depth at which ``cost(width, depth)`` is within TOLERANCE of ``amount``, at the first of ``depths``
+    where a width is; if there is none, the nearest of all. Depths below 1 are passed over."""
+
+    def error(size: tuple[int, int]) -> float:
+        return abs(cost(*size) / amount - 1)
+
+    sizes = []
+    for depth in depths:
+        if depth >= 1:
+            sizes.append((nearest_width(lambda width, depth=depth: cost(width, depth), amount), depth))
+            if error(sizes[-1]) <= TOLERANCE:
+                return sizes[-1]
+    return min(sizes, key=error)

@@ -1,10 +1,7 @@
 """The thing that is compared: encoder → quantizer → decoder."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +14,10 @@ from bench.training.trial import read_weights
 from .config import Config
 from .sizes import sides
 
-Module = TypeVar("Module", bound=nn.Module)
-
 
 class Tokenizer(nn.Module):
-    """Images to codes and back. The decoder sees nothing but the codes' vectors.
-
-    Raises UserError when the backbone cannot be built, such as a timm model for images of this size.
-    """
+    """Images to codes and back; the decoder sees nothing but the codes' vectors. Raises UserError when the backbone
+    cannot be built, such as a timm model for images of this size."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -53,11 +46,8 @@ class Tokenizer(nn.Module):
         return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
 
     @classmethod
-    def from_run(cls, folder: str | Path, device: str = "cpu") -> Tokenizer:
-        """The scored tokenizer of a finished run folder, in eval mode on ``device``.
-
-        Raises UserError when the folder holds no finished run.
-        """
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> "Tokenizer":
+        """The scored tokenizer of a finished run folder, in eval mode on ``device``. Raises UserError without one."""
         run = Run(Path(folder))
         if not run.finished:
             raise UserError(f"{folder} holds no finished run (no metrics.json); train one with python -m bench.run")
@@ -68,6 +58,6 @@ class Tokenizer(nn.Module):
         return tokenizer.to(device).eval().requires_grad_(False)
 
 
-def to_device(module: Module, device: str) -> Module:
+def to_device(module: nn.Module, device: str) -> nn.Module:
     """Moves ``module`` to ``device`` in channels-last layout, which convolutions on CPUs and GPUs are fastest in."""
     return module.to(device=torch.device(device), memory_format=torch.channels_last)

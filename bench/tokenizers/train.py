@@ -1,7 +1,5 @@
 """Train one tokenizer: its step, to read from top to bottom; ``bench.training`` has the loop around it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +103,9 @@ def initialise_codebook(tokenizer: Tokenizer, images: np.ndarray, autocast: torc
     """Starts the codebook at random encoder outputs, of enough images to offer eight tokens per code."""
     config = tokenizer.config
     count = min(len(images), max(config.batch_size, -(-8 * config.codebook_size // config.tokens)))
-    steps = range(-(-count // config.batch_size))
     with autocast:
         grids = [
             tokenizer.encoder(batch(images, config.seed, step, config.batch_size, "none", config.device))
-            for step in steps
+            for step in range(-(-count // config.batch_size))
         ]
     tokenizer.quantizer.initialise(torch.cat(grids))

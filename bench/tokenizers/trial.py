@@ -1,7 +1,5 @@
 """One config in, one finished run folder out."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -30,16 +28,17 @@ CODES = 1024  # of them, at most, in the picture of a codebook
 
 
 def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Data:
-    """Everything that can go wrong for a reason the user can fix, before any training is spent.
-
-    Checks the settings, the device, the results folder, the pretrained weights (fetching them if need be), and decodes
-    the data. Raises UserError.
-    """
+    """Everything that can go wrong for a reason the user can fix, before any training is spent: the settings, the
+    device, the results folder, the pretrained weights (fetched if need be) and the data. Raises UserError."""
     config.check()
     tokenizer = Tokenizer(config)
     state_megabytes = 5 * 4 * parameter_count(tokenizer) >> 20  # weights, gradients' moments, average, and a spare
     store.check_writable(50 + 2 * state_megabytes)
-    _check_cache()
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        place, fix = cache_dir(), "set VQBENCH_CACHE to another"
+        raise UserError(f"cannot create the cache folder {place}: {error.strerror}; {fix}") from error
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     weights.inception(fid_weights)
@@ -50,10 +49,8 @@ def run_trial(
     config: Config, store: Store | str | Path = "results", fid_weights: Path | None = None, resume: bool = True
 ) -> Run:
     """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished.
-
-    Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged when the loss was
-    not finite; that is also recorded as failure.json.
-    """
+    Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
+    failure.json) when the loss was not finite."""
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
@@ -81,10 +78,8 @@ def finish(
     fid_weights: Path | None,
     measured: dict[str, float | None],
 ) -> None:
-    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last.
-
-    measured: what is known already, of the time before and during training.
-    """
+    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last. ``measured``: what is
+    known already, of the time before and during training."""
     config = tokenizer.config
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
@@ -123,12 +118,3 @@ def codebook_images(tokenizer: Tokenizer) -> np.ndarray:
     codes = torch.arange(min(CODES, tokenizer.config.codebook_size), device=device).view(-1, 1, 1)
     images = torch.cat([to_uint8(tokenizer.decode(part)) for part in codes.split(EVAL_BATCH)])
     return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _check_cache() -> None:
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create the cache folder {cache_dir()}: {error.strerror}; set VQBENCH_CACHE to another"
-        ) from error

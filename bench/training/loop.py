@@ -1,11 +1,8 @@
 """The loop that trains tokenizers and priors alike; what differs between them is a ``Learner``.
 
-A step is a pure function of (state, seed, step): batch and augmentation follow from (seed, step), and the global random
-generator is seeded anew in every step. So a checkpoint needs no generator state, and a resumed run ends bit-equal to
-one that was never stopped.
+A step is a pure function of (state, seed, step): batch and augmentation follow from (seed, step), as does the state of
+the global random generator. So a resumed run ends bit-equal to one that was never stopped.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -55,19 +52,15 @@ class Learner(Protocol):
 
     def begin(self) -> None:
         """Prepares a run that starts at its first step; a resumed one has its parts from the checkpoint."""
-        ...
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Trains on batch number ``step`` at learning rate ``rate``; losses, unweighted, and other scalars to log."""
-        ...
 
     def row(self, means: dict[str, float]) -> dict[str, float]:
         """What the history says of the steps since its last row, given the ``means`` of what they returned."""
-        ...
 
     def figures(self, row: dict[str, float]) -> str:
         """The same in brief, for the progress bar."""
-        ...
 
 
 def fit(
@@ -76,9 +69,9 @@ def fit(
     """Trains ``learner`` and returns its model with averaged weights and in eval mode, and the seconds that the steps
     took, resumed parts included.
 
-    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``. With ``resume`` a
-    checkpoint found there is continued, without it is dropped. One is written every ``checkpoint_seconds``, or less
-    often if writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` it goes
+    on from one found there, without it drops that. One is written every ``checkpoint_seconds``, or less often if
+    writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}
@@ -183,8 +176,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the weights: θ̄ ← γθ̄ + (1−γ)θ with γ = min(decay, (1+n)/(10+n)), so that the random first
-    weights are soon forgotten."""
+    """A moving average of the weights that soon forgets the first: θ̄ ← γθ̄ + (1−γ)θ, γ = min(decay, (1+n)/(10+n))."""
 
     @torch.no_grad()
     def update(means: list[Tensor], current: list[Tensor], _: Tensor) -> None:
@@ -196,11 +188,8 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of the global generator in one step; distinct for every (seed, step) that fits 31 and 32 bits.
-
-    The CPU's generator takes the low 32 bits alone, so the seed is in those too, multiplied by 2³² over the golden
-    ratio: steps of one seed do not meet those of another.
-    """
+    """Seed of the global generator in one step; distinct for every (seed, step) that fits 31 and 32 bits. The CPU's
+    generator takes the low 32 bits alone, so the seed is in those too, multiplied by 2³² over the golden ratio."""
     return (seed << 32) | (step ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
 
 
@@ -211,10 +200,7 @@ def save(path: Path, state: dict, step: int, seconds: float) -> None:
 
 
 def restore(path: Path, state: dict, device: str) -> tuple[int, float]:
-    """Loads what save wrote and returns (step, seconds). Tensors only: nothing in the file is executed.
-
-    Raises UserError on a file that is no checkpoint of this model.
-    """
+    """Loads what ``save`` wrote, executing nothing; (step, seconds). Raises UserError on another model's checkpoint."""
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
         stored = {RENAMED.get(name, name): part for name, part in stored.items()}

@@ -1,7 +1,5 @@
 """What a trial of either kind does around its training: hold the folder, record a failure, write the scores last."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +16,8 @@ from bench.core.store import Run
 
 @contextmanager
 def begun(run: Run, about: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json.
-
-    An earlier failure is forgotten, and Diverged recorded as failure.json. Raises Busy where another process has it.
-    """
+    """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json. Forgets an
+    earlier failure, and records Diverged as failure.json. Raises Busy where another process has the folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
         run.write("config.json", {**about, "environment": environment()})

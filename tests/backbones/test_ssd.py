@@ -300,8 +300,8 @@ def test_defaults_are_those_of_mamba_2():
     """As mamba-ssm has them (test_mamba_ssm asks itself)."""
     defaults = {p.name: p.default for p in inspect.signature(Mamba2).parameters.values() if p.name != "d_model"}
     assert defaults == {
-        **{"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "A_init_range": (1, 16)},
-        **{"dt_min": 1e-3, "dt_max": 0.1, "dt_init_floor": 1e-4, "chunk_size": 256, "bias": False, "conv_bias": True},
+        **{"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1},
+        **{"chunk_size": 256, "bias": False, "conv_bias": True},
     }
 
 
@@ -335,11 +335,11 @@ def test_parameters_are_those_of_mamba_ssm():
 
 def test_initial_values_lie_in_their_ranges():
     torch.manual_seed(0)
-    layer = Mamba2(256, headdim=4, A_init_range=(2, 3), dt_min=0.01, dt_max=0.2, dt_init_floor=0.05)
+    layer = Mamba2(256, headdim=4)
     dt, A = F.softplus(layer.dt_bias), layer.A_log.exp()
-    assert 0.05 - 1e-6 <= dt.min() < 0.051, "half of the steps should sit on the floor"
-    assert 0.15 < dt.max() <= 0.2 + 1e-6
-    assert 2 - 1e-6 <= A.min() < 2.2 < 2.8 < A.max() <= 3 + 1e-6
+    assert 0.001 - 1e-6 <= dt.min() < 0.0012
+    assert 0.08 < dt.max() <= 0.1 + 1e-6
+    assert 1 - 1e-5 <= A.min() < 1.5 < 15 < A.max() <= 16 + 1e-5
     assert (layer.D == 1).all()
 
 

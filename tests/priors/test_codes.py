@@ -110,6 +110,27 @@ def test_codes_are_made_once_and_say_whose_they_are(folder):
         encode(folder, Reader(), toy_data())
 
 
+def test_codes_stay_on_disk_where_nobody_writes_to_them(folder):
+    """A data set of them need not fit into memory."""
+    codes = encode(folder, Reader(), toy_data())
+    for grids in (codes.train, codes.val):
+        assert isinstance(grids, np.memmap)
+        assert not grids.flags.writeable
+
+
+def test_images_are_encoded_in_float32_whatever_autocast_says(folder):
+    cast = set()
+
+    class Watched(Reader):
+        def encode(self, x):
+            cast.add((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+            return super().encode(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        encode(folder, Watched(), toy_data())
+    assert cast == {(False, True)}
+
+
 def test_codes_that_were_interrupted_are_made_anew(folder):
     """The file that says that they are complete is written last."""
 

@@ -187,6 +187,58 @@ def test_labels_are_drawn_as_often_as_the_training_set_has_them(monkeypatch):
     assert not found[0].equal(found[1])
 
 
+def test_labels_of_the_first_and_the_last_image_are_drawn_too():
+    prior = Recorder(random_codes(40, 1), classes=6)
+    draw(prior, config(), np.array([5, 3]))
+    assert set(prior.asked[0].labels.tolist()) == {3, 5}
+
+
+def test_a_prior_without_classes_is_told_no_labels_where_there_are_some():
+    train, val = random_codes(20, 1), random_codes(10, 2)
+    codes, data = toy(train, val, (np.arange(20) % 2, np.arange(10) % 2), ("a", "b"))
+    prior = Recorder(train)
+    scored(prior, codes, data)
+    assert [asked.labels for asked in prior.asked] == [None] * 3
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_the_speed_of_sampling_is_that_of_16_grids_drawn_as_the_seed_says(classes):
+    first, again, other = (Recorder(random_codes(40, 1), classes) for _ in range(3))
+    for prior, seed in ((first, 3), (again, 3), (other, 4)):
+        speedup(prior.eval(), config(seed=seed))
+        assert [asked.n for asked in prior.asked] == [16, 16]
+        for asked in prior.asked:
+            assert asked.labels is None if classes == 0 else asked.labels.tolist() == [0] * 16
+    drawn = [[asked.random for asked in prior.asked] for prior in (first, again, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_all_is_computed_in_float32_whatever_autocast_says(tmp_path):
+    """Rates, samples and images, those of references as well; so that the device decides nothing."""
+    cast = {"logits": set(), "sample": set(), "decode": set()}
+
+    class Watched(Recorder):
+        def logits(self, *arguments):
+            cast["logits"].add(torch.is_autocast_enabled("cpu"))
+            return super().logits(*arguments)
+
+        def sample(self, *arguments, **options):
+            cast["sample"].add(torch.is_autocast_enabled("cpu"))
+            return super().sample(*arguments, **options)
+
+    class WatchedPainter(Painter):
+        def decode(self, codes):
+            cast["decode"].add(torch.is_autocast_enabled("cpu"))
+            return super().decode(codes)
+
+    train = random_codes(20, 1)
+    codes, data = toy(train, train)
+    with torch.autocast("cpu", torch.bfloat16):
+        references(WatchedPainter(), codes, data, config(), tmp_path, None)
+        score_prior(Watched(train).eval(), WatchedPainter(), codes, data, config(), {"nearest_val_psnr_95": 1.0}, None)
+    assert cast == {"logits": {False}, "sample": {False}, "decode": {False}}
+
+
 def test_decoded_samples_are_clamped_and_rounded():
     """As reconstructions are (bug 11): 0.6 of a level is one level, what lies beyond white is white."""
 
@@ -225,6 +277,13 @@ def test_nearest_is_what_brute_force_finds(size):
         one = torch.from_numpy(train[rows.numpy()]).permute(0, 3, 1, 2)
         both = [psnr(torch.from_numpy(images).permute(0, 3, 1, 2), x.contiguous()) for x in (one, one.flip(-1))]
         torch.testing.assert_close(found, torch.maximum(*both))
+
+
+def test_a_copy_has_78_decibels_and_not_infinitely_many():
+    """As of a mean squared error of 0.001, which is far below that of one grey level in any image."""
+    images = images_of(random_codes(3, 1))
+    decibels, _ = nearest(torch.from_numpy(images).permute(0, 3, 1, 2), images, "cpu")
+    assert decibels.tolist() == pytest.approx([10 * math.log10(255**2 / 0.001)] * 3)
 
 
 def test_neighbours_come_from_an_even_choice_of_all_training_images(monkeypatch):

@@ -297,21 +297,52 @@ def test_samples_are_written_whole_or_not_at_all(world, monkeypatch):
     assert not [name for name in names if "samples" in name]
 
 
-def test_a_prior_asks_for_room_before_anything_else(world, monkeypatch):
-    """And its settings are checked before that."""
+def test_a_prior_asks_for_room_before_anything_else():
+    """And its settings are checked before that; there is no run of a tokenizer that it could look at."""
     asked = []
 
     def refuse(megabytes: int) -> None:
         asked.append(megabytes)
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(world.store, "check_writable", refuse)
-    monkeypatch.setattr(prior_trial, "digest", None)  # would be called next
+    full = SimpleNamespace(check_writable=refuse)
     with pytest.raises(UserError, match="the disk is full"):
-        world.run()
+        run_prior(World.config(), None, full)
     with pytest.raises(UserError, match="lr is -1"):
-        world.run(lr=-1.0)
+        run_prior(World.config(lr=-1.0), None, full)
     assert asked == [200]
+
+
+def test_a_prior_that_cannot_be_built_leaves_nothing_behind(world, monkeypatch):
+    """It is tried with the sizes of the codes, and with their classes only where it is conditioned on them."""
+    asked = []
+
+    def refuse(*given):
+        asked.append(given)
+        raise UserError("no width will do")
+
+    monkeypatch.setattr(prior_trial, "build", refuse)
+    for conditional, classes in ((False, 0), (True, 3)):
+        with pytest.raises(UserError, match="no width will do"):
+            world.run(conditional=conditional)
+        assert asked[-1] == (world.config(conditional=conditional).resolved(), K, SIDE, classes)
+    assert not (world.store.root / "priors").exists()
+
+
+def test_data_without_classes_will_do_where_nothing_is_conditioned(world):
+    world.classes = ()
+    assert world.run().codes()["classes"] == []
+
+
+@pytest.mark.parametrize(("codebook_size", "kind"), [(256, np.uint8), (257, np.uint16)])
+def test_drawn_codes_are_kept_in_the_smallest_type_that_holds_them(world, codebook_size, kind):
+    run, images = world.run(prior="independent"), np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    drawn = np.full((4, SIDE, SIDE), codebook_size - 1)
+    generated = Generated({"coded_bits_per_token": 2.5}, drawn, images, images)
+    prior_trial.finish(run, PRIORS["independent"](codebook_size, SIDE), generated, generated.metrics, {})
+    with np.load(run.folder / "samples.npz") as stored:
+        assert stored["codes"].dtype == kind
+        assert np.array_equal(stored["codes"], drawn)
 
 
 def test_a_prior_is_held_until_it_is_scored(world, monkeypatch):

@@ -129,6 +129,14 @@ def test_help_shows_the_values_of_the_preset(capsys):
     assert f"{', '.join(BACKBONES)} or timm:MODEL" in said
 
 
+def test_help_says_whose_it_is(capsys):
+    with pytest.raises(SystemExit):
+        parse(RunArguments, ["--help"], "python -m bench.anything", "Does anything at all.")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("usage: python -m bench.anything ")
+    assert "Does anything at all." in said
+
+
 @pytest.mark.parametrize("words", [["--no-final-conv"], ["--no_final_conv"], ["--final-conv"]])
 def test_switches_count_as_given_under_either_name(words, monkeypatch):
     monkeypatch.setitem(PRESETS["smoke"], "final_conv", True)
@@ -252,6 +260,24 @@ def test_bf16_is_chosen_only_where_hardware_has_it(monkeypatch, has):
     assert has_fast_bf16("cpu") is has
     assert has_fast_bf16("cuda:1") is has
     assert asked == {"including_emulation": False}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantizer_is_allowed_with_all_else_as_it_is(quantizer):
+    """Settings that it makes no use of are refused where they were given, and not at their defaults."""
+    make_config("cnn", "smoke", quantizer=quantizer, codebook_size=64, device="cpu").check()
+
+
+@pytest.mark.parametrize("word", ["--preset ", "--preset="])
+def test_of_two_presets_the_last_one_counts(word, capsys):
+    """In what runs, and in what help says."""
+    words = f"{word}blog256 {word}smoke".split()
+    assert command_line(*words) == command_line("--preset", "smoke")
+    with pytest.raises(SystemExit):
+        command_line(*words, "--help")
+    said = capsys.readouterr().out
+    assert "(default: 128)" in said  # of codebook_size
+    assert "(default: 8192)" not in said
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

@@ -424,6 +424,18 @@ def test_resume_is_bit_exact(watch, gan, gan_norm):
     assert parts.rows == whole.rows
 
 
+def test_an_adversary_that_an_older_version_stopped_goes_on(watch, gan):
+    """Its checkpoint calls the discriminator's optimizer and the averaged weights by other names."""
+    gan = replace(gan, steps=5)
+    whole = watch.train(gan, "whole")
+    with pytest.raises(Crash):
+        watch.train(gan, "parts", crash_at=3)
+    old = {"ema": "average", "discriminator_optimizer": "rival"}
+    stored = {old.get(name, name): part for name, part in checkpoint(watch.folder / "parts").items()}
+    torch.save(stored, watch.folder / "parts/checkpoint.pt")
+    assert same(watch.train(gan, "parts").weights, whole.weights)
+
+
 def test_both_sides_see_the_same_batch_and_step_once_per_step(watch, gan, monkeypatch):
     """Images, too, not only reconstructions (bugs 13 and 15)."""
     seen = {"generator": [], "discriminator": []}

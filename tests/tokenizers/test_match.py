@@ -17,7 +17,7 @@ from bench.tokenizers.arguments import parse
 from bench.tokenizers.budgets import match, step_seconds
 from bench.tokenizers.config import make_config
 from bench.tokenizers.costs import static_costs
-from bench.tokenizers.sizes import TOLERANCE, WIDEST, nearest_width
+from bench.tokenizers.sizes import TOLERANCE, WIDEST, nearest_size, nearest_width
 from bench.tokenizers.tokenizer import Tokenizer
 from tests.tokenizers.test_config import OTHER
 
@@ -165,6 +165,24 @@ def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
         match(config, "params:4.09k")
 
 
+@pytest.mark.parametrize("kind", ["params", "flops"])
+@pytest.mark.parametrize("amount", ["2G", "2000M", "2000000k", "2000000000", "2.0G"])
+def test_units_are_powers_of_a_thousand(monkeypatch, kind, amount):
+    """Of a model that costs 2 · 10⁹ whatever its size."""
+    monkeypatch.setitem(module.COSTS, kind, lambda config: 2e9)
+    config = make_config("vit")
+    assert match(config, f"{kind}:{amount}").depth == config.depth
+
+
+def test_a_size_is_the_first_within_two_percent_and_else_the_nearest():
+    costs = {4: 1030, 5: 981, 3: 1000, 0: 1000, 7: 900}
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (4, 5, 3))[1] == 5
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (0, 4))[1] == 4, "no depth of 0"
+    assert nearest_size(lambda width, depth: costs[depth], 900, (4, 5, 3))[1] == 5
+    assert nearest_size(lambda width, depth: costs[depth], 1000, (7, 3))[1] == 3, "too few will not do either"
+    assert nearest_size(lambda width, depth: width * depth, 40, (4, 5)) == (10, 4)
+
+
 @pytest.mark.parametrize(
     "budget",
     ["", "params", "params:", "params:0", "params:4T", "time:60", "time:0s", "weight:3", "params:1.2.3M", "4M"],
@@ -172,6 +190,13 @@ def test_a_depth_near_the_presets_is_tried_where_no_width_will_do(monkeypatch):
 def test_a_malformed_budget_is_one_sentence(budget):
     with pytest.raises(UserError, match="params:4M"):
         match(make_config("cnn"), budget)
+
+
+def test_settings_are_checked_before_anything_is_matched():
+    """What no model can be built of is told as without a budget."""
+    config = parse(run.RunArguments, ["--match", "params:1M", "--grid-size", "5"], "run", "")
+    with pytest.raises(UserError, match=r"grid_size 5 does not divide image_size 64 .*; choose from 64, 32, 16"):
+        config.configs()
 
 
 def test_an_impossible_budget_names_the_nearest():

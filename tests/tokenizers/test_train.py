@@ -175,6 +175,35 @@ def test_precision_is_that_of_encoder_and_decoder_from_the_first_codes_on(watch,
     assert compared == [(torch.float32, torch.float32)]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_networks_run_in_the_precision_asked_for_and_losses_in_float32(tiny, images, monkeypatch, precision):
+    """The networks that judge reconstructions, too; pixels are compared at full precision."""
+    cast, dtypes = [], set()
+
+    def l2(x_hat, x):
+        dtypes.update({x_hat.dtype, x.dtype})
+        return F.mse_loss(x_hat, x)
+
+    def look(*given):
+        cast.append(torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setitem(module.RECONSTRUCTION, "l2", l2)
+    shares = {"gan_weight": 0.1, "gan_start": 0.0, "gan_warmup": 0.0, "gan_width": 8, "gan_layers": 1}
+    learner = module.TokenizerLearner(replace(tiny, **shares, precision=precision).resolved(), images.train)
+    learner.lpips = lambda x_hat, x: look() or (x_hat - x).square()
+    learner.adversary.discriminator.register_forward_hook(look)
+    learner.step(0, 1e-3)
+    assert cast == [precision == "bf16"] * 4  # LPIPS, and the discriminator on reconstructions, on real images, again
+    assert dtypes == {torch.float32}
+
+
+def test_the_codebook_s_start_keeps_no_graph(tiny, images):
+    tokenizer, given = module.Tokenizer(tiny.resolved()), []
+    tokenizer.quantizer.initialise = given.append
+    module.initialise_codebook(tokenizer, images.train, torch.autocast("cpu", enabled=False))
+    assert [z.requires_grad for z in given] == [False]
+
+
 def test_images_and_model_are_sent_to_the_device(watch, tiny, toys, monkeypatch):
     sent = []
     monkeypatch.setattr(module, "batch", lambda *arguments: sent.append(arguments[-1]) or batch(*arguments))

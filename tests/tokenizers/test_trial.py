@@ -290,7 +290,7 @@ def test_every_network_that_scores_is_looked_for_before_training(tiny, store, mo
     assert asked == ["alex", "vgg", tmp_path / "inception.pth"]
 
 
-def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, store, monkeypatch):
+def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny):
     """The one that is there and the one that is written: five times the weights each, in float32."""
     asked = []
 
@@ -298,13 +298,12 @@ def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, sto
         asked.append(megabytes)
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(store, "check_writable", refuse)
-    counts = []
+    full, counts = SimpleNamespace(check_writable=refuse), []
     for width in (16, 256):
         config = replace(tiny, width=width)
         counts.append(parameter_count(Tokenizer(config)))
         with pytest.raises(UserError, match="disk is full"):
-            trial.prepare(config, store)
+            trial.prepare(config, full)
     assert counts[1] > 100 * counts[0]
     assert asked == [pytest.approx(50 + 2 * 20 * count / 2**20, abs=2) for count in counts]
 
@@ -399,6 +398,15 @@ def test_the_untrained_score_is_of_images_spread_over_the_set(tiny, images, monk
     found = score_untrained(tiny, images.val)
     assert found == score_untrained(tiny, images.val[[0, 5, 11, 17, 23]])
     assert found.keys() == {"grid_energy_init", "grid_edges_init"}
+
+
+def test_the_untrained_score_knows_nothing_of_batches(tiny, images, monkeypatch):
+    """Of a backbone whose norms would couple the images of a training batch."""
+    config, found = replace(tiny, backbone="timm:test_resnet"), []
+    for size in (3, 24):
+        monkeypatch.setattr(evaluate, "EVAL_BATCH", size)
+        found.append(score_untrained(config, images.val))
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_a_vit_starts_with_a_grid_and_both_cures_lower_it(images):

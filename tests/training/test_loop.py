@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,14 @@ def during(toys, step, act):
     return lambda config: toys.append(Acting(config)) or toys[-1]
 
 
+def test_a_row_can_be_read_as_soon_as_it_is_logged(watch, tiny, toys, monkeypatch):
+    """By whoever looks at the run meanwhile; and what is killed has lost none."""
+    read = []
+    monkeypatch.setattr(module, "Tokenizer", during(toys, 5, lambda: read.extend(rows(watch.folder / "run"))))
+    watch.train(tiny)
+    assert [row["step"] for row in read] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_call_goes_on(watch, tiny, toys, monkeypatch, number):
     whole = watch.train(tiny, "whole")
@@ -195,6 +204,14 @@ def test_divergence_stops_the_run_and_is_never_saved(watch, tiny, toys, monkeypa
     assert [row["step"] for row in rows(watch.folder / "run")] == [1, 2, 3, 4, 5]
     assert checkpoint(watch.folder / "run")["at"] == (5, 5.0)
     assert all(value.isfinite().all() for _, value in tensors(checkpoint(watch.folder / "run")))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_autocast_is_to_bfloat16_on_every_device(device):
+    """torch's own choice for CUDA is float16, which would need its losses scaled."""
+    context = loop.autocast(SimpleNamespace(device=device, precision="bf16"))
+    assert (context.device, context.fast_dtype) == (device.partition(":")[0], torch.bfloat16)
 
 
 def test_every_step_has_random_draws_of_its_own(watch, tiny, toys):

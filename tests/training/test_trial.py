@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bench.core.errors import Diverged, Interrupted
+from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import Busy, Run
 from bench.training import trial
-from bench.training.trial import begun, complete, write_weights
+from bench.training.trial import begun, complete, read_weights, write_weights
 
 
 @pytest.fixture
@@ -67,6 +67,20 @@ def test_weights_are_written_whole_or_not_at_all(run, monkeypatch):
         write_weights(run, "prior.safetensors", nn.Linear(2, 3))
     assert (run.folder / "prior.safetensors").read_bytes() == before
     assert [path.name for path in run.folder.iterdir()] == ["prior.safetensors"]
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_first_line_of_the_reason(run):
+    """Of another model, or of none."""
+    run.folder.mkdir(parents=True)
+    path = run.folder / "prior.safetensors"
+    write_weights(run, path.name, nn.Linear(2, 3))
+    with pytest.raises(UserError) as error:
+        read_weights(run, path.name, nn.Linear(4, 3))
+    reason = "Error(s) in loading state_dict for Linear:"
+    assert str(error.value) == f"{path} does not hold the weights of this run ({reason}); move that folder"
+    path.unlink()
+    with pytest.raises(UserError, match=r"does not hold the weights of this run \(No such file"):
+        read_weights(run, path.name, nn.Linear(2, 3))
 
 
 def test_a_run_without_scores_keeps_its_checkpoint(run):

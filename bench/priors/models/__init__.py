@@ -1,10 +1,4 @@
-"""Priors over grids of codes, chosen by name: with one, a tokenizer generates images.
-
-To add one: write ``bench/priors/models/NAME.py`` and add a line to ``LEARNED``, or to ``PRIORS`` if it counts codes and
-learns nothing.
-"""
-
-from __future__ import annotations
+"""Priors over grids of codes, chosen by name: with one, a tokenizer generates images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +7,6 @@ from .independent import Independent
 from .pixelcnn import PixelCNN
 from .prior import Prior
 from .sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer, SequencePrior
-
-__all__ = ["LEARNED", "PRIORS", "Prior"]
 
 # Learned priors are built as (codebook_size, grid_size, width, depth, dropout, classes)
 LEARNED: dict[str, Callable[..., Prior]] = {

@@ -1,7 +1,5 @@
 """The floor: every position on its own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

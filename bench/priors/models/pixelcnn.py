@@ -1,7 +1,5 @@
 """Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -20,8 +18,7 @@ class GatedLayer(nn.Module):
     """One layer of both stacks; pads above and to the left only, so that neither sees what comes later.
 
     The vertical stack holds at row r what rows above r say, the horizontal one at (r, c) what they and the pixels to
-    the left say: between them everything before (r, c), without the blind spot of masked square kernels. Both stacks
-    are residual. (B, width, h, w) each.
+    the left say: all before (r, c), without the blind spot of masked square kernels. Both (B, width, h, w), residual.
     """
 
     def __init__(self, width: int, dropout: float):
@@ -63,12 +60,8 @@ def gate(x: Tensor) -> Tensor:
 
 
 class PixelCNN(Prior):
-    """``depth`` gated layers over an embedding of the codes, shifted by one so that a pixel never sees itself.
-
-    Sampling keeps, per layer, the last rows of the vertical stack and the last pixels of the horizontal one, so that a
-    row and a pixel are computed once (Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive
-    Models").
-    """
+    """``depth`` gated layers over an embedding of the codes, shifted by one so that a pixel never sees itself. Sampling
+    keeps the last rows and pixels of each layer, so that every one is computed once (Ramachandran et al. 2017)."""
 
     def __init__(self, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0):
         super().__init__(codebook_size, grid_size, classes)
@@ -102,9 +95,9 @@ class PixelCNN(Prior):
     def step(self, position: int, before: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         context, row, rows, above, pixels = state  # row: embedded codes of the row above; rows, pixels: normed windows
         r, c = divmod(position, self.grid_size)
-        left = None if before is None else self.embedding(before)[:, :, None, None]
-        if position and c == 0:
-            row = torch.cat([row[..., 1:], left], 3)  # the row above is complete
+        if before is not None:
+            left = self.embedding(before)[:, :, None, None]
+            row = torch.cat([row[..., 1:], left], 3)  # in a row's first column, all of the row above
         if c == 0:
             v, above, after = row + context[:, :, r : r + 1], [], []
             for layer, window in zip(self.layers, rows, strict=True):
@@ -114,8 +107,6 @@ class PixelCNN(Prior):
                 after.append(window[:, :, 1:])
             rows, left = after, torch.zeros_like(row[..., :1])
             pixels = [left.expand(-1, -1, -1, BEFORE - 1) for _ in self.layers]
-        else:
-            row = torch.cat([row[..., 1:], left], 3)
         h, after = left + context[:, :, r : r + 1, c : c + 1], []
         for layer, window, passed in zip(self.layers, pixels, above, strict=True):
             window = torch.cat([window, layer.norms[1](h)], 3)

@@ -1,7 +1,5 @@
 """What priors are: a distribution over grids of codes, read one code after the other in raster order."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,9 @@ class Prior(nn.Module):
         self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
 
     @classmethod
-    def from_run(cls, folder: str | Path, device: str = "cpu") -> Prior:
+    def from_run(cls, folder: str | Path, device: str = "cpu") -> "Prior":
         """The scored prior of a finished run folder, in eval mode on ``device``; its ``config`` is the PriorConfig.
-
-        Raises UserError when the folder holds no finished prior.
-        """
+        Raises UserError when the folder holds no finished prior."""
         from bench.priors.train import PriorConfig, build  # chooses among the siblings of this class
 
         run = Run(Path(folder))
@@ -64,28 +60,20 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def nll(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """−ln p of every code given those before it, in nats: (B, h, w) int64 → (B, h, w) float32.
-
-        Raises UserError on codes of another grid or codebook, and on labels that do not fit.
-        """
+        """−ln p of every code given those before it, in nats: (B, h, w) int64 → (B, h, w) float32. Raises UserError on
+        codes of another grid or codebook, and on labels that do not fit."""
         self._check(codes, labels)
         logits = self.logits(codes, labels).float()
         return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape)
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int,
-        generator: torch.Generator,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        labels: Tensor | None = None,
+        self, n: int, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, labels: Tensor | None = None
     ) -> Tensor:
         """Draws ``n`` grids: (n, h, w) int64. A function of the weights and of ``generator``, on the prior's device.
 
-        temperature: logits are divided by it; below 1 likely codes become likelier. top_k: only so many likeliest codes
-        can be drawn; 0 is all. labels: (n,) int64. Raises UserError on a temperature that is not above 0 or a negative
-        top_k.
+        temperature: logits are divided by it; below 1 likely codes become likelier. top_k: so many likeliest codes can
+        be drawn, 0 is all. labels: (n,) int64. Raises UserError on labels, temperature or top_k that cannot be.
         """
         if not temperature > 0:
             raise UserError(f"temperature is {temperature:g}; it must be above 0 (small ones pick the likeliest code)")
@@ -105,14 +93,12 @@ class Prior(nn.Module):
 
     def _check(self, codes: Tensor, labels: Tensor | None) -> None:
         if codes.shape[1:] != (self.grid_size, self.grid_size):
-            grids = [f"{'×'.join(map(str, side))}" for side in (codes.shape[1:], (self.grid_size, self.grid_size))]
-            raise UserError(f"the codes are grids of {grids[0]} and this prior is for {grids[1]}; train one for them")
+            theirs, own = "×".join(map(str, codes.shape[1:])), f"{self.grid_size}×{self.grid_size}"
+            raise UserError(f"the codes are grids of {theirs} and this prior is for {own}; train one for them")
         # not in training: there a GPU would have to be waited for
         if not self.training and codes.numel() and not 0 <= codes.min() <= codes.max() < self.codebook_size:
-            raise UserError(
-                f"the codes reach {int(codes.max())} and this prior knows {self.codebook_size}; they are of another "
-                "tokenizer"
-            )
+            reach = f"the codes reach {int(codes.max())} and this prior knows {self.codebook_size}"
+            raise UserError(f"{reach}; they are of another tokenizer")
         self._check_labels(labels, len(codes))
 
     def _check_labels(self, labels: Tensor | None, count: int) -> None:

@@ -4,8 +4,6 @@ The layers are what differs: recurrent, attention or Mamba-2. Each is a residual
 state of its past: ``start(count)`` gives the empty one, and ``step(x, state)`` continues it by one token.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -13,28 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import HEAD_DIM, mlp, zero_init
+from backbones.layers import HEAD_DIM, Layer, mlp, zero_init
 from backbones.mamba import MambaBlock
 
 from .prior import Prior
 
 
 class SequencePrior(Prior):
-    """Codes in raster order, each predicted from an embedding of the one before and the layers' memory of the rest.
-
-    The first one is predicted from a learned start, or from its label. Positions are learned; ``dropout`` is of the
-    embeddings and of what each layer adds.
-    """
+    """Codes in raster order, each predicted from an embedding of the one before and the layers' memory of the rest; the
+    first from a learned start, or its label. ``dropout`` is of the embeddings and of what each layer adds."""
 
     def __init__(
-        self,
-        layer: type[nn.Module],
-        codebook_size: int,
-        grid_size: int,
-        width: int,
-        depth: int,
-        dropout: float,
-        classes: int = 0,
+        self, layer: Layer, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0
     ):
         super().__init__(codebook_size, grid_size, classes)
         self.embedding = nn.Embedding(codebook_size, width)
@@ -50,8 +38,7 @@ class SequencePrior(Prior):
         zero_init(self.head)  # starts as the uniform distribution
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        first = self._first(labels, len(codes))
-        x = torch.cat([first, self.embedding(codes.flatten(1)[:, :-1])], 1)
+        x = torch.cat([self._first(labels, len(codes)), self.embedding(codes.flatten(1)[:, :-1])], 1)
         x = self.dropout(x + self.position)
         for layer in self.layers:
             x = x + self.dropout(layer(x) - x)
@@ -140,7 +127,7 @@ class CausalMambaLayer(MambaBlock):
     """The backbone's Mamba-2 block, which is causal, with its recurrent state: a step costs the same wherever it is."""
 
     def start(self, count: int) -> Any:
-        """The empty convolution window and a zero state."""
+        """An empty convolution window and a zero state."""
         return self.mixer.initial_cache(count)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
