@@ -912,6 +912,15 @@ def test_kmeans_restarts_an_empty_cluster_at_a_token():
     assert len(restarted.argmin(1).unique()) > 2
 
 
+def test_an_empty_cluster_may_restart_at_any_token():
+    """Not only at one of the first K: 19 of 20 clusters are empty, and there are 100 tokens in order."""
+    torch.manual_seed(0)
+    tokens = torch.arange(100.0)[:, None].repeat(1, D)
+    found = kmeans(tokens, torch.cat([tokens[:1], torch.full((19, D), 900.0)]), rounds=1)[1:]
+    places = torch.cdist(found, tokens).argmin(1)
+    assert places.min() < 50 <= places.max()
+
+
 @pytest.mark.parametrize("name", ["standard", "l2", "ema", "ema_l2", "gumbel", "simvq"])
 def test_kmeans_start_ends_at_the_means_of_its_cells(name):
     """On the sphere at their directions."""

@@ -376,6 +376,7 @@ def test_shares_of_importance_sum_to_one_in_each_backbone():
     ("url", "shown"),
     [
         ("postgresql+psycopg://me:secret@host:5432/x", "postgresql+psycopg://me:***@host:5432/x"),
+        ("postgresql+psycopg://me:s3-cr.t!%2F@host:5432/x", "postgresql+psycopg://me:***@host:5432/x"),
         ("postgresql://me@host/x", "postgresql://me@host/x"),
         ("sqlite:///results/a:b@c.db", "sqlite:///results/a:b@c.db"),
     ],

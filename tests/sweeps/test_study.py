@@ -129,6 +129,46 @@ def test_a_subset_leaves_the_rest_of_the_queue_alone(child, tmp_path):
     assert states(tmp_path) == {"COMPLETE": 2, "WAITING": 6}
 
 
+def test_a_command_waits_for_its_own_runs_and_not_for_those_of_others(tmp_path, monkeypatch):
+    """A trial that another command has is waited for if it is of this plan, which may have to run it after all."""
+    mine, theirs = planned(tmp_path, "--seeds", "0"), planned(tmp_path, "--seeds", "1")
+    waited = []
+
+    class Busy:
+        """An index in which one trial of ``run_id`` is running until somebody waits for it."""
+
+        def __init__(self, run_id):
+            self.run_id = run_id
+
+        def trials(self, opened, *states, of=()):
+            return [self.run_id] if not waited and (not of or self.run_id in of) else []
+
+        def ended(self, opened):
+            return 0
+
+        def claim(self, opened, run_ids):
+            return None
+
+        def recover(self, opened):
+            waited.append(opened)
+
+    monkeypatch.setattr(plan.Part, "open", lambda part, index: part.name)
+    monkeypatch.setattr(study, "time", SimpleNamespace(sleep=lambda seconds: None))
+    for what, waits in ((theirs, False), (mine, True)):
+        run_id = what.tokenizers()[0].cells[0].run.folder.name
+        workers_of(mine, Busy(run_id))._work()
+        assert bool(waited) == waits
+
+
+def test_the_line_of_a_trial_that_ended_leaves_the_bar(tmp_path):
+    workers = workers_of(planned(tmp_path, "--steps", "50"))
+    part = workers.plan.tokenizers()[0]
+    workers._advance("a", "a: 20/50")
+    workers._advance("b", "b: 10/50")
+    workers._say("a", Outcome("diverged", "it diverged"), part, part.cells[0], 1.0)
+    assert workers.told[-1] == "trial 2/2 | b: 10/50"
+
+
 def test_workers_share_the_cells_without_running_any_twice(child, tmp_path):
     """Two commands at once, three workers each, on one SQLite file."""
     arguments = ("--seeds", *map(str, range(5)), "--workers", "3")
