@@ -23,12 +23,11 @@ from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 from optuna_dashboard._note import note_ver_key, split_body
-from sqlalchemy import event
 
 from bench.analysis.frames import settings
 from bench.core.errors import UserError
@@ -63,9 +62,12 @@ def without_password(url: str) -> str:
         parsed = sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         return "the storage URL, which cannot be read"
-    if "@" in f"{parsed.username}{parsed.host}":  # a password with an @ that is not written %40
+    local = parsed.drivername.startswith("sqlite")
+    if not local and "@" in f"{parsed.username}{parsed.host}{parsed.database}":  # then it may be that of a password
         return f"a {parsed.drivername} URL with an @ too many (write %40 in a password)"
     secret = {name: "***" for name in parsed.query if SECRET.search(name)}
+    if not secret and parsed.password is None:
+        return url
     return parsed.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
@@ -96,9 +98,6 @@ class Index:
                 raise UserError(
                     f"cannot open storage {without_password(url)}: {reason_of(error)}; see --storage"
                 ) from error
-        if local:  # nothing in it is lost that the runs do not have, so it need not wait for the disk at every step
-            event.listen(self.storage.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
-            self.storage.engine.dispose()  # connections that were opened before
 
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
@@ -137,7 +136,7 @@ class Index:
     def _start(self, trial_id: int) -> bool:
         """Makes a waiting trial a running one, if nobody else did. Its first heartbeat goes before: Optuna takes a
         running trial without any for alive."""
-        self.storage.record_heartbeat(trial_id)
+        self.storage.first_heartbeat(trial_id)
         return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
     def trials(self, study: Study, *states: TrialState, of: Collection[str] = ()) -> list[FrozenTrial]:
@@ -174,7 +173,7 @@ class Index:
         def beat() -> None:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
-                    RDBStorage.record_heartbeat(self.storage, trial._trial_id)  # without patience
+                    self.storage.record_heartbeat(trial._trial_id)
                 except StorageInternalError as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 

@@ -9,14 +9,15 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from rich.markup import escape
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 
 from bench.core.errors import UserError
 from bench.core.progress import say
 
 PATIENCE_SECONDS = 60.0  # until a database that is away is given up
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts; each is twice the one before
-DAMAGED = ("malformed", "not a database")  # in what SQLite says of a broken file
+HASTE = "PRAGMA synchronous=OFF"
+DAMAGED = ("malformed", "not a database", "no such table")  # in what SQLite says of a broken file
 
 
 class PatientStorage(RDBStorage):
@@ -30,6 +31,10 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, shown: str, **options: Any):
         self.shown, self.busy = shown, threading.local()
         super().__init__(url, **options)
+        if url.startswith("sqlite"):  # it has nothing that the runs have not, so it need not wait for the disk
+            event.listen(self.engine, "connect", lambda raw, _: raw.execute(HASTE))
+            with self.engine.connect() as opened:  # before
+                opened.exec_driver_sql(HASTE)
 
 
 def reason_of(error: BaseException) -> str:
@@ -82,5 +87,6 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in {*BaseStorage.__abstractmethods__, "record_heartbeat", "_get_stale_trial_ids"}:
+for _name in {*BaseStorage.__abstractmethods__, "_get_stale_trial_ids"}:
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
+PatientStorage.first_heartbeat = _patient(RDBStorage.record_heartbeat)  # for further ones the next is soon enough

@@ -378,6 +378,17 @@ def test_shares_of_importance_sum_to_one_in_each_backbone():
         ("postgresql+psycopg://me:secret@host:5432/x", "postgresql+psycopg://me:***@host:5432/x"),
         ("postgresql+psycopg://me:s3-cr.t!%2F@host:5432/x", "postgresql+psycopg://me:***@host:5432/x"),
         ("postgresql://me@host/x", "postgresql://me@host/x"),
+        ("postgresql://:secret@host/x", "postgresql://:***@host/x"),
+        ("postgresql://host/x?user=me&password=secret", "postgresql://host/x?password=***&user=me"),
+        ("postgresql://host/x?sslkey=a&PassWord=b&c=d", "postgresql://host/x?PassWord=***&c=d&sslkey=***"),
+        ("postgresql://me:a@secret@host/x", "a postgresql URL with an @ too many (write %40 in a password)"),
+        ("postgresql:///me:secret@host/x", "a postgresql URL with an @ too many (write %40 in a password)"),
+        ("postgresql://me:a/secret@host/x", "postgresql://me:***@host/x"),
+        ("//me:secret@host", "the storage URL, which cannot be read"),
+        ("postgresql:me:secret@host", "the storage URL, which cannot be read"),
+        ("://:secret@host", "the storage URL, which cannot be read"),
+        ("postgresql://me:secret@host:port/x", "the storage URL, which cannot be read"),
+        ("", "the storage URL, which cannot be read"),
         ("sqlite:///results/a:b@c.db", "sqlite:///results/a:b@c.db"),
     ],
 )
@@ -466,7 +477,8 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
 
 def test_a_run_that_made_no_step_has_cost_nothing(store):
     assert index._seconds(made(store, "crashed", config=smoke(seed=0))) == 0
-    assert index._seconds(made(store, "crashed", [{"seconds": 2.0}, {"seconds": 5.0}], smoke(seed=1))) == 5
+    rows = [{"step": 1, "seconds": 2.0}, {"step": 2, "seconds": 5.0}]
+    assert index._seconds(made(store, "crashed", rows, smoke(seed=1))) == 5
     assert index._seconds(made(store, config=smoke(seed=2), train_seconds=30.0, score_seconds=4.0)) == 34
     (made(store, "crashed", config=smoke(seed=3)).folder / "history.jsonl").unlink()
     assert index._seconds(store.run(smoke(seed=3))) == 0
@@ -509,7 +521,8 @@ def test_a_worker_is_taken_for_dead_only_after_it_missed_several_beats(indexed):
 def test_only_sqlite_needs_a_lock_and_waits_for_its_file(tmp_path, monkeypatch, url, locks, options):
     """A server's connections are looked at before they are used: it may have been started again."""
     opened = []
-    monkeypatch.setattr(index, "RDBStorage", lambda url, **given: opened.append((url, given["engine_kwargs"])))
+    note = lambda url, shown, **given: opened.append((url, given["engine_kwargs"]))  # noqa: E731
+    monkeypatch.setattr(index, "PatientStorage", note)
     one = Index(url, tmp_path)
     assert opened == [(url, options)]
     assert isinstance(one.lock, index.FileLock) == locks
@@ -605,7 +618,7 @@ def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path, monkeypat
         def storage(*given, **more):
             raise error
 
-        monkeypatch.setattr(index, "RDBStorage", storage)
+        monkeypatch.setattr(index, "PatientStorage", storage)
         with pytest.raises(UserError) as told:
             Index("postgresql://me:secret@host/x", tmp_path)
         return str(told.value)

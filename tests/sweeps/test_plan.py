@@ -86,7 +86,8 @@ def test_a_search_trial_is_a_run_per_seed(tmp_path):
 @pytest.mark.parametrize("retry", [False, True])
 def test_missing_is_what_has_neither_scores_nor_failed_for_good(tmp_path, retry):
     """A run that a search pruned says nothing about a cell; a failed one is run again when that is asked for."""
-    study = Ablation("lr", {"lr": tuple(0.001 * k for k in range(1, 10))}, backbones=("cnn",), seeds=(0,))
+    rates = tuple(0.001 * k for k in range(1, 4 + len(FAILURES)))
+    study = Ablation("lr", {"lr": rates}, backbones=("cnn",), seeds=(0,))
     found = planned(study, tmp_path, *(["--retry-failed"] if retry else []))
     statuses = ["finished", "unfinished", *FAILURES]
     for cell, status in zip(found.cells["cnn"], statuses, strict=False):
