@@ -45,6 +45,7 @@ class Kind(NamedTuple):
     settings: tuple[str, ...]  # those of them that a table lists where several values were run, in its order
     models: tuple[str, ...]  # columns that name what was trained
     metrics: dict[str, Metric]
+    protocol: tuple[str, ...]  # what reports tell of it
     environment: tuple[str, ...]
 
 
@@ -74,6 +75,7 @@ TOKENIZER = Kind(
     settings=_settings(CONFIG),
     models=("backbone",),
     metrics=METRICS,
+    protocol=("data", "count"),
     environment=("commit", "processor", "threads"),
 )
 _RENAMED = tuple(map(_renamed, CONFIG))
@@ -83,6 +85,7 @@ PRIOR = Kind(
     settings=_settings(sorted((*_RENAMED, *PRIOR_CONFIG), key=lambda name: name.startswith("tokenizer_"))),
     models=("backbone", "prior"),
     metrics=PRIOR_METRICS,
+    protocol=("count",),
     environment=("processor", "threads"),
 )
 
@@ -122,13 +125,22 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
     return table, damaged
 
 
+def _plain(value: Any) -> Any:
+    """``value``, or where a file has a list or an object in place of a word or number its text."""
+    return str(value) if isinstance(value, (list, dict)) else value
+
+
 def _row(run: Run, kind: Kind) -> dict[str, Any]:
     environment, (status, reason) = run.environment(), run.ending()
     row = {"run_id": run.folder.name, "status": status, "reason": reason, **kind.row(run)}
-    row |= {name: environment.get(name) for name in kind.environment}
+    row |= {name: _plain(environment.get(name)) for name in kind.environment}
     row["folder"] = str(run.folder)
     if status == "finished":
-        protocol = {"data": None, "count": math.nan, **run.protocol()}  # reports name both
+        protocol = run.protocol()
+        missing = [name for name in kind.protocol if name not in protocol]
+        if missing:
+            error = Damaged(run.folder / "metrics.json", f"its protocol has no {missing[0]}")
+            return {**row, "status": "damaged", "reason": str(error)}
         if "tokenizer" in protocol:
             row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
         row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}

@@ -150,7 +150,10 @@ class Run:
     def environments(self) -> list[dict[str, Any]]:
         """The same of all parts of its training, each of which went on with another, oldest first."""
         stored = self._read("config.json", "environment")
-        return [*stored.get("earlier", []), stored["environment"]]
+        earlier = stored.get("earlier", [])
+        if not isinstance(earlier, list) or not all(isinstance(one, dict) for one in earlier):
+            raise Damaged(self.folder / "config.json", "its earlier environments are none")
+        return [*earlier, stored["environment"]]
 
     def metrics(self) -> dict[str, Any]:
         """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
@@ -273,6 +276,8 @@ class Store:
         for part, kind in STUDY.items():
             if type(study.get(part)) is not kind:
                 raise Damaged(path, f"it does not tell the {part} of the study")
+        if not study["metrics"] or not all(isinstance(name, str) for name in study["metrics"] + study["sweep"]):
+            raise Damaged(path, "its metrics and what it sweeps are no names")
         for run_id, row in {**study["runs"], **study.get("priors", {})}.items():
             if not isinstance(row, dict) or Path(run_id).name != run_id or run_id in ("", ".."):
                 raise Damaged(path, f"{run_id!r} is no run with its settings")

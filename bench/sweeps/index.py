@@ -30,7 +30,7 @@ from optuna_dashboard import save_note
 from optuna_dashboard._note import note_ver_key, split_body
 
 from bench.analysis.frames import settings
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.store import FAILURES, Run, Store
 
 from .definition import Space, distribution, read_space
@@ -102,6 +102,8 @@ class Index:
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
         ``steps``. Raises UserError when it exists with other metrics."""
+        if unknown := [metric for metric in metrics if metric not in BETTER]:
+            raise UserError(f"study {name} is ranked by {unknown[0]!r}, which is no metric of this version")
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
@@ -260,17 +262,23 @@ class Index:
 
 def rebuild(index: Index, store: Store, name: str) -> int:
     """Adds the trials of the study called ``name`` that ended without ``index`` knowing, and returns how many those
-    were. Raises UserError on an unknown name."""
+    were. Raises UserError on an unknown name, and Damaged where the study's file is."""
     record, added = store.study(name), 0
     searching = record["kind"] == "search"
     for shelf, kind in KINDS.items():
         metrics = kind.ranked or tuple(record["metrics"])
         trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
-        for run_id, row in record.get(shelf, {}).items():
-            aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
-            params = {name: value for name, value in row.items() if name not in aside}
-            identity = (row[kind.key], *(params.items() if searching else [run_id]))
-            trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
+        try:
+            space = read_space(record["space"]) if searching else {}
+            for run_id, row in record.get(shelf, {}).items():
+                aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
+                params = {name: value for name, value in row.items() if name not in aside}
+                identity = (row[kind.key], *(params.items() if searching else [run_id]))
+                trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
+                for field, value in params.items():
+                    distribution(field, space.get(field)).to_internal_repr(value)
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
+            raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
         with index.planning:
             labels = dict.fromkeys(label for label, *_ in trials)
             studies = {label: index.open(kind.study(name, label), metrics) for label in labels}
@@ -280,7 +288,7 @@ def rebuild(index: Index, store: Store, name: str) -> int:
             for (label, *_), (params, runs) in trials.items():
                 statuses = {run.status for run in runs}
                 if runs[0].folder.name not in known[label] and (statuses == {"finished"} or statuses & {*FAILURES}):
-                    index.add(studies[label], params, runs, metrics, read_space(record["space"]))
+                    index.add(studies[label], params, runs, metrics, space)
                     added += 1
     return added
 

@@ -1088,9 +1088,11 @@ def test_pictures_that_cannot_be_read_are_none(tmp_path):
     assert galleries._kept(str(tmp_path), "x") == []
 
 
-def test_a_history_with_a_damaged_line_is_none(tmp_path):
+def test_a_damaged_line_of_a_history_is_left_out_and_one_without_any_is_empty(tmp_path):
     run = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
     (run.folder / "history.jsonl").write_text('{"step": 1, "rec\n{"step": 2}\n')
+    assert list(galleries._history(str(run.folder)).step) == [2]
+    (run.folder / "history.jsonl").unlink()
     assert galleries._history(str(run.folder)).empty
 
 

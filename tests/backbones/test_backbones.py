@@ -946,8 +946,8 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch, tmp_path):
 
     # A finished run brings its own.
     tokenizer = Tokenizer(replace(config, pretrained=False))
-    (tmp_path / "metrics.json").write_text("{}")
-    (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config)}))
+    (tmp_path / "metrics.json").write_text('{"metrics": {}, "protocol": {}}')
+    (tmp_path / "config.json").write_text(json.dumps({"config": asdict(config), "environment": {}}))
     safetensors.torch.save_model(tokenizer, str(tmp_path / "tokenizer.safetensors"))
     loaded = Tokenizer.from_run(tmp_path)
     assert loaded.config == config

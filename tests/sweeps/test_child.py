@@ -71,7 +71,7 @@ def raising(error):
 def finishing(run: Run) -> None:
     run.write("config.json", {"config": {}, "environment": {}})
     (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run.write("metrics.json", {"metrics": {}, "protocol": {}})
+    run.write("metrics.json", {"metrics": {}, "protocol": {"data": "photos", "count": 64}})
 
 
 def waiting(run: Run) -> None:
@@ -284,7 +284,7 @@ def test_rows_are_given_once_and_only_when_whole(trial, store):
 def test_what_a_child_can_say_is_a_failure_or_one_of_three_that_are_none():
     said = {*ENDINGS.values(), "crashed"}
     assert said - set(FAILURES) == {"interrupted", "busy", "blocked"}
-    assert set(FAILURES) - said == {"timed_out", "pruned"}  # which the parent decides
+    assert set(FAILURES) - said == {"timed_out", "pruned", "damaged"}  # which the parent decides, and the store
 
 
 @pytest.mark.parametrize("error", [UserError("wrong, choose another"), ValueError("a shape")])
@@ -400,22 +400,6 @@ def test_a_child_asks_itself_to_stop_when_its_parent_has_died(monkeypatch):
     monkeypatch.setattr(child.os, "kill", lambda *given: asked.append(given))
     child._stop_with_parent()
     assert asked == [(os.getpid(), signal.SIGTERM)]
-
-
-@pytest.mark.parametrize(
-    ("events", "kills"),
-    [
-        ("low 0\nhigh 9\nmax 8\noom 7\noom_kill 3\noom_group_kill 1\n", 3),
-        ("oom 7\n", 0),
-        (None, 0),
-    ],
-)
-def test_kills_for_lack_of_memory_are_counted_where_the_kernel_tells(monkeypatch, tmp_path, events, kills):
-    """Processes, and neither how often memory ran out nor how often a whole group was killed."""
-    if events:
-        (tmp_path / "events").write_text(events)
-    monkeypatch.setattr(child, "Path", lambda path: tmp_path / "events")
-    assert child._memory_kills() == kills
 
 
 @pytest.mark.parametrize(
@@ -562,7 +546,7 @@ def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
 @pytest.mark.parametrize(
     ("groups", "files", "kills"),
     [
-        ("0::/\n", {"memory.events": "low 0\noom_kill 3\n"}, 3),
+        ("0::/\n", {"memory.events": "low 0\nmax 8\noom 7\noom_kill 3\noom_group_kill 1\n"}, 3),
         ("0::/user/job\n", {"user/job/memory.events": "oom_kill 5\n", "memory.events": "oom_kill 9\n"}, 5),
         ("0::/outside/the/container\n", {"memory.events": "oom_kill 2\n"}, 2),
         ("9:cpu:/x\n4:memory:/job\n", {"memory/job/memory.oom_control": "under_oom 0\noom_kill 7\n"}, 7),

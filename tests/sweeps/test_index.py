@@ -55,7 +55,7 @@ def made(store: Store, status: str = "finished", rows=(), config: Config | None 
     run.write("config.json", {"config": asdict(config), "environment": {}})
     (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if status == "finished":
-        run.write("metrics.json", {"metrics": {**SCORES, **scores}, "protocol": {}})
+        run.write("metrics.json", {"metrics": {**SCORES, **scores}, "protocol": {"data": "photos", "count": 64}})
     elif status != "unfinished":
         run.fail(status, f"it {status}")
     return run

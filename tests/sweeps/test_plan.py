@@ -42,7 +42,7 @@ def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("config.json", {"config": asdict(config), "environment": {}})
     if status == "finished":
-        run.write("metrics.json", {"metrics": {"train_seconds": 60.0}, "protocol": {}})
+        run.write("metrics.json", {"metrics": {"train_seconds": 60.0}, "protocol": {"data": "photos", "count": 64}})
     elif status != "unfinished":
         run.fail(status, "")
 
@@ -271,7 +271,7 @@ def test_a_plans_table_counts_cells_and_prices_what_is_missing(tmp_path, monkeyp
         run = cell.run
         run.folder.mkdir(parents=True)
         if status == "finished":
-            run.write("metrics.json", {"metrics": {}, "protocol": {}})
+            run.write("metrics.json", {"metrics": {}, "protocol": {"data": "photos", "count": 64}})
         elif status == "crashed":
             run.fail(status, "")
     assert counts(found, monkeypatch) == {

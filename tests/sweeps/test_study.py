@@ -469,7 +469,7 @@ def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
         (("--beta",), ["--beta", "one value"]),
         (("--grid-size", "3"), ["3"]),
         (("--backbone", "resnet"), ["resnet", "convnext"]),
-        (("--storage", "nonsense"), ["nonsense", "--storage"]),
+        (("--storage", "nonsense"), ["cannot be read", "--storage"]),
         (("--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), ["127.0.0.1", "--storage"]),
         (("--storage", "oracle://me:secret@127.0.0.1:1/x"), ["oracle"]),
     ],
