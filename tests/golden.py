@@ -134,9 +134,12 @@ def main(only_defaults: bool = False) -> int:
             for key, found in compute().items()
         }
         moved += [f"{name}: {key}" for key, value in stored.items() if values[name].get(key) != value]
+    added = [name for name in CASES if name not in before["values"]]
     print(f"{len(CASES)} cases, {len(moved)} numbers moved: {', '.join(moved[:6]) or 'none'}")
+    print(f"added: {', '.join(added) or 'none'}")
     if moved and not raised and not only_defaults:
-        print("nothing written: raise PROTOCOL_VERSION or PRIOR_VERSION, or say --only-defaults if that is all")
+        print("nothing written: raise PROTOCOL_VERSION or PRIOR_VERSION, or say --only-defaults if that is all;")
+        print("of a variant that nobody has used yet delete the entry from golden.json, and run this again")
         return 2
     PATH.write_text(json.dumps({"versions": versions(), "values": values}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -24,7 +24,8 @@ from .models import LEARNED, PRIORS
 # How priors are trained and scored; raised when the same config gives other numbers (tests/golden.json notices).
 # 2: seeds other than 0 have random draws of their own.
 PRIOR_VERSION = 2
-DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4}  # layers, unless given; pixelcnn has as many as see the whole grid
+# Layers, unless given; pixelcnn has as many as see the whole grid.
+DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4}
 SAMPLING = ("samples", "temperature", "top_k")  # fields that training knows nothing of
 
 
