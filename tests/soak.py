@@ -36,7 +36,7 @@ from bench.tokenizers.trial import run_trial
 ROOT = Path(__file__).parent.parent
 PARENTS, WORKERS, SEEDS = 2, 2, 25
 TINY = "--preset smoke --width 8 --depth 1 --codebook-size 16 --steps 30 --batch-size 4 --lpips-weight 0 --device cpu"
-PAUSE = (2.0, 12.0)  # seconds between two kills
+PAUSE = (5.0, 25.0)  # seconds between two kills
 QUIET = 120.0  # seconds without a kill after which a command that did nothing new counts as stuck
 BACKBONES = ("cnn", "convnext")
 # What may happen, and how often of a hundred.

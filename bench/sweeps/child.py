@@ -72,7 +72,10 @@ def run_in_child(
     told, tell = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(config, store.root, fid_weights, threads, tell), daemon=False)
     began, seen, asked, alive = time.monotonic(), 0, None, True
-    child.start()
+    try:
+        child.start()
+    except (EOFError, ConnectionError):  # the server that forks was killed; this starts another
+        child.start()
     tell.close()
     try:
         while alive and asked is None:

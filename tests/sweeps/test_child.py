@@ -607,3 +607,20 @@ def test_how_a_child_ended_does_not_hang_on_its_log(trial, store):
     trial(crash)
     outcome = run_in_child(make_config("cnn", "smoke"), store)
     assert outcome == ("crashed", "ZeroDivisionError: for a reason")
+
+
+def test_a_server_of_forks_that_was_killed_is_started_again(trial, store, monkeypatch):
+    """Such as by the kernel, for lack of memory: one look later a trial can begin."""
+    trial(finishing)
+    context = multiprocessing.get_context("fork")
+    left = [EOFError("unexpected EOF"), None]
+
+    class Process(context.Process):
+        def start(self):
+            if error := left.pop(0):
+                raise error
+            super().start()
+
+    monkeypatch.setattr(child, "_context", lambda: SimpleNamespace(Pipe=context.Pipe, Process=Process))
+    assert run_in_child(make_config("cnn", "smoke"), store).status == "finished"
+    assert left == []
