@@ -193,7 +193,7 @@ class Index:
         distributions = {name: distribution(name, space.get(name)) for name in params}
         template = _waiting(params, distributions, runs[0].folder.name)
         template.user_attrs = _attributes(runs)
-        if len(metrics) == 1:
+        if len(metrics) == 1 and runs[0].status != "damaged":
             config = runs[0].settings(kind_of(runs[0]).config)
             template.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
         trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
@@ -202,7 +202,8 @@ class Index:
         body = split_body(self._note(study, trial, runs), trial_id)  # save_note reads those of all trials
         for name, part in {note_ver_key(trial_id): 1, **body}.items():
             self.storage.set_study_system_attr(study._study_id, name, part)
-        self.storage.set_trial_state_values(trial_id, *_result(runs, metrics))
+        state, values = _result(runs, metrics)
+        study.tell(trial, values, state)
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that

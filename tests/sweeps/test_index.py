@@ -638,3 +638,25 @@ def test_all_that_a_field_may_be_can_be_swept():
     assert distribution("steps") == IntDistribution(0, 2**31 - 1)
     assert distribution("lr") == FloatDistribution(0.0, float(2**31 - 1))
     assert distribution("entropy_weight") == distribution("lr")  # though it may be left open
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_a_damaged_run_is_a_trial_that_failed_with_its_reason(indexed, store, name):
+    study, run = indexed.open("one", ("psnr",)), made(store)
+    (run.folder / name).write_text("{")
+    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("psnr",), {})
+    (trial,) = study.get_trials()
+    assert (trial.state.name, trial.user_attrs["status"]) == ("FAIL", "damaged")
+    assert trial.user_attrs["reason"].startswith(f"{run.folder / name} is damaged")
+
+
+def test_a_run_without_the_metric_that_a_study_ranks_by_fails_its_trial(indexed, store):
+    """Such as FID, of a run that was scored where Inception's weights were not to be had."""
+    study, run = indexed.open("one", ("fid",)), made(store)
+    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("fid",), {})
+    assert [trial.state.name for trial in study.get_trials()] == ["FAIL"]
+
+
+def test_a_metric_that_this_version_does_not_know_is_told(indexed):
+    with pytest.raises(UserError, match=r"^study one is ranked by 'beauty', which is no metric of this version$"):
+        indexed.open("one", ("psnr", "beauty"))
