@@ -87,6 +87,13 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in {*BaseStorage.__abstractmethods__, "_get_stale_trial_ids"}:
+# What Optuna calls, of the storage itself and of the one behind its cache.
+for _name in {
+    *BaseStorage.__abstractmethods__,
+    "_create_new_trial",
+    "_set_trial_param",
+    "_get_trials",
+    "_get_stale_trial_ids",
+}:
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 PatientStorage.first_heartbeat = _patient(RDBStorage.record_heartbeat)  # for further ones the next is soon enough

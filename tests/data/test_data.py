@@ -870,3 +870,38 @@ def test_blog_sharpens_and_stretches_three_in_ten_each():
     assert (is_crop | is_sharp | is_stretched | is_both).all()
     assert abs((is_sharp | is_both).float().mean() - 0.3) < 0.04
     assert abs((is_stretched | is_both).float().mean() - 0.3) < 0.04
+
+
+# -- damaged caches ---------------------------------------------------------------------------------------------------
+
+
+ARRAYS = ("train.npy", "val.npy", "train_labels.npy", "val_labels.npy", "meta.json")
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "noise", "gone"])
+def test_a_damaged_cache_is_decoded_again_and_says_so(tmp_path, cache, capsys, name, damage):
+    """Whatever happened to it, scores are those of the images; a whole one is read without a word."""
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    whole = [np.array(first.train), np.array(first.val)]
+    (path,) = cache.rglob(name)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 64 if name.startswith("train_") or name.startswith("val_") else 1
+    damaged = {"flip": content, "cut": content[: len(content) // 2], "empty": b"", "noise": b"noise" * 30}
+    path.unlink() if damage == "gone" else path.write_bytes(damaged[damage])
+    decoding._fingerprint.cache_clear()
+    capsys.readouterr()
+    again = load(f"folder:{folder}", 8)
+    assert [np.array_equal(a, b) for a, b in zip(whole, (again.train, again.val), strict=True)] == [True, True]
+    assert again.fingerprint == first.fingerprint
+    assert ("is decoded again" in capsys.readouterr().err) == ((name, damage) != ("meta.json", "gone"))
+    load(f"folder:{folder}", 8)
+    assert "again" not in capsys.readouterr().err
+
+
+def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
+    """It would be waited for for ever; a link that leads nowhere is an image that cannot be read."""
+    folder = write_images(tmp_path / "pets", 6)
+    os.mkfifo(folder / "pipe.png")
+    assert len(load(f"folder:{folder}", 8).train) == 5

@@ -1,5 +1,6 @@
 """A trial in a process of its own: however it ends, it is told apart, recorded, and costs nothing else."""
 
+import errno
 import faulthandler
 import json
 import multiprocessing
@@ -556,3 +557,69 @@ def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
     else:
         pytest.fail("the child still has the run")
     assert "stopped at step" in (store.run(config).folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "kills"),
+    [
+        ("0::/\n", {"memory.events": "low 0\noom_kill 3\n"}, 3),
+        ("0::/user/job\n", {"user/job/memory.events": "oom_kill 5\n", "memory.events": "oom_kill 9\n"}, 5),
+        ("0::/outside/the/container\n", {"memory.events": "oom_kill 2\n"}, 2),
+        ("9:cpu:/x\n4:memory:/job\n", {"memory/job/memory.oom_control": "under_oom 0\noom_kill 7\n"}, 7),
+        ("4:cpu,memory:/job\n0::/\n", {"memory/memory.oom_control": "oom_kill 1\n"}, 1),
+        ("9:cpu:/x\n", {"memory.events": "oom_kill 8\n"}, 0),
+        ("0::/\n", {"memory.events": "low 0\n"}, 0),
+        ("0::/\n", {}, 0),
+        ("", {}, 0),
+        ("nonsense\n", {}, 0),
+    ],
+)
+def test_kills_for_lack_of_memory_are_those_of_the_own_control_group(tmp_path, groups, files, kills):
+    """Nested or not, of either version, and in a container, which sees its own group as the outermost."""
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounted" / name).write_text(text)
+    assert child._memory_kills(tmp_path / "cgroup", tmp_path / "mounted") == kills
+    assert child._memory_kills(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_no_more_blocks_a_study_and_is_no_failure_of_the_trial(trial, store, number):
+    def full(run):
+        raise OSError(number, os.strerror(number), str(run.folder / "checkpoint.pt"))
+
+    trial(full)
+    config = make_config("cnn", "smoke")
+    outcome = run_in_child(config, store)
+    assert outcome.status == "blocked"
+    assert outcome.reason.startswith(f"{os.strerror(number)} while writing {store.run(config).folder}/checkpoint.pt")
+    assert not (store.run(config).folder / "failure.json").exists()
+
+
+def test_a_failure_that_cannot_be_written_down_blocks_too(trial, store, monkeypatch):
+    def crash(run):
+        raise ZeroDivisionError
+
+    def full(run, *given):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run.folder / "failure.json"))
+
+    trial(crash)
+    monkeypatch.setattr(Run, "fail", full)
+    outcome = run_in_child(make_config("cnn", "smoke"), store)
+    assert outcome.status == "blocked"
+    assert outcome.reason.startswith("No space left on device while writing")
+
+
+def test_how_a_child_ended_does_not_hang_on_its_log(trial, store):
+    """A disk that is full for the log as well: here a device that takes nothing."""
+
+    def crash(run):
+        full = os.open("/dev/full", os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(full, stream)
+        raise ZeroDivisionError("for a reason")
+
+    trial(crash)
+    outcome = run_in_child(make_config("cnn", "smoke"), store)
+    assert outcome == ("crashed", "ZeroDivisionError: for a reason")

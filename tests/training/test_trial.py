@@ -95,3 +95,55 @@ def test_a_run_without_scores_keeps_its_checkpoint(run):
         complete(run, {"psnr": 20.0}, {"count": 3})
         assert (run.metrics(), run.protocol()) == ({"psnr": 20.0}, {"count": 3})
         assert [path.name for path in run.folder.iterdir()] == ["metrics.json"]
+
+
+MADE = {"commit": "a", "python": "3.11", "versions": {"torch": "2.13", "timm": "1.0"}, "threads": 3}
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_earlier_environments(run, monkeypatch, capsys):
+    """The present one is that of the run; who resumes under other code is warned, since numbers may follow it."""
+    for changes, said in (
+        ({}, []),
+        ({}, []),
+        ({"threads": 1}, []),
+        ({"threads": 1, "commit": "b"}, ["one goes on under another commit: a before, b now"]),
+        (
+            {"threads": 1, "commit": "b", "versions": {"torch": "2.14", "timm": "1.0"}},
+            ["one goes on under another versions: torch 2.13 before, 2.14 now"],
+        ),
+    ):
+        monkeypatch.setattr(trial, "environment", lambda changes=changes: MADE | changes)
+        with begun(run, {"config": {}}):
+            (run.folder / "checkpoint.pt").touch()
+        assert capsys.readouterr().err.splitlines() == said
+    assert run.environment() == MADE | changes
+    threads = [made["threads"] for made in run.environments()]
+    assert threads == [3, 1, 1, 1]
+    assert [made["commit"] for made in run.environments()] == ["a", "a", "b", "b"]
+    monkeypatch.setattr(trial, "environment", lambda: MADE)
+    with begun(run, {"config": {}}, resume=False):
+        pass
+    assert run.environments() == [MADE]  # it starts again, and nothing in it is older
+    (run.folder / "checkpoint.pt").unlink()
+    monkeypatch.setattr(trial, "environment", lambda: MADE | {"commit": "c"})
+    with begun(run, {"config": {}}):
+        pass
+    assert run.environments() == [MADE | {"commit": "c"}]
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(run):
+    run.folder.mkdir(parents=True)
+    left = run.folder / ".part-checkpoint-x.pt"
+    left.touch()
+    with begun(run, {"config": {}}):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "failure.json"])
+def test_a_damaged_run_is_not_begun_before_somebody_has_looked(run, name):
+    run.folder.mkdir(parents=True)
+    (run.folder / name).write_text("{")
+    with pytest.raises(UserError) as error, begun(run, {"config": {}}):
+        pass
+    assert str(error.value).startswith(f"{run.folder / name} is damaged: ")
+    assert (run.folder / name).read_text() == "{"
