@@ -1019,14 +1019,16 @@ def test_a_run_that_is_named_twice_counts_once(store, tmp_path):
 
 
 def test_runs_of_a_study_that_were_not_started_are_no_runs(store):
-    store.extend_study("beta", {"kind": "ablation"}, {"cnn-ema-0": {}, fabricate(store, smoke()).folder.name: {}})
+    started = fabricate(store, smoke()).folder.name
+    header = {"kind": "ablation", "sweep": [], "metrics": []}
+    store.extend_study("beta", header, {"cnn-ema-0": {}, started: {}})
     (store.root / "runs" / "cnn-ema-0").mkdir()
     assert len(select(["beta"], store.root).runs) == 1
 
 
 def test_a_study_comes_before_a_folder_of_its_name(store, tmp_path, monkeypatch):
     run = fabricate(store, smoke())
-    store.extend_study("beta", {"kind": "ablation"}, {run.folder.name: {}})
+    store.extend_study("beta", {"kind": "ablation", "sweep": [], "metrics": []}, {run.folder.name: {}})
     elsewhere = Store(tmp_path / "beta")
     for seed in (1, 2):
         fabricate(elsewhere, smoke(seed=seed))

@@ -403,22 +403,6 @@ def test_a_child_asks_itself_to_stop_when_its_parent_has_died(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("events", "kills"),
-    [
-        ("low 0\nhigh 9\nmax 8\noom 7\noom_kill 3\noom_group_kill 1\n", 3),
-        ("oom 7\n", 0),
-        (None, 0),
-    ],
-)
-def test_kills_for_lack_of_memory_are_counted_where_the_kernel_tells(monkeypatch, tmp_path, events, kills):
-    """Processes, and neither how often memory ran out nor how often a whole group was killed."""
-    if events:
-        (tmp_path / "events").write_text(events)
-    monkeypatch.setattr(child, "Path", lambda path: tmp_path / "events")
-    assert child._memory_kills() == kills
-
-
-@pytest.mark.parametrize(
     ("exitcode", "memory_kill", "status", "reason"),
     [
         (1, False, "crashed", "exit code 1; see {}/log.txt"),
@@ -562,7 +546,7 @@ def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
 @pytest.mark.parametrize(
     ("groups", "files", "kills"),
     [
-        ("0::/\n", {"memory.events": "low 0\noom_kill 3\n"}, 3),
+        ("0::/\n", {"memory.events": "low 0\nmax 8\noom 7\noom_kill 3\noom_group_kill 1\n"}, 3),
         ("0::/user/job\n", {"user/job/memory.events": "oom_kill 5\n", "memory.events": "oom_kill 9\n"}, 5),
         ("0::/outside/the/container\n", {"memory.events": "oom_kill 2\n"}, 2),
         ("9:cpu:/x\n4:memory:/job\n", {"memory/job/memory.oom_control": "under_oom 0\noom_kill 7\n"}, 7),
@@ -575,7 +559,8 @@ def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
     ],
 )
 def test_kills_for_lack_of_memory_are_those_of_the_own_control_group(tmp_path, groups, files, kills):
-    """Nested or not, of either version, and in a container, which sees its own group as the outermost."""
+    """Nested or not, of either version, and in a container, which sees its own group as the outermost. Counted are
+    processes, and neither how often memory ran out nor how often a whole group was killed."""
     (tmp_path / "cgroup").write_text(groups)
     for name, text in files.items():
         (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
