@@ -422,11 +422,13 @@ def test_rows_are_ordered_by_the_better_and_equal_ones_stay_as_they_stand():
 
 
 def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
-    measured = {"version": 1, "tokenizer": "abcd", "count": 64}
+    measured = {"version": 1, "tokenizer": "abcd", "count": 64, "data": "photos"}
     over = smoke()
     table = frame([Known(PriorConfig(over.run_id(), "rnn").resolved(), scores={}, measured=measured, over=over)], PRIOR)
     assert table.tokenizer_digest.tolist() == ["abcd"]
-    assert [name for name in table if name.startswith("protocol_")] == ["protocol_count", "protocol_version"]
+    assert [name for name in table if name.startswith("protocol_")] == [
+        f"protocol_{name}" for name in ("count", "data", "version")
+    ]
     assert table.tokenizer.tolist() == [over.run_id()]
 
 

@@ -284,7 +284,7 @@ def test_rows_are_given_once_and_only_when_whole(trial, store):
 def test_what_a_child_can_say_is_a_failure_or_one_of_three_that_are_none():
     said = {*ENDINGS.values(), "crashed"}
     assert said - set(FAILURES) == {"interrupted", "busy", "blocked"}
-    assert set(FAILURES) - said == {"timed_out", "pruned"}  # which the parent decides
+    assert set(FAILURES) - said == {"timed_out", "pruned", "damaged"}  # which the parent decides, and who reads a run
 
 
 @pytest.mark.parametrize("error", [UserError("wrong, choose another"), ValueError("a shape")])
