@@ -53,7 +53,8 @@ Positive = Annotated[float, Limit(lambda value: value > 0, "it must be above 0")
 Fraction = Annotated[float, Limit(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")]
 StepShare = Annotated[float, Limit(lambda value: 0 <= value <= 1, "it is a share of the steps, from 0 to 1")]
 Seed = Annotated[int, NOT_NEGATIVE, Limit(lambda value: value < 2**31, "it must be below 2**31")]
-RunId = Annotated[str, Limit(lambda text: text == Path(text).name and text != "..", "it must be the id of a run")]
+IS_NAME = Limit(lambda text: text == Path(text).name and text not in ("", ".."), "it must be the id of a run")
+RunId = Annotated[str, IS_NAME]
 Precision = Literal["auto", "bf16", "fp32"]
 
 

@@ -32,9 +32,7 @@ class PatientStorage(RDBStorage):
         self.shown, self.busy = shown, threading.local()
         super().__init__(url, **options)
         if url.startswith("sqlite"):  # it has nothing that the runs have not, so it need not wait for the disk
-            event.listen(self.engine, "connect", lambda raw, _: raw.execute(HASTE))
-            with self.engine.connect() as opened:  # before
-                opened.exec_driver_sql(HASTE)
+            event.listen(self.engine, "checkout", lambda raw, *_: raw.execute(HASTE))  # several are connected already
 
 
 def reason_of(error: BaseException) -> str:

@@ -23,12 +23,14 @@ from bench.analysis.frames import (
     frame,
     main_metric,
     protocols,
+    read,
     settings,
     summary,
     uneven,
     unmatched,
     with_rates,
 )
+from bench.core.errors import Damaged
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 
@@ -420,9 +422,30 @@ def test_rows_are_ordered_by_the_better_and_equal_ones_stay_as_they_stand():
 
 
 def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
-    measured = {"version": 1, "tokenizer": "abcd", "count": 64}
+    measured = {"version": 1, "tokenizer": "abcd", "count": 64, "data": "photos"}
     over = smoke()
     table = frame([Known(PriorConfig(over.run_id(), "rnn").resolved(), scores={}, measured=measured, over=over)], PRIOR)
     assert table.tokenizer_digest.tolist() == ["abcd"]
-    assert [name for name in table if name.startswith("protocol_")] == ["protocol_count", "protocol_version"]
+    assert [name for name in table if name.startswith("protocol_")] == [
+        f"protocol_{name}" for name in ("count", "data", "version")
+    ]
     assert table.tokenizer.tolist() == [over.run_id()]
+
+
+def test_a_finished_run_that_does_not_tell_how_it_was_measured_has_a_row():
+    """With the columns that a report names."""
+    table = frame([Known(smoke(), scores={"psnr": 20.0}, measured={})])
+    assert table.protocol_data.tolist() == [None]
+    assert math.isnan(table.protocol_count[0])
+
+
+def test_of_runs_that_cannot_be_read_each_is_told_and_the_others_have_their_rows():
+    class Broken(Known):
+        def settings(self, kind):
+            raise Damaged("config.json", "it is empty") if self.status == "finished" else FileNotFoundError("gone")
+
+    runs = [Broken(smoke(seed=1)), scored(smoke(seed=2)), Broken(smoke(seed=3), "crashed")]
+    table, damaged = read(runs)
+    assert table.seed.tolist() == [2]
+    assert damaged == [str(Damaged("config.json", "it is empty")), "gone"]
+    assert frame(runs).seed.tolist() == [2]

@@ -1182,3 +1182,12 @@ def test_nothing_that_a_run_tells_steers_a_terminal_or_a_page(store, sketched, c
     for text in (said.out, said.err, page.read_text(), (page.parent / "tables.md").read_text()):
         assert "\x1b" not in text
         assert "<script>alert" not in text
+
+
+def test_damaged_runs_of_a_study_are_not_said_to_be_planned(store, sketched, capsys):
+    runs = sweep(store, EFFECTS, seeds=(0,))
+    names = [*(run.folder.name for run in runs), "cnn-ema-0"]
+    store.extend_study("beta", {"kind": "ablation", "sweep": [], "metrics": []}, {name: {} for name in names})
+    (runs[0].folder / "config.json").write_text("")
+    write_report(["beta"], store.root)
+    assert f"Runs: {len(runs) - 1} finished, 1 damaged, 1 planned but not started.\n" in capsys.readouterr().out

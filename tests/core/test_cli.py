@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench.core.cli import fail, guarded
-from bench.core.errors import UserError
+from bench.core.errors import Interrupted, UserError
 
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO]
 
@@ -72,3 +72,11 @@ def test_who_is_terminated_says_that_it_stopped(capsys):
 def test_commands_can_be_called_from_any_thread():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(guarded, lambda: 7).result() == 7
+
+
+def test_what_an_interrupted_run_says_is_shown_as_it_is(capsys):
+    def work() -> int:
+        raise Interrupted("stopped at step 3 of [bold]x[/]")
+
+    assert guarded(work) == 130
+    assert capsys.readouterr().err == "stopped at step 3 of [bold]x[/]\n"

@@ -1,10 +1,12 @@
 """What auto stands for, and devices that are not there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bench.core import device as module
-from bench.core.device import check_device, resolve_device, resolve_precision
+from bench.core.device import check_device, check_memory, resolve_device, resolve_precision
 from bench.core.errors import UserError
 
 
@@ -22,3 +24,19 @@ def test_a_device_that_is_not_there_is_one_sentence():
     check_device("cpu")
     with pytest.raises(UserError, match="device 'cuda:77' is not available here; use --device cpu"):
         check_device("cuda:77")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_model_that_no_memory_holds_is_refused_with_its_size(monkeypatch, device):
+    """Of four bytes a parameter; what just fits is let through."""
+    sizes = {"SC_PHYS_PAGES": 1_000_000, "SC_PAGE_SIZE": 4000}
+    monkeypatch.setattr(module.os, "sysconf", sizes.__getitem__)
+    properties = {"cuda:1": SimpleNamespace(total_memory=4_000_000_000)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    check_memory(1_000_000_000, device)
+    with pytest.raises(UserError) as error:
+        check_memory(1_000_000_000_000, device)
+    told = f"a model of these settings takes 4,000 GB and {device} has 4 GB; "
+    assert str(error.value) == told + "take less width, depth, codebook_size or code_dim"
+    with pytest.raises(UserError, match="takes 4 GB"):
+        check_memory(1_000_000_001, device)

@@ -6,14 +6,28 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 import pytest
 
 from bench.core import files
 from bench.core.errors import Damaged
-from bench.core.files import atomic_path, cache_dir, read_json, remove_parts, sha256_file
+from bench.core.files import (
+    atomic_path,
+    cache_dir,
+    cached,
+    read_json,
+    read_rows,
+    remove_parts,
+    seal,
+    sha256_arrays,
+    sha256_file,
+    unseal,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,3 +201,80 @@ def test_json_of_a_backslash_before_a_u_is_text(tmp_path):
                 read_json(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "y.json")
+
+
+# -- files that are read ----------------------------------------------------------------------------------------------
+
+
+def test_a_history_that_is_not_there_has_no_rows_and_a_line_without_numbers_is_none(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert read_rows(path) == []
+    path.write_text('3\n{"loss": 0.5}\n{"step": 1, "loss": 2}\n{"step": 2, "loss": true}\n{"step": 3, "loss": 0.5')
+    assert read_rows(path) == [{"step": 1, "loss": 2}]
+
+
+ERRORS = [
+    Damaged("x", "a digest"),
+    ValueError("a header"),
+    EOFError(),
+    KeyError("vgg"),
+    zipfile.BadZipFile(),
+    zlib.error(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_is_damaged_in_a_cache_is_made_again_and_told_in_one_line(tmp_path, capsys, error):
+    """However it is noticed; what is whole is read, and an error that says nothing about the file is raised."""
+    path, made, errors = tmp_path / "cache" / "x", [], []
+
+    def make(temporary: Path) -> None:
+        made.append(temporary)
+        temporary.write_text("whole")
+
+    def read(path: Path) -> str:
+        if errors:
+            raise errors.pop()
+        return path.read_text()
+
+    for _ in range(2):
+        assert cached(path, make, read) == "whole"
+    assert (len(made), capsys.readouterr().err) == (1, "")
+    errors.append(error)
+    assert cached(path, make, read) == "whole"
+    assert len(made) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("; it is made again\n")
+    assert "is damaged: " in said
+    assert "move it away" not in said
+    errors.append(MemoryError())
+    with pytest.raises(MemoryError):
+        cached(path, make, read)
+    assert len(made) == 2
+
+
+def test_what_was_sealed_comes_back_and_any_other_number_is_noticed(tmp_path):
+    path, content = tmp_path / "x.json", {"psnr": 20.5, "names": ["a"]}
+    path.write_text(seal(content))
+    assert unseal(path) == unseal(path, "psnr", "names") == content
+    path.write_text(seal(content).replace("20.5", "20.6"))
+    with pytest.raises(Damaged, match="its digest is that of other content"):
+        unseal(path)
+    with pytest.raises(ValueError, match="JSON"):
+        seal({"psnr": float("nan")})
+
+
+@pytest.mark.parametrize("write", [seal, json.dumps], ids=["sealed", "of an older version"])
+def test_what_lacks_a_name_is_damaged(tmp_path, write):
+    path = tmp_path / "x.json"
+    path.write_text(write({"psnr": 20.5}))
+    assert unseal(path, "psnr") == {"psnr": 20.5}
+    with pytest.raises(Damaged, match=r"is damaged: it has no lpips, ssim;"):
+        unseal(path, "ssim", "psnr", "lpips")
+
+
+def test_a_digest_of_arrays_is_that_of_values_shapes_and_their_order():
+    one, other = np.arange(6, dtype=np.uint8), np.arange(6, 9, dtype=np.uint8)
+    arrays = [(one, other), (other, one), (one.reshape(2, 3), other), (one, other + 1), (np.concatenate([one, other]),)]
+    assert len({sha256_arrays(*each) for each in arrays}) == len(arrays)
+    assert sha256_arrays(one, other) == sha256_arrays(one.copy(), other.copy())

@@ -10,15 +10,19 @@ from bench.core.errors import UserError
 from bench.core.settings import (
     NOT_NEGATIVE,
     Count,
+    Features,
     Fraction,
+    Layers,
     Natural,
     OneOf,
     Positive,
+    RunId,
     Seed,
     StepShare,
     Weight,
     at_least,
     check_fields,
+    check_values,
     identity,
 )
 
@@ -43,6 +47,9 @@ class Toy:
     name: str = "anything"
     free: float = -1.0
     switch: bool = False
+    layers: Layers = 1
+    features: Features = 1
+    run: RunId = "cnn"
 
 
 @pytest.mark.parametrize(
@@ -85,3 +92,42 @@ def test_an_identity_is_that_of_version_and_values():
     ids = {identity(1, Toy()), identity(2, Toy()), identity(1, Toy(count=2)), identity(1, Toy(name="other"))}
     assert len(ids) == 4
     assert identity(1, Toy()) == identity(1, Toy(count=1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("count", "1", "count is '1'; it must be a whole number"),
+        ("count", 1.0, "count is 1.0; it must be a whole number"),
+        ("count", True, "count is True; it must be a whole number"),
+        ("count", None, "count is None; it must be a whole number"),
+        ("count", 2**31, "count is 2147483648; it must be at most 2147483647"),
+        ("natural", 2**31, "natural is 2147483648; it must be at most 2147483647"),
+        ("layers", 1001, "layers is 1001; it must be at most 1000"),
+        ("features", 16385, "features is 16385; it must be at most 16384"),
+        ("weight", [1.0], "weight is [1.0]; it must be a number or a whole number"),
+        ("open", "1", "open is '1'; it must be a number or a whole number"),
+        ("net", 3, "net is 3; it must be text"),
+        ("name", None, "name is None; it must be text"),
+        ("switch", 1, "switch is 1; it must be True or False"),
+        *(("run", name, f"run is {name}; it must be the id of a run") for name in ("", ".", "..", "../x", "/x", "x/")),
+    ],
+)
+def test_a_value_of_another_kind_or_beyond_all_use_is_one_sentence(field, value, sentence):
+    """Strangers' files have any; a switch is no number, and a number no switch."""
+    for check in (check_fields, check_values):
+        with pytest.raises(UserError) as raised:
+            check(Toy(**{field: value}))
+        assert str(raised.value) == sentence
+
+
+def test_limits_are_allowed_and_whole_numbers_are_numbers():
+    most = {"count": 2**31 - 1, "natural": 2**31 - 1, "layers": 1000, "features": 16384}
+    check_fields(Toy(**most, weight=1, positive=2, open=3, free=-4, run="cnn-ema-1.5"))
+
+
+def test_choices_are_checked_apart_from_values():
+    """A store is shared with versions of the code that have others."""
+    check_values(Toy(colour="green", net="squeeze"))
+    with pytest.raises(UserError, match="unknown colour 'green'"):
+        check_fields(Toy(colour="green", net="squeeze"))

@@ -448,3 +448,37 @@ def test_a_folder_that_is_taken_is_named_at_once(run):
     with run.locked(), pytest.raises(Busy) as error, Run(run.folder).locked():
         pass
     assert str(error.value) == f"another process is working on {run.folder}; wait until it is done"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"codebook_size": 0}, "the codebook_size of its codes is 0"),
+        ({"codebook_size": 2**24 + 1}, "the codebook_size of its codes is 16777217"),
+        ({"codebook_size": "512"}, "the codebook_size of its codes is '512'"),
+        ({"grid_size": -1}, "the grid_size of its codes is -1"),
+        ({"grid_size": None}, "the grid_size of its codes is None"),
+        ({"grid_size": True}, "the grid_size of its codes is True"),
+        ({"classes": None}, "its codes have no classes"),
+        ({"classes": 3}, "its codes have no classes"),
+    ],
+)
+def test_codes_that_no_tokenizer_has_are_damage(run, change, what):
+    codes = {"codebook_size": 2**24, "grid_size": 1, "classes": []}
+    run.write("config.json", {"config": {}, "environment": {}, "codes": codes})
+    assert run.codes() == codes
+    run.write("config.json", {"config": {}, "environment": {}, "codes": codes | change})
+    with pytest.raises(Damaged) as error:
+        run.codes()
+    assert str(error.value).startswith(f"{run.folder / 'config.json'} is damaged: {what}; ")
+
+
+def test_settings_that_lack_a_field_without_a_default_are_damage(run):
+    with pytest.raises(Damaged, match=r"config\.json is damaged: .*'backbone'"):
+        run.settings(Config)
+
+
+def test_a_score_that_was_not_taken_is_no_damage(run):
+    run.write("metrics.json", {"metrics": {"psnr": 20.0, "fid": None}, "protocol": {"extractor_inception": None}})
+    assert run.status == "finished"
+    assert run.metrics() == {"psnr": 20.0, "fid": None}

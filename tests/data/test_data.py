@@ -905,3 +905,31 @@ def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
     folder = write_images(tmp_path / "pets", 6)
     os.mkfifo(folder / "pipe.png")
     assert len(load(f"folder:{folder}", 8).train) == 5
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, 2], [-2, 1]])
+def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache, decodes, labels):
+    """Too few, too many, of a class that there is not, or of one before the first; -1 stands for an image of none."""
+    for split in ("train", "val"):
+        painted(tmp_path / "pets" / split, {"ant": 20, "bee": 30}, 1)
+    first = load(f"folder:{tmp_path / 'pets'}", 4)
+    assert first.labels[1].tolist() == [0, 1]
+    (path,) = cache.rglob("val_labels.npy")
+    np.save(path, np.array([-1, 1], dtype=first.labels[1].dtype))
+    assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [-1, 1]
+    np.save(path, np.array(labels, dtype=first.labels[1].dtype))
+    assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [0, 1]
+    assert len(decodes) == 2
+
+
+def test_images_that_change_while_a_process_runs_are_noticed(tmp_path, cache, decodes):
+    """Their digest is computed once in a process, but not of another file in their place."""
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    whole = np.array(first.val)
+    (path,) = cache.rglob("val.npy")
+    status = os.stat(path)
+    np.save(path, 255 - whole)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert np.array_equal(load(f"folder:{folder}", 8).val, whole)
+    assert len(decodes) == 2

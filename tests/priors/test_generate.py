@@ -610,3 +610,27 @@ def test_flops_of_a_prior_are_those_of_one_whole_grid(classes):
             return self.head(torch.zeros(*codes.shape, 5))
 
     assert generate.whole_grid_flops(Linear()) == 2 * SIDE**2 * 5 * K
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"content": {"nearest_val_psnr": 1.0}, "sha256": ""}'])
+def test_damaged_references_are_computed_again(tmp_path, features, capsys, content):
+    """Also those that were written without a digest and lack a number."""
+    codes, data = toy(random_codes(20, 1), random_codes(8, 2))
+    found = found_references(codes, data, tmp_path / "codes")
+    (path,) = (tmp_path / "codes").iterdir()
+    path.write_text(content)
+    assert found_references(codes, data, tmp_path / "codes") == found
+    assert f"{path} is damaged: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flip"])
+def test_damaged_features_are_computed_again(features, tmp_path, capsys, damage):
+    _, data = toy(random_codes(20, 1), random_codes(8, 2))
+    first = real_features(data, "cpu", None).features["vgg16"]
+    (path,) = (tmp_path / "cache" / "references").iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(8), 200)] ^= 1
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "flip": content}[damage])
+    assert real_features(data, "cpu", None).features["vgg16"].equal(first)
+    assert len(features.made) == 2
+    assert f"{path} is damaged: " in capsys.readouterr().err

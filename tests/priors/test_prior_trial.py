@@ -570,3 +570,43 @@ def test_the_line_below_the_table_tells_how_it_was_measured(world):
         "is 7.2 times as fast",
     ):
         assert words in line
+
+
+# -- what strangers' folders may hold ---------------------------------------------------------------------------------
+
+
+def changed(run: Run, **settings) -> None:
+    """Writes other ``settings`` into the config.json of ``run``."""
+    content = json.loads((run.folder / "config.json").read_text())
+    content["config"] |= settings
+    run.write("config.json", content)
+
+
+def test_a_prior_with_damaged_settings_lends_nothing_and_is_in_nobody_s_way(world):
+    changed(world.run(), steps="3")
+    assert world.run(temperature=0.5).finished
+    assert len(world.trained) == 2
+
+
+def test_a_damaged_prior_is_not_trained_over(world):
+    run = world.run()
+    (run.folder / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
+        world.run()
+    with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
+        Prior.from_run(run.folder)
+    assert len(world.trained) == 1
+
+
+def test_a_prior_that_cannot_be_is_refused_before_it_is_built(world, monkeypatch):
+    """Its settings are checked on the device that it shall go to, and its size against the memory there."""
+    run, asked = world.run(), []
+    monkeypatch.setattr("bench.core.device.check_memory", None)
+    monkeypatch.setattr("bench.priors.models.prior.check_memory", lambda *given: asked.append(given))
+    Prior.from_run(run.folder)
+    assert asked == [(20_000 + K * SIDE, "cpu")]
+    with pytest.raises(UserError, match="device 'cuda:77' is not available"):
+        Prior.from_run(run.folder, "cuda:77")
+    changed(run, prior="lstm")
+    with pytest.raises(UserError, match="unknown prior 'lstm'"):
+        Prior.from_run(run.folder)

@@ -559,7 +559,8 @@ def test_a_child_outlives_neither_its_parent_nor_an_error_there(config, store):
     ],
 )
 def test_kills_for_lack_of_memory_are_those_of_the_own_control_group(tmp_path, groups, files, kills):
-    """Nested or not, of either version, and in a container, which sees its own group as the outermost."""
+    """Nested or not, of either version, and in a container, which sees its own group as the outermost. Counted are
+    processes, and neither how often memory ran out nor how often a whole group was killed."""
     (tmp_path / "cgroup").write_text(groups)
     for name, text in files.items():
         (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)

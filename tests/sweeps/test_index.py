@@ -660,3 +660,53 @@ def test_a_run_without_the_metric_that_a_study_ranks_by_fails_its_trial(indexed,
 def test_a_metric_that_this_version_does_not_know_is_told(indexed):
     with pytest.raises(UserError, match=r"^study one is ranked by 'beauty', which is no metric of this version$"):
         indexed.open("one", ("psnr", "beauty"))
+
+
+# -- the address of the database, and what is written of runs that ended elsewhere ------------------------------------
+
+
+def test_the_environment_may_name_the_database(tmp_path, monkeypatch):
+    """It keeps a password off the command line; empty it says nothing."""
+    monkeypatch.setenv("VQBENCH_STORAGE", "postgresql://me:secret@host/x")
+    assert index.default_url(tmp_path) == "postgresql://me:secret@host/x"
+    monkeypatch.setenv("VQBENCH_STORAGE", "")
+    assert index.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
+
+
+def test_a_trial_whose_runs_lack_a_metric_of_the_study_has_failed(indexed, store):
+    """Such as one that was not asked for when they were scored."""
+    study = indexed.open("one", ("psnr", "ssim"))
+    run = made(store, psnr=21.0)
+    indexed.add(study, {"seed": 0}, [run], ("psnr", "ssim"), {})
+    indexed.tell(study, taken(indexed, study), [run], ("psnr", "ssim"))
+    assert [(trial.state, trial.values) for trial in study.trials] == 2 * [(TrialState.FAIL, None)]
+    assert study.trials[0].user_attrs["psnr"] == 21.0
+
+
+def test_a_run_that_ended_elsewhere_is_described_as_one_that_ended_here(indexed, store):
+    """Value, attributes and note, for finished, failed and pruned ones."""
+    study = indexed.open("one", ("psnr",))
+    for seed, status in enumerate(("finished", "crashed", "pruned")):
+        run = made(
+            store, status, [{"step": 1, "reconstruction": 0.5, "quantizer": 0.5, "seconds": 2.5}], smoke(seed=seed)
+        )
+        trial = taken(indexed, study, {"seed": seed})
+        indexed.tell(study, trial, [run], ("psnr",))
+        indexed.add(study, {"seed": seed}, [run], ("psnr",), {})
+        here, there = (study.trials[number] for number in (2 * seed, 2 * seed + 1))
+        assert (here.state, here.values, here.user_attrs) == (there.state, there.values, there.user_attrs)
+        notes = [get_note(optuna.Trial(study, one._trial_id)) for one in (here, there)]
+        assert notes[0] == notes[1] != ""
+
+
+def test_times_that_were_not_taken_count_nothing(store):
+    assert index._seconds(made(store, config=smoke(seed=4), train_seconds=None, score_seconds=4.0)) == 4
+
+
+def test_a_sqlite_database_does_not_wait_for_the_disk(tmp_path):
+    """It has nothing that the runs have not."""
+    opened = Index(f"sqlite:///{tmp_path}/x.db", tmp_path)
+    for _ in range(2):
+        with opened.storage.engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 0
+        opened.storage.engine.dispose()

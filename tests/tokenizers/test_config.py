@@ -317,6 +317,10 @@ MOST = {
     **dict.fromkeys(("gan_start", "gan_ramp", "gan_warmup"), (1.0, 1.0 + 1e-9)),
     **dict.fromkeys(("ema_decay", "weight_ema"), (1 - 1e-9, 1.0)),
     "seed": (2**31 - 1, 2**31),
+    **dict.fromkeys(("width", "code_dim", "gan_width"), (16384, 16385)),
+    **dict.fromkeys(("depth", "attention"), (1000, 1001)),
+    **dict.fromkeys(("steps", "batch_size"), (2**31 - 1, 2**31)),
+    **{"codebook_size": (2**24, 2**24 + 1), "gan_layers": (10, 11)},
 }
 
 
@@ -521,3 +525,11 @@ def test_attention_is_refused_where_a_backbone_makes_no_use_of_it(monkeypatch):
     monkeypatch.setitem(BACKBONES, "plain", BACKBONES["cnn"]._replace(encoder_options=(), decoder_options=()))
     with pytest.raises(UserError, match="attention is 1, of which backbone 'plain' makes no use"):
         make_config("plain", "smoke", attention=1, device="cpu").check()
+
+
+@pytest.mark.parametrize("change", [{"backbone": 3}, {"backbone": None}, {"data": 1}, {"image_size": "64"}])
+def test_a_setting_of_another_kind_is_one_sentence_whichever_it_is(config, change):
+    """And no traceback of what looks at it first."""
+    (name,) = change
+    with pytest.raises(UserError, match=rf"^{name} is .*; it must be "):
+        replace(config, **change).check()

@@ -12,6 +12,8 @@ from torch import nn
 from backbones import BACKBONES, Backbone, backbone
 from bench.core.errors import UserError
 from bench.quantizers import QUANTIZERS, Quantizer
+from bench.tokenizers import sizes
+from bench.tokenizers import tokenizer as module
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer, to_device
 
@@ -252,3 +254,32 @@ def test_convolutions_are_in_channels_last_layout(tiny):
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     assert isinstance(to_device(nn.Linear(2, 2), "meta").weight, nn.Parameter)
     assert to_device(nn.Linear(2, 2), "meta").weight.device.type == "meta"
+
+
+def test_a_tokenizer_that_cannot_be_is_refused_before_it_is_built(finished, monkeypatch):
+    """A stranger's settings are checked on the device that it shall go to, and its size against the memory there."""
+    folder, _ = finished
+    asked = []
+    monkeypatch.setattr(module, "check_size", lambda config, device: asked.append((config.pretrained, device)))
+    Tokenizer.from_run(folder)
+    assert asked == [(False, "cpu")]
+    with pytest.raises(UserError, match="device 'cuda:77' is not available"):
+        Tokenizer.from_run(folder, "cuda:77")
+    stored = json.loads((folder / "config.json").read_text())
+    stored["config"]["quantizer"] = "next"
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="unknown quantizer 'next'"):
+        Tokenizer.from_run(folder)
+
+
+@pytest.mark.parametrize("backbone", ["cnn", "timm:resnet18"])
+def test_the_size_of_a_tokenizer_is_that_of_both_sides_and_its_codebook_as_often_as_it_is_held(
+    tiny, monkeypatch, backbone
+):
+    """Of a model of timm the decoder, which is cnn's, and as much again: none is built for that."""
+    asked = []
+    monkeypatch.setattr(sizes, "check_memory", lambda *given: asked.append(given))
+    both = sizes.parameters(tiny) + tiny.codebook_size * tiny.code_dim
+    sizes.check_size(replace(tiny, backbone=backbone), "cuda:1", 3)
+    sizes.check_size(replace(tiny, backbone=backbone), "cpu")
+    assert asked == [(3 * both, "cuda:1"), (both, "cpu")]

@@ -806,3 +806,40 @@ def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
     assert len(taken) == 4
     with store.run(config).locked():
         pass
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"content": {"psnr": 2.0}, "sha256": ""}'])
+def test_a_damaged_reference_is_computed_again(trial_data, monkeypatch, capsys, content):
+    computed = []
+    monkeypatch.setattr(evaluate, "PatchKMeans", lambda *_: None)
+    monkeypatch.setattr(evaluate, "score", lambda *given: (computed.append(given) or {"psnr": 1.0}, {}))
+    assert kmeans_reference(trial_data, 4, 16, "cpu", None) == {"psnr": 1.0}
+    (path,) = (cache_dir() / "references").iterdir()
+    path.write_text(content)
+    assert kmeans_reference(trial_data, 4, 16, "cpu", None) == {"psnr": 1.0}
+    assert len(computed) == 2
+    assert f"{path} is damaged: " in capsys.readouterr().err
+
+
+def test_a_trial_that_no_memory_holds_is_refused_before_anything_is_built(tiny, store, monkeypatch):
+    """Training holds a tokenizer five times: weights, gradients, two moments and an average."""
+    asked = []
+
+    def refuse(*given) -> None:
+        asked.append(given)
+        raise UserError("too large")
+
+    monkeypatch.setattr(trial, "check_size", refuse)
+    monkeypatch.setattr(trial, "Tokenizer", None)
+    with pytest.raises(UserError, match="too large"):
+        trial.prepare(tiny, store)
+    assert asked == [(tiny, "cpu", 5)]
+
+
+def test_a_damaged_run_is_not_trained_over(trial_data, tiny, store):
+    run = store.run(tiny.resolved())
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
+        run_trial(tiny, store)
+    assert (run.folder / "metrics.json").read_text() == "{"

@@ -147,3 +147,12 @@ def test_a_damaged_run_is_not_begun_before_somebody_has_looked(run, name):
         pass
     assert str(error.value).startswith(f"{run.folder / name} is damaged: ")
     assert (run.folder / name).read_text() == "{"
+
+
+def test_a_run_that_goes_on_twice_in_one_place_tells_of_that_place_once(run, monkeypatch, capsys):
+    for commit in ("a", "b", "b", "b"):
+        monkeypatch.setattr(trial, "environment", lambda commit=commit: MADE | {"commit": commit})
+        with begun(run, {"config": {}}):
+            (run.folder / "checkpoint.pt").touch()
+    assert [made["commit"] for made in run.environments()] == ["a", "b"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
