@@ -588,8 +588,10 @@ def test_a_prior_with_damaged_settings_lends_nothing_and_is_in_nobody_s_way(worl
     assert len(world.trained) == 2
 
 
-def test_a_damaged_prior_is_not_trained_over(world):
+def test_a_damaged_prior_is_not_trained_over(world, monkeypatch):
+    """It is told at once, before data are loaded and encoded."""
     run = world.run()
+    monkeypatch.setattr(prior_trial, "load_data", None)
     (run.folder / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
         world.run()

@@ -836,7 +836,9 @@ def test_a_trial_that_no_memory_holds_is_refused_before_anything_is_built(tiny, 
     assert asked == [(tiny, "cpu", 5)]
 
 
-def test_a_damaged_run_is_not_trained_over(trial_data, tiny, store):
+def test_a_damaged_run_is_not_trained_over(tiny, store, monkeypatch):
+    """It is told at once, before data are loaded."""
+    monkeypatch.setattr(trial, "prepare", None)
     run = store.run(tiny.resolved())
     run.folder.mkdir(parents=True)
     (run.folder / "metrics.json").write_text("{")
