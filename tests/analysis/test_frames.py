@@ -432,13 +432,6 @@ def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
     assert table.tokenizer.tolist() == [over.run_id()]
 
 
-def test_a_finished_run_that_does_not_tell_how_it_was_measured_has_a_row():
-    """With the columns that a report names."""
-    table = frame([Known(smoke(), scores={"psnr": 20.0}, measured={})])
-    assert table.protocol_data.tolist() == [None]
-    assert math.isnan(table.protocol_count[0])
-
-
 def test_of_runs_that_cannot_be_read_each_is_told_and_the_others_have_their_rows():
     class Broken(Known):
         def settings(self, kind):
@@ -449,3 +442,11 @@ def test_of_runs_that_cannot_be_read_each_is_told_and_the_others_have_their_rows
     assert table.seed.tolist() == [2]
     assert damaged == [str(Damaged("config.json", "it is empty")), "gone"]
     assert frame(runs).seed.tolist() == [2]
+
+
+def test_a_protocol_without_what_reports_tell_is_damage():
+    """Of tokenizers the data and how many images, of priors how many."""
+    lacking = Known(smoke(), measured={name: value for name, value in PROTOCOL.items() if name != "count"})
+    table = frame([Known(smoke(seed=1)), lacking])
+    assert list(table.status) == ["finished", "damaged"]
+    assert "metrics.json is damaged: its protocol has no count; move it away" in table.reason[1]
