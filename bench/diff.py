@@ -19,8 +19,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.frames import CLOCKED, METRICS, differing, frame
+from bench.analysis.frames import CLOCKED, METRICS, differing, read
 from bench.core.cli import guarded
+from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
 
@@ -66,7 +67,9 @@ def show(a: Run, b: Run) -> None:
         _say("No metrics to compare: both runs must be finished.")
         return
 
-    table = frame([a, b])
+    table, damaged = read([a, b])
+    if damaged:
+        raise UserError(damaged[0])
     refusals = differing(table[:1], table[1:])
     _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
     if refusals:

@@ -62,7 +62,7 @@ def show(results: Path = Path("results")) -> int:
     for name in store.studies():
         record = store.study(name)
         status = Counter(store.named(run_id).status for run_id in record["runs"])
-        backbones = dict.fromkeys(row["backbone"] for row in record["runs"].values())
+        backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
         counts = ", ".join(f"{count} {status}" for status, count in status.items())
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), counts)
     stdout.print(table if table.row_count else f"no studies below {results}; start one with python -m studies.beta")

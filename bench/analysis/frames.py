@@ -118,6 +118,8 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
             rows.append(_row(run, kind))
         except (Damaged, OSError) as error:
             damaged.append(str(error))
+        except UnicodeEncodeError:
+            damaged.append(f"{str(run.folder)!a} has a name that is no text; rename that folder")
     columns = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
     table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
     numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
@@ -134,7 +136,7 @@ def _row(run: Run, kind: Kind) -> dict[str, Any]:
     environment, (status, reason) = run.environment(), run.ending()
     row = {"run_id": run.folder.name, "status": status, "reason": reason, **kind.row(run)}
     row |= {name: _plain(environment.get(name)) for name in kind.environment}
-    row["folder"] = str(run.folder)
+    row["folder"] = str(run.folder).encode().decode()  # raises where a name is no text
     if status == "finished":
         protocol = run.protocol()
         missing = [name for name in kind.protocol if name not in protocol]

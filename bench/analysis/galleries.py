@@ -167,8 +167,12 @@ def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
 
 def _kept(folder: str, *names: str) -> list[np.ndarray]:
     """Up to PICTURES images of each of ``names`` that a run kept, (N, H, W, 3) uint8; nothing where one is missing."""
+    path = Path(folder) / "samples.npz"
+    if not path.is_file():
+        return []
     try:
-        with np.load(Path(folder) / "samples.npz") as arrays:
-            return [arrays[name][:PICTURES] for name in names]
+        with np.load(path) as arrays:
+            kept = [arrays[name][:PICTURES] for name in names]
+        return kept if all(x.ndim == 4 and x.shape[3] == 3 and x.dtype == np.uint8 for x in kept) else []
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return []

@@ -119,7 +119,7 @@ def write_report(
 def _is_over(tokenizers: set[str], prior: Run) -> bool:
     """Whether a prior is over one of ``tokenizers``, or so damaged that it does not tell."""
     try:
-        return prior.config().get("tokenizer") in tokenizers
+        return str(prior.config().get("tokenizer")) in tokenizers
     except Damaged:
         return True
 

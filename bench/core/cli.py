@@ -18,6 +18,8 @@ from .store import Run
 # What the system says of a place that takes no more.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
 
 def guarded(work: Callable[[], int]) -> int:
     """Exit code of ``work``; 2 for what the user can fix and 130 when stopped by SIGINT or SIGTERM, each told in one
@@ -28,7 +30,7 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         return fail(str(error))
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in REFUSALS + IN_THE_WAY:
             raise
         return fail(refusal(error))
     except Interrupted as stopped:
@@ -40,8 +42,10 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def refusal(error: OSError) -> str:
-    """What a place that takes no more means for the user, in one sentence."""
+    """What a place that takes no more, or where something else is, means for the user, in one sentence."""
     path = Path(error.filename or "results")
+    if error.errno in IN_THE_WAY:
+        return f"{error.strerror}: {path}; move away what is there, or name another place"
     other = "set VQBENCH_CACHE to another folder" if cache_dir() in path.parents else "choose another --results"
     return f"{error.strerror} while writing {path}; free or {other}"
 

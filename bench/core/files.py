@@ -27,6 +27,9 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 # Bytes of JSON that stand for characters which would steer a terminal; an even number of backslashes is no escape.
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+LONGEST = 20  # characters of a whole number
+
 
 def cache_dir() -> Path:
     """Folder for decoded data and pretrained weights: ``$VQBENCH_CACHE`` or the user's own; it may not exist yet."""
@@ -49,10 +52,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-        except OSError:
-            raise
-        except Exception as error:  # torch and safetensors have their own for a full disk
-            _check_room(temporary, error)
+        except Exception as error:
+            if getattr(error, "errno", None) is None:  # NumPy, torch and safetensors have their own for a full disk
+                _check_room(temporary, error)
             raise
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -99,7 +101,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if CONTROL.search(content):
             raise ValueError("control characters")
-        found = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite)
+        found = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite, parse_int=_whole)
+        if SURROGATE.search(content):
+            json.dumps(found, ensure_ascii=False).encode()  # a half of a pair alone is no text
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__} where an object belongs")
     except (ValueError, RecursionError) as error:
@@ -125,6 +129,8 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
     written."""
     if os.path.lexists(path):
         try:
+            if not path.is_file():
+                raise Damaged(path, "it is not a file")
             return read(path)
         except (Damaged, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
@@ -153,6 +159,12 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST:
+        raise ValueError(f"a number of {len(text)} characters")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -151,9 +151,10 @@ class Run:
         """The same of all parts of its training, each of which went on with another, oldest first."""
         stored = self._read("config.json", "environment")
         earlier = stored.get("earlier", [])
-        if not isinstance(earlier, list) or not all(isinstance(one, dict) for one in earlier):
-            raise Damaged(self.folder / "config.json", "its earlier environments are none")
-        return [*earlier, stored["environment"]]
+        every = [*earlier, stored["environment"]] if isinstance(earlier, list) else [earlier]
+        if not all(isinstance(one, dict) and isinstance(one.get("versions", {}), dict) for one in every):
+            raise Damaged(self.folder / "config.json", "its environments are none")
+        return every
 
     def metrics(self) -> dict[str, Any]:
         """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
@@ -163,6 +164,11 @@ class Run:
     def protocol(self) -> dict[str, Any]:
         """How the scores were measured."""
         return self._scores()[1]
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each file of weights that a finished run was scored with; none of older ones."""
+        stored = read_json(self.folder / "metrics.json").get("weights", {})
+        return stored if isinstance(stored, dict) else {}
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
@@ -185,11 +191,16 @@ class Run:
 
     def per_image(self) -> dict[str, np.ndarray]:
         """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
-        try:
-            with np.load(self.folder / "per_image.npz") as file:
-                return dict(file)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        path = self.folder / "per_image.npz"
+        if not path.is_file():
             return {}
+        try:
+            with np.load(path) as file:
+                scores = dict(file)
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+            return {}
+        alike = {(column.shape, column.dtype.kind) for column in scores.values()}
+        return scores if len(alike) == 1 and all(len(shape) == 1 and kind == "f" for shape, kind in alike) else {}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""
@@ -278,8 +289,11 @@ class Store:
                 raise Damaged(path, f"it does not tell the {part} of the study")
         if not study["metrics"] or not all(isinstance(name, str) for name in study["metrics"] + study["sweep"]):
             raise Damaged(path, "its metrics and what it sweeps are no names")
+        if not isinstance(study.get("priors", {}), dict):
+            raise Damaged(path, "it does not tell the priors of the study")
         for run_id, row in {**study["runs"], **study.get("priors", {})}.items():
-            if not isinstance(row, dict) or Path(run_id).name != run_id or run_id in ("", ".."):
+            plain = isinstance(row, dict) and not any(isinstance(value, (list, dict)) for value in row.values())
+            if not plain or Path(run_id).name != run_id or run_id in ("", ".."):
                 raise Damaged(path, f"{run_id!r} is no run with its settings")
         return study
 

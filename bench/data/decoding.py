@@ -93,6 +93,8 @@ def _intact(data: str, folder: Path) -> Data | None:
 def _read(data: str, folder: Path) -> Data:
     """What ``_decode`` wrote into ``folder``. Raises Damaged, or what NumPy does, where it is not as it was written."""
     meta = read_json(folder / "meta.json")  # written last: where it exists, the arrays are complete
+    if not all(path.is_file() for path in folder.glob("*.npy")):
+        raise Damaged(folder, "a part of it is not a file")
     paths = [folder / f"{split}.npy" for split in ("train", "val")]
     images = [np.load(path, mmap_mode="r") for path in paths]
     labels = tuple(np.load(folder / f"{path.stem}_labels.npy") for path in paths)

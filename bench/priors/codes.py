@@ -81,6 +81,8 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         raise Damaged(path.parent, f"it has no {Path(error.filename).name}") from error
     if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
         raise Damaged(path.parent, "its codes are not those that were written")
+    if "digest" not in meta and max(train.max(), val.max()) >= meta["codebook_size"]:
+        raise Damaged(path.parent, "its codes are beyond its codebook")
     return meta, train, val
 
 

@@ -50,7 +50,7 @@ class PriorConfig:
     """condition on the class of the image, where the data has classes (photos: which photograph)"""
     steps: Count = 400
     """training steps"""
-    batch_size: Count = 64
+    batch_size: Annotated[Count, at_most(2**16)] = 64
     """grids of codes per step"""
     lr: Positive = 3e-3
     """peak learning rate of AdamW, reached after the warm-up, cosine to zero afterwards"""
@@ -64,7 +64,7 @@ class PriorConfig:
     """decay of the weight average that is scored; 0 scores the last weights"""
     samples: Annotated[int, at_least(4), at_most(10**7)] = 512
     """images to generate and score"""
-    temperature: Positive = 1.0
+    temperature: Annotated[Positive, at_least(0.001)] = 1.0
     """of sampling; below 1 likely codes become likelier"""
     top_k: Natural = 0
     """sample among so many likeliest codes only; 0 is all"""

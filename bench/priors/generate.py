@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.core.errors import Damaged
 from bench.core.files import cache_dir, cached, seal, unseal
 from bench.core.progress import Bar
 from bench.data import Data, eval_batches
@@ -182,7 +183,10 @@ def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet
 
     def read(path: Path) -> ImageSet:
         with np.load(path) as stored:  # whose archive has checksums
-            return ImageSet({name: torch.from_numpy(stored[used.weights]) for name, used in EXTRACTORS.items()})
+            features = {name: torch.from_numpy(stored[used.weights]) for name, used in EXTRACTORS.items()}
+        if not all(x.isfinite().all() for x in features.values()):
+            raise Damaged(path, "its features are not finite")
+        return ImageSet(features)
 
     return cached(cache_dir() / "references" / f"features-{key}.npz", make, read)
 

@@ -94,10 +94,10 @@ class Index:
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
             except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
-                check_damage(without_password(url), error)
-                raise UserError(
-                    f"cannot open storage {without_password(url)}: {reason_of(error)}; see --storage"
-                ) from error
+                shown = without_password(url)
+                check_damage(shown, error)
+                reason = f": {reason_of(error)}" if "://" in shown else ""  # which may have a part of what is hidden
+                raise UserError(f"cannot open storage {shown}{reason}; see --storage") from error
 
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of

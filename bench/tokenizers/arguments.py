@@ -64,7 +64,10 @@ class Arguments(Config):
         return match(config, self.match)
 
     def configs(self) -> list[Config]:
-        """One Config per backbone and seed."""
+        """One Config per backbone and seed. Raises UserError where one of these is empty."""
+        for flag, values in (("--backbone", self.backbone), ("--seeds", self.seeds)):
+            if not values:
+                raise UserError(f"{flag} needs at least one value")
         return [self.config(backbone, seed) for backbone in self.backbone for seed in self.seeds]
 
 

@@ -121,7 +121,7 @@ class Config:
     """weight of the R1 gradient penalty of the discriminator on real images"""
     steps: Count = 700
     """training steps"""
-    batch_size: Count = 16
+    batch_size: Annotated[Count, settings.at_most(2**16)] = 16
     """images per step"""
     lr: Positive = 2e-3
     """peak learning rate of AdamW, reached after the warm-up, cosine to zero afterwards"""

@@ -58,6 +58,9 @@ def run_trial(
     run = store.run(config)
     check_whole(run)
     data = prepare(config, store, fid_weights)
+    if min(len(data.train), len(data.val)) < 2:
+        found = f"{config.data} has {len(data.train)} training and {len(data.val)} validation images"
+        raise UserError(f"{found}; distances between sets need at least 2 of each")
     if run.finished:
         if run.protocol().get("fingerprint") != data.fingerprint:
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")

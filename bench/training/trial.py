@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
-from bench.core.files import atomic_path, remove_parts
+from bench.core.files import atomic_path, remove_parts, sha256_file
 from bench.core.progress import say
 from bench.core.store import Run, check_whole
 
@@ -69,12 +69,15 @@ def read_weights(run: Run, name: str, model: nn.Module) -> None:
     path = run.folder / name
     try:
         safetensors.torch.load_model(model, path)
-    except (RuntimeError, SafetensorError, OSError) as error:
+        if run.weights().get(name, found := sha256_file(path)) != found:  # older runs have no digest
+            raise ValueError("its digest is that of other weights")
+    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder") from error
 
 
 def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> None:
     """Writes metrics.json, which makes ``run`` a finished one, and drops its checkpoint; call it last."""
-    run.write("metrics.json", {"metrics": metrics, "protocol": protocol})
+    weights = {path.name: sha256_file(path) for path in run.folder.glob("*.safetensors")}
+    run.write("metrics.json", {"metrics": metrics, "protocol": protocol, "weights": weights})
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -1187,7 +1188,23 @@ def test_nothing_that_a_run_tells_steers_a_terminal_or_a_page(store, sketched, c
 def test_damaged_runs_of_a_study_are_not_said_to_be_planned(store, sketched, capsys):
     runs = sweep(store, EFFECTS, seeds=(0,))
     names = [*(run.folder.name for run in runs), "cnn-ema-0"]
-    store.extend_study("beta", {"kind": "ablation", "sweep": [], "metrics": []}, {name: {} for name in names})
+    store.extend_study("beta", {"kind": "ablation", "sweep": [], "metrics": ["psnr"]}, {name: {} for name in names})
     (runs[0].folder / "config.json").write_text("")
     write_report(["beta"], store.root)
     assert f"Runs: {len(runs) - 1} finished, 1 damaged, 1 planned but not started.\n" in capsys.readouterr().out
+
+
+def test_a_folder_whose_name_is_no_text_is_left_out_by_name(store, sketched, capsys):
+    runs = sweep(store, EFFECTS, seeds=(0,))
+    os.rename(runs[0].folder, os.fsencode(runs[0].folder) + b"\xff")
+    write_report([], store.root)
+    said = capsys.readouterr()
+    assert "has a name that is no text; rename that folder" in said.err
+    assert f"{len(runs) - 1} finished, 1 damaged" in said.out
+
+
+def test_a_prior_over_something_that_is_no_name_is_over_none(store):
+    folder = store.root / "priors" / "rnn-x"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"config": {"tokenizer": [1]}, "environment": {}}')
+    assert not report._is_over({"cnn"}, store.priors()[0])

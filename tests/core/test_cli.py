@@ -1,6 +1,7 @@
 """The manners of commands: which mistakes are told in one sentence, and in which words."""
 
 import errno
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -80,3 +81,13 @@ def test_what_an_interrupted_run_says_is_shown_as_it_is(capsys):
 
     assert guarded(work) == 130
     assert capsys.readouterr().err == "stopped at step 3 of [bold]x[/]\n"
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG])
+def test_what_is_in_the_way_is_named(capsys, number):
+    def work() -> int:
+        raise OSError(number, os.strerror(number), "results/runs/x/codes")
+
+    assert guarded(work) == 2
+    fix = "move away what is there, or name another place"
+    assert capsys.readouterr().err == f"error: {os.strerror(number)}: results/runs/x/codes; {fix}\n"

@@ -278,3 +278,33 @@ def test_a_digest_of_arrays_is_that_of_values_shapes_and_their_order():
     arrays = [(one, other), (other, one), (one.reshape(2, 3), other), (one, other + 1), (np.concatenate([one, other]),)]
     assert len({sha256_arrays(*each) for each in arrays}) == len(arrays)
     assert sha256_arrays(one, other) == sha256_arrays(one.copy(), other.copy())
+
+
+def test_a_writer_that_wrote_too_little_without_a_number_of_its_error_met_a_full_disk(tmp_path):
+    """As NumPy does."""
+    path = tmp_path / "codes.npy"
+    write = "import numpy\ndef fill(path): numpy.save(path, numpy.zeros(9999))"
+    assert write_until_full(write, path) == ["OSError", str(errno.EFBIG), str(path)]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ('{"x": 1' + 400 * "0" + "}", "a number of 401 characters"),
+        ('{"x": "\\ud800"}', "'utf-8' codec can't encode character"),
+        ('{"x": "\\udfff\\ud83d"}', "'utf-8' codec can't encode character"),
+    ],
+)
+def test_numbers_and_texts_that_nothing_can_show_are_damage(tmp_path, content, what):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(Damaged, match=what):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"x": "\\ud83d\\ude00", "y": -1234567890123456789}')  # a pair is a picture
+    assert read_json(tmp_path / "x.json") == {"x": "\U0001f600", "y": -1234567890123456789}
+
+
+def test_a_pipe_in_the_cache_is_replaced_and_not_waited_for(tmp_path, capsys):
+    path = tmp_path / "cached.json"
+    os.mkfifo(path)
+    assert cached(path, lambda path: path.write_text(seal({"psnr": 20.0})), unseal) == {"psnr": 20.0}
+    assert "is damaged: it is not a file; it is made again" in capsys.readouterr().err

@@ -482,3 +482,19 @@ def test_a_score_that_was_not_taken_is_no_damage(run):
     run.write("metrics.json", {"metrics": {"psnr": 20.0, "fid": None}, "protocol": {"extractor_inception": None}})
     assert run.status == "finished"
     assert run.metrics() == {"psnr": 20.0, "fid": None}
+
+
+def test_scores_per_image_of_another_shape_are_none(run):
+    """Two lengths, two axes, words, a bare array: no two runs could be compared by them."""
+    path = run.folder / "per_image.npz"
+    np.savez(path, psnr=np.zeros(3), ssim=np.zeros(3))
+    assert {*run.per_image()} == {"psnr", "ssim"}
+    for arrays in ({"psnr": np.zeros(3), "ssim": np.zeros(4)}, {"psnr": np.zeros((3, 3))}, {"psnr": np.array(["x"])}):
+        np.savez(path, **arrays)
+        assert run.per_image() == {}
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert run.per_image() == {}
+    path.unlink()
+    os.mkfifo(path)
+    assert run.per_image() == {}

@@ -710,3 +710,11 @@ def test_a_sqlite_database_does_not_wait_for_the_disk(tmp_path):
         with opened.storage.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 0
         opened.storage.engine.dispose()
+
+
+def test_the_reason_of_an_address_that_is_not_shown_is_not_shown_either(tmp_path):
+    """A driver that takes a part of the password for the host says so."""
+    with pytest.raises(UserError) as error:
+        Index("postgresql+psycopg://bob:hun@ter2@127.0.0.1:1/db", tmp_path)
+    assert "ter2" not in str(error.value)
+    assert str(error.value).endswith("an @ too many (write %40 in a password); see --storage")

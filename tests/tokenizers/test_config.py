@@ -319,7 +319,8 @@ MOST = {
     "seed": (2**31 - 1, 2**31),
     **dict.fromkeys(("width", "code_dim", "gan_width"), (16384, 16385)),
     **dict.fromkeys(("depth", "attention"), (1000, 1001)),
-    **dict.fromkeys(("steps", "batch_size"), (2**31 - 1, 2**31)),
+    "steps": (2**31 - 1, 2**31),
+    "batch_size": (2**16, 2**16 + 1),
     **{"codebook_size": (2**24, 2**24 + 1), "gan_layers": (10, 11)},
 }
 
@@ -533,3 +534,9 @@ def test_a_setting_of_another_kind_is_one_sentence_whichever_it_is(config, chang
     (name,) = change
     with pytest.raises(UserError, match=rf"^{name} is .*; it must be "):
         replace(config, **change).check()
+
+
+@pytest.mark.parametrize("flag", ["--backbone", "--seeds"])
+def test_a_command_for_nothing_is_told(flag):
+    with pytest.raises(UserError, match=f"^{flag} needs at least one value$"):
+        parse(RunArguments, [flag, "--preset", "smoke"], "x", "").configs()

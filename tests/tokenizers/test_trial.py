@@ -845,3 +845,13 @@ def test_a_damaged_run_is_not_trained_over(tiny, store, monkeypatch):
     with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
         run_trial(tiny, store)
     assert (run.folder / "metrics.json").read_text() == "{"
+
+
+@pytest.mark.parametrize(("train", "val"), [(1, 2), (2, 1)])
+def test_two_images_of_each_split_are_needed_before_any_training(trial_data, monkeypatch, tmp_path, train, val):
+    """Distances between sets have no spread of one."""
+    few = replace(trial_data, train=trial_data.train[:train], val=trial_data.val[:val])
+    monkeypatch.setattr("bench.tokenizers.trial.load", lambda data, image_size: few)
+    with pytest.raises(UserError, match=f"photos has {train} training and {val} validation images; distances"):
+        run_trial(make_config("cnn", "smoke", device="cpu"), tmp_path)
+    assert not list(tmp_path.glob("runs/*/history.jsonl"))

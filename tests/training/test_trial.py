@@ -156,3 +156,21 @@ def test_a_run_that_goes_on_twice_in_one_place_tells_of_that_place_once(run, mon
             (run.folder / "checkpoint.pt").touch()
     assert [made["commit"] for made in run.environments()] == ["a", "b"]
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_weights_that_changed_after_they_were_scored_are_refused(run):
+    """A flipped bit gives other scores; runs of older versions have no digest and are read."""
+    run.folder.mkdir(parents=True)
+    model = nn.Linear(2, 3)
+    write_weights(run, "prior.safetensors", model)
+    complete(run, {"psnr": 20.0}, {"count": 64})
+    read_weights(run, "prior.safetensors", nn.Linear(2, 3))
+    path = run.folder / "prior.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        UserError, match=r"does not hold the weights of this run \(its digest is that of other weights\)"
+    ):
+        read_weights(run, "prior.safetensors", nn.Linear(2, 3))
+    run.write("metrics.json", {"metrics": {}, "protocol": {}})
+    read_weights(run, "prior.safetensors", nn.Linear(2, 3))
