@@ -1,6 +1,6 @@
 """Would a test notice? Puts wrong versions of the code in place, one at a time, and runs the tests that should fail.
 
-    python -m tests.mutants                      all of them; about ten minutes on two cores
+    python -m tests.mutants                      all of them; about a quarter of an hour on two cores
     python -m tests.mutants --only statistics    those whose file, edit, tests or property contain the word
     python -m tests.mutants --list               show them, run nothing
 
