@@ -26,8 +26,7 @@ PART = ".part-"  # how the names of files begin that are still being written
 SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 # Bytes of JSON that stand for characters which would steer a terminal; an even number of backslashes is no escape.
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
-
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
 
 
@@ -103,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("control characters")
         found = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite, parse_int=_whole)
         if SURROGATE.search(content):
-            json.dumps(found, ensure_ascii=False).encode()  # a half of a pair alone is no text
+            json.dumps(found, ensure_ascii=False).encode()  # raises UnicodeEncodeError
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__} where an object belongs")
     except (ValueError, RecursionError) as error:
@@ -152,6 +151,8 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     content = stored.get("content") if "sha256" in stored else stored
     if stored.get("sha256", _digest(content)) != _digest(content):
         raise Damaged(path, "its digest is that of other content")
+    if not isinstance(content, dict):
+        raise Damaged(path, "its content is no object")
     if missing := {*names} - content.keys():
         raise Damaged(path, f"it has no {', '.join(sorted(missing))}")
     return content

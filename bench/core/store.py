@@ -129,8 +129,10 @@ class Run:
 
     def tokenizer(self) -> dict[str, Any]:
         """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
-        stored = self._read("config.json")
-        return self._read("config.json", "tokenizer")["tokenizer"] if "tokenizer" in stored else {}
+        tokenizer = self._read("config.json").get("tokenizer", {})
+        if not isinstance(tokenizer, dict):
+            raise Damaged(self.folder / "config.json", "its tokenizer is no object")
+        return tokenizer
 
     def settings(self, kind: type[Settings]) -> Settings:
         """``config`` as Config or PriorConfig; a field that the run was made without has its default. Raises Damaged

@@ -42,11 +42,11 @@ def _environments(resumed: Run | None) -> dict[str, Any]:
     before = resumed.environments() if resumed else []
     if not before or before[-1] == now:
         return {"environment": now, **({"earlier": before[:-1]} if before[:-1] else {})}
-    for name in ("commit", "versions", "python"):
+    for name, words in (("commit", "another commit"), ("versions", "other versions"), ("python", "another Python")):
         old, new = before[-1].get(name), now[name]
         if old != new:
             changed = f"{old} before, {new} now" if name != "versions" else _changes(old, new)
-            say(f"[yellow]{escape(resumed.folder.name)} goes on under another {name}:[/] {escape(changed)}")
+            say(f"[yellow]{escape(resumed.folder.name)} goes on under {words}:[/] {escape(changed)}")
     return {"environment": now, "earlier": before}
 
 

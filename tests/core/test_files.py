@@ -308,3 +308,10 @@ def test_a_pipe_in_the_cache_is_replaced_and_not_waited_for(tmp_path, capsys):
     os.mkfifo(path)
     assert cached(path, lambda path: path.write_text(seal({"psnr": 20.0})), unseal) == {"psnr": 20.0}
     assert "is damaged: it is not a file; it is made again" in capsys.readouterr().err
+
+
+def test_a_seal_of_something_else_than_an_object_is_damage(tmp_path):
+    """Though its digest is right."""
+    (tmp_path / "x.json").write_text(seal([1]))
+    with pytest.raises(Damaged, match="its content is no object"):
+        unseal(tmp_path / "x.json")

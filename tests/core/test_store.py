@@ -498,3 +498,9 @@ def test_scores_per_image_of_another_shape_are_none(run):
     path.unlink()
     os.mkfifo(path)
     assert run.per_image() == {}
+
+
+def test_a_priors_tokenizer_that_is_no_object_is_damage(run):
+    run.write("config.json", {"config": {}, "environment": {}, "tokenizer": [1]})
+    with pytest.raises(Damaged, match="its tokenizer is no object"):
+        run.tokenizer()

@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_earlier_environments(run, monkey
         ({"threads": 1, "commit": "b"}, ["one goes on under another commit: a before, b now"]),
         (
             {"threads": 1, "commit": "b", "versions": {"torch": "2.14", "timm": "1.0"}},
-            ["one goes on under another versions: torch 2.13 before, 2.14 now"],
+            ["one goes on under other versions: torch 2.13 before, 2.14 now"],
         ),
     ):
         monkeypatch.setattr(trial, "environment", lambda changes=changes: MADE | changes)
