@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 from tyro.extras import subcommand_cli_from_dict
 
+from bench.analysis.frames import statuses
 from bench.core.cli import guarded
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
@@ -61,7 +62,7 @@ def show(results: Path = Path("results")) -> int:
     table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
         record = store.study(name)
-        status = Counter(store.named(run_id).status for run_id in record["runs"])
+        status = Counter(statuses(map(store.named, record["runs"])).values())
         backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
         counts = ", ".join(f"{count} {status}" for status, count in status.items())
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), counts)

@@ -8,11 +8,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from bench.core import catalogue
 from bench.core.errors import Damaged
 from bench.core.store import Run, Store
 from bench.metrics import EVALUATORS, Metric
@@ -112,19 +114,47 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
 
 def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, list[str]]:
     """The ``frame`` of ``runs``, and a sentence on each whose settings cannot be read."""
-    rows, damaged = [], []
-    for run in runs:
-        try:
-            rows.append(_row(run, kind))
-        except (Damaged, OSError) as error:
-            damaged.append(str(error))
-        except UnicodeEncodeError:
-            damaged.append(f"{str(run.folder)!a} has a name that is no text; rename that folder")
-    columns = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
-    table = pd.DataFrame(rows, columns=[*columns, *sorted({name for row in rows for name in row} - set(columns))])
+    columns: dict[str, list[Any]] = {}
+    texts: dict[str, str] = {}  # one object for equal ones: a large table has few
+    count, damaged = 0, []
+    for entry in catalogue.entries(runs, partial(_entry, kind=kind)):
+        if "left_out" in entry:
+            damaged.append(entry["left_out"])
+            continue
+        row = entry["row"]
+        for name in row.keys() - columns.keys():
+            columns[name] = [math.nan] * count
+        for name, value in row.items():
+            columns[name].append(texts.setdefault(value, value) if isinstance(value, str) else value)
+        count += 1
+        for name in columns.keys() - row.keys():
+            columns[name].append(math.nan)
+    order = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
+    order += sorted(columns.keys() - set(order))
+    table = pd.DataFrame(columns, index=range(count), columns=order)
     numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
     table[numeric] = table[numeric].astype(float)
     return table, damaged
+
+
+def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> dict[Run, str]:
+    """How each of ``runs`` ended, see ``Run.status``; damaged also where its settings cannot be read."""
+    runs = list(runs)
+    return dict(zip(runs, catalogue.statuses(runs, partial(_entry, kind=kind)), strict=True))
+
+
+def _entry(run: Run, kind: Kind) -> dict[str, Any]:
+    """How ``run`` ended, with its row or with why it is left out."""
+    try:
+        row = _row(run.snapshot(), kind)
+        return {"status": row["status"], "row": row}
+    except Damaged as error:
+        return {"status": "damaged", "left_out": str(error)}
+    except OSError as error:
+        return {"status": run.status, "left_out": str(error)}
+    except UnicodeEncodeError:
+        words = f"{str(run.folder)!a} has a name that is no text; rename that folder"
+        return {"status": "damaged", "left_out": words}
 
 
 def _plain(value: Any) -> Any:
@@ -134,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 def _row(run: Run, kind: Kind) -> dict[str, Any]:
     environment, (status, reason) = run.environment(), run.ending()
-    row = {"run_id": run.folder.name, "status": status, "reason": reason, **kind.row(run)}
+    row = {**kind.row(run), "run_id": run.folder.name, "status": status, "reason": reason}
     row |= {name: _plain(environment.get(name)) for name in kind.environment}
     row["folder"] = str(run.folder).encode().decode()  # raises where a name is no text
     if status == "finished":
@@ -144,8 +174,8 @@ def _row(run: Run, kind: Kind) -> dict[str, Any]:
             error = Damaged(run.folder / "metrics.json", f"its protocol has no {missing[0]}")
             return {**row, "status": "damaged", "reason": str(error)}
         if "tokenizer" in protocol:
-            row["tokenizer_digest"] = protocol.pop("tokenizer")  # whose codes, not how they were measured
-        row |= run.metrics() | {f"protocol_{name}": value for name, value in protocol.items()}
+            row["tokenizer_digest"] = protocol["tokenizer"]  # whose codes, not how they were measured
+        row |= run.metrics() | {f"protocol_{name}": protocol[name] for name in protocol if name != "tokenizer"}
     return row
 
 

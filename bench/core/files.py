@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(path, f"it cannot be read ({error.strerror})") from error
     try:
-        if CONTROL.search(content):
+        if (b"\\" in content or b"\x7f" in content or not content.isascii()) and CONTROL.search(content):
             raise ValueError("control characters")
         found = json.loads(content.decode(), parse_float=_finite, parse_constant=_finite, parse_int=_whole)
         if SURROGATE.search(content):

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -72,6 +72,10 @@ class Run:
 
     folder: Path
 
+    def snapshot(self) -> "Run":
+        """The same run as its files are now: each of them is read once, whatever is asked."""
+        return _Snapshot(self.folder)
+
     @property
     def finished(self) -> bool:
         """Whether the run was trained and scored to the end."""
@@ -96,7 +100,7 @@ class Run:
                 self._scores()
                 return "finished", ""
             if os.path.lexists(self.folder / "failure.json"):
-                failure = read_json(self.folder / "failure.json")
+                failure = self._content("failure.json")
                 told = all(isinstance(failure.get(name), str) for name in ("status", "reason"))
                 if not told or failure["status"] in ("finished", "unfinished"):
                     raise Damaged(self.folder / "failure.json", "it tells no status and reason")
@@ -169,7 +173,7 @@ class Run:
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of each file of weights that a finished run was scored with; none of older ones."""
-        stored = read_json(self.folder / "metrics.json").get("weights", {})
+        stored = self._content("metrics.json").get("weights", {})
         return stored if isinstance(stored, dict) else {}
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,11 +215,14 @@ class Run:
 
     def _read(self, name: str, *parts: str) -> dict[str, Any]:
         """The file ``name``, in which each of ``parts`` is an object."""
-        content = read_json(self.folder / name)
+        content = self._content(name)
         for part in parts:
             if not isinstance(content.get(part), dict):
                 raise Damaged(self.folder / name, f"it has no {part}")
         return content
+
+    def _content(self, name: str) -> dict[str, Any]:
+        return read_json(self.folder / name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -229,6 +236,16 @@ class Run:
             yield
         finally:
             lock.release()
+
+
+@dataclass(frozen=True)
+class _Snapshot(Run):
+    read: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _content(self, name: str) -> dict[str, Any]:
+        if name not in self.read:
+            self.read[name] = read_json(self.folder / name)
+        return self.read[name]
 
 
 class Store:

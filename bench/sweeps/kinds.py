@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.analysis.frames import METRICS, PRIOR_METRICS, Metric
+from bench.analysis import frames
+from bench.analysis.frames import Metric
 from bench.core.store import Run, Store
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
@@ -23,12 +24,17 @@ class Kind(NamedTuple):
     prefix: str  # with this before it
     train: Callable[[Any, Store, Path | None], Run]  # config, store and Inception's weights → the finished run
     config: type  # whose SHELF is also the key of its runs in a study's file
-    metrics: dict[str, Metric]
+    frame: frames.Kind  # of which its rows in frames are
     ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
     told: tuple[str, ...]  # further metrics in the line of a trial that ended
     picture: str  # the file in a run's folder that its trial shows
     loss: Callable[[Any, Row], float]  # config and row of a history → the training loss that a pruner sees
     figures: Callable[[Row], str]  # row of a history → how training stands
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """What its runs are scored with, in the order of tables."""
+        return self.frame.metrics
 
     def study(self, name: str, label: str) -> str:
         """Name of the Optuna study that belongs to ``name`` and has ``label``, a value of ``key``."""
@@ -41,7 +47,7 @@ TOKENIZERS = Kind(
     prefix="",
     train=run_trial,
     config=Config,
-    metrics=METRICS,
+    frame=frames.TOKENIZER,
     ranked=(),
     told=("psnr", "perplexity"),
     picture="reconstructions.png",
@@ -54,7 +60,7 @@ PRIORS = Kind(
     prefix="prior-",
     train=lambda config, store, fid_weights: run_prior(config, store.named(config.tokenizer), store, fid_weights),
     config=PriorConfig,
-    metrics=PRIOR_METRICS,
+    frame=frames.PRIOR,
     ranked=("coded_bits_per_token",),
     told=("gfid_vgg16",),
     picture="samples.png",

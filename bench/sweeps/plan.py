@@ -12,7 +12,7 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from bench.analysis.frames import DEFAULTS, frame
+from bench.analysis.frames import DEFAULTS, frame, statuses
 from bench.core.errors import UserError
 from bench.core.store import FAILURES, Run, Store
 from bench.priors.config import PriorConfig
@@ -189,13 +189,14 @@ class AblationPlan(Plan):
         return cells
 
     def priors(self) -> list[Part]:
-        finished = [(name, one) for name, cells in self.cells.items() for one in cells if one.run.finished]
+        status = ending(self.tokenizers())
+        done = [(name, one) for name, cells in self.cells.items() for one in cells if status[one.run] == "finished"]
         parts = []
-        for prior in self._prior_names if finished else ():
+        for prior in self._prior_names if done else ():
             cells = [
                 # timm's models go by one name: Optuna has to know all values beforehand
                 self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
-                for name, one in finished
+                for name, one in done
             ]
             parts.append(self._part(PRIORS, prior, self.options.prior_steps, cells))
         return parts
@@ -209,15 +210,16 @@ class AblationPlan(Plan):
         rows = part.rows(part.cells)
         self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
         states = index.states(study)
+        status = ending([part])  # after the states: what ends in between is known to one of them
         for cell in part.cells:
-            run_id = cell.run.folder.name
-            known, failed_again = states.get(run_id, set()), run_id in self._enqueued and cell.run.status in FAILURES
+            run_id, how = cell.run.folder.name, status[cell.run]
+            known, failed_again = states.get(run_id, set()), run_id in self._enqueued and how in FAILURES
             if known & {"WAITING", "RUNNING"}:
                 continue  # whoever takes it, or has it, will look into the store
-            if self.wants(cell.run) and not failed_again:
+            if how not in self.final and not failed_again:
                 self._enqueued.add(run_id)
                 index.enqueue(study, cell.params, run_id)
-            elif not known & ({"COMPLETE"} if cell.run.finished else {"FAIL", "PRUNED"}):
+            elif not known & ({"COMPLETE"} if how == "finished" else {"FAIL", "PRUNED"}):
                 index.add(study, cell.params, cell.runs, part.metrics, {})
         return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
@@ -227,8 +229,7 @@ class AblationPlan(Plan):
 
     def failed(self) -> bool:
         """Whether a planned run has no scores."""
-        parts = (*self.tokenizers(), *self.priors())
-        return not all(cell.run.finished for part in parts for cell in part.cells)
+        return {*ending([*self.tokenizers(), *self.priors()]).values()} != {"finished"}
 
     def _words(self) -> list[str]:
         given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS if self._prior_names}
@@ -238,14 +239,15 @@ class AblationPlan(Plan):
     def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
         """Cells per seed, how runs ended, and the configs to run."""
         cells = self.cells[backbone]
-        configs = [cell.configs[0] for cell in cells if self.wants(cell.run)]
-        return len(cells) // len(self.seeds), Counter(cell.run.status for cell in cells), configs
+        status = statuses(cell.run for cell in cells)
+        configs = [cell.configs[0] for cell in cells if status[cell.run] not in self.final]
+        return len(cells) // len(self.seeds), Counter(status.values()), configs
 
     def table(self) -> Table:
         table = super().table()
         if self._prior_names:
             planned = len(self._prior_names) * sum(map(len, self.cells.values()))
-            finished = sum(cell.run.finished for part in self.priors() for cell in part.cells)
+            finished = Counter(ending(self.priors()).values())["finished"]
             table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
         return table
 
@@ -293,8 +295,8 @@ class SearchPlan(Plan):
 
     def failed(self) -> bool:
         """Whether a run failed, which a pruned one has not."""
-        runs = self.store.study(self.name)["runs"]
-        return any(self.store.named(run_id).status in {*FAILURES} - {"pruned"} for run_id in runs)
+        found = statuses(map(self.store.named, self.store.study(self.name)["runs"]))
+        return bool({*found.values()} & {*FAILURES} - {"pruned"})
 
     def _words(self) -> list[str]:
         # a trial's value is the mean over its seeds
@@ -305,10 +307,19 @@ class SearchPlan(Plan):
         """Trials, how runs ended, and a config for each that is left of the budget."""
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
         ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
-        status = Counter(run.status for run in ours)
+        status = Counter(statuses(ours).values())
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
         return self.options.trials, status, [self.example(backbone)] * left
+
+
+def ending(parts: list[Part]) -> dict[Run, str]:
+    """How the runs of all cells of ``parts`` ended."""
+    return {
+        run: status
+        for part in parts
+        for run, status in statuses((cell.run for cell in part.cells), part.kind.frame).items()
+    }
 
 
 def shown(value: Any) -> str:

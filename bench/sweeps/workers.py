@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rich.markup import escape
 
+from bench.analysis.frames import statuses
 from bench.analysis.report import write_report
 from bench.core.cli import guarded
 from bench.core.errors import Interrupted, UserError
@@ -66,7 +67,7 @@ def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
 def conclude(plan: Plan, index: Index) -> None:
     """Counts how tokenizers ended, writes the report, attaches its plots."""
     runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
-    status = Counter(run.status for run in runs)
+    status = Counter(statuses(runs).values())
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
