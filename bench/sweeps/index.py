@@ -11,8 +11,9 @@ import re
 import threading
 import warnings
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 from optuna_dashboard._note import note_ver_key, split_body
 
-from bench.analysis.frames import settings
+from bench.analysis.frames import settings, statuses
 from bench.core.errors import Damaged, UserError
 from bench.core.store import FAILURES, Run, Store
 
+from .bulk import Unwritten
 from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of
 from .patience import PatientStorage, check_damage, reason_of
@@ -43,6 +45,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
+AT_ONCE = 500  # trials that are written in one transaction
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
 SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
@@ -187,23 +190,21 @@ class Index:
             done.set()
             thread.join()
 
-    def add(self, study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> None:
-        """Records ``runs`` (the seeds of one trial) that ended without this database knowing. ``space`` is what a
-        search sampled ``params`` from, {} for an ablation."""
-        distributions = {name: distribution(name, space.get(name)) for name in params}
-        template = _waiting(params, distributions, runs[0].folder.name)
-        template.user_attrs = _attributes(runs)
-        if len(metrics) == 1 and runs[0].status != "damaged":
-            config = runs[0].settings(kind_of(runs[0]).config)
-            template.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
-        trial_id = self.storage.create_new_trial(study._study_id, template_trial=template)
-        self._start(trial_id)
-        trial = Trial(study, trial_id)
-        body = split_body(self._note(study, trial, runs), trial_id)  # save_note reads those of all trials
-        for name, part in {note_ver_key(trial_id): 1, **body}.items():
-            self.storage.set_study_system_attr(study._study_id, name, part)
-        state, values = _result(runs, metrics)
-        study.tell(trial, values, state)
+    def add(
+        self, study: Study, ended: Sequence[tuple[dict[str, Any], list[Run]]], metrics: Metrics, space: Space
+    ) -> None:
+        """Records trials, (params, runs of all seeds) each, that ended without this database knowing. ``space`` is what
+        a search sampled ``params`` from, {} for an ablation."""
+        for start in range(0, len(ended), AT_ONCE):
+            trials = []
+            for params, runs in ended[start : start + AT_ONCE]:
+                runs = [run.snapshot() for run in runs]
+                trials.append((_ended(study, params, runs, metrics, space), runs))
+            self.storage.add_ended(study._study_id, trials, partial(self._note_attributes, study))
+
+    def _note_attributes(self, study: Study, trial: FrozenTrial, runs: list[Run]) -> dict[str, Any]:
+        """What ``save_note`` writes of a trial without a note, without reading those of all others."""
+        return {note_ver_key(trial._trial_id): 1, **split_body(self._note(study, trial, runs), trial._trial_id)}
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
@@ -228,7 +229,7 @@ class Index:
         ended = self.storage.get_trial(trial._trial_id)
         study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
 
-    def _note(self, study: Study, trial: Trial, runs: list[Run]) -> str:
+    def _note(self, study: Study, trial: Trial | FrozenTrial, runs: list[Run]) -> str:
         """How each run ended, its picture, which becomes an artifact, and its scores."""
         kind, lines = kind_of(runs[0]), []
         for run in runs:
@@ -240,10 +241,12 @@ class Index:
                 lines += [f"| {one.label} {one.arrow} | {value:{one.form}} |" for one, value in scores]
         return "\n".join(lines)
 
-    def _picture(self, study: Study, trial: Trial, path: Path) -> str:
+    def _picture(self, study: Study, trial: Trial | FrozenTrial, path: Path) -> str:
         if not path.is_file():
             return ""
-        artifact = upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
+        storage = Unwritten(trial) if isinstance(trial, FrozenTrial) else self.storage
+        options = {"artifact_store": self.artifacts, "storage": storage}
+        artifact = upload_artifact(file_path=str(path), study_or_trial=trial, **options)
         return f"![{path.stem}](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})\n"
 
     def attach(self, study: Study, text: str, pictures: Iterable[tuple[str, Path]]) -> None:
@@ -286,11 +289,15 @@ def rebuild(index: Index, store: Store, name: str) -> int:
             for study in studies.values():
                 index.recover(study)
             known = {label: index.states(study) for label, study in studies.items()}
+            how = statuses((run for _, runs in trials.values() for run in runs), kind.frame)
+            ended: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {label: [] for label in labels}
             for (label, *_), (params, runs) in trials.items():
-                statuses = {run.status for run in runs}
-                if runs[0].folder.name not in known[label] and (statuses == {"finished"} or statuses & {*FAILURES}):
-                    index.add(studies[label], params, runs, metrics, space)
-                    added += 1
+                found = {how[run] for run in runs}
+                if runs[0].folder.name not in known[label] and (found == {"finished"} or found & {*FAILURES}):
+                    ended[label].append((params, runs))
+            for label in labels:
+                index.add(studies[label], ended[label], metrics, space)
+                added += len(ended[label])
     return added
 
 
@@ -374,6 +381,19 @@ def _result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] 
     if any(None in column for column in values):  # such as a metric that was not asked for then
         return TrialState.FAIL, None
     return TrialState.COMPLETE, [sum(column) / len(rows) for column in values]
+
+
+def _ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> FrozenTrial:
+    """A trial whose runs ended elsewhere, as ``tell`` would have left it."""
+    trial = _waiting(params, {name: distribution(name, space.get(name)) for name in params}, None)
+    trial.user_attrs = _attributes(runs)
+    trial.state, trial.values = _result(runs, metrics)
+    if len(metrics) == 1 and runs[0].status != "damaged":
+        config = runs[0].settings(kind_of(runs[0]).config)
+        trial.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
+        if trial.state == TrialState.PRUNED and trial.intermediate_values:
+            trial.value = [*trial.intermediate_values.values()][-1]  # as Optuna says what a pruned trial is worth
+    return trial
 
 
 def _seconds(run: Run) -> float:

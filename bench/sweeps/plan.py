@@ -210,6 +210,7 @@ class AblationPlan(Plan):
         rows = part.rows(part.cells)
         self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
         states = index.states(study)
+        ended: list[tuple[dict[str, Any], list[Run]]] = []
         status = ending([part])  # after the states: what ends in between is known to one of them
         for cell in part.cells:
             run_id, how = cell.run.folder.name, status[cell.run]
@@ -220,7 +221,8 @@ class AblationPlan(Plan):
                 self._enqueued.add(run_id)
                 index.enqueue(study, cell.params, run_id)
             elif not known & ({"COMPLETE"} if how == "finished" else {"FAIL", "PRUNED"}):
-                index.add(study, cell.params, cell.runs, part.metrics, {})
+                ended.append((cell.params, cell.runs))
+        index.add(study, ended, part.metrics, {})
         return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
     def claimed(self, part: Part, trial: Trial) -> Cell:

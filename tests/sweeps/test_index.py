@@ -95,7 +95,7 @@ def test_the_best_trial_is_the_one_with_the_better_score(indexed, store):
         study = indexed.open(metric, (metric,))
         for seed, value in enumerate((20.0, 25.0, 15.0)):
             run = made(store, config=smoke(seed=seed), **{metric: value})
-            indexed.add(study, {"beta": 0.5, "seed": seed}, [run], (metric,), {})
+            indexed.add(study, [({"beta": 0.5, "seed": seed}, [run])], (metric,), {})
         assert study.best_value == best
 
 
@@ -313,7 +313,7 @@ def test_a_run_that_ended_elsewhere_is_recorded_with_its_curve(indexed, store):
     study = indexed.open("one", ("psnr",))
     rows = [{"step": step, "reconstruction": 1 / step, "lpips": 0.0, "seconds": 1.0} for step in (50, 100, 150)]
     run = made(store, rows=rows, config=smoke(steps=150))
-    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("psnr",), {})
+    indexed.add(study, [({"beta": 0.25, "seed": 0}, [run])], ("psnr",), {})
     (trial,) = study.trials
     assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, 20.0, {"beta": 0.25, "seed": 0})
     assert trial.intermediate_values == {step: pytest.approx(-1 / step) for step in (50, 100, 150)}
@@ -488,7 +488,7 @@ def test_a_trial_of_several_metrics_has_no_curve(indexed, store):
     """Optuna has intermediate values for one objective only."""
     study, metrics = indexed.open("two", ("psnr", "lpips_vgg")), ("psnr", "lpips_vgg")
     rows = [{"step": 150, "reconstruction": 1.0, "seconds": 1.0}]
-    indexed.add(study, {"beta": 0.25}, [made(store, rows=rows, config=smoke(steps=150))], metrics, {})
+    indexed.add(study, [({"beta": 0.25}, [made(store, rows=rows, config=smoke(steps=150))])], metrics, {})
     assert [(trial.values, trial.intermediate_values) for trial in study.trials] == [([20.0, 0.4], {})]
 
 
@@ -553,7 +553,7 @@ def test_the_time_that_trials_took_is_that_of_those_that_have_any(indexed, store
     assert indexed.seconds(study) == 0
     for seed, seconds in ((1, 10.0), (2, 20.5)):
         run = made(store, config=smoke(seed=seed), train_seconds=seconds)
-        indexed.add(study, {"seed": seed}, [run], ("psnr",), {})
+        indexed.add(study, [({"seed": seed}, [run])], ("psnr",), {})
     assert indexed.seconds(study) == 30.5
 
 
@@ -644,7 +644,7 @@ def test_all_that_a_field_may_be_can_be_swept():
 def test_a_damaged_run_is_a_trial_that_failed_with_its_reason(indexed, store, name):
     study, run = indexed.open("one", ("psnr",)), made(store)
     (run.folder / name).write_text("{")
-    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("psnr",), {})
+    indexed.add(study, [({"beta": 0.25, "seed": 0}, [run])], ("psnr",), {})
     (trial,) = study.get_trials()
     assert (trial.state.name, trial.user_attrs["status"]) == ("FAIL", "damaged")
     assert trial.user_attrs["reason"].startswith(f"{run.folder / name} is damaged")
@@ -653,7 +653,7 @@ def test_a_damaged_run_is_a_trial_that_failed_with_its_reason(indexed, store, na
 def test_a_run_without_the_metric_that_a_study_ranks_by_fails_its_trial(indexed, store):
     """Such as FID, of a run that was scored where Inception's weights were not to be had."""
     study, run = indexed.open("one", ("fid",)), made(store)
-    indexed.add(study, {"beta": 0.25, "seed": 0}, [run], ("fid",), {})
+    indexed.add(study, [({"beta": 0.25, "seed": 0}, [run])], ("fid",), {})
     assert [trial.state.name for trial in study.get_trials()] == ["FAIL"]
 
 
@@ -677,7 +677,7 @@ def test_a_trial_whose_runs_lack_a_metric_of_the_study_has_failed(indexed, store
     """Such as one that was not asked for when they were scored."""
     study = indexed.open("one", ("psnr", "ssim"))
     run = made(store, psnr=21.0)
-    indexed.add(study, {"seed": 0}, [run], ("psnr", "ssim"), {})
+    indexed.add(study, [({"seed": 0}, [run])], ("psnr", "ssim"), {})
     indexed.tell(study, taken(indexed, study), [run], ("psnr", "ssim"))
     assert [(trial.state, trial.values) for trial in study.trials] == 2 * [(TrialState.FAIL, None)]
     assert study.trials[0].user_attrs["psnr"] == 21.0
@@ -692,7 +692,7 @@ def test_a_run_that_ended_elsewhere_is_described_as_one_that_ended_here(indexed,
         )
         trial = taken(indexed, study, {"seed": seed})
         indexed.tell(study, trial, [run], ("psnr",))
-        indexed.add(study, {"seed": seed}, [run], ("psnr",), {})
+        indexed.add(study, [({"seed": seed}, [run])], ("psnr",), {})
         here, there = (study.trials[number] for number in (2 * seed, 2 * seed + 1))
         assert (here.state, here.values, here.user_attrs) == (there.state, there.values, there.user_attrs)
         notes = [get_note(optuna.Trial(study, one._trial_id)) for one in (here, there)]
