@@ -16,7 +16,7 @@ import tyro
 
 from bench.analysis.report import write_report
 from bench.core.cli import guarded
-from bench.sweeps.index import importances
+from bench.sweeps.importance import importances
 
 
 @dataclass(frozen=True)

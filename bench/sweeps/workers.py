@@ -19,7 +19,8 @@ from bench.training.loop import interruptible
 
 from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
-from .index import Index, Study, Trial, TrialState, default_url, importances, report, without_password
+from .importance import importances
+from .index import Index, Study, Trial, TrialState, default_url, report, without_password
 from .kinds import AnyConfig, Row
 from .plan import Cell, Part, Plan, make_plan, shown
 

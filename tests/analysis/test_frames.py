@@ -435,6 +435,16 @@ def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
     assert table.tokenizer.tolist() == [over.run_id()]
 
 
+def test_a_column_that_begins_late_is_missing_before():
+    """And one that only earlier runs have is missing after."""
+    configs = [make_config("cnn", "smoke", seed=seed, device="cpu") for seed in range(3)]
+    extra = [{"old": 1.0}, {}, {"new": 2.0, "word": 3.0}]
+    table = frame(Known(config, scores=scores) for config, scores in zip(configs, extra, strict=True))
+    assert list(table.old.fillna(-1)) == [1.0, -1, -1]
+    assert list(table.new.fillna(-1)) == list(table.word.fillna(-1) - [0, 0, 1]) == [-1, -1, 2.0]
+    assert list(table.seed) == [0, 1, 2]
+
+
 def test_of_runs_that_cannot_be_read_each_is_told_and_the_others_have_their_rows():
     class Broken(Known):
         def settings(self, kind):

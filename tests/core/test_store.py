@@ -14,6 +14,7 @@ from bench.core.errors import Damaged, UserError
 from bench.core.store import FAILURES, Busy, NoSpace, Run, Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
+from tests.fabricate import fabricate
 
 HEADER = {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}
 METRICS = {
@@ -504,3 +505,12 @@ def test_a_priors_tokenizer_that_is_no_object_is_damage(run):
     run.write("config.json", {"config": {}, "environment": {}, "tokenizer": [1]})
     with pytest.raises(Damaged, match="its tokenizer is no object"):
         run.tokenizer()
+
+
+def test_a_snapshot_is_of_one_moment(tmp_path):
+    """What is read of a file fits what was read of it before, also when it is replaced in between."""
+    run = fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))
+    seen, before = run.snapshot(), run.config()
+    assert (seen.folder, seen.config(), seen.status) == (run.folder, before, "finished")
+    run.write("config.json", {"config": {**before, "beta": 9.0}, "environment": {}})
+    assert (seen.config(), run.config()["beta"], run.snapshot().config()["beta"]) == (before, 9.0, 9.0)

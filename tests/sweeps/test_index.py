@@ -23,9 +23,10 @@ from bench.core.store import FAILURES, Run, Store
 from bench.data import AUGMENTATIONS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
-from bench.sweeps import index
+from bench.sweeps import importance, index
 from bench.sweeps.definition import Range, distribution, suggest
-from bench.sweeps.index import MAX_REPORTS, Index, importances, report, without_password
+from bench.sweeps.importance import importances
+from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
 from bench.tokenizers.config import Config, make_config
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
@@ -320,6 +321,92 @@ def test_a_run_that_ended_elsewhere_is_recorded_with_its_curve(indexed, store):
     assert indexed.states(study) == {run.folder.name: {"COMPLETE"}}
 
 
+@pytest.fixture
+def several(indexed) -> list[tuple]:
+    """Trials of all kinds that have ended."""
+    spaces = {"beta": distribution("beta"), "backbone": distribution("backbone"), "seed": distribution("seed")}
+    ends = [("COMPLETE", [1.5, -2.0]), ("FAIL", None), ("PRUNED", None), ("COMPLETE", [0.0, float("inf")])]
+    trials = []
+    for seed, (state, values) in enumerate(ends):
+        params = {"beta": 0.1 + seed, "backbone": ("cnn", "vit")[seed % 2], "seed": seed}
+        template = optuna.trial.create_trial(
+            state=TrialState[state],
+            values=values,
+            params=params,
+            distributions=spaces,
+            user_attrs={"run_id": f"run {seed}", "psnr": 20.5, "reason": None},
+            system_attrs={"fixed_params": params},
+        )
+        trials.append((template, f"beside {seed}"))
+    return trials
+
+
+def test_trials_that_are_added_at_once_are_those_that_optuna_adds(indexed, several):
+    """In a study that has trials of its own, beside another one."""
+    found, ways = {}, ["minimize", "maximize"]
+    for name in ("other", "ours", "optuna's"):
+        study = optuna.create_study(study_name=name, storage=indexed.storage, directions=ways)
+        study.add_trial(several[1][0])
+        if name == "ours":
+            indexed.storage.add_ended(study._study_id, several, lambda trial, beside: {f"note {trial.number}": beside})
+            assert (
+                indexed.storage.get_study_system_attrs(study._study_id).items()
+                >= {f"note {n + 1}": f"beside {n}" for n in range(4)}.items()
+            )
+        else:
+            study.add_trials([template for template, _ in several])
+        study.add_trial(several[1][0])
+        found[name] = study.get_trials()
+        assert all(trial.datetime_complete for trial in found[name] if trial.user_attrs["run_id"] != "run 1")
+    for here, there in zip(found["ours"], found["optuna's"], strict=True):
+        for name in ("number", "state", "values", "params", "distributions", "user_attrs", "system_attrs"):
+            assert getattr(here, name) == getattr(there, name), name
+
+
+def test_all_trials_that_are_added_at_once_are_added_or_none(indexed, several):
+    study = indexed.open("one", ("psnr",))
+
+    def about(trial, beside):
+        if trial.number == 2:
+            raise OSError("the disk is full")
+        return {}
+
+    with pytest.raises(OSError, match="full"):
+        indexed.storage.add_ended(study._study_id, several, about)
+    assert study.get_trials() == []
+
+
+def test_optuna_says_nothing_that_a_user_did_not_ask_for(indexed, capfd):
+    """Such as that a study was made, or that what is used is experimental."""
+    indexed.open("one", ("psnr",))
+    assert capfd.readouterr() == ("", "")
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+
+
+def test_more_than_fits_a_transaction_is_added_in_several(indexed, store, monkeypatch):
+    monkeypatch.setattr(index, "AT_ONCE", 2)
+    study = indexed.open("one", ("psnr",))
+    ended = [({"seed": seed}, [made(store, config=smoke(seed=seed), psnr=20.0 + seed)]) for seed in range(5)]
+    indexed.add(study, ended, ("psnr",), {})
+    assert [(trial.number, trial.value) for trial in study.trials] == [(seed, 20.0 + seed) for seed in range(5)]
+    indexed.add(study, [], ("psnr",), {})
+    assert len(study.trials) == 5
+
+
+def test_a_picture_of_a_run_that_ended_elsewhere_is_an_artifact_of_its_trial(indexed, store):
+    study, run = indexed.open("one", ("psnr",)), made(store)
+    (run.folder / "reconstructions.png").write_bytes(b"a picture")
+    indexed.add(study, [({"seed": 0}, [run])], ("psnr",), {})
+    (trial,) = study.trials
+    (meta,) = optuna.artifacts.get_all_artifact_meta(trial, storage=indexed.storage)
+    assert (meta.filename, meta.mimetype) == ("reconstructions.png", "image/png")
+    with indexed.artifacts.open_reader(meta.artifact_id) as file:
+        assert file.read() == b"a picture"
+    assert f"/artifacts/{study._study_id}/{trial._trial_id}/{meta.artifact_id}" in get_note(
+        optuna.Trial(study, trial._trial_id)
+    )
+
+
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -450,9 +537,9 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert index._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
+        assert importance._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
     for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert index._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert importance._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -461,14 +548,14 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
     table = pd.DataFrame(rows, columns=frame([]).columns)
     looked_at = []
     monkeypatch.setattr(
-        index, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
+        importance, "create_trial", lambda value, **rest: looked_at.append(value) or create_trial(value=value, **rest)
     )
     assert not importances(table[:4], "psnr").empty
     assert importances(table[:3], "psnr").empty
     gappy = table[:5].assign(psnr=[math.nan, 1.0, 2.0, 3.0, 4.0])
     assert not importances(gappy, "psnr").empty
     assert not any(map(math.isnan, looked_at))
-    monkeypatch.setattr(index, "MAX_ROWS", 10)
+    monkeypatch.setattr(importance, "MAX_ROWS", 10)
     looked_at.clear()
     importances(table, "psnr")
     assert len(set(looked_at)) == 10

@@ -21,7 +21,7 @@ from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.sweeps import definition, index, plan
+from bench.sweeps import definition, importance, index, plan
 from bench.sweeps import workers as study
 from bench.sweeps.child import Outcome
 from bench.sweeps.definition import Ablation, Range, Search, parse_study
@@ -489,11 +489,11 @@ def test_importance_finds_what_matters(tmp_path):
     for beta in (0.25, 0.5, 1.0, 2.0):
         for seed in range(3):
             fabricate(store, make_config("cnn", "smoke", beta=beta, seed=seed), quality=0.05 * beta)
-    found = index.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
+    found = importance.importances(frame(store.runs()), "lpips_vgg").set_index("parameter").importance
     assert found.sum() == pytest.approx(1)
     assert found["beta"] > 0.9
-    assert index.importances(frame([]), "lpips_vgg").empty
-    assert index.importances(frame(store.runs()[:3]), "lpips_vgg").empty
+    assert importance.importances(frame([]), "lpips_vgg").empty
+    assert importance.importances(frame(store.runs()[:3]), "lpips_vgg").empty
 
 
 def test_all_backbones_by_default():
