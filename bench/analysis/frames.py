@@ -57,7 +57,10 @@ def _tokenizer_row(run: Run) -> dict[str, Any]:
 
 
 def _prior_row(run: Run) -> dict[str, Any]:
-    return {**{_renamed(name): value for name, value in run.tokenizer().items()}, **vars(run.settings(PriorConfig))}
+    tokenizer = run.tokenizer()
+    if tokenizer or run.finished:
+        tokenizer = {**tokenizer, **vars(run.settings(Config, "tokenizer"))}
+    return {**{_renamed(name): value for name, value in tokenizer.items()}, **vars(run.settings(PriorConfig))}
 
 
 def _renamed(name: str) -> str:

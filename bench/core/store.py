@@ -43,6 +43,19 @@ LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 LISTED = 8  # run ids that a message names
 STUDY = {"kind": str, "sweep": list, "metrics": list, "runs": dict}  # what its file says
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
+# By the folder that a finished run lies in: metrics and parts of its protocol that every version has written.
+SCORED = {
+    "runs": (*(side for _, *sides in BOTH_SIDES for side in sides), "tokens", "bits_per_image", "psnr", "perplexity"),
+    "priors": (
+        *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "coded_bits_per_token_independent"),
+        *("gfid_vgg16", "nearest_train_psnr", "nearest_val_psnr", "sampling_speedup", "params_prior", "train_seconds"),
+    ),
+}
+NUMBERS = {
+    "runs": ("count", "image_size", "skipped"),
+    "priors": ("count", "image_size", "samples", "temperature", "top_k"),
+}
+TOLD = ("version", "data", "fingerprint", "split", "rounding", "precision", "extractor_vgg16", "extractor_inception")
 
 
 class NoSpace(UserError):
@@ -134,10 +147,10 @@ class Run:
             raise Damaged(self.folder / "config.json", "its tokenizer is no object")
         return tokenizer
 
-    def settings(self, kind: type[Settings]) -> Settings:
-        """``config`` as Config or PriorConfig; a field that the run was made without has its default. Raises Damaged
-        where a value cannot be that of its field."""
-        stored = self.config()
+    def settings(self, kind: type[Settings], part: str = "config") -> Settings:
+        """``config`` as Config or PriorConfig, or the ``tokenizer`` of a prior as Config; a field that the run was made
+        without has its default. Raises Damaged where a value cannot be that of its field."""
+        stored = self._read("config.json", part)[part]
         try:
             settings = kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
             check_values(settings)
@@ -159,8 +172,8 @@ class Run:
         return every
 
     def metrics(self) -> dict[str, Any]:
-        """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
-        and ``flops`` are of both sides."""
+        """The scores, costs and reference scores that a finished run has, by their present names; a tokenizer's
+        ``params`` and ``flops`` are of both sides."""
         return self._scores()[0]
 
     def protocol(self) -> dict[str, Any]:
@@ -174,18 +187,23 @@ class Run:
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
-        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items()}
+        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items() if value is not None}
+        protocol, shelf = stored["protocol"], self.folder.absolute().parent.name
         for name, value in metrics.items():
-            if value is not None and type(value) not in (int, float):
+            if type(value) not in (int, float):
                 raise Damaged(path, f"{name} is {value!r}, which is no number")
-        if any(isinstance(value, (list, dict)) for value in stored["protocol"].values()):
+        if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
+            raise Damaged(path, f"it has no {missing[0]}")
+        if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
-        if "params_encoder" in metrics:
-            for both, first, second in BOTH_SIDES:
-                if metrics.get(first) is None or metrics.get(second) is None:
-                    raise Damaged(path, f"it has no {first} or no {second}")
+        if missing := [name for name in TOLD if shelf in SCORED and name not in protocol]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        if missing := [name for name in NUMBERS.get(shelf, ()) if type(protocol.get(name)) not in (int, float)]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        for both, first, second in BOTH_SIDES:
+            if first in metrics and second in metrics:
                 metrics[both] = metrics[first] + metrics[second]
-        return metrics, stored["protocol"]
+        return metrics, protocol
 
     def history(self) -> list[dict[str, float]]:
         """One row of numbers per logged step; none before the first. A damaged line is left out."""

@@ -353,7 +353,7 @@ def _range_of(values: pd.Series) -> BaseDistribution:
 def _scores(run: Run) -> dict[str, float]:
     """Metrics that a finished run has, in the order of tables."""
     metrics = run.metrics()
-    return {name: metrics[name] for name in kind_of(run).metrics if metrics.get(name) is not None}
+    return {name: metrics[name] for name in kind_of(run).metrics if name in metrics}
 
 
 def _attributes(runs: list[Run]) -> dict[str, Any]:
@@ -380,7 +380,7 @@ def _seconds(run: Run) -> float:
     """What a run has cost, finished or not."""
     if run.finished:
         metrics = run.metrics()
-        return sum(metrics.get(name) or 0.0 for name in ("train_seconds", "score_seconds"))
+        return sum(metrics.get(name, 0.0) for name in ("train_seconds", "score_seconds"))
     rows = run.history()
     return rows[-1].get("seconds", 0.0) if rows else 0.0
 

@@ -187,6 +187,6 @@ class Workers:
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":
             metrics, known = cell.run.metrics(), self.kind.metrics
-            names = dict.fromkeys((*part.metrics, *self.kind.told))
+            names = [name for name in dict.fromkeys((*part.metrics, *self.kind.told)) if name in metrics]
             text = ", ".join(f"{known[name].label} {metrics[name]:{known[name].form}}" for name in names)
         say(f"{self.done}/{self.missing} {label}: {escape(text)} ({seconds:.0f} s)")

@@ -28,6 +28,7 @@ from bench.priors.generate import Generated
 from bench.priors.models import PRIORS, Prior
 from bench.priors.trial import run_prior
 from bench.tokenizers import evaluate
+from tests.fabricate import least
 
 K, SIDE, NAME = 300, 2, "cnn-ema-toy"
 
@@ -40,7 +41,7 @@ class World:
         self.tokenizer.folder.mkdir(parents=True)
         (self.tokenizer.folder / "tokenizer.safetensors").write_bytes(b"weights")
         self.tokenizer.write("config.json", {"config": {}, "environment": {}})
-        self.tokenizer.write("metrics.json", {"metrics": {}, "protocol": {}})
+        self.tokenizer.write("metrics.json", least())
         self.tiny, self.trained, self.scored, self.diverges = tiny, [], [], False
         self.count, self.training, self.classes = 12, None, ("a", "b", "c")
 
@@ -468,7 +469,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
         if not made.folder.is_dir():
             made.folder.mkdir(parents=True)
             raise Diverged("too steep")
-        made.write("metrics.json", {"metrics": {}, "protocol": {}})
+        made.write("metrics.json", least("priors"))
         return made
 
     monkeypatch.setattr(prior, "run_prior", begin_then_finish)
@@ -542,7 +543,7 @@ def test_a_name_that_is_no_tokenizers_is_answered_with_those_there_are(world, tm
         other.folder.mkdir()
         other.write("config.json", {"config": {}, "environment": {}})
         if number:
-            other.write("metrics.json", {"metrics": {}, "protocol": {}})
+            other.write("metrics.json", least())
     names = ", ".join([NAME, *(f"{NAME}-{number}" for number in range(1, 8))])
     with pytest.raises(UserError, match=f"is the run of a prior; name that of a tokenizer: .* has {names}$"):
         find_tokenizer(str(made.folder), results)
