@@ -35,7 +35,7 @@ from bench.core.store import FAILURES, Run, Store
 
 from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of
-from .patience import PatientStorage, check_damage, reason_of
+from .patience import PatientStorage, reason_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -93,9 +93,8 @@ class Index:
                 self.storage = PatientStorage(url, without_password(url), **options)
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
-            except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
+            except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
                 shown = without_password(url)
-                check_damage(shown, error)
                 reason = f": {reason_of(error)}" if "://" in shown else ""  # which may have a part of what is hidden
                 raise UserError(f"cannot open storage {shown}{reason}; see --storage") from error
 
@@ -104,18 +103,23 @@ class Index:
         ``steps``. Raises UserError when it exists with other metrics."""
         if unknown := [metric for metric in metrics if metric not in BETTER]:
             raise UserError(f"study {name} is ranked by {unknown[0]!r}, which is no metric of this version")
+        directions = [
+            StudyDirection.MINIMIZE if BETTER[metric] == "lower" else StudyDirection.MAXIMIZE for metric in metrics
+        ]
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
-            directions=["minimize" if BETTER[metric] == "lower" else "maximize" for metric in metrics],
+            directions=directions,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=steps // 3),
             load_if_exists=True,
         )
         known = study.metric_names
+        if known is not None and tuple(known) != metrics:
+            raise UserError(f"study {name} is indexed by {', '.join(known)}; pass --metric {' '.join(known)}")
+        if study.directions != directions:
+            raise self.storage.damage(f"study {name} is optimised in another direction than its metrics are")
         if known is None:
             study.set_metric_names(list(metrics))
-        elif tuple(known) != metrics:
-            raise UserError(f"study {name} is indexed by {', '.join(known)}; pass --metric {' '.join(known)}")
         return study
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:

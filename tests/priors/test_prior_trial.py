@@ -59,7 +59,7 @@ class World:
     def score(self, prior, tokenizer, codes, data, config, known, fid_weights) -> Generated:
         self.scored.append(SimpleNamespace(config=config, weights=prior.state_dict(), known=known))
         images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
-        metrics = {"coded_bits_per_token": 2.5, "nearest_train_psnr": 20.0}
+        metrics = least("priors", coded_bits_per_token=2.5, nearest_train_psnr=20.0)["metrics"]
         return Generated(metrics, codes.train[:4].astype(np.int64), images, images)
 
     def run(self, **settings) -> Run:
@@ -141,6 +141,7 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
     metrics = run.metrics()
     assert metrics.pop("peak_memory_mb") >= 0
     assert metrics == {
+        **least("priors")["metrics"],
         **{"coded_bits_per_token": 2.5, "nearest_train_psnr": 20.0, "nearest_val_psnr_95": 30.0},
         **{"coded_bits_per_token_independent": 3.5, "train_seconds": 12.5, "grids_seen": 12},
     }
@@ -243,9 +244,9 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     monkeypatch.setattr(
         prior_trial, "Tokenizer", SimpleNamespace(from_run=lambda *given: seen.update(loaded=given) or loaded)
     )
-    measured = []
+    measured, told = [], lambda digest: least("priors", {"extractor_inception": digest})["protocol"]
     monkeypatch.setattr(prior_trial, "peak_memory", lambda device: measured.append(device) or nullcontext(lambda: 7.5))
-    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: {"extractor_inception": f"{device} {path}"})
+    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: told(f"{device} {path}"))
     run = run_prior(world.config(), world.tokenizer, world.store, file)
     folder = world.tokenizer.folder
     assert seen["loaded"] == (folder, "cpu")
