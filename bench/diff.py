@@ -78,8 +78,8 @@ def show(a: Run, b: Run) -> None:
     if environment.keys() & {"processor", "threads"}:
         ranked -= set(CLOCKED)
     stdout.print(metric_table(table, ranked))
-    if ranked and (shares := _wins(a.per_image(), b.per_image())):
-        _say(f"B better on {', '.join(shares)}.")
+    if ranked:
+        _say(_images(a, b))
 
 
 def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
@@ -101,6 +101,15 @@ def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
         change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
         shown.add_row(f"{metric.label} {metric.arrow}", *texts, f"{b - a:+{metric.form}}", change, verdict)
     return shown
+
+
+def _images(a: Run, b: Run) -> str:
+    """On how many images ``b`` is better, or why that cannot be told."""
+    scores = [run.per_image() for run in (a, b)]
+    lost = [run.folder / "per_image.npz" for run, own in zip((a, b), scores, strict=True) if not own]
+    if lost:
+        return f"On how many images B is better is not known: {' and '.join(map(str, lost))} missing or damaged."
+    return f"B better on {', '.join(_wins(*scores))}."
 
 
 def _wins(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:

@@ -28,6 +28,8 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
+# What NumPy and zipfile raise on a file of arrays that is not as it was written.
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def cache_dir() -> Path:
@@ -120,6 +122,20 @@ def read_rows(path: Path) -> list[dict[str, float]]:
             if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
                 rows.append(row)
     return rows
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in the file ``path``, by name. Raises FileNotFoundError, and Damaged where it is not as it was
+    written."""
+    if os.path.lexists(path) and not path.is_file():
+        raise Damaged(path, "it is not a file")
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise Damaged(path, str(error).partition("\n")[0]) from error
 
 
 def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Found]) -> Found:

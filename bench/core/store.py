@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json, read_rows
+from .files import atomic_path, read_arrays, read_json, read_rows
 from .progress import printable
 from .settings import check_values
 
@@ -210,17 +208,15 @@ class Run:
         return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
-        path = self.folder / "per_image.npz"
-        if not path.is_file():
-            return {}
+        """Of a finished run the scores of every validation image, (N,) each; none when the file is missing or
+        damaged."""
         try:
-            with np.load(path) as file:
-                scores = dict(file)
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+            scores = read_arrays(self.folder / "per_image.npz")
+        except (FileNotFoundError, Damaged):
             return {}
-        alike = {(column.shape, column.dtype.kind) for column in scores.values()}
-        return scores if len(alike) == 1 and all(len(shape) == 1 and kind == "f" for shape, kind in alike) else {}
+        of_each = {(self.protocol().get("count"),)}
+        alike = {column.shape if column.dtype.kind == "f" else None for column in scores.values()}
+        return scores if alike == of_each else {}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""

@@ -114,6 +114,7 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
 
 def test_scores_per_image_that_are_not_there_are_none(run):
     assert run.per_image() == {}
+    run.write("metrics.json", least(protocol={"count": 100}))
     path = run.folder / "per_image.npz"
     np.savez_compressed(path, psnr=np.arange(100.0))
     assert list(run.per_image()["psnr"]) == list(range(100))
@@ -526,11 +527,13 @@ def test_a_protocol_without_what_is_told_of_it_is_damage(store, shelf, name):
 
 
 def test_scores_per_image_of_another_shape_are_none(run):
-    """Two lengths, two axes, words, a bare array: no two runs could be compared by them."""
+    """Two lengths, that of another set, two axes, words, a bare array: no two runs could be compared by them."""
+    run.write("metrics.json", least(protocol={"count": 3}))
     path = run.folder / "per_image.npz"
     np.savez(path, psnr=np.zeros(3), ssim=np.zeros(3))
     assert {*run.per_image()} == {"psnr", "ssim"}
-    for arrays in ({"psnr": np.zeros(3), "ssim": np.zeros(4)}, {"psnr": np.zeros((3, 3))}, {"psnr": np.array(["x"])}):
+    three, four, words = np.zeros(3), np.zeros(4), np.array(["x"] * 3)
+    for arrays in ({"psnr": three, "ssim": four}, {"psnr": four}, {"psnr": np.zeros((3, 3))}, {"psnr": words}, {}):
         np.savez(path, **arrays)
         assert run.per_image() == {}
     with path.open("wb") as file:
