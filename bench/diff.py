@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.frames import CLOCKED, METRICS, differing, read
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
@@ -42,14 +42,14 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
-    options = tyro.cli(Options, args=arguments, prog="python -m bench.diff", description=__doc__)
 
-    def work() -> int:
+    def work(words: list[str]) -> int:
+        options = tyro.cli(Options, args=words, prog="python -m bench.diff", description=__doc__)
         store = Store(options.results)
         show(store.find(options.run_a), store.find(options.run_b))
         return 0
 
-    return guarded(work)
+    return command(work, arguments)
 
 
 def show(a: Run, b: Run) -> None:

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from tyro.extras import subcommand_cli_from_dict
 
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
@@ -69,6 +69,12 @@ def show(results: Path = Path("results")) -> int:
     return 0
 
 
+def run(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
+    known = {"list": show, "rebuild": rebuild}
+    options = {"prog": "python -m bench.study", "description": __doc__}
+    return command(lambda words: subcommand_cli_from_dict(known, args=words, **options), arguments)
+
+
 if __name__ == "__main__":
-    commands = {"list": show, "rebuild": rebuild}
-    sys.exit(guarded(lambda: subcommand_cli_from_dict(commands, prog="python -m bench.study", description=__doc__)))
+    sys.exit(run())

@@ -2,10 +2,10 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -90,8 +90,8 @@ class Plan:
             if name in unnamed or (value == usual.get(name) and name not in uneven):
                 continue
             if name == "data" and value.startswith("folder:"):
-                path = Path(value.removeprefix("folder:")).expanduser().resolve()
-                value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+                path = os.path.realpath(os.path.expanduser(value.removeprefix("folder:")))
+                value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
             words.append(value if name == "data" else f"{name}={shown(value)}")
         return re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
 

@@ -1,16 +1,16 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
 import os
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from rich.markup import escape
 
 from bench.analysis.report import write_report
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
 from bench.tokenizers.trial import prepare
@@ -29,7 +29,7 @@ IDLE_SECONDS = 1.0  # between looks at what other workers do
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
     """The command line of a study. Returns the exit code: 0, 1 when a trial failed, 2 for what the user can fix, 130
     when stopped."""
-    return guarded(lambda: work(study, description, sys.argv[1:] if arguments is None else arguments))
+    return command(partial(work, study, description), arguments)
 
 
 def work(study: Ablation | Search, description: str, arguments: list[str]) -> int:
