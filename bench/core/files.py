@@ -1,6 +1,7 @@
 """The cache folder, atomic writes, reading what may be damaged, digests."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -91,14 +92,7 @@ def remove_parts(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file ``path``. Raises FileNotFoundError, and Damaged unless it holds one of finite numbers
     and without control characters."""
-    if os.path.lexists(path) and not path.is_file():
-        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Damaged(path, f"it cannot be read ({error.strerror})") from error
+    content = _content(path)
     try:
         if CONTROL.search(content):
             raise ValueError("control characters")
@@ -127,15 +121,23 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays in the file ``path``, by name. Raises FileNotFoundError, and Damaged where it is not as it was
     written."""
-    if os.path.lexists(path) and not path.is_file():
-        raise Damaged(path, "it is not a file")
+    content = _content(path)
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(content)) as file:
             return dict(file)
-    except FileNotFoundError:
-        raise
     except UNREADABLE as error:
         raise Damaged(path, str(error).partition("\n")[0]) from error
+
+
+def _content(path: Path) -> bytes:
+    if os.path.lexists(path) and not path.is_file():
+        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read ({error.strerror})") from error
 
 
 def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Found]) -> Found:
