@@ -106,10 +106,11 @@ def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
 def _images(a: Run, b: Run) -> str:
     """On how many images ``b`` is better, or why that cannot be told."""
     scores = [run.per_image() for run in (a, b)]
-    lost = [run.folder / "per_image.npz" for run, own in zip((a, b), scores, strict=True) if not own]
-    if lost:
-        return f"On how many images B is better is not known: {' and '.join(map(str, lost))} missing or damaged."
-    return f"B better on {', '.join(_wins(*scores))}."
+    if shares := _wins(*scores):
+        return f"B better on {', '.join(shares)}."
+    paths = [run.folder / "per_image.npz" for run in (a, b)]
+    lost = [str(path) for path, own in zip(paths, scores, strict=True) if not own] or map(str, paths)
+    return f"On how many images B is better is not known: {' and '.join(lost)} missing or damaged."
 
 
 def _wins(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:

@@ -30,7 +30,8 @@ REBUILD = "python -m bench.study rebuild makes it again from the runs"
 
 class PatientStorage(RDBStorage):
     """As RDBStorage, which it is but for errors: calls are repeated while the database is away. ``shown`` is the URL as
-    it may be printed. Raises UserError where it stays away for PATIENCE_SECONDS, and at once where it is damaged.
+    it may be printed. Raises UserError where it stays away for PATIENCE_SECONDS, and at once where it is damaged
+    or takes nothing.
 
     A call that reached the database before it went away may count twice: a further waiting trial, which finds its run
     finished, or one that nobody runs and that is taken for dead. Neither loses or repeats a run.
