@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.frames import CLOCKED, METRICS, differing, read
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
@@ -42,14 +42,14 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
-    options = tyro.cli(Options, args=arguments, prog="python -m bench.diff", description=__doc__)
 
-    def work() -> int:
+    def work(words: list[str]) -> int:
+        options = tyro.cli(Options, args=words, prog="python -m bench.diff", description=__doc__)
         store = Store(options.results)
         show(store.find(options.run_a), store.find(options.run_b))
         return 0
 
-    return guarded(work)
+    return command(work, arguments)
 
 
 def show(a: Run, b: Run) -> None:
@@ -78,8 +78,8 @@ def show(a: Run, b: Run) -> None:
     if environment.keys() & {"processor", "threads"}:
         ranked -= set(CLOCKED)
     stdout.print(metric_table(table, ranked))
-    if ranked and (shares := _wins(a.per_image(), b.per_image())):
-        _say(f"B better on {', '.join(shares)}.")
+    if ranked:
+        _say(_images(a, b))
 
 
 def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
@@ -101,6 +101,16 @@ def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
         change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
         shown.add_row(f"{metric.label} {metric.arrow}", *texts, f"{b - a:+{metric.form}}", change, verdict)
     return shown
+
+
+def _images(a: Run, b: Run) -> str:
+    """On how many images ``b`` is better, or why that cannot be told."""
+    scores = [run.per_image() for run in (a, b)]
+    if shares := _wins(*scores):
+        return f"B better on {', '.join(shares)}."
+    paths = [run.folder / "per_image.npz" for run in (a, b)]
+    lost = [str(path) for path, own in zip(paths, scores, strict=True) if not own] or map(str, paths)
+    return f"On how many images B is better is not known: {' and '.join(lost)} missing or damaged."
 
 
 def _wins(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:

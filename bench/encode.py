@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.device import check_device, resolve_device
 from bench.core.progress import stdout
 from bench.core.store import find_tokenizer
@@ -34,7 +34,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
-    return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
+    return command(work, arguments)
 
 
 def work(arguments: list[str]) -> int:

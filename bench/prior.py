@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.tables import Group, score_table
-from bench.core.cli import Trial, guarded, run_each
+from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.store import Run, Store, find_tokenizer, known_tokenizers
@@ -62,7 +62,7 @@ class PriorArguments(PriorConfig):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
-    return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
+    return command(work, arguments)
 
 
 def work(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from bench.analysis.report import write_report
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.sweeps.importance import importances
 
 
@@ -33,13 +33,13 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
-    options = tyro.cli(Options, args=arguments, prog="python -m bench.report", description=__doc__)
 
-    def work() -> int:
+    def work(words: list[str]) -> int:
+        options = tyro.cli(Options, args=words, prog="python -m bench.report", description=__doc__)
         write_report(options.names, options.results, options.out, importances)
         return 0
 
-    return guarded(work)
+    return command(work, arguments)
 
 
 if __name__ == "__main__":

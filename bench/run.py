@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
-from bench.core.cli import Trial, guarded, run_each
+from bench.core.cli import Trial, command, run_each
 from bench.core.progress import stdout
 from bench.core.store import Run, Store
 from bench.metrics import weights
@@ -47,7 +47,7 @@ COLUMNS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
-    return guarded(lambda: work(sys.argv[1:] if arguments is None else arguments))
+    return command(work, arguments)
 
 
 def work(arguments: list[str]) -> int:

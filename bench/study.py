@@ -18,7 +18,7 @@ from rich.table import Table
 from tyro.extras import subcommand_cli_from_dict
 
 from bench.analysis.frames import statuses
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
@@ -62,7 +62,7 @@ def show(results: Path = Path("results")) -> int:
     table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
         record = store.study(name)
-        status = Counter(statuses(map(store.named, record["runs"])).values())
+        status = Counter(statuses(map(store.named, record["runs"])))
         backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
         counts = ", ".join(f"{count} {status}" for status, count in status.items())
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), counts)
@@ -70,6 +70,12 @@ def show(results: Path = Path("results")) -> int:
     return 0
 
 
+def run(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
+    known = {"list": show, "rebuild": rebuild}
+    options = {"prog": "python -m bench.study", "description": __doc__}
+    return command(lambda words: subcommand_cli_from_dict(known, args=words, **options), arguments)
+
+
 if __name__ == "__main__":
-    commands = {"list": show, "rebuild": rebuild}
-    sys.exit(guarded(lambda: subcommand_cli_from_dict(commands, prog="python -m bench.study", description=__doc__)))
+    sys.exit(run())

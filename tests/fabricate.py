@@ -6,12 +6,18 @@ from dataclasses import asdict
 import numpy as np
 from PIL import Image
 
-from bench.core.store import Run, Store
+from bench.core.store import NUMBERS, SCORED, TOLD, Run, Store
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 
 SIDE = 8  # pixels of a fabricated sample picture
 MACHINE = {"commit": "abc", "processor": "x", "threads": 2}
+
+
+def least(shelf: str = "runs", protocol: dict | None = None, **metrics) -> dict:
+    """What a metrics.json has at least, of a finished run that lies in ``shelf``, with ``metrics`` and ``protocol``."""
+    told = {**dict.fromkeys(TOLD, "x"), "extractor_inception": None, **dict.fromkeys(NUMBERS[shelf], 64)}
+    return {"metrics": {**dict.fromkeys(SCORED[shelf], 1), **metrics}, "protocol": {**told, **(protocol or {})}}
 
 
 def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float = 0.0, **changes) -> Run:

@@ -59,7 +59,10 @@ def _tokenizer_row(run: Run) -> dict[str, Any]:
 
 
 def _prior_row(run: Run) -> dict[str, Any]:
-    return {**{_renamed(name): value for name, value in run.tokenizer().items()}, **vars(run.settings(PriorConfig))}
+    tokenizer = run.tokenizer()
+    if tokenizer or run.finished:
+        tokenizer = {**tokenizer, **vars(run.settings(Config, "tokenizer"))}
+    return {**{_renamed(name): value for name, value in tokenizer.items()}, **vars(run.settings(PriorConfig))}
 
 
 def _renamed(name: str) -> str:
@@ -137,10 +140,9 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
     return table, damaged
 
 
-def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> dict[Run, str]:
+def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> list[str]:
     """How each of ``runs`` ended, see ``Run.status``; damaged also where its settings cannot be read."""
-    runs = list(runs)
-    return dict(zip(runs, catalogue.statuses(runs, partial(_entry, kind=kind)), strict=True))
+    return list(catalogue.statuses(runs, partial(_entry, kind=kind)))
 
 
 def _entry(run: Run, kind: Kind) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from bench.core.errors import Damaged
+from bench.core.files import read_arrays
 from bench.core.store import FAILURES, Run
 
 from . import looks
@@ -128,12 +128,13 @@ def reconstructions(scope: Scope) -> Iterator[Drawing]:
 
 def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> Iterator[Drawing]:
     """Originals, then a row of reconstructions per value of ``by``: of its lowest seed that kept samples of them."""
-    kept = []
+    kept, damaged = [], []
     for _, own in rows.sort_values("seed", kind="stable").groupby(by):
-        found = ((row, *pair) for _, row in own.iterrows() if (pair := _kept(row.folder, "x", "x_hat")))
+        found = ((row, *pair) for row, pair in _kept(own, damaged, "x", "x_hat"))
         kept += itertools.islice(found, 1)
     same = [found for found in kept if np.array_equal(found[1], kept[0][1])]
     if not same:
+        yield from _nothing(name, title, damaged)
         return
     metrics = dict.fromkeys([main_metric(rows), "psnr"])
     labels = ["original"]
@@ -146,15 +147,17 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
         caption += " The bits of an image differ between rows."
     if len(same) < len(kept):
         caption += f" {len(kept) - len(same)} of {len(kept)} runs kept other images and are left out."
-    yield Drawing(name, title, caption, figure)
+    yield Drawing(name, title, caption + _note(damaged), figure)
 
 
 def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
     """``samples``: a row of samples per prior and backbone, of the largest grid's lowest seed."""
     rows = rows[rows.grid_size == rows.grid_size.max()].sort_values(["backbone", "prior", "seed"], kind="stable")
     rows = rows.groupby(["backbone", "prior"]).head(1).sort_values("coded_bits_per_pixel").head(HUES)
-    kept = [(row, images) for _, row in rows.iterrows() if (images := _kept(row.folder, "x"))]
+    damaged: list[str] = []
+    kept = list(_kept(rows, damaged, "x"))
     if not kept:
+        yield from _nothing("samples", "Samples", damaged)
         return
     labels = [f"{row.prior}\nover {row.backbone}\n{row.coded_bits_per_token:.2f} bits" for row, _ in kept]
     figure = looks.picture_rows([images for _, (images,) in kept], labels)
@@ -162,17 +165,31 @@ def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
     caption = (
         f"One prior per row, of seed {seed}, at the grid of {grid}×{grid} codes, lowest rate first; bits per token."
     )
-    yield Drawing("samples", "Samples", f"{caption} Samples are not chosen.", figure)
+    yield Drawing("samples", "Samples", f"{caption} Samples are not chosen.{_note(damaged)}", figure)
 
 
-def _kept(folder: str, *names: str) -> list[np.ndarray]:
-    """Up to PICTURES images of each of ``names`` that a run kept, (N, H, W, 3) uint8; nothing where one is missing."""
-    path = Path(folder) / "samples.npz"
-    if not path.is_file():
-        return []
-    try:
-        with np.load(path) as arrays:
-            kept = [arrays[name][:PICTURES] for name in names]
-        return kept if all(x.ndim == 4 and x.shape[3] == 3 and x.dtype == np.uint8 for x in kept) else []
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        return []
+def _kept(rows: pd.DataFrame, damaged: list[str], *names: str) -> Iterator[tuple[pd.Series, list[np.ndarray]]]:
+    """Of each of ``rows`` that kept them, up to PICTURES images of each of ``names``, (N, H, W, 3) uint8; adds what to
+    say of damaged files to ``damaged``."""
+    for _, row in rows.iterrows():
+        path = Path(row.folder) / "samples.npz"
+        try:
+            arrays = read_arrays(path)
+            kept = [arrays[name][:PICTURES] for name in names if name in arrays]
+            if len(kept) < len(names) or any(x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8 for x in kept):
+                raise Damaged(path, f"it has no images {' and '.join(names)}")
+            yield row, kept
+        except FileNotFoundError:
+            continue  # older runs kept none
+        except Damaged as error:
+            damaged.append(str(error))
+
+
+def _nothing(name: str, title: str, damaged: list[str]) -> Iterator[Drawing]:
+    """A gallery of which nothing is left but what is said of ``damaged`` files."""
+    if damaged:
+        yield Drawing(name, title, _note(damaged).strip(), looks.new_figure(0.4))
+
+
+def _note(damaged: list[str]) -> str:
+    return f" Left out: {'. '.join(damaged)}." if damaged else ""

@@ -87,8 +87,8 @@ def write_report(
     """
     selection = select(names, results)
     folder = out or selection.root / "reports" / selection.name
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name a folder with --out")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name one with --out")
     table, damaged = frames.read(_watched("reading runs", selection.runs))
     known = {run.folder.name for run in selection.runs}
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)

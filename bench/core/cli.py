@@ -2,6 +2,7 @@
 
 import errno
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,27 @@ from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError
 from .files import cache_dir
-from .progress import say
+from .progress import is_text, say
 from .store import Run
 
 # What the system says of a place that takes no more.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 # What it says where something else is than the file or folder that belongs there.
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> int:
+    """Exit code of ``work`` on ``arguments``, by default those of the process, as ``guarded`` has it. A word that no
+    file can be called by is refused, and an empty one, which stands for the present folder."""
+    words = sys.argv[1:] if arguments is None else arguments
+
+    def checked() -> int:
+        for word in words:
+            if not word or not is_text(word):
+                raise UserError(f"{word!a} is no text that a file could be called by; name another")
+        return work(words)
+
+    return guarded(checked)
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -45,7 +60,8 @@ def refusal(error: OSError) -> str:
     """What a place that takes no more, or where something else is, means for the user, in one sentence."""
     path = Path(error.filename or "results")
     if error.errno in IN_THE_WAY:
-        return f"{error.strerror}: {path}; move away what is there, or name another place"
+        move = "" if error.errno == errno.ENAMETOOLONG else "move away what is there, or "
+        return f"{error.strerror}: {path}; {move}name another place"
     other = "set VQBENCH_CACHE to another folder" if cache_dir() in path.parents else "choose another --results"
     return f"{error.strerror} while writing {path}; free or {other}"
 

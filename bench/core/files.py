@@ -1,6 +1,7 @@
 """The cache folder, atomic writes, reading what may be damaged, digests."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,8 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
+# What NumPy and zipfile raise on a file of arrays that is not as it was written.
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def cache_dir() -> Path:
@@ -89,14 +92,7 @@ def remove_parts(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file ``path``. Raises FileNotFoundError, and Damaged unless it holds one of finite numbers
     and without control characters."""
-    if os.path.lexists(path) and not path.is_file():
-        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Damaged(path, f"it cannot be read ({error.strerror})") from error
+    content = _content(path)
     try:
         if (b"\\" in content or b"\x7f" in content or not content.isascii()) and CONTROL.search(content):
             raise ValueError("control characters")
@@ -120,6 +116,28 @@ def read_rows(path: Path) -> list[dict[str, float]]:
             if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
                 rows.append(row)
     return rows
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in the file ``path``, by name. Raises FileNotFoundError, and Damaged where it is not as it was
+    written."""
+    content = _content(path)
+    try:
+        with np.load(io.BytesIO(content)) as file:
+            return dict(file)
+    except UNREADABLE as error:
+        raise Damaged(path, str(error).partition("\n")[0]) from error
+
+
+def _content(path: Path) -> bytes:
+    if os.path.lexists(path) and not path.is_file():
+        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(path, f"it cannot be read ({error.strerror})") from error
 
 
 def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Found]) -> Found:

@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return STEERING.sub("\ufffd", text)
 
 
+def is_text(name: str) -> bool:
+    """Whether ``name`` can be written into a file and read again: it steers nothing, and all of it is characters."""
+    return name == printable(name) and name == name.encode(errors="replace").decode()
+
+
 class SafeConsole(Console):
     """A console that takes no orders from what it shows: a name in a stranger's folder is text and nothing else."""
 

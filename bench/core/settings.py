@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import UserError
+from .progress import is_text
 
 
 class Limit(NamedTuple):
@@ -82,6 +83,8 @@ def check_values(config: Any) -> None:
             raise UserError(f"{name} is {value!r}; it must be {words}")
         if value is None:
             continue
+        if isinstance(value, str) and not is_text(value):
+            raise UserError(f"{name} is {value!a}; it must be text without control characters")
         for limit in field.limits:
             if not limit.holds(value):
                 raise UserError(f"{name} is {value}; {limit.words}")

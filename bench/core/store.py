@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json, read_rows
+from .files import atomic_path, read_arrays, read_json, read_rows
 from .progress import printable
 from .settings import check_values
 
@@ -43,6 +41,19 @@ LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 LISTED = 8  # run ids that a message names
 STUDY = {"kind": str, "sweep": list, "metrics": list, "runs": dict}  # what its file says
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
+# By the folder that a finished run lies in: metrics and parts of its protocol that every version has written.
+SCORED = {
+    "runs": (*(side for _, *sides in BOTH_SIDES for side in sides), "tokens", "bits_per_image", "psnr", "perplexity"),
+    "priors": (
+        *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "coded_bits_per_token_independent"),
+        *("gfid_vgg16", "nearest_train_psnr", "nearest_val_psnr", "sampling_speedup", "params_prior", "train_seconds"),
+    ),
+}
+NUMBERS = {
+    "runs": ("count", "image_size", "skipped"),
+    "priors": ("count", "image_size", "samples", "temperature", "top_k"),
+}
+TOLD = ("version", "data", "fingerprint", "split", "rounding", "precision", "extractor_vgg16", "extractor_inception")
 
 
 class NoSpace(UserError):
@@ -138,10 +149,10 @@ class Run:
             raise Damaged(self.folder / "config.json", "its tokenizer is no object")
         return tokenizer
 
-    def settings(self, kind: type[Settings]) -> Settings:
-        """``config`` as Config or PriorConfig; a field that the run was made without has its default. Raises Damaged
-        where a value cannot be that of its field."""
-        stored = self.config()
+    def settings(self, kind: type[Settings], part: str = "config") -> Settings:
+        """``config`` as Config or PriorConfig, or the ``tokenizer`` of a prior as Config; a field that the run was made
+        without has its default. Raises Damaged where a value cannot be that of its field."""
+        stored = self._read("config.json", part)[part]
         try:
             settings = kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
             check_values(settings)
@@ -163,8 +174,8 @@ class Run:
         return every
 
     def metrics(self) -> dict[str, Any]:
-        """The scores, costs and reference scores of a finished run, by their present names; a tokenizer's ``params``
-        and ``flops`` are of both sides."""
+        """The scores, costs and reference scores that a finished run has, by their present names; a tokenizer's
+        ``params`` and ``flops`` are of both sides."""
         return self._scores()[0]
 
     def protocol(self) -> dict[str, Any]:
@@ -178,35 +189,38 @@ class Run:
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
-        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items()}
+        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items() if value is not None}
+        protocol, shelf = stored["protocol"], self.folder.absolute().parent.name
         for name, value in metrics.items():
-            if value is not None and type(value) not in (int, float):
+            if type(value) not in (int, float):
                 raise Damaged(path, f"{name} is {value!r}, which is no number")
-        if any(isinstance(value, (list, dict)) for value in stored["protocol"].values()):
+        if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
+            raise Damaged(path, f"it has no {missing[0]}")
+        if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
-        if "params_encoder" in metrics:
-            for both, first, second in BOTH_SIDES:
-                if metrics.get(first) is None or metrics.get(second) is None:
-                    raise Damaged(path, f"it has no {first} or no {second}")
+        if missing := [name for name in TOLD if shelf in SCORED and name not in protocol]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        if missing := [name for name in NUMBERS.get(shelf, ()) if type(protocol.get(name)) not in (int, float)]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        for both, first, second in BOTH_SIDES:
+            if first in metrics and second in metrics:
                 metrics[both] = metrics[first] + metrics[second]
-        return metrics, stored["protocol"]
+        return metrics, protocol
 
     def history(self) -> list[dict[str, float]]:
         """One row of numbers per logged step; none before the first. A damaged line is left out."""
         return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """Scores of every validation image, (N,) each; none when the file is missing or damaged."""
-        path = self.folder / "per_image.npz"
-        if not path.is_file():
-            return {}
+        """Of a finished run the scores of every validation image, (N,) each; none when the file is missing or
+        damaged."""
         try:
-            with np.load(path) as file:
-                scores = dict(file)
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+            scores = read_arrays(self.folder / "per_image.npz")
+        except (FileNotFoundError, Damaged):
             return {}
-        alike = {(column.shape, column.dtype.kind) for column in scores.values()}
-        return scores if len(alike) == 1 and all(len(shape) == 1 and kind == "f" for shape, kind in alike) else {}
+        of_each = {(self.protocol().get("count"),)}
+        alike = {column.shape if column.dtype.kind == "f" else None for column in scores.values()}
+        return scores if alike == of_each else {}
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""
@@ -262,7 +276,7 @@ class Store:
     def named(self, run_id: str, shelf: str = "runs") -> Run:
         """The folder of the tokenizer (or, on the shelf ``priors``, of the prior) that goes by ``run_id``, whether it
         exists yet or not."""
-        return Run(self.root / shelf / run_id)
+        return Run(self.root / f"{shelf}/{run_id}")
 
     def runs(self) -> list[Run]:
         """Every tokenizer that has been started, by name: each folder with a config.json, damaged or not."""
@@ -312,7 +326,7 @@ class Store:
             raise Damaged(path, "it does not tell the priors of the study")
         for run_id, row in {**study["runs"], **study.get("priors", {})}.items():
             plain = isinstance(row, dict) and not any(isinstance(value, (list, dict)) for value in row.values())
-            if not plain or Path(run_id).name != run_id or run_id in ("", ".."):
+            if not plain or os.path.basename(run_id) != run_id or run_id in ("", ".", ".."):
                 raise Damaged(path, f"{run_id!r} is no run with its settings")
         return study
 

@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path, cache_dir, read_json
-from bench.core.progress import Bar, console, say
+from bench.core.progress import Bar, console, printable, say
 
 from .sources import DATASETS, Source, Split, folder_source
 
@@ -174,6 +174,11 @@ def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
     return classes
 
 
+def _text(name: Any) -> str:
+    """``name`` as meta.json can have it."""
+    return printable(str(name).encode(errors="replace").decode())
+
+
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
@@ -195,9 +200,9 @@ def _decode_blocks(
         images = list(pool.map(try_read, chunk))
         for item, image in zip(chunk, images, strict=True):
             if image is None:
-                skipped.append(str(item))
+                skipped.append(_text(item))
             else:
-                labels.append(split.label(item))
+                labels.append(_text(split.label(item)))
         if len(skipped) > limit:
             raise UserError(
                 f"more than 1 % of the images of {data} cannot be decoded (the first: {_first(skipped)}): "

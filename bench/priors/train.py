@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.core.device import check_memory
 from bench.core.errors import UserError
 from bench.data import batch_indices
 from bench.tokenizers.sizes import TOLERANCE, nearest_size, parameter_count
@@ -80,8 +81,9 @@ def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int)
         return LEARNED[config.prior](codebook_size, grid_size, width, depth, config.dropout, classes)
 
     def count(width: int, depth: int) -> int:
-        with torch.device("meta"):
-            return parameter_count(make(width, depth))
+        with torch.device("meta"):  # one layer is as large as any other, and a thousand take seconds to make
+            one, two = (parameter_count(make(width, layers)) for layers in (1, 2))
+        return one + (depth - 1) * (two - one)
 
     usual = config.depth or DEPTH.get(config.prior) or max(5, grid_size // 2)
     size = nearest_size(count, config.parameters, (usual, usual + 1, usual + 2, usual - 1))
@@ -90,4 +92,5 @@ def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int)
             f"{config.prior} for {codebook_size} codes cannot have {config.parameters:,} parameters within "
             f"{TOLERANCE:.0%}; the nearest is {count(*size):,}"
         )
+    check_memory(count(*size), config.device)
     return make(*size)

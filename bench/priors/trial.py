@@ -69,7 +69,7 @@ def run_prior(
                 costs = {"train_seconds": seconds, "peak_memory_mb": peak()}
             else:
                 prior = Prior.from_run(twin.folder, config.device)
-                costs = {name: twin.metrics()[name] for name in ("train_seconds", "peak_memory_mb")}
+                costs = {name: twin.metrics().get(name) for name in ("train_seconds", "peak_memory_mb")}
                 if config.prior in LEARNED:
                     shutil.copy(twin.folder / "history.jsonl", run.folder)
         generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)

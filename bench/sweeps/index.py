@@ -35,7 +35,7 @@ from bench.core.store import FAILURES, Run, Store
 from .bulk import Unwritten
 from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of
-from .patience import PatientStorage, check_damage, reason_of
+from .patience import PatientStorage, reason_of
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
@@ -90,9 +90,8 @@ class Index:
                 self.storage = PatientStorage(url, without_password(url), **options)
             except ImportError as error:
                 raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
-            except (sqlalchemy.exc.SQLAlchemyError, ValueError, RuntimeError) as error:
+            except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
                 shown = without_password(url)
-                check_damage(shown, error)
                 reason = f": {reason_of(error)}" if "://" in shown else ""  # which may have a part of what is hidden
                 raise UserError(f"cannot open storage {shown}{reason}; see --storage") from error
 
@@ -101,18 +100,23 @@ class Index:
         ``steps``. Raises UserError when it exists with other metrics."""
         if unknown := [metric for metric in metrics if metric not in BETTER]:
             raise UserError(f"study {name} is ranked by {unknown[0]!r}, which is no metric of this version")
+        directions = [
+            StudyDirection.MINIMIZE if BETTER[metric] == "lower" else StudyDirection.MAXIMIZE for metric in metrics
+        ]
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
-            directions=["minimize" if BETTER[metric] == "lower" else "maximize" for metric in metrics],
+            directions=directions,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=steps // 3),
             load_if_exists=True,
         )
         known = study.metric_names
+        if known is not None and tuple(known) != metrics:
+            raise UserError(f"study {name} is indexed by {', '.join(known)}; pass --metric {' '.join(known)}")
+        if study.directions != directions:
+            raise self.storage.damage(f"study {name} is optimised in another direction than its metrics are")
         if known is None:
             study.set_metric_names(list(metrics))
-        elif tuple(known) != metrics:
-            raise UserError(f"study {name} is indexed by {', '.join(known)}; pass --metric {' '.join(known)}")
         return study
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
@@ -283,7 +287,8 @@ def rebuild(index: Index, store: Store, name: str) -> int:
             for study in studies.values():
                 index.recover(study)
             known = {label: index.states(study) for label, study in studies.items()}
-            how = statuses((run for _, runs in trials.values() for run in runs), kind.frame)
+            every = [run for _, runs in trials.values() for run in runs]
+            how = dict(zip(every, statuses(every, kind.frame), strict=True))
             ended: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {label: [] for label in labels}
             for (label, *_), (params, runs) in trials.items():
                 found = {how[run] for run in runs}
@@ -319,7 +324,7 @@ def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
 def _scores(run: Run) -> dict[str, float]:
     """Metrics that a finished run has, in the order of tables."""
     metrics = run.metrics()
-    return {name: metrics[name] for name in kind_of(run).metrics if metrics.get(name) is not None}
+    return {name: metrics[name] for name in kind_of(run).metrics if name in metrics}
 
 
 def _attributes(runs: list[Run]) -> dict[str, Any]:
@@ -359,7 +364,7 @@ def _seconds(run: Run) -> float:
     """What a run has cost, finished or not."""
     if run.finished:
         metrics = run.metrics()
-        return sum(metrics.get(name) or 0.0 for name in ("train_seconds", "score_seconds"))
+        return sum(metrics.get(name, 0.0) for name in ("train_seconds", "score_seconds"))
     rows = run.history()
     return rows[-1].get("seconds", 0.0) if rows else 0.0
 

@@ -1,11 +1,14 @@
-"""An Optuna storage that waits for a database which is away for a while."""
+"""An Optuna storage that waits for a database which is away for a while, and says what no waiting mends."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
 from functools import wraps
+from json import JSONDecodeError
 from typing import Any
 
+from alembic.util import CommandError
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from rich.markup import escape
@@ -19,12 +22,18 @@ from .bulk import add_ended
 PATIENCE_SECONDS = 60.0  # until a database that is away is given up
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts; each is twice the one before
 HASTE = "PRAGMA synchronous=OFF"
-DAMAGED = ("malformed", "not a database", "no such table")  # in what SQLite says of a broken file
+# What databases say of a file that is broken, of tables that are another program's, and of what no waiting mends.
+BROKEN = re.compile("malformed|not a database|no such table|relation .* does not exist")
+FOREIGN = re.compile("no such column|has no column|column .* does not exist")
+REFUSED = re.compile("readonly|read-only|disk I/O error|disk is full|unable to open database file")
+MISREAD = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # of values that Optuna never wrote
+REBUILD = "python -m bench.study rebuild makes it again from the runs"
 
 
 class PatientStorage(RDBStorage):
     """As RDBStorage, which it is but for errors: calls are repeated while the database is away. ``shown`` is the URL as
-    it may be printed. Raises UserError where it stays away for PATIENCE_SECONDS, and at once where it is damaged.
+    it may be printed. Raises UserError where it stays away for PATIENCE_SECONDS, and at once where it is damaged
+    or takes nothing.
 
     A call that reached the database before it went away may count twice: a further waiting trial, which finds its run
     finished, or one that nobody runs and that is taken for dead. Neither loses or repeats a run.
@@ -32,9 +41,36 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, url: str, shown: str, **options: Any):
         self.shown, self.busy = shown, threading.local()
-        super().__init__(url, **options)
+        try:
+            super().__init__(url, **options)
+        except (StorageInternalError, exc.SQLAlchemyError) as error:
+            self._check_damage(error)
+            raise
+        except (RuntimeError, CommandError) as error:
+            raise self.damage("another version of Optuna made it") from error
         if url.startswith("sqlite"):  # it has nothing that the runs have not, so it need not wait for the disk
             event.listen(self.engine, "checkout", lambda raw, *_: raw.execute(HASTE))  # several are connected already
+
+    def damage(self, reason: str) -> UserError:
+        """What to raise where the database holds what it should not, for ``reason``."""
+        fix = "delete it" if self.shown.startswith("sqlite") else "drop it, or name another with --storage"
+        return UserError(f"the database {self.shown} is damaged ({reason}); {fix}, and {REBUILD}")
+
+    def _check_damage(self, error: Exception) -> None:
+        reason = reason_of(error)
+        if BROKEN.search(reason) or isinstance(error, exc.IntegrityError):  # rows of a table without those of another
+            raise self.damage(reason) from error
+        if FOREIGN.search(reason):
+            told = f"the database {self.shown} has tables of another program ({reason})"
+            raise UserError(f"{told}; name another with --storage, and {REBUILD}") from error
+
+    def _check_use(self, error: Exception) -> None:
+        reason = reason_of(error)
+        self._check_damage(error)
+        if REFUSED.search(reason):
+            fix = "see that it is there, has room and can be written, or name another with --storage"
+            told = f"the database {self.shown} takes nothing ({reason})"
+            raise UserError(f"{told}; {fix}; the same command continues") from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -42,14 +78,6 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-
-
-def check_damage(shown: str, error: BaseException) -> None:
-    """Raises UserError, with the fix, where ``error`` says that the database ``shown`` is a broken file."""
-    reason = reason_of(error)
-    if any(words in reason for words in DAMAGED):
-        fix = "delete it, and python -m bench.study rebuild makes it again from the runs"
-        raise UserError(f"the database {shown} is damaged ({reason}); {fix}") from error
 
 
 def _is_away(error: BaseException | None) -> bool:
@@ -60,7 +88,15 @@ def _is_away(error: BaseException | None) -> bool:
     )
 
 
+def _is_stored(error: Exception, reading: bool) -> bool:
+    """Whether ``error`` is of what the database holds. Who reads asks by names and ids alone that are from there; who
+    writes may have asked wrongly, but for text that is no JSON and no state of a trial."""
+    return reading or type(error) is LookupError or isinstance(error, JSONDecodeError)
+
+
 def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    reading = method.__name__.lstrip("_").startswith("get")
+
     @wraps(method)
     def call(self: PatientStorage, *arguments: Any, **options: Any) -> Any:
         if getattr(self.busy, "inside", False):
@@ -70,8 +106,12 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
             while True:
                 try:
                     return method(self, *arguments, **options)
+                except MISREAD as error:
+                    if _is_stored(error, reading):
+                        raise self.damage(f"{type(error).__name__} {error}") from error
+                    raise
                 except (StorageInternalError, exc.SQLAlchemyError) as error:
-                    check_damage(self.shown, error)
+                    self._check_use(error)
                     if not _is_away(error):
                         raise
                     told = f"the database {self.shown} is away ({reason_of(error)})"

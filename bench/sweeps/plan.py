@@ -2,10 +2,10 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -90,8 +90,8 @@ class Plan:
             if name in unnamed or (value == usual.get(name) and name not in uneven):
                 continue
             if name == "data" and value.startswith("folder:"):
-                path = Path(value.removeprefix("folder:")).expanduser().resolve()
-                value = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+                path = os.path.realpath(os.path.expanduser(value.removeprefix("folder:")))
+                value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
             words.append(value if name == "data" else f"{name}={shown(value)}")
         return re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
 
@@ -242,8 +242,8 @@ class AblationPlan(Plan):
         """Cells per seed, how runs ended, and the configs to run."""
         cells = self.cells[backbone]
         status = statuses(cell.run for cell in cells)
-        configs = [cell.configs[0] for cell in cells if status[cell.run] not in self.final]
-        return len(cells) // len(self.seeds), Counter(status.values()), configs
+        configs = [cell.configs[0] for cell, how in zip(cells, status, strict=True) if how not in self.final]
+        return len(cells) // len(self.seeds), Counter(status), configs
 
     def table(self) -> Table:
         table = super().table()
@@ -298,7 +298,7 @@ class SearchPlan(Plan):
     def failed(self) -> bool:
         """Whether a run failed, which a pruned one has not."""
         found = statuses(map(self.store.named, self.store.study(self.name)["runs"]))
-        return bool({*found.values()} & {*FAILURES} - {"pruned"})
+        return bool({*found} & {*FAILURES} - {"pruned"})
 
     def _words(self) -> list[str]:
         # a trial's value is the mean over its seeds
@@ -309,7 +309,7 @@ class SearchPlan(Plan):
         """Trials, how runs ended, and a config for each that is left of the budget."""
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
         ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
-        status = Counter(statuses(ours).values())
+        status = Counter(statuses(ours))
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
         return self.options.trials, status, [self.example(backbone)] * left
@@ -317,11 +317,11 @@ class SearchPlan(Plan):
 
 def ending(parts: list[Part]) -> dict[Run, str]:
     """How the runs of all cells of ``parts`` ended."""
-    return {
-        run: status
-        for part in parts
-        for run, status in statuses((cell.run for cell in part.cells), part.kind.frame).items()
-    }
+    found: dict[Run, str] = {}
+    for part in parts:
+        runs = [cell.run for cell in part.cells]
+        found |= zip(runs, statuses(runs, part.kind.frame), strict=True)
+    return found
 
 
 def shown(value: Any) -> str:

@@ -1,17 +1,17 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
 import os
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from rich.markup import escape
 
 from bench.analysis.frames import statuses
 from bench.analysis.report import write_report
-from bench.core.cli import guarded
+from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
 from bench.tokenizers.trial import prepare
@@ -31,7 +31,7 @@ IDLE_SECONDS = 1.0  # between looks at what other workers do
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
     """The command line of a study. Returns the exit code: 0, 1 when a trial failed, 2 for what the user can fix, 130
     when stopped."""
-    return guarded(lambda: work(study, description, sys.argv[1:] if arguments is None else arguments))
+    return command(partial(work, study, description), arguments)
 
 
 def work(study: Ablation | Search, description: str, arguments: list[str]) -> int:
@@ -68,7 +68,7 @@ def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
 def conclude(plan: Plan, index: Index) -> None:
     """Counts how tokenizers ended, writes the report, attaches its plots."""
     runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
-    status = Counter(statuses(runs).values())
+    status = Counter(statuses(runs))
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
@@ -189,6 +189,6 @@ class Workers:
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":
             metrics, known = cell.run.metrics(), self.kind.metrics
-            names = dict.fromkeys((*part.metrics, *self.kind.told))
+            names = [name for name in dict.fromkeys((*part.metrics, *self.kind.told)) if name in metrics]
             text = ", ".join(f"{known[name].label} {metrics[name]:{known[name].form}}" for name in names)
         say(f"{self.done}/{self.missing} {label}: {escape(text)} ({seconds:.0f} s)")

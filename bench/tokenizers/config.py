@@ -3,8 +3,8 @@
 A field's name is the command-line flag, the Optuna parameter and the DataFrame column; its type says what it may be.
 """
 
+import os
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from backbones import Backbone, backbone, users
@@ -149,7 +149,7 @@ class Config:
         precision = resolve_precision(self.precision, device)
         data = self.data
         if data.startswith("folder:"):
-            data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
+            data = f"folder:{os.path.realpath(os.path.expanduser(data.removeprefix('folder:')))}"
         entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
         return replace(self, device=device, precision=precision, data=data, entropy_weight=entropy_weight)
 

@@ -433,8 +433,6 @@ def test_only_the_same_images_are_shown_side_by_side(tmp_path):
     (runs[1].folder / "samples.npz").write_bytes(b"PK torn")
     (drawing,) = galleries.reconstructions(scope(frame(runs)))
     assert len(drawing.figure.axes[0].get_yticklabels()) == 2
-    (runs[1].folder / "samples.npz").write_bytes(b"")
-    assert galleries._kept(str(runs[1].folder), "x") == []
 
 
 def test_few_learning_curves_are_read_of_many_runs(tmp_path, monkeypatch):
@@ -1074,18 +1072,41 @@ def test_eight_kinds_of_prior_at_most_have_samples_side_by_side(tmp_path):
 
 
 def test_pictures_that_cannot_be_read_are_none(tmp_path):
-    """Whether an array is missing, of objects, or damaged within the file."""
-    path = tmp_path / "samples.npz"
+    """Whether an array is missing, of another shape or kind, or the file is damaged; without a file nothing is said."""
+    path, rows = tmp_path / "samples.npz", pd.DataFrame({"folder": [str(tmp_path)]})
     x = np.zeros((2, 8, 8, 3), dtype=np.uint8)
-    np.savez(path, x=x)
-    assert galleries._kept(str(tmp_path), "x", "x_hat") == []
-    np.savez(path, x=np.array([None, x], dtype=object))
-    assert galleries._kept(str(tmp_path), "x") == []
-    np.savez_compressed(path, x=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
-    content = bytearray(path.read_bytes())
-    content[2000:2100] = b"\xff" * 100
-    path.write_bytes(content)
-    assert galleries._kept(str(tmp_path), "x") == []
+    damaged = []
+    assert list(galleries._kept(rows, damaged, "x")) == damaged == []
+    for arrays in ({"x": x}, {"x": x, "x_hat": x[0]}, {"x": x, "x_hat": x.astype(int)}):
+        np.savez(path, **arrays)
+        assert list(galleries._kept(rows, damaged, "x", "x_hat")) == []
+    path.write_bytes(path.read_bytes()[:-9])
+    assert list(galleries._kept(rows, damaged, "x")) == []
+    assert [str(path) in sentence for sentence in damaged] == [True] * 4
+    assert damaged[0].startswith(f"{path} is damaged: it has no images x and x_hat; move it away")
+
+
+def test_a_gallery_names_the_damaged_files_that_it_leaves_out(tmp_path):
+    """The scores of the run stay in; of another seed the picture is shown instead. Also where no picture is left."""
+    store = Store(tmp_path)
+    runs = [fabricate(store, make_config(name, "smoke", seed=seed)) for name in ("cnn", "vit") for seed in (0, 1)]
+    paths = [run.folder / "samples.npz" for run in runs]
+    paths[0].write_bytes(b"PK torn")
+    (drawing,) = galleries.reconstructions(scope(frame(runs)))
+    labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
+    assert labels == ["original", "cnn", "vit"]
+    assert f"Left out: {paths[0]} is damaged: " in drawing.caption
+    for path in paths:
+        path.write_bytes(b"")
+    (drawing,) = galleries.reconstructions(scope(frame(runs)))
+    assert all(str(path) in drawing.caption for path in paths)
+    prior = {"prior": "rnn", "grid_size": 4, "seed": 0, "coded_bits_per_pixel": 0.1, "coded_bits_per_token": 1.0}
+    rows = [prior | {"folder": str(run.folder), "backbone": name} for run, name in zip(runs[::2], "ab", strict=True)]
+    (drawing,) = galleries.samples(made_priors(*rows))
+    assert all(str(path) in drawing.caption for path in paths[::2])
+    np.savez(paths[0], x=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    (drawing,) = galleries.samples(made_priors(*rows))
+    assert (str(paths[0]) in drawing.caption, str(paths[2]) in drawing.caption) == (False, True)
 
 
 def test_a_damaged_line_of_a_history_is_left_out_and_one_without_any_is_empty(tmp_path):

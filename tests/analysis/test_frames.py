@@ -1,6 +1,7 @@
 """Frames: what each metric's better direction is, what may be compared with what, and what a summary averages."""
 
 import itertools
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +32,10 @@ from bench.analysis.frames import (
     with_rates,
 )
 from bench.core.errors import Damaged
+from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
+from tests.fabricate import fabricate, fabricate_prior
 
 PROTOCOL = {
     **{"version": 1, "data": "photos", "fingerprint": "f" * 64, "split": "a / b", "count": 64, "skipped": 0},
@@ -63,8 +66,12 @@ class Known:
     def ending(self) -> tuple[str, str]:
         return self.status, self.reason
 
-    def settings(self, kind: type) -> Config | PriorConfig:
-        return kind(**self.config())
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    def settings(self, kind: type, part: str = "config") -> Config | PriorConfig:
+        return kind(**(self.config() if part == "config" else self.tokenizer()))
 
     def config(self) -> dict[str, Any]:
         return asdict(self.asked)
@@ -463,3 +470,32 @@ def test_a_protocol_without_what_reports_tell_is_damage():
     table = frame([Known(smoke(seed=1)), lacking])
     assert list(table.status) == ["finished", "damaged"]
     assert "metrics.json is damaged: its protocol has no count; move it away" in table.reason[1]
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"backbone": "cnn", "grid_size": "4"}, {"codebook_size": 4}])
+def test_a_finished_prior_that_does_not_tell_its_tokenizer_is_named(tmp_path, tokenizer):
+    """Its bits would be nobody's; one that failed before it read it has a row."""
+    store, config = Store(tmp_path), smoke()
+    fabricate(store, config)
+    runs = [
+        fabricate_prior(store, PriorConfig(config.run_id(), "rnn", seed=seed, device="cpu"), 6.0, 90.0)
+        for seed in (0, 1)
+    ]
+    path = runs[1].folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": tokenizer}))
+    table, damaged = read(runs, PRIOR)
+    assert list(table.seed) == [0]
+    assert [sentence.partition(":")[0] for sentence in damaged] == [f"{path} is damaged"]
+    if not tokenizer:
+        (runs[1].folder / "metrics.json").unlink()
+        assert list(read(runs, PRIOR)[0].status) == ["finished", "unfinished"]
+
+
+def test_a_priors_tokenizer_of_an_older_version_has_the_defaults_of_this_one(tmp_path):
+    store, config = Store(tmp_path), smoke()
+    fabricate(store, config)
+    run = fabricate_prior(store, PriorConfig(config.run_id(), "rnn", device="cpu"), 6.0, 90.0)
+    stored = json.loads((run.folder / "config.json").read_text())
+    del stored["tokenizer"]["gan_ramp"]
+    run.write("config.json", stored)
+    assert list(frame([run], PRIOR).gan_ramp) == [config.gan_ramp]

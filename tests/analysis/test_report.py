@@ -409,7 +409,7 @@ def test_nothing_to_report_is_one_sentence(store, capsys):
         select(["beta"], store.root)
     with pytest.raises(UserError, match=rf"'gamma' .* studies: beta; runs: {run.folder.name}"):
         select(["gamma"], store.root)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is no folder; name one with --out"):
         write_report([], store.root, run.folder / "config.json")
 
 

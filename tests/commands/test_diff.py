@@ -263,3 +263,16 @@ def test_scores_of_other_images_are_no_wins(store, diff):
     code, out, _ = diff(a, b)
     assert (code, "images by" in out) == (0, False)
     assert "LPIPS vgg" in out
+
+
+def test_scores_of_each_image_that_are_missing_or_damaged_are_named(store, diff):
+    """Each file of them; and where the two are not ranked anyway, nothing is said."""
+    a, b = (fabricate(store, smoke(seed=seed)) for seed in (0, 1))
+    paths = [run.folder / "per_image.npz" for run in (a, b)]
+    paths[1].write_bytes(paths[1].read_bytes()[:-40])
+    told = "On how many images B is better is not known: "
+    assert f"{told}{paths[1]} missing or damaged." in diff(a, b)[1]
+    np.savez(paths[0], psnr=np.zeros(63, dtype=np.float32))  # of another set
+    assert f"{told}{paths[0]} and {paths[1]} missing or damaged." in diff(a, b)[1]
+    other = fabricate(store, smoke(seed=2), count=65)
+    assert told not in diff(a, other)[1]

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from bench import encode, prior, run
+from bench.analysis.frames import PRIOR, read
+from bench.analysis.rankings import generation
 from bench.core.store import Run, Store
 from bench.metrics import ImageSet, perceptual
 from bench.priors.codes import digest, load_data
@@ -18,7 +20,9 @@ from bench.priors.config import PriorConfig
 from bench.priors.generate import nearest, rate
 from bench.priors.models import LEARNED, PRIORS, Prior
 from bench.sweeps.child import run_in_child
+from bench.tokenizers.config import make_config
 from bench.tokenizers.tokenizer import Tokenizer
+from tests.fabricate import fabricate, fabricate_prior
 
 TINY = "--preset smoke --width 16 --depth 1 --codebook-size 16 --steps 12 --batch-size 8 --lpips-weight 0 --device cpu"
 QUICK = "--parameters 30000 --depth 1 --steps 6 --batch-size 8 --samples 8 --device cpu"
@@ -266,6 +270,29 @@ def test_changed_images_are_noticed(results, capsys):
     stored["protocol"]["fingerprint"] = "0" * 64
     (folder / "metrics.json").write_text(json.dumps(stored))
     assert "has other images now than when" in refused(results, capsys)
+
+
+def test_whatever_a_prior_lacks_it_is_damaged_or_shown_without(tmp_path):
+    """Each of its scores, and each part of its protocol, missing and null: no table, no line and no ranking of a report
+    ends in an error."""
+    store, config = Store(tmp_path), make_config("cnn", "smoke", device="cpu")
+    fabricate(store, config)
+    made = fabricate_prior(store, PriorConfig(config.run_id(), "rnn", device="cpu"), 6.0, 90.0)
+    whole = made._read("metrics.json")
+    shown = 0
+    for part, name in ((part, name) for part, values in whole.items() for name in values):
+        without = {**whole, part: {key: value for key, value in whole[part].items() if key != name}}
+        for content in (without, {**whole, part: {**whole[part], name: None}}):
+            made.write("metrics.json", content)
+            assert len(list(generation(read([made], PRIOR)[0]))) == 1
+            if made.finished:
+                prior.result_table([made])
+                assert prior.protocol_line(made)
+                shown += 1
+            else:
+                assert made.status == "damaged"
+                assert name in made.reason
+    assert shown > 25
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------

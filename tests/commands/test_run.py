@@ -389,6 +389,25 @@ def columns(table) -> dict[str, list[str]]:
     return {" ".join(str(column.header).split()): list(column.cells) for column in table.columns}
 
 
+def test_whatever_a_run_lacks_it_is_damaged_or_shown_without(tmp_path):
+    """Each of its scores, and each part of its protocol, missing and null: no table and no line ends in an error."""
+    made = fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))
+    whole = made._read("metrics.json")
+    shown = 0
+    for part, name in ((part, name) for part, values in whole.items() for name in values):
+        without = {**whole, part: {key: value for key, value in whole[part].items() if key != name}}
+        for content in (without, {**whole, part: {**whole[part], name: None}}):
+            made.write("metrics.json", content)
+            if made.finished:
+                run.result_table([made])
+                assert run.protocol_line(made)
+                shown += 1
+            else:
+                assert made.status == "damaged"
+                assert name in made.reason
+    assert shown > 40  # most of it
+
+
 ARROWS = {
     "FID vgg16 ↓": "fid_vgg16",
     "LPIPS alex ↓": "lpips_alex",

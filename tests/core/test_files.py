@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from bench.core.files import (
     atomic_path,
     cache_dir,
     cached,
+    read_arrays,
     read_json,
     read_rows,
     remove_parts,
@@ -315,3 +317,29 @@ def test_a_seal_of_something_else_than_an_object_is_damage(tmp_path):
     (tmp_path / "x.json").write_text(seal([1]))
     with pytest.raises(Damaged, match="its content is no object"):
         unseal(tmp_path / "x.json")
+
+
+def test_arrays_that_are_not_as_they_were_written_are_damaged(tmp_path):
+    """Cut off, empty, a bare array, one of objects, bytes changed within it, marked as encrypted, a folder, a pipe."""
+    path = tmp_path / "x.npz"
+    with pytest.raises(FileNotFoundError):
+        read_arrays(path)
+    np.savez_compressed(path, x=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    assert read_arrays(path)["x"].shape == (8, 32, 32, 3)
+    whole = path.read_bytes()
+    bare, objects = io.BytesIO(), io.BytesIO()
+    np.save(bare, np.zeros(3))
+    np.savez(objects, x=np.array([None], dtype=object))
+    central = whole.rindex(b"PK\x01\x02")
+    encrypted = whole[: central + 8] + b"\x01" + whole[central + 9 :]
+    changed = whole[:2000] + b"\xff" * 100 + whole[2100:]
+    for content in (b"", whole[:-30], b"noise", bare.getvalue(), objects.getvalue(), changed, encrypted):
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=r"x\.npz is damaged: .*; move it away and run the same command again$"):
+            read_arrays(path)
+    path.unlink()
+    for make in (os.mkdir, os.mkfifo):
+        make(path)
+        with pytest.raises(Damaged, match="it is not a file"):
+            read_arrays(path)
+        path.rmdir() if path.is_dir() else path.unlink()

@@ -25,6 +25,7 @@ from bench.core.settings import (
     check_values,
     identity,
 )
+from bench.tokenizers.config import make_config
 
 COLOURS = {"red": 1, "blue": 2}
 
@@ -131,3 +132,12 @@ def test_choices_are_checked_apart_from_values():
     check_values(Toy(colour="green", net="squeeze"))
     with pytest.raises(UserError, match="unknown colour 'green'"):
         check_fields(Toy(colour="green", net="squeeze"))
+
+
+@pytest.mark.parametrize("text", ["folder:a\x07b", "folder:a\0b", "folder:\udce4", "folder:a\x9bb", "folder:\u202eb"])
+def test_a_text_that_no_file_could_give_back_is_refused(text):
+    """A run's config.json with it would be a damaged one."""
+    with pytest.raises(UserError) as error:
+        make_config("cnn", "smoke", device="cpu", data=text).check()
+    assert str(error.value) == f"data is {text!a}; it must be text without control characters"
+    make_config("cnn", "smoke", device="cpu", data="folder:ä\t\n 図").check()

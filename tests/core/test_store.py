@@ -11,16 +11,25 @@ import numpy as np
 import pytest
 
 from bench.core.errors import Damaged, UserError
-from bench.core.store import FAILURES, Busy, NoSpace, Run, Store, find_tokenizer, known_tokenizers
+from bench.core.store import (
+    FAILURES,
+    NUMBERS,
+    SCORED,
+    TOLD,
+    Busy,
+    NoSpace,
+    Run,
+    Store,
+    find_tokenizer,
+    known_tokenizers,
+)
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
-from tests.fabricate import fabricate
+from tests.fabricate import fabricate, least
 
 HEADER = {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}
-METRICS = {
-    **{"params_encoder": 3, "params_decoder": 4, "flops_encode": 50, "flops_decode": 60},
-    **{"psnr": 20.0, "train_seconds": 9.0},
-}
+WHOLE = least(params_encoder=3, params_decoder=4, flops_encode=50, flops_decode=60, psnr=20.0, train_seconds=9.0)
+METRICS, PROTOCOL = WHOLE["metrics"], WHOLE["protocol"]
 
 
 @pytest.fixture
@@ -47,19 +56,17 @@ def test_metrics_mean_finished_and_nothing_else_does(run):
     assert (run.status, run.reason) == ("unfinished", "")
     run.forgive()  # and again is no error
     run.fail("crashed", "a signal")
-    run.write("metrics.json", {"metrics": METRICS, "protocol": {"count": 64}})
+    run.write("metrics.json", WHOLE)
     assert (run.status, run.reason, run.finished) == ("finished", "", True)
 
 
 def test_a_tokenizers_costs_are_those_of_both_sides(run):
-    run.write("metrics.json", {"metrics": METRICS, "protocol": {"count": 64}})
+    run.write("metrics.json", WHOLE)
     metrics = run.metrics()
     assert (metrics["params"], metrics["flops"]) == (7, 110)
     assert {name: metrics[name] for name in METRICS} == METRICS
-    assert run.protocol() == {"count": 64}
+    assert run.protocol() == PROTOCOL
     assert (run.config(), run.environment()) == ({"beta": 0.5}, {"threads": 2})
-    run.write("metrics.json", {"metrics": {"gfid": 9.0}, "protocol": {}})  # a prior's
-    assert run.metrics() == {"gfid": 9.0}
 
 
 def test_a_line_that_is_being_written_is_no_history_yet(run):
@@ -72,7 +79,7 @@ def test_a_line_that_is_being_written_is_no_history_yet(run):
 
 def test_a_failing_write_leaves_the_file_as_it_was(run):
     """Numbers that JSON has not, such as nan, are refused rather than written."""
-    run.write("metrics.json", {"metrics": METRICS, "protocol": {}})
+    run.write("metrics.json", WHOLE)
     for value in (float("nan"), float("inf"), object()):
         with pytest.raises((ValueError, TypeError)):
             run.write("metrics.json", {"metrics": {"psnr": value}, "protocol": {}})
@@ -107,6 +114,7 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
 
 def test_scores_per_image_that_are_not_there_are_none(run):
     assert run.per_image() == {}
+    run.write("metrics.json", least(protocol={"count": 100}))
     path = run.folder / "per_image.npz"
     np.savez_compressed(path, psnr=np.arange(100.0))
     assert list(run.per_image()["psnr"]) == list(range(100))
@@ -274,7 +282,7 @@ def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
     run.write("metrics.json", {})
     with pytest.raises(UserError, match=r"metrics.json is damaged: it has no metrics; move it away and run the same"):
         find_tokenizer("cnn", store.root)
-    run.write("metrics.json", {"metrics": {}, "protocol": {}})
+    run.write("metrics.json", WHOLE)
     assert known_tokenizers(store.root) == f"{store.root} has cnn-a"
     with pytest.raises(UserError, match=r"cnn-a has lost its tokenizer.safetensors; move that folder and train"):
         find_tokenizer("cnn", store.root)
@@ -330,10 +338,10 @@ def test_what_is_no_file_is_not_read(run, name, make):
         ("metrics.json", {"metrics": {"psnr": "20"}, "protocol": {}}, "psnr is '20', which is no number"),
         ("metrics.json", {"metrics": {"psnr": True}, "protocol": {}}, "psnr is True, which is no number"),
         ("metrics.json", {"metrics": {"psnr": [20.0]}, "protocol": {}}, "psnr is [20.0], which is no number"),
-        ("metrics.json", {"metrics": {"params_encoder": 3}, "protocol": {}}, "it has no params_encoder or no"),
-        ("metrics.json", {"metrics": METRICS | {"flops_encode": None}, "protocol": {}}, "it has no flops_encode or"),
-        ("metrics.json", {"metrics": {}, "protocol": {"count": [1]}}, "its protocol has lists"),
-        ("metrics.json", {"metrics": {}, "protocol": {"count": {}}}, "its protocol has lists"),
+        ("metrics.json", {"metrics": {}, "protocol": PROTOCOL}, "it has no params_encoder"),
+        ("metrics.json", {"metrics": METRICS, "protocol": {}}, "its protocol has no version"),
+        ("metrics.json", {"metrics": METRICS, "protocol": {"count": [1]}}, "its protocol has lists"),
+        ("metrics.json", {"metrics": METRICS, "protocol": {"count": {}}}, "its protocol has lists"),
         ("config.json", {"config": {}}, "it has no environment"),
         ("config.json", {"config": 1, "environment": {}}, "it has no config"),
         ("failure.json", {"status": "crashed"}, "it tells no status and reason"),
@@ -480,17 +488,52 @@ def test_settings_that_lack_a_field_without_a_default_are_damage(run):
 
 
 def test_a_score_that_was_not_taken_is_no_damage(run):
-    run.write("metrics.json", {"metrics": {"psnr": 20.0, "fid": None}, "protocol": {"extractor_inception": None}})
+    """It reads as one that is not there."""
+    run.write("metrics.json", least(psnr=20.0, fid=None, peak_memory_mb=None))
     assert run.status == "finished"
-    assert run.metrics() == {"psnr": 20.0, "fid": None}
+    assert run.metrics()["psnr"] == 20.0
+    assert not {"fid", "peak_memory_mb"} & run.metrics().keys()
+
+
+@pytest.mark.parametrize(("shelf", "name"), [(shelf, name) for shelf, names in SCORED.items() for name in names])
+def test_a_run_without_what_every_version_has_written_is_damaged(store, shelf, name):
+    """Whether it is missing, null, or all are."""
+    run = Run(store.root / shelf / "one")
+    run.folder.mkdir(parents=True)
+    run.write("metrics.json", least(shelf))
+    assert run.status == "finished"
+    without = least(shelf)
+    del without["metrics"][name]
+    for content in (without, least(shelf, **{name: None})):
+        run.write("metrics.json", content)
+        told = (
+            f"{run.folder / 'metrics.json'} is damaged: it has no {name}; move it away and run the same command again"
+        )
+        assert run.ending() == ("damaged", told)
+
+
+@pytest.mark.parametrize(("shelf", "name"), [(shelf, name) for shelf in NUMBERS for name in (*TOLD, *NUMBERS[shelf])])
+def test_a_protocol_without_what_is_told_of_it_is_damage(store, shelf, name):
+    """Null says something of Inception's weights only; and a number is one."""
+    run = Run(store.root / shelf / "one")
+    run.folder.mkdir(parents=True)
+    for value in (None, "many") if name in NUMBERS[shelf] else ():
+        run.write("metrics.json", least(shelf, {name: value}))
+        assert f"is damaged: its protocol has no {name}; " in run.reason
+    without = least(shelf)
+    del without["protocol"][name]
+    run.write("metrics.json", without)
+    assert f"{run.folder / 'metrics.json'} is damaged: its protocol has no {name}; " in run.reason
 
 
 def test_scores_per_image_of_another_shape_are_none(run):
-    """Two lengths, two axes, words, a bare array: no two runs could be compared by them."""
+    """Two lengths, that of another set, two axes, words, a bare array: no two runs could be compared by them."""
+    run.write("metrics.json", least(protocol={"count": 3}))
     path = run.folder / "per_image.npz"
     np.savez(path, psnr=np.zeros(3), ssim=np.zeros(3))
     assert {*run.per_image()} == {"psnr", "ssim"}
-    for arrays in ({"psnr": np.zeros(3), "ssim": np.zeros(4)}, {"psnr": np.zeros((3, 3))}, {"psnr": np.array(["x"])}):
+    three, four, words = np.zeros(3), np.zeros(4), np.array(["x"] * 3)
+    for arrays in ({"psnr": three, "ssim": four}, {"psnr": four}, {"psnr": np.zeros((3, 3))}, {"psnr": words}, {}):
         np.savez(path, **arrays)
         assert run.per_image() == {}
     with path.open("wb") as file:
@@ -514,3 +557,10 @@ def test_a_snapshot_is_of_one_moment(tmp_path):
     assert (seen.folder, seen.config(), seen.status) == (run.folder, before, "finished")
     run.write("config.json", {"config": {**before, "beta": 9.0}, "environment": {}})
     assert (seen.config(), run.config()["beta"], run.snapshot().config()["beta"]) == (before, 9.0, 9.0)
+
+
+def test_the_costs_of_one_side_alone_are_no_sum(tmp_path):
+    """Of a folder that lies elsewhere, which may be of any kind."""
+    run = Run(tmp_path)
+    run.write("metrics.json", {"metrics": {"params_encoder": 3, "flops_encode": 5, "flops_decode": 6}, "protocol": {}})
+    assert run.metrics() == {"params_encoder": 3, "flops_encode": 5, "flops_decode": 6, "flops": 11}

@@ -933,3 +933,16 @@ def test_images_that_change_while_a_process_runs_are_noticed(tmp_path, cache, de
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert np.array_equal(load(f"folder:{folder}", 8).val, whole)
     assert len(decodes) == 2
+
+
+def test_names_that_steer_a_terminal_or_are_no_text_do_not_spoil_the_cache(tmp_path, cache, decodes):
+    """Of classes, and of images that cannot be decoded; the images are decoded once."""
+    root = tmp_path / "pets"
+    for split in ("train", "val"):
+        painted(root / split, {"ant\x07": 120, os.fsdecode(b"b\xe9e"): 30}, 101)
+    (root / "train" / "ant\x07" / os.fsdecode(b"\x1b[2J\xe9.png")).write_bytes(b"no image")
+    for _ in range(2):
+        found = load(f"folder:{root}", 4)
+        assert found.classes == ("ant\ufffd", "b?e")
+        assert found.skipped == ("train/ant\ufffd/\ufffd[2J?.png",)
+    assert len(decodes) == 1

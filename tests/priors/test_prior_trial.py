@@ -28,6 +28,7 @@ from bench.priors.generate import Generated
 from bench.priors.models import PRIORS, Prior
 from bench.priors.trial import run_prior
 from bench.tokenizers import evaluate
+from tests.fabricate import least
 
 K, SIDE, NAME = 300, 2, "cnn-ema-toy"
 
@@ -40,7 +41,7 @@ class World:
         self.tokenizer.folder.mkdir(parents=True)
         (self.tokenizer.folder / "tokenizer.safetensors").write_bytes(b"weights")
         self.tokenizer.write("config.json", {"config": {}, "environment": {}})
-        self.tokenizer.write("metrics.json", {"metrics": {}, "protocol": {}})
+        self.tokenizer.write("metrics.json", least())
         self.tiny, self.trained, self.scored, self.diverges = tiny, [], [], False
         self.count, self.training, self.classes = 12, None, ("a", "b", "c")
 
@@ -58,7 +59,7 @@ class World:
     def score(self, prior, tokenizer, codes, data, config, known, fid_weights) -> Generated:
         self.scored.append(SimpleNamespace(config=config, weights=prior.state_dict(), known=known))
         images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
-        metrics = {"coded_bits_per_token": 2.5, "nearest_train_psnr": 20.0}
+        metrics = least("priors", coded_bits_per_token=2.5, nearest_train_psnr=20.0)["metrics"]
         return Generated(metrics, codes.train[:4].astype(np.int64), images, images)
 
     def run(self, **settings) -> Run:
@@ -140,6 +141,7 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
     metrics = run.metrics()
     assert metrics.pop("peak_memory_mb") >= 0
     assert metrics == {
+        **least("priors")["metrics"],
         **{"coded_bits_per_token": 2.5, "nearest_train_psnr": 20.0, "nearest_val_psnr_95": 30.0},
         **{"coded_bits_per_token_independent": 3.5, "train_seconds": 12.5, "grids_seen": 12},
     }
@@ -242,9 +244,9 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     monkeypatch.setattr(
         prior_trial, "Tokenizer", SimpleNamespace(from_run=lambda *given: seen.update(loaded=given) or loaded)
     )
-    measured = []
+    measured, told = [], lambda digest: least("priors", {"extractor_inception": digest})["protocol"]
     monkeypatch.setattr(prior_trial, "peak_memory", lambda device: measured.append(device) or nullcontext(lambda: 7.5))
-    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: {"extractor_inception": f"{device} {path}"})
+    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: told(f"{device} {path}"))
     run = run_prior(world.config(), world.tokenizer, world.store, file)
     folder = world.tokenizer.folder
     assert seen["loaded"] == (folder, "cpu")
@@ -468,7 +470,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
         if not made.folder.is_dir():
             made.folder.mkdir(parents=True)
             raise Diverged("too steep")
-        made.write("metrics.json", {"metrics": {}, "protocol": {}})
+        made.write("metrics.json", least("priors"))
         return made
 
     monkeypatch.setattr(prior, "run_prior", begin_then_finish)
@@ -542,7 +544,7 @@ def test_a_name_that_is_no_tokenizers_is_answered_with_those_there_are(world, tm
         other.folder.mkdir()
         other.write("config.json", {"config": {}, "environment": {}})
         if number:
-            other.write("metrics.json", {"metrics": {}, "protocol": {}})
+            other.write("metrics.json", least())
     names = ", ".join([NAME, *(f"{NAME}-{number}" for number in range(1, 8))])
     with pytest.raises(UserError, match=f"is the run of a prior; name that of a tokenizer: .* has {names}$"):
         find_tokenizer(str(made.folder), results)

@@ -864,3 +864,28 @@ def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest():
     for parameters in (1, round(0.9 * min(counts))):  # nor will one do that is 10 % off
         with pytest.raises(UserError, match=f"the nearest is {min(counts):,}$"):
             build_prior(replace(config, parameters=parameters), 7, 2, 0)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_deep_prior_is_sized_without_being_made(monkeypatch, name):
+    """A thousand layers take seconds to make, and a search for the width asks many times: two tell what all take."""
+    made, learned = [], LEARNED[name]
+
+    def note(codebook_size, grid_size, width, depth, dropout, classes):
+        made.append(depth)
+        return learned(codebook_size, grid_size, width, depth, dropout, classes)
+
+    monkeypatch.setitem(LEARNED, name, note)
+    prior = build_prior(PriorConfig("none", name, depth=40, parameters=500_000, device="cpu"), 32, 4, 0)
+    assert made.pop() >= 39
+    assert {*made} == {1, 2}
+    assert parameter_count(prior) == pytest.approx(500_000, rel=0.02)
+    with pytest.raises(UserError, match="cannot have 1,000 parameters within 2%"):
+        build_prior(PriorConfig("none", name, depth=1000, parameters=1000, device="cpu"), 32, 4, 0)
+    assert {*made} == {1, 2}
+
+
+def test_a_prior_that_no_machine_holds_is_not_made(monkeypatch):
+    monkeypatch.setattr("bench.core.device.os.sysconf", lambda name: 1 << 10)
+    with pytest.raises(UserError, match=r"a model of these settings takes .* GB and cpu has 0 GB"):
+        build_prior(PriorConfig("none", "rnn", parameters=500_000, device="cpu"), 32, 4, 0)

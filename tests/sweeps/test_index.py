@@ -28,6 +28,7 @@ from bench.sweeps.definition import Range, distribution, suggest
 from bench.sweeps.importance import importances
 from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
 from bench.tokenizers.config import Config, make_config
+from tests.fabricate import least
 
 MAXIMISED = {"psnr", "ssim", "perplexity", "usage", "images_per_second_encode", "images_per_second_decode"}
 SCORES = {"psnr": 20.0, "lpips_vgg": 0.4, "perplexity": 50.0, "bits_per_image": 112.0, "train_seconds": 30.0}
@@ -56,7 +57,7 @@ def made(store: Store, status: str = "finished", rows=(), config: Config | None 
     run.write("config.json", {"config": asdict(config), "environment": {}})
     (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if status == "finished":
-        run.write("metrics.json", {"metrics": {**SCORES, **scores}, "protocol": {"data": "photos", "count": 64}})
+        run.write("metrics.json", least(config.SHELF, {"data": "photos"}, **{**SCORES, **scores}))
     elif status != "unfinished":
         run.fail(status, f"it {status}")
     return run

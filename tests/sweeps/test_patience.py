@@ -1,5 +1,7 @@
 """A database that goes away for a while, for good, or is broken: nothing is lost, and one sentence says what to do."""
 
+import contextlib
+import shutil
 import sqlite3
 from types import SimpleNamespace
 
@@ -9,9 +11,12 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy import exc
 
 from bench.core.errors import UserError
+from bench.core.store import Store
 from bench.sweeps import patience
-from bench.sweeps.index import Index
-from bench.sweeps.patience import PatientStorage, check_damage, reason_of
+from bench.sweeps.index import Index, rebuild
+from bench.sweeps.patience import PatientStorage, reason_of
+from bench.tokenizers.config import make_config
+from tests.fabricate import fabricate
 
 
 class Clock:
@@ -56,7 +61,15 @@ def _read(self: Flaky, *arguments, **options):
     return "found"
 
 
-Flaky.get_all_studies = patience._patient(_read)
+def get_all_studies(self: Flaky) -> str:
+    return _read(self)
+
+
+def delete_study(self: Flaky) -> str:
+    return _read(self)
+
+
+Flaky.get_all_studies, Flaky.delete_study = map(patience._patient, (get_all_studies, delete_study))
 
 
 @pytest.fixture
@@ -99,10 +112,8 @@ def test_a_broken_file_is_not_waited_for_and_its_fix_is_named(storage, clock, me
 @pytest.mark.parametrize(
     "error",
     [
-        exc.IntegrityError("INSERT", {}, sqlite3.IntegrityError("UNIQUE")),
         exc.DataError("INSERT", {}, sqlite3.DataError("too long")),
         optuna.exceptions.UpdateFinishedTrialError("ended"),
-        KeyError("study"),
     ],
 )
 def test_what_was_asked_wrongly_is_not_asked_again(storage, clock, error):
@@ -113,6 +124,50 @@ def test_what_was_asked_wrongly_is_not_asked_again(storage, clock, error):
     with pytest.raises(type(error)):
         storage.get_all_studies()
     assert (storage.asked, clock.pauses) == (1, [])
+
+
+@pytest.mark.parametrize("error", [KeyError("study"), ValueError("not like this"), TypeError("nor like that")])
+def test_what_is_written_wrongly_is_no_damage(storage, clock, error):
+    """It may be a mistake of this program; one that reads asks by what it was told before."""
+
+    def refuse():
+        raise error
+
+    storage.left, storage.error = 9, refuse
+    with pytest.raises(type(error)):
+        storage.delete_study()
+    with pytest.raises(UserError, match=rf"is damaged \({type(error).__name__} "):
+        storage.get_all_studies()
+    assert (storage.asked, clock.pauses) == (2, [])
+
+
+REFUSED = [
+    "attempt to write a readonly database",
+    "disk I/O error",
+    "database or disk is full",
+    "unable to open database file",
+    "cannot execute INSERT in a read-only transaction",
+]
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_database_that_takes_nothing_is_not_waited_for(storage, clock, message):
+    """No pause mends it, and its trials are nobody's failure: it is told at once, with the fix."""
+    storage.left, storage.error = 99, lambda: away(message)
+    with pytest.raises(UserError) as error:
+        storage.get_all_studies()
+    assert str(error.value) == (
+        f"the database sqlite:///x takes nothing ({message}); see that it is there, has room and can be written, or "
+        "name another with --storage; the same command continues"
+    )
+    assert (storage.asked, clock.pauses) == (1, [])
+
+
+@pytest.mark.parametrize("message", ["database is locked", "database table is locked"])
+def test_a_database_that_another_process_holds_is_waited_for(storage, clock, message):
+    storage.left, storage.error = 2, lambda: away(message)
+    assert storage.get_all_studies() == "found"
+    assert clock.pauses == [0.5, 1]
 
 
 def test_a_connection_that_was_cut_is_away_whatever_the_error_is_called():
@@ -165,4 +220,106 @@ def test_a_broken_sqlite_file_is_told_when_it_is_opened(tmp_path):
     path.write_bytes(b"this is no database" * 100)
     with pytest.raises(UserError, match=r"is damaged \(file is not a database\); delete it, and python -m bench.study"):
         Index(f"sqlite:///{path}", tmp_path)
-    check_damage("x", ValueError("something else"))
+
+
+# -- a database that opens, and holds what Optuna did not write -------------------------------------------------------
+
+STUDY = {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"], "space": {}}
+DAMAGE = {  # SQL → what is said of the database
+    "DROP TABLE trials": "UNIQUE constraint failed: trial_",
+    "DELETE FROM trials": "UNIQUE constraint failed: trial_",
+    "DROP TABLE studies": "KeyError 'Record does not exist.'",
+    "UPDATE trials SET state = 'DONE'": "LookupError 'DONE' is not among the defined enum values",
+    "UPDATE trials SET datetime_start = 'noon'": "ValueError ",
+    "UPDATE trial_user_attributes SET value_json = '{'": "JSONDecodeError ",
+    "UPDATE trial_user_attributes SET value_json = '%s'" % ("[" * 50_000): "RecursionError ",
+    "UPDATE trial_system_attributes SET value_json = NULL": "TypeError ",
+    "UPDATE study_system_attributes SET value_json = 'psnr'": "JSONDecodeError ",
+    "UPDATE trial_params SET distribution_json = '{}'": "KeyError ",
+    """UPDATE trial_params SET distribution_json = '{"name": "No", "attributes": {}}'""": "ValueError ",
+    "UPDATE study_directions SET direction = 'MINIMIZE'": "study one-cnn is optimised in another direction than its",
+    "UPDATE study_directions SET direction = 'UP'": "LookupError 'UP' is not among the defined enum values",
+    "DELETE FROM study_directions": "study one-cnn is optimised in another direction than its metrics are",
+    "UPDATE alembic_version SET version_num = 'v99'": "another version of Optuna made it",
+    "INSERT INTO alembic_version VALUES ('v99')": "another version of Optuna made it",
+}
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """A store with a study of two runs, and the bytes of its database."""
+    store = Store(tmp_path_factory.mktemp("indexed"))
+    runs = [fabricate(store, make_config("cnn", "smoke", seed=seed)) for seed in (0, 1)]
+    rows = {run.folder.name: {"backbone": "cnn", "beta": 0.25, "seed": seed} for seed, run in enumerate(runs)}
+    store.extend_study("one", STUDY, rows)
+    assert rebuild(Index(f"sqlite:///{store.root}/x.db", store.root), store, "one") == 2
+    return store, (store.root / "x.db").read_bytes()
+
+
+def use(path, store) -> None:
+    """What a study does with the database that lies at ``path``."""
+    index = Index(f"sqlite:///{path}", path.parent)
+    rebuild(index, store, "one")
+    study = index.open("one-cnn", ("psnr",))
+    index.enqueue(study, {"beta": 0.5}, "another")
+    index.claim(study, {"another"}).set_user_attr("seconds", 1.0)
+
+
+@pytest.mark.parametrize("statement", DAMAGE, ids=lambda statement: statement[:60])
+def test_a_database_that_holds_what_optuna_did_not_write_is_damaged(indexed, tmp_path, clock, statement):
+    store, whole = indexed
+    path = tmp_path / "x.db"
+    path.write_bytes(whole)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+    with pytest.raises(UserError) as error:
+        use(path, store)
+    told = str(error.value)
+    assert told.startswith(f"the database sqlite:///{path} is damaged ({DAMAGE[statement]}")
+    assert told.endswith("); delete it, and python -m bench.study rebuild makes it again from the runs")
+    assert told.count("\n") == 0
+    assert clock.pauses == []
+
+
+def test_a_database_that_was_deleted_is_made_again(indexed, tmp_path):
+    store, whole = indexed
+    path = tmp_path / "x.db"
+    for content in (whole, None):
+        path.unlink() if content is None else path.write_bytes(content)
+        use(path, store)
+
+
+@pytest.mark.parametrize("table", ["trials", "studies", "version_info", "trial_user_attributes"])
+def test_a_database_of_another_program_is_not_to_be_deleted(indexed, tmp_path, clock, table):
+    store, path = indexed[0], tmp_path / "theirs.db"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(f"CREATE TABLE {table} (theirs TEXT)")
+    with pytest.raises(UserError) as error:
+        use(path, store)
+    told = str(error.value)
+    assert told.startswith(f"the database sqlite:///{path} has tables of another program (")
+    assert told.endswith(
+        "); name another with --storage, and python -m bench.study rebuild makes it again from the runs"
+    )
+    assert clock.pauses == []
+
+
+def test_a_server_s_database_is_not_a_file_to_delete():
+    shown = "postgresql://host/x"
+    storage = SimpleNamespace(shown=shown)
+    told = str(PatientStorage.damage(storage, 'relation "trials" does not exist'))
+    fix = "drop it, or name another with --storage, and python -m bench.study rebuild makes it again from the runs"
+    assert told == f'the database {shown} is damaged (relation "trials" does not exist); {fix}'
+
+
+def test_a_study_whose_results_are_removed_is_told_at_once(tmp_path, clock):
+    """SQLite calls the file that it has open one that cannot be written."""
+    folder = tmp_path / "studies"
+    index = Index(f"sqlite:///{folder}/x.db", folder)
+    study = index.open("one", ("psnr",))
+    shutil.rmtree(folder)
+    with pytest.raises(
+        UserError, match=r"x\.db takes nothing \(.*\); see that it is there, has room and can be written"
+    ):
+        index.enqueue(study, {"beta": 0.5}, "run")
+    assert clock.pauses == []

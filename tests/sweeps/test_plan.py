@@ -21,6 +21,7 @@ from bench.sweeps import plan
 from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_space
 from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
 from bench.tokenizers.config import Config, make_config
+from tests.fabricate import least
 
 SWEEP = Ablation("beta", {"beta": (0.25, 1.0), "codebook_size": (64, 128)}, backbones=("cnn", "vit"), seeds=(0, 1))
 SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 256), "code_dim": Range(4, 32)}
@@ -42,7 +43,7 @@ def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("config.json", {"config": asdict(config), "environment": {}})
     if status == "finished":
-        run.write("metrics.json", {"metrics": {"train_seconds": 60.0}, "protocol": {"data": "photos", "count": 64}})
+        run.write("metrics.json", least(config.SHELF, {"data": "photos"}, train_seconds=60.0))
     elif status != "unfinished":
         run.fail(status, "")
 
@@ -271,7 +272,7 @@ def test_a_plans_table_counts_cells_and_prices_what_is_missing(tmp_path, monkeyp
         run = cell.run
         run.folder.mkdir(parents=True)
         if status == "finished":
-            run.write("metrics.json", {"metrics": {}, "protocol": {"data": "photos", "count": 64}})
+            run.write("metrics.json", least())
         elif status == "crashed":
             run.fail(status, "")
     assert counts(found, monkeypatch) == {

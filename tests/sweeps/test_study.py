@@ -169,6 +169,16 @@ def test_the_line_of_a_trial_that_ended_leaves_the_bar(tmp_path):
     assert workers.told[-1] == "trial 2/2 | b: 10/50"
 
 
+def test_the_line_of_a_trial_whose_run_lacks_a_metric_of_the_study_tells_the_others(tmp_path, capsys):
+    """Such as one that it was scored without."""
+    workers = workers_of(planned(tmp_path, "--metric", "ssim", "psnr"))
+    part = workers.plan.tokenizers()[0]
+    (config,) = part.cells[0].configs[:1]
+    fabricate(workers.plan.store, config, ssim=None)
+    workers._say("a", Outcome("finished"), part, part.cells[0], 1.0)
+    assert re.search(r"1/2 a: PSNR dB [\d.]+, perplexity \d+ \(1 s\)", capsys.readouterr().err)
+
+
 def test_workers_share_the_cells_without_running_any_twice(child, tmp_path):
     """Two commands at once, three workers each, on one SQLite file."""
     arguments = ("--seeds", *map(str, range(5)), "--workers", "3")

@@ -11,6 +11,7 @@ from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.store import Busy, Run
 from bench.training import trial
 from bench.training.trial import begun, complete, read_weights, write_weights
+from tests.fabricate import least
 
 
 @pytest.fixture
@@ -92,8 +93,9 @@ def test_a_run_without_scores_keeps_its_checkpoint(run):
     assert (run.folder / "checkpoint.pt").exists()
     assert not run.finished
     for _ in range(2):
-        complete(run, {"psnr": 20.0}, {"count": 3})
-        assert (run.metrics(), run.protocol()) == ({"psnr": 20.0}, {"count": 3})
+        complete(run, **least(psnr=20.0))
+        assert run.metrics() == {**least(psnr=20.0)["metrics"], "params": 2, "flops": 2}
+        assert run.protocol() == least()["protocol"]
         assert [path.name for path in run.folder.iterdir()] == ["metrics.json"]
 
 
