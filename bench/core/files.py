@@ -62,7 +62,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for everyone the umask allows
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None:
+        named = [Path(str(name)).name for name in (error.filename, error.filename2) if name is not None]
+        if error.errno is not None and (not named or any(name.startswith(PART) for name in named)):
             error.filename, error.filename2 = str(path), None  # writers leave it open, or name the temporary file
         raise
     finally:
@@ -80,9 +81,21 @@ def _check_room(path: Path, error: Exception) -> None:
         raise full from error
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes what killed writers left behind in ``folder``, to which nobody may be writing."""
-    for path in folder.glob(f"{PART}*"):
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError that names no file, such as that of one which is open, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def remove_parts(folder: Path, stem: str = "") -> None:
+    """Removes what killed writers left behind in ``folder``, of files with that ``stem`` if one is given, to which
+    nobody may be writing."""
+    for path in folder.glob(f"{PART}{stem and f'{stem}-'}*"):
         path.unlink(missing_ok=True)
 
 
@@ -141,7 +154,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
 
 def seal(content: dict[str, Any]) -> str:
     """JSON of ``content`` with a digest of it, for ``unseal``."""
-    return json.dumps({"content": content, "sha256": _digest(content)}, indent=1, allow_nan=False)
+    return json.dumps({"content": content, "sha256": sha256_json(content)}, indent=1, allow_nan=False)
 
 
 def unseal(path: Path, *names: str) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     not as it was written, or has none of ``names``."""
     stored = read_json(path)
     content = stored.get("content") if "sha256" in stored else stored
-    if stored.get("sha256", _digest(content)) != _digest(content):
+    if stored.get("sha256", sha256_json(content)) != sha256_json(content):
         raise Damaged(path, "its digest is that of other content")
     if not isinstance(content, dict):
         raise Damaged(path, "its content is no object")
@@ -158,7 +171,8 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Any) -> str:
+def sha256_json(content: Any) -> str:
+    """Hex SHA-256 of ``content``, the same after it was written as JSON and read again."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

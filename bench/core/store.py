@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json, read_rows
+from .files import atomic_path, read_json, read_rows, sha256_json
 from .progress import printable
 from .settings import check_values
 
@@ -47,6 +47,10 @@ BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_e
 
 class NoSpace(UserError):
     """Runs cannot be written here: nothing to do with the run itself."""
+
+
+class OtherImages(UserError):
+    """The data are not those that a study has been trained on so far: nothing to do with the run itself."""
 
 
 class Busy(UserError):
@@ -145,6 +149,19 @@ class Run:
             raise Damaged(self.folder / "config.json", str(error)) from error
         return settings
 
+    def trained_on(self) -> str | None:
+        """Digest of the images, or of a prior the tokenizer, that the run is made from; None of an older one."""
+        stored = self._read("config.json").get("trained_on")
+        return stored if isinstance(stored, str) else None
+
+    def fingerprint(self, data: str, image_size: int) -> str | None:
+        """That of the images of a tokenizer's run, where it has begun and they are ``data`` of that size."""
+        with suppress(OSError, Damaged):
+            config = self.config()
+            if (config.get("data"), config.get("image_size")) == (data, image_size):
+                return self.trained_on() or self.protocol().get("fingerprint")
+        return None
+
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine that the run was made with, or last went on with."""
         return self.environments()[-1]
@@ -169,7 +186,7 @@ class Run:
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of each file of weights that a finished run was scored with; none of older ones."""
-        stored = read_json(self.folder / "metrics.json").get("weights", {})
+        stored = self._read("metrics.json").get("weights", {})
         return stored if isinstance(stored, dict) else {}
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,9 +226,15 @@ class Run:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
 
+    def seal(self, name: str, content: dict[str, Any]) -> None:
+        """The same with a digest beside ``content``, by which any other number in it is noticed."""
+        self.write(name, {**content, "sha256": sha256_json(content)})
+
     def _read(self, name: str, *parts: str) -> dict[str, Any]:
-        """The file ``name``, in which each of ``parts`` is an object."""
+        """The file ``name``, sealed or of an older version, in which each of ``parts`` is an object."""
         content = read_json(self.folder / name)
+        if content.pop("sha256", None) not in (None, sha256_json(content)):
+            raise Damaged(self.folder / name, "its digest is that of other content")
         for part in parts:
             if not isinstance(content.get(part), dict):
                 raise Damaged(self.folder / name, f"it has no {part}")
@@ -303,7 +326,7 @@ class Store:
         self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]], shelf: str = "runs"
     ) -> None:
         """Adds ``runs``, or those of another ``shelf``, to a study, creating it with ``header``; several processes may
-        do so at once."""
+        do so at once. What other versions of the code have written there besides is kept."""
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -311,7 +334,21 @@ class Store:
             shelves = {key: before[key] for key in ("runs", "priors") if key in before}
             shelves = {"runs": {}, **shelves, shelf: {**shelves.get(shelf, {}), **runs}}
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps({"name": name, **header, **shelves}, indent=1))
+                temporary.write_text(json.dumps({**before, "name": name, **header, **shelves}, indent=1))
+
+    def check_images(self, run: Run, data: str, image_size: int, fingerprint: str) -> None:
+        """Raises OtherImages where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:
+        what is compared was trained on the same images."""
+        for name in self.studies():
+            with suppress(Damaged):  # such as a study of another version; whoever runs it is told
+                runs = self.study(name)["runs"]
+                others = [self.named(run_id) for run_id in runs if run.folder.name in runs and run_id != run.folder.name]
+                known = (one.fingerprint(data, image_size) for one in others)
+                if (first := next(filter(None, known), fingerprint)) != fingerprint:
+                    raise OtherImages(
+                        f"{data} has other images now (fingerprint {fingerprint[:16]}) than when study {name} began "
+                        f"({first[:16]}); put those back, or start again with another --results"
+                    )
 
     def check_writable(self, megabytes: int) -> None:
         """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""
