@@ -7,28 +7,28 @@ real ones, their scores are few and their pictures empty.
 """
 
 import errno
-import json
 import os
 import re
 import shutil
 import signal
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
+from bench import data
+from bench.analysis import galleries
+from bench.analysis.frames import read
 from bench.core import files
 from bench.core.cli import guarded
-from bench.core.errors import Interrupted
+from bench.core.errors import Damaged, Interrupted, UserError
 from bench.core.store import Run, Store
 from bench.metrics import from_uint8, weights
 from bench.priors import codes as prior_codes
@@ -36,12 +36,17 @@ from bench.priors import generate
 from bench.priors import train as prior_training
 from bench.priors import trial as prior_trial
 from bench.priors.config import PriorConfig
-from bench.priors.models import PRIORS
+from bench.priors.models import PRIORS, Prior
 from bench.quantizers import QUANTIZERS
+from bench.sweeps import workers
+from bench.sweeps.child import Outcome, _outcome
+from bench.sweeps.definition import Ablation
 from bench.tokenizers import trial
 from bench.tokenizers.config import Config, make_config
+from bench.tokenizers.tokenizer import Tokenizer
 from bench.training import loop
 from bench.training import trial as around
+from tests.fabricate import fabricate
 
 STEPS, STEP_SECONDS = 3, 3.0  # which is long enough for a checkpoint after each
 SMALL = {"width": 8, "depth": 1, "codebook_size": 16, "code_dim": 4, "steps": STEPS, "batch_size": 4, "warmup": 2}
@@ -105,7 +110,8 @@ class World:
 
     def go(self, run: Run) -> Run:
         """Trains and scores it, as the commands do."""
-        config, store = next(one for one in RUNS.values() if one.run_id() == run.folder.name), Store(run.folder.parents[1])
+        store = Store(run.folder.parents[1])
+        config = next(config for config in RUNS.values() if store.run(config) == run)
         if isinstance(config, PriorConfig):
             return prior_trial.run_prior(config, store.named(config.tokenizer), store)
         return trial.run_trial(config, store)
@@ -150,7 +156,8 @@ def generated(prior, tokenizer, codes, data, config, known, fid_weights):
 
 def small(config, codebook_size, grid_size, classes):
     """A prior of a width that need not be looked for."""
-    return PRIORS[config.prior](codebook_size, grid_size, *(() if config.prior == "independent" else (8, 1, 0.1)), classes)
+    shape = () if config.prior == "independent" else (8, 1, 0.1)
+    return PRIORS[config.prior](codebook_size, grid_size, *shape, classes)
 
 
 def picture(path, *rest):
@@ -172,10 +179,9 @@ def worlds(images, tmp_path_factory):
             patch.setattr(module, "load", lambda data, image_size: world.images)
         for module in (trial, prior_trial):
             patch.setattr(module, "peak_memory", lambda device: nullcontext(lambda: 1.0))
-        replaced = {"score": scored, "kmeans_reference": lambda *given: {"psnr": 1.0}}
-        replaced |= {"score_untrained": lambda *given: {}, "throughput": lambda given: {}, "static_costs": lambda given: {}}
-        for name, value in replaced.items():
-            patch.setattr(trial, name, value)
+        patch.setattr(trial, "score", scored)
+        for name in ("kmeans_reference", "score_untrained", "throughput", "static_costs"):
+            patch.setattr(trial, name, lambda *given: {})
         patch.setattr(weights, "trunk_state", lambda net: None)
         patch.setattr(weights, "inception", lambda path: None)
         for module in (prior_trial, prior_training):
@@ -230,7 +236,8 @@ def strikes(world: World, name: str) -> list[int]:
         world.go(world.start(name))
     assert renamed[-1] == "metrics.json"
     last = {Path(file).suffix: place for place, file in enumerate(renamed)}
-    return [*range(len(renamed))] if name in QUICK else [last[kind] for kind in (".pt", ".safetensors", ".json") if kind in last]
+    kinds = sorted({".pt", ".safetensors", ".json"} & last.keys(), key=last.get)
+    return [*range(len(renamed))] if name in QUICK else [last[kind] for kind in kinds]
 
 
 @every
@@ -239,9 +246,10 @@ def test_killed_at_any_rename_it_ends_with_the_same_bytes(world, name):
     places = strikes(world, name)
     for place, after in [*((place, False) for place in places), (places[-1], True)]:
         run = world.start(name)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        with pytest.MonkeyPatch.context() as patch:
             kill(patch, place, after)
-            world.go(run)
+            with pytest.raises(Killed):
+                world.go(run)
         check_nothing_is_half(run)
         assert after or list(run.folder.parents[1].rglob(".part-*"))
         assert contents(world.go(run).folder) == world.undisturbed(name), (place, after)
@@ -396,7 +404,8 @@ HOW = ("emptied", "cut", "flipped", "a folder")
 @pytest.mark.parametrize("how", HOW)
 @quick
 def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, name, how, capsys):
-    """A checkpoint is made again, from the first step; rows that a history has lost are no reason for that."""
+    """A checkpoint is made again, from the first step; a history that has lost rows, which no score is made from, is
+    no reason for that."""
     for file in ("config.json", "history.jsonl", "checkpoint.pt"):
         run = stopped(world, name)
         damage(run.folder / file, how)
@@ -404,6 +413,216 @@ def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, nam
             assert str(run.folder / file) in told(world, run, capsys)
             continue
         found, said = contents(world.go(run).folder), capsys.readouterr().err
-        kept = {file for file in found if file != "history.jsonl" or how == "flipped" or file == "checkpoint.pt"}
         assert said.startswith(f"{run.folder / file} is damaged: ")
-        assert {file: found[file] for file in kept} == {file: world.undisturbed(name)[file] for file in kept}
+        if file == "history.jsonl":
+            assert found.pop(file).splitlines()[-1] == world.undisturbed(name)[file].splitlines()[-1]
+            assert run.history()[-1]["step"] == STEPS
+        assert world.undisturbed(name).items() >= found.items()
+        assert len(found) >= len(world.undisturbed(name)) - 1
+
+
+@pytest.mark.parametrize("how", HOW)
+@quick
+def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
+    """By whoever reads it next: the same call, or who loads the weights. What is beside the scores is left out."""
+    for file in ("config.json", "metrics.json", "failure.json", "weights", "per_image.npz", "samples.npz"):
+        run = world.start(name)
+        put(run.folder, world.undisturbed(name))
+        if file == "failure.json":
+            (run.folder / "metrics.json").unlink()
+            run.fail("crashed", "for a reason")
+        path = next(run.folder.glob("*.safetensors")) if file == "weights" else run.folder / file
+        if not path.exists():
+            continue
+        damage(path, how)
+        if file.endswith(".npz"):
+            assert run.per_image() == {} or file == "samples.npz"
+            assert galleries._kept(str(run.folder), "x") == [] or file == "per_image.npz"
+        elif file == "failure.json" and how == "flipped":
+            assert run.status in ("crashed", "damaged")
+        else:
+            read = (
+                {"ema": Tokenizer, "rnn": Prior}[name].from_run
+                if file == "weights"
+                else lambda _, run=run: world.go(run)
+            )
+            assert guarded(lambda read=read, run=run: read(run.folder) and 0) == 2
+            assert str(run.folder if how == "a folder" else path) in (said := capsys.readouterr().err)
+            assert said.count("\n") == 1
+
+
+def flips(whole: bytes, places: Iterable[int]) -> Iterator[bytes]:
+    """``whole`` with one bit flipped, at each of ``places`` in turn."""
+    for place in places:
+        yield whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :]
+
+
+def test_no_flipped_bit_of_scores_is_read_as_others(world):
+    """At any place of a finished run's JSON, and of the archives around its arrays."""
+    run = world.start("ema")
+    put(run.folder, world.undisturbed("ema"))
+    known = run.metrics(), run.protocol(), run.config(), run.weights()
+    arrays = {name: values.tobytes() for name, values in run.per_image().items()}
+    for file in ("metrics.json", "config.json", "per_image.npz", "samples.npz"):
+        path, whole = run.folder / file, world.undisturbed("ema")[file]
+        bits = 8 * len(whole)
+        places = [*range(0, 1200, 5), *range(bits - 1200, bits, 5)] if path.suffix == ".npz" else range(0, bits, 29)
+        for flipped in flips(whole, places):
+            path.write_bytes(flipped)
+            if file == "samples.npz":
+                galleries._kept(str(run.folder), "x")
+            elif file == "per_image.npz":
+                found = {name: values.tobytes() for name, values in run.per_image().items()}
+                assert found == {} or list(found.values()) == list(arrays.values())
+            else:
+                status = run.status
+                assert status == "damaged" or (run.metrics(), run.protocol(), run.config(), run.weights()) == known
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_codes_that_are_damaged_are_made_again_with_the_same_scores(world, how, capsys):
+    for file in ("meta.json", "train.npy", "val.npy", "references"):
+        run = world.start("independent")
+        world.go(run)
+        place = run.folder.parents[1] / "runs" / TAUGHT.run_id() / "codes"
+        shutil.rmtree(run.folder)
+        path = next(place.glob("references-*.json")) if file == "references" else place / file
+        damage(path, how)
+        capsys.readouterr()
+        if how == "a folder":
+            assert guarded(lambda run=run: world.go(run) and 0) == 2
+            assert str(path) in capsys.readouterr().err.splitlines()[-1]
+            path.rmdir()
+        else:
+            assert contents(world.go(run).folder) == world.undisturbed("independent")
+            assert "is damaged: " in (said := capsys.readouterr().err)
+            assert said.endswith("; it is made again\n")
+        assert contents(world.go(run).folder) == world.undisturbed("independent")
+
+
+def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
+    """Nor of what tells their type: in the other order of bytes, the same bytes are other codes."""
+    grids = np.arange(300, 332, dtype=np.uint16).reshape(2, 4, 4)
+    for split in ("train", "val"):
+        np.save(tmp_path / f"{split}.npy", grids)
+    about = {"tokenizer": "x", "mirrored": False, "codebook_size": 512, "digest": files.sha256_arrays(grids, grids)}
+    (tmp_path / "meta.json").write_text(files.seal(about))
+    path, whole = tmp_path / "train.npy", (tmp_path / "train.npy").read_bytes()
+    noticed = 0
+    for flipped in flips(whole, range(8 * len(whole))):
+        path.write_bytes(flipped)
+        try:
+            assert np.array_equal(prior_codes._read(tmp_path / "meta.json")[1], grids)
+        except Damaged:
+            noticed += 1
+    assert noticed >= 8 * grids.nbytes
+
+
+# -- other images, and other versions of the code ---------------------------------------------------------------------
+
+
+def test_a_run_does_not_go_on_with_other_images(world, images, capsys):
+    """Than it was begun on: what it came to would be a run of neither. With those back it goes on."""
+    run = stopped(world, "ema")
+    before = contents(run.folder)
+    world.images = replace(images, fingerprint="1" * 64)
+    said = told(world, run, capsys)
+    assert f"what {run.folder} is trained on has changed since it was begun, from {'0' * 16} to {'1' * 16}" in said
+    assert contents(run.folder) == before
+    world.images = images
+    assert contents(world.go(run).folder) == world.undisturbed("ema")
+
+
+def test_a_prior_does_not_go_on_over_another_tokenizer(world, capsys):
+    """One that was trained again since, on another machine."""
+    run = stopped(world, "rnn")
+    taught = run.folder.parents[1] / "runs" / TAUGHT.run_id()
+    other = contents(world.go(world.start("standard", "other")).folder)["tokenizer.safetensors"]
+    shutil.rmtree(taught / "codes")
+    stored = load(other)
+    whole = load(contents(taught)["tokenizer.safetensors"])
+    (taught / "tokenizer.safetensors").write_bytes(save({name: stored.get(name, whole[name]) for name in whole}))
+    metrics = files.read_json(taught / "metrics.json")
+    Run(taught).write("metrics.json", {name: metrics[name] for name in ("metrics", "protocol")})
+    assert f"what {run.folder} is trained on has changed since it was begun" in told(world, run, capsys)
+
+
+STUDY = Ablation("beta", sweep={"beta": (0.25, 0.5)}, backbones=("cnn",), seeds=(0,))
+
+
+def test_a_study_does_not_go_on_with_other_images(world, image_folder, tmp_path, monkeypatch, capsys):
+    """An image is replaced between two trials: the next is refused by the fingerprints, and fails nobody. What was
+    scored before stays, and with the image back the trial is run."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    image, other = folder / "train/000.png", folder / "train/001.png"
+    kept, runs = image.read_bytes(), []
+
+    def child(config, store, *rest):
+        try:
+            runs.append(store.run(config))
+            trial.run_trial(config, store)
+        except UserError as error:
+            return _outcome(error)
+        shutil.copy(other, image)
+        return Outcome("finished")
+
+    monkeypatch.setattr(trial, "load", data.load)
+    monkeypatch.setattr(workers, "run_in_child", child)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    place = ["--preset", "smoke", "--data", f"folder:{folder}", "--results", str(tmp_path)]
+    assert workers.main(STUDY, "", [*place, *flags]) == 2
+    first, second = runs
+    before = first.protocol()["fingerprint"]
+    now = data.load(f"folder:{folder}", 32).fingerprint
+    said = capsys.readouterr().err.splitlines()[-1]
+    change = f"folder:{folder} has other images now (fingerprint {now[:16]}) than when study"
+    assert said.startswith(f"error: {change} beta-smoke")
+    assert f"began ({before[:16]}); put those back" in said
+    assert (first.status, second.status) == ("finished", "unfinished")
+    assert first.protocol()["fingerprint"] == first.trained_on() == before != now
+    image.write_bytes(kept)
+    trial.run_trial(second.settings(Config) if second.folder.exists() else TAUGHT, Store(tmp_path))
+
+
+def test_what_another_version_wrote_besides_is_read_reported_and_left(tmp_path):
+    """Further settings, metrics, files and studies' keys; and what an older one did not know yet has its default."""
+    store, config = Store(tmp_path), make_config("cnn", "smoke")
+    run = fabricate(store, config)
+    (plain,) = read([run])[0].to_dict("records")
+    for name, part in (("config.json", "config"), ("metrics.json", "metrics")):
+        content = files.read_json(run.folder / name)
+        content[part] |= {"further": 3}
+        del content[part]["r1_weight" if part == "config" else "usage"]
+        run.seal(name, content | {"further": {"a": [1]}})
+    (run.folder / "further.bin").write_bytes(b"?")
+    before = contents(run.folder)
+    table, unread = read([run])
+    (row,) = table.to_dict("records")
+    assert not unread
+    assert run.settings(Config) == config.resolved()
+    assert row.pop("further") == 3
+    assert np.isnan(row.pop("usage"))
+    assert {name: row[name] for name in row if row[name] == row[name]}.items() <= plain.items()
+    assert contents(run.folder) == before
+
+
+def test_a_setting_that_this_version_does_not_know_makes_another_run():
+    """Also where it has its default: no version takes a run of another for its own, or overwrites it."""
+    config = make_config("cnn", "smoke")
+    newer = make_dataclass("Newer", [("further", int, 0)], bases=(Config,), frozen=True)
+    ids = [config.run_id(), newer(**asdict(config)).run_id(), newer(**asdict(config), further=1).run_id()]
+    assert len(set(ids)) == 3
+
+
+def test_a_study_keeps_what_another_version_wrote_of_it(tmp_path):
+    store = Store(tmp_path)
+    header = {"kind": "ablation", "sweep": ["beta"], "metrics": ["psnr"]}
+    store.extend_study("one", {**header, "further": {"a": [1]}}, {"x": {"beta": 1}})
+    store.extend_study("one", header, {"y": {"beta": 2}})
+    assert store.study("one") == {
+        "name": "one",
+        **header,
+        "further": {"a": [1]},
+        "runs": {"x": {"beta": 1}, "y": {"beta": 2}},
+    }

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from bench.core.files import UNREADABLE
 from bench.core.store import FAILURES, Run
 
 from . import looks
@@ -174,5 +173,5 @@ def _kept(folder: str, *names: str) -> list[np.ndarray]:
         with np.load(path) as arrays:
             kept = [arrays[name][:PICTURES] for name in names]
         return kept if all(x.ndim == 4 and x.shape[3] == 3 and x.dtype == np.uint8 for x in kept) else []
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    except (OSError, *UNREADABLE):
         return []

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +30,9 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
+# What NumPy and the archives below it raise on a file that is not as it was written; a flipped bit is enough for each.
+UNREADABLE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, tokenize.TokenError, struct.error, OverflowError)
+UNREADABLE += (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def cache_dir() -> Path:
@@ -144,7 +149,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
             if not path.is_file():
                 raise Damaged(path, "it is not a file")
             return read(path)
-        except (Damaged, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (Damaged, *UNREADABLE) as error:
             what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
             say(f"[yellow]{escape(what.partition(';')[0])}; it is made again[/]")
     with atomic_path(path) as temporary:

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -22,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json, read_rows, sha256_json
+from .files import UNREADABLE, atomic_path, read_json, read_rows, sha256_json
 from .progress import printable
 from .settings import check_values
 
@@ -216,7 +214,7 @@ class Run:
         try:
             with np.load(path) as file:
                 scores = dict(file)
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error):
+        except (OSError, *UNREADABLE):
             return {}
         alike = {(column.shape, column.dtype.kind) for column in scores.values()}
         return scores if len(alike) == 1 and all(len(shape) == 1 and kind == "f" for shape, kind in alike) else {}
@@ -340,15 +338,17 @@ class Store:
         """Raises OtherImages where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:
         what is compared was trained on the same images."""
         for name in self.studies():
-            with suppress(Damaged):  # such as a study of another version; whoever runs it is told
+            try:
                 runs = self.study(name)["runs"]
-                others = [self.named(run_id) for run_id in runs if run.folder.name in runs and run_id != run.folder.name]
-                known = (one.fingerprint(data, image_size) for one in others)
-                if (first := next(filter(None, known), fingerprint)) != fingerprint:
-                    raise OtherImages(
-                        f"{data} has other images now (fingerprint {fingerprint[:16]}) than when study {name} began "
-                        f"({first[:16]}); put those back, or start again with another --results"
-                    )
+            except Damaged:  # which whoever runs that study is told
+                continue
+            others = runs.keys() - {run.folder.name} if run.folder.name in runs else ()
+            known = (self.named(run_id).fingerprint(data, image_size) for run_id in others)
+            if (first := next(filter(None, known), fingerprint)) != fingerprint:
+                raise OtherImages(
+                    f"{data} has other images now (fingerprint {fingerprint[:16]}) than when study {name} began "
+                    f"({first[:16]}); put those back, or start again with another --results"
+                )
 
     def check_writable(self, megabytes: int) -> None:
         """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""

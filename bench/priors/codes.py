@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
+from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
 from bench.core.store import Run, check_finished
 from bench.data import Data, eval_batches, load
@@ -81,6 +81,8 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         train, val = (np.load(path.with_name(f"{split}.npy"), mmap_mode="r") for split in ("train", "val"))
     except FileNotFoundError as error:
         raise Damaged(path.parent, f"it has no {Path(error.filename).name}") from error
+    except UNREADABLE as error:
+        raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
     if {train.dtype, val.dtype} != {np.min_scalar_type(meta["codebook_size"] - 1)}:  # of which a digest knows nothing
         raise Damaged(path.parent, "its codes are of another type")
     if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none

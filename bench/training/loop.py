@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bench.core.errors import Damaged, Diverged, Interrupted, UserError
-from bench.core.files import atomic_path, naming, read_rows
+from bench.core.files import UNREADABLE, atomic_path, naming, read_rows
 from bench.core.progress import Bar, say
 
 RENAMED = {"average": "ema", "rival": "discriminator_optimizer"}  # parts of checkpoints of older versions
@@ -228,7 +227,7 @@ def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
                 raise Damaged(path, f"the checksum of {broken} is wrong")
     except IsADirectoryError as error:
         raise refusal from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(path, str(error) or "it is cut off") from error
     try:
         stored = torch.load(path, map_location=config.device, weights_only=True)

@@ -28,8 +28,8 @@ def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None
         remove_parts(run.folder)
         resumes = resume and all((run.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
         if resumes and (before := run.trained_on()) not in (None, about.get("trained_on")):
-            told = f"{before[:16]} then, {about['trained_on'][:16]} now"
-            raise UserError(f"what {run.folder} is trained on has changed since it was begun ({told}); move that folder")
+            change = f"has changed since it was begun, from {before[:16]} to {about['trained_on'][:16]}"
+            raise UserError(f"what {run.folder} is trained on {change}; put it back, or move that folder")
         run.seal("config.json", {**about, **_environments(run if resumes else None)})
         run.forgive()
         try:
