@@ -144,7 +144,7 @@ def scored(codec, codebook_size, images, *rest):
     x = from_uint8(torch.from_numpy(images[:8]).permute(0, 3, 1, 2))
     with torch.no_grad():
         error = (codec.decode(codec.encode(x)) - x).square().mean((1, 2, 3)).numpy()
-    return {"psnr": float(error.mean())}, {"psnr": error}
+    return {"psnr": float(error.mean()), "perplexity": 3.0}, {"psnr": error}
 
 
 def generated(prior, tokenizer, codes, data, config, known, fid_weights):
@@ -570,7 +570,7 @@ def test_a_study_does_not_go_on_with_other_images(world, image_folder, tmp_path,
     monkeypatch.setattr(trial, "load", data.load)
     monkeypatch.setattr(workers, "run_in_child", child)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    place = ["--preset", "smoke", "--data", f"folder:{folder}", "--results", str(tmp_path)]
+    place = ["--preset", "smoke", "--data", f"folder:{folder}", "--results", str(tmp_path), "--metric", "psnr"]
     assert workers.main(STUDY, "", [*place, *flags]) == 2
     first, second = runs
     before = first.protocol()["fingerprint"]
@@ -582,7 +582,9 @@ def test_a_study_does_not_go_on_with_other_images(world, image_folder, tmp_path,
     assert (first.status, second.status) == ("finished", "unfinished")
     assert first.protocol()["fingerprint"] == first.trained_on() == before != now
     image.write_bytes(kept)
-    trial.run_trial(second.settings(Config) if second.folder.exists() else TAUGHT, Store(tmp_path))
+    assert trial.run_trial(first.settings(Config), Store(tmp_path)) == first
+    assert trial.run_trial(replace(first.settings(Config), beta=0.5), Store(tmp_path)) == second
+    assert second.protocol() == first.protocol()
 
 
 def test_what_another_version_wrote_besides_is_read_reported_and_left(tmp_path):

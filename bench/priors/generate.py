@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 from bench.core.errors import Damaged
-from bench.core.files import cache_dir, cached, remove_parts, seal, unseal
+from bench.core.files import cache_dir, cached, seal, unseal
 from bench.core.progress import Bar
 from bench.data import Data, eval_batches
 from bench.metrics import EXTRACTORS, ImageSet, Metric, digests, full_precision, to_uint8
@@ -207,9 +206,7 @@ def references(
     def make(path: Path) -> None:
         path.write_text(seal(_references(tokenizer, codes, data, config, fid_weights)))
 
-    with FileLock(folder / ".lock"):
-        remove_parts(folder, f"references-{key}")
-        return cached(folder / f"references-{key}.json", make, lambda path: unseal(path, "nearest_val_psnr"))
+    return cached(folder / f"references-{key}.json", make, lambda path: unseal(path, "nearest_val_psnr"))
 
 
 def _references(

@@ -90,7 +90,7 @@ def fit(
         history.unlink(missing_ok=True)
         learner.begin()
 
-    window, before = Window(), seconds
+    window, spent = Window(), seconds
     saved = seen = time.monotonic()
     with (
         naming(history),
@@ -108,23 +108,23 @@ def fit(
                 continue  # nothing above waits for the device; everything below does
 
             now = time.monotonic()
-            seconds, seen = seconds + max(0.0, now - seen), now  # it may have been put back
-            row = {"step": done, "lr": rate, **learner.row(window.means()), "seconds": round(seconds, 3)}
+            spent, seen = spent + max(0.0, now - seen), now  # it may have been put back
+            row = {"step": done, "lr": rate, **learner.row(window.means()), "seconds": round(spent, 3)}
             if not all(math.isfinite(value) for value in row.values()):
                 raise Diverged(f"loss or gradient not finite by step {done}; try --lr below {config.lr:g}")
             log.write(json.dumps(row) + "\n")
             log.flush()
-            speed = (done - first) * config.batch_size / max(seconds - before, 1e-9)
+            speed = (done - first) * config.batch_size / max(spent - seconds, 1e-9)
             bar.advance(done - bar.done, f"{learner.figures(row)}  {speed:.0f} {learner.unit}/s")
             window = Window()
             if interrupted.is_set() or not 0 <= now - saved <= checkpoint_seconds:
-                save(checkpoint, state, done, seconds)
+                save(checkpoint, state, done, spent)
                 saved = time.monotonic()
                 checkpoint_seconds = max(checkpoint_seconds, 50 * (saved - now))
             if interrupted.is_set():
                 raise Interrupted(f"stopped at step {done} of {config.steps}; the same command continues from there")
 
-    return ema.module.eval().requires_grad_(False), seconds
+    return ema.module.eval().requires_grad_(False), spent
 
 
 class Window:

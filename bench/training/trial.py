@@ -88,6 +88,6 @@ def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> Non
 
 
 def tidy(run: Run) -> None:
-    """Drops the checkpoint of a finished ``run``, which it keeps where it was killed just before that."""
-    with suppress(OSError):  # of a store that can be read only
-        (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    """Drops the checkpoint of a finished ``run``, which has one where it was killed just before that."""
+    with suppress(OSError):  # it has none, or can be read only
+        (run.folder / "checkpoint.pt").unlink()
