@@ -2,196 +2,66 @@
 
 The same faults for every kind of run, at every place where they can strike: what is there afterwards is whole, what
 went wrong is one sentence, and the same call again ends with the same bytes in every file as a run that nothing ever
-disturbed. Runs are of three steps, on a clock that moves with the steps; their training, checkpoints and files are the
-real ones, their scores are few and their pictures empty.
+disturbed.
 """
 
 import errno
 import os
-import re
 import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 
 from bench import data
 from bench.analysis import galleries
 from bench.analysis.frames import read
 from bench.core import files
 from bench.core.cli import guarded
-from bench.core.errors import Damaged, Interrupted, UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.store import Run, Store
-from bench.metrics import from_uint8, weights
 from bench.priors import codes as prior_codes
-from bench.priors import generate
-from bench.priors import train as prior_training
-from bench.priors import trial as prior_trial
-from bench.priors.config import PriorConfig
-from bench.priors.models import PRIORS, Prior
-from bench.quantizers import QUANTIZERS
+from bench.priors.models import Prior
 from bench.sweeps import workers
 from bench.sweeps.child import Outcome, _outcome
 from bench.sweeps.definition import Ablation
 from bench.tokenizers import trial
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.training import loop
-from bench.training import trial as around
+from tests.disturbed import (
+    RUNS,
+    SMALL,
+    STEP_SECONDS,
+    STEPS,
+    TAUGHT,
+    Killed,
+    World,
+    check_nothing_is_half,
+    contents,
+    damage,
+    flips,
+    kill,
+    live,
+    put,
+    refuse,
+)
 from tests.fabricate import fabricate
 
-STEPS, STEP_SECONDS = 3, 3.0  # which is long enough for a checkpoint after each
-SMALL = {"width": 8, "depth": 1, "codebook_size": 16, "code_dim": 4, "steps": STEPS, "batch_size": 4, "warmup": 2}
-SMALL |= {"lpips_weight": 0.0, "precision": "fp32", "device": "cpu"}
-GAN = {"gan_weight": 0.5, "gan_start": 0.4, "gan_warmup": 0.4, "gan_ramp": 0.3, "gan_width": 4, "gan_layers": 1}
-
-TOKENIZERS = {name: make_config("cnn", "smoke", quantizer=name, **SMALL).resolved() for name in QUANTIZERS}
-TOKENIZERS["gan"] = replace(TOKENIZERS["standard"], **GAN)
-TAUGHT = TOKENIZERS["ema"]  # over whose codes the priors are
-SHAPE = {"depth": 1, "parameters": 5000, "steps": STEPS, "batch_size": 4, "warmup": 2, "samples": 4}
-OVER = {"tokenizer": TAUGHT.run_id(), "precision": "fp32", "device": "cpu"}
-RUNS: dict[str, Config | PriorConfig] = {
-    **TOKENIZERS,
-    **{name: PriorConfig(prior=name, **OVER, **SHAPE).resolved() for name in PRIORS},
-}
-QUICK = ("ema", "rnn")  # the others are slow
-every = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
-)
-learned = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS if name != "independent"],
-)
-quick = pytest.mark.parametrize("name", QUICK)
-
-
-READERS = {
-    **{".json": files.read_json, ".npy": np.load, ".npz": lambda path: dict(np.load(path))},
-    **{".safetensors": load_file, ".pt": lambda path: torch.load(path, weights_only=True)},
-}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: after it this process changes no file any more."""
-
-
-class World:
-    """Runs below one folder, and what happens to them: ``at[step]`` as that step begins."""
-
-    def __init__(self, root: Path):
-        self.root, self.at, self.clock, self.images = root, {}, 0.0, None
-        self.whole: dict[str, dict[str, bytes]] = {}
-
-    def monotonic(self) -> float:
-        """Seconds on a clock that steps alone move."""
-        return self.clock
-
-    def begin(self, seed: int, step: int) -> int:
-        """What the loop asks at the beginning of every step."""
-        self.clock += STEP_SECONDS
-        self.at.get(step, lambda: None)()
-        return STEP_SEED(seed, step)
-
-    def start(self, name: str, place: str = "here") -> Run:
-        """The folder of a run that has not begun, in a store of its own."""
-        shutil.rmtree(self.root / place, ignore_errors=True)
-        store = Store(self.root / place)
-        if isinstance(RUNS[name], PriorConfig):
-            put(store.run(TAUGHT).folder, self.undisturbed("ema"))
-        return store.run(RUNS[name])
-
-    def go(self, run: Run) -> Run:
-        """Trains and scores it, as the commands do."""
-        store = Store(run.folder.parents[1])
-        config = next(config for config in RUNS.values() if store.run(config) == run)
-        if isinstance(config, PriorConfig):
-            return prior_trial.run_prior(config, store.named(config.tokenizer), store)
-        return trial.run_trial(config, store)
-
-    def undisturbed(self, name: str) -> dict[str, bytes]:
-        """Every file of a run to which nothing happens."""
-        if name not in self.whole:
-            run = self.start(name, "undisturbed")
-            self.whole[name] = contents(self.go(run).folder)
-        return self.whole[name]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run folder by name, its lock left out; hidden ones, too."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
-
-
-def put(folder: Path, found: dict[str, bytes]) -> None:
-    """The same again elsewhere."""
-    folder.mkdir(parents=True)
-    for name, content in found.items():
-        (folder / name).write_bytes(content)
-
-
-STEP_SEED = loop.step_seed
-
-
-def scored(codec, codebook_size, images, *rest):
-    """What takes no time of ``score``, on real reconstructions."""
-    x = from_uint8(torch.from_numpy(images[:8]).permute(0, 3, 1, 2))
-    with torch.no_grad():
-        error = (codec.decode(codec.encode(x)) - x).square().mean((1, 2, 3)).numpy()
-    return {"psnr": float(error.mean()), "perplexity": 3.0}, {"psnr": error}
-
-
-def generated(prior, tokenizer, codes, data, config, known, fid_weights):
-    """The same of ``score_prior``: a real rate and real samples."""
-    rate, grids = generate.rate(prior, codes.val, None, None), generate.draw(prior, config, None)
-    images = generate.decode(tokenizer, grids, "cpu").permute(0, 2, 3, 1).numpy()
-    return generate.Generated({"coded_bits_per_token": rate}, grids.numpy(), images, images)
-
-
-def small(config, codebook_size, grid_size, classes):
-    """A prior of a width that need not be looked for."""
-    shape = () if config.prior == "independent" else (8, 1, 0.1)
-    return PRIORS[config.prior](codebook_size, grid_size, *shape, classes)
-
-
-def picture(path, *rest):
-    with files.atomic_path(path) as temporary:
-        temporary.write_bytes(b"picture")
+QUICK = ("ema", "rnn")  # all others are slow
+PARAMS = {name: pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS}
+every = pytest.mark.parametrize("name", PARAMS.values())
+learned = pytest.mark.parametrize("name", [param for name, param in PARAMS.items() if name != "independent"])
+both = pytest.mark.parametrize("name", ["ema", pytest.param("rnn", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
 def worlds(images, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        world = World(tmp_path_factory.mktemp("faults"))
-        patch.setenv("VQBENCH_CACHE", str(world.root / "cache"))
-        world.images = images
-        for name in ("time", "step_seed"):
-            patch.setattr(loop, name, {"time": world, "step_seed": world.begin}[name])
-        patch.setattr(trial, "time", world)
-        patch.setattr(prior_training, "time", world)
-        for module in (trial, prior_codes):
-            patch.setattr(module, "load", lambda data, image_size: world.images)
-        for module in (trial, prior_trial):
-            patch.setattr(module, "peak_memory", lambda device: nullcontext(lambda: 1.0))
-        patch.setattr(trial, "score", scored)
-        for name in ("kmeans_reference", "score_untrained", "throughput", "static_costs"):
-            patch.setattr(trial, name, lambda *given: {})
-        patch.setattr(weights, "trunk_state", lambda net: None)
-        patch.setattr(weights, "inception", lambda path: None)
-        for module in (prior_trial, prior_training):
-            patch.setattr(module, "build", small)
-        patch.setattr(prior_trial, "score_prior", generated)
-        patch.setattr(generate, "_references", lambda *given: {"nearest_val_psnr": 20.0, "nearest_val_psnr_95": 30.0})
-        patch.setattr(around, "environment", dict)
-        patch.setattr(os, "fsync", lambda handle: None)  # a busy disk takes seconds
-        for name in ("reconstructions", "curves", "samples", "neighbours", "prior_curve"):
-            patch.setattr(f"bench.core.plots.{name}", picture)
+    with live(tmp_path_factory.mktemp("faults"), images) as world:
         yield world
 
 
@@ -205,39 +75,11 @@ def world(worlds, images):
 # -- killed, and no room left -----------------------------------------------------------------------------------------
 
 
-def kill(patch: pytest.MonkeyPatch, place: int = -1, after: bool = False) -> list[str]:
-    """Has this process die at the rename number ``place``, just before or ``after`` it. The names of those before."""
-    renamed, rename, unlink, dead = [], os.replace, Path.unlink, []
-
-    def die(source: Path, target: Path) -> None:
-        if not dead and (len(renamed) != place or after):
-            rename(source, target)
-        if dead or len(renamed) == place:
-            dead.append(True)
-            raise Killed
-        renamed.append(Path(target).name)
-
-    patch.setattr(os, "replace", die)
-    patch.setattr(Path, "unlink", lambda path, missing_ok=False: dead or unlink(path, missing_ok))
-    return renamed
-
-
-def check_nothing_is_half(run: Run) -> None:
-    """No file of the store is, and the run looks finished only where it is."""
-    assert run.status == ("finished" if (run.folder / "metrics.json").exists() else "unfinished")
-    for path in run.folder.parents[1].rglob("[!.]*.*"):
-        READERS.get(path.suffix, Path.read_bytes)(path)
-
-
 def strikes(world: World, name: str) -> list[int]:
-    """Which renames of a run to disturb: all, or of the many that are slow the last checkpoint, weights and scores."""
-    with pytest.MonkeyPatch.context() as patch:
-        renamed = kill(patch)
-        world.go(world.start(name))
-    assert renamed[-1] == "metrics.json"
-    last = {Path(file).suffix: place for place, file in enumerate(renamed)}
-    kinds = sorted({".pt", ".safetensors", ".json"} & last.keys(), key=last.get)
-    return [*range(len(renamed))] if name in QUICK else [last[kind] for kind in kinds]
+    """Which renames of a run to disturb: the last of each file, or of the many that are slow of what resuming needs."""
+    last = {file: place for place, file in enumerate(world.renames(name)) if not file.endswith(".png")}
+    assert [*last][-1] == "metrics.json"
+    return [place for file, place in last.items() if name in QUICK or file in ("checkpoint.pt", "metrics.json")]
 
 
 @every
@@ -253,7 +95,8 @@ def test_killed_at_any_rename_it_ends_with_the_same_bytes(world, name):
         check_nothing_is_half(run)
         assert after or list(run.folder.parents[1].rglob(".part-*"))
         assert contents(world.go(run).folder) == world.undisturbed(name), (place, after)
-        assert not list(run.folder.parents[1].rglob(".part-*")), (place, after)
+        left = {path.name[:16] for path in run.folder.parents[1].rglob(".part-*")}
+        assert left <= {".part-references"}, (place, after)  # which another process may be writing
 
 
 @pytest.mark.slow
@@ -262,35 +105,15 @@ def test_killed_by_the_system_while_it_writes_a_checkpoint(world, name):
     """With a real SIGKILL, after which nothing is cleaned up."""
     run = world.start(name)
     if not (child := os.fork()):
-        world.at[1] = lambda: setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
-        world.go(run)
-        os._exit(0)
+        try:
+            world.at[1] = lambda: setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
+            world.go(run)
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert [path.suffix for path in run.folder.glob(".part-*")] == [".pt"]
     check_nothing_is_half(run)
     assert contents(world.go(run).folder) == world.undisturbed(name)
-
-
-def refuse(patch: pytest.MonkeyPatch, place: int, number: int) -> list[str]:
-    """Has the disk refuse file number ``place``, and where it has turned read-only every later one; their names."""
-    asked, refused, make = [], [], tempfile.mkstemp
-
-    def ask(part: str, *name: str) -> None:
-        asked.append(re.sub(rf"{re.escape(files.PART)}(.*)-[^-]*(\.\w+)$", r"\1\2", part))
-        if len(asked) == place + 1 or (refused and number == errno.EROFS):
-            refused.append(asked[-1])
-            raise OSError(number, os.strerror(number), *name)
-
-    def open_part(prefix: str, suffix: str, dir: Path) -> tuple[int, str]:
-        part = f"{dir}/{prefix}x{suffix}"
-        ask(part, part)
-        return make(prefix=prefix, suffix=suffix, dir=dir)
-
-    if number == errno.EROFS:
-        patch.setattr(tempfile, "mkstemp", open_part)
-    else:  # which is found out when bytes are to be on the disk
-        patch.setattr(os, "fsync", lambda handle: ask(os.readlink(f"/proc/self/fd/{handle}")))
-    return refused
 
 
 def told(world: World, run: Run, capsys) -> str:
@@ -341,21 +164,10 @@ def test_a_history_that_has_no_room_is_named(world, name, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @learned
 def test_a_signal_stops_any_run_with_a_checkpoint(world, name, number):
-    run = stopped(world, name, number)
+    run = world.stopped(name, number)
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["at"] == (2, 2 * STEP_SECONDS)
     world.at = {0: lambda: 1 / 0, 1: lambda: 1 / 0}  # steps that it has made
     assert contents(world.go(run).folder) == world.undisturbed(name)
-
-
-def stopped(world: World, name: str, number: int = signal.SIGTERM) -> Run:
-    """A run that was stopped in its second step."""
-    run = world.start(name)
-    world.at[1] = lambda: os.kill(os.getpid(), number)
-    with pytest.raises(Interrupted, match="stopped at step 2 of 3"):
-        world.go(run)
-    world.at.clear()
-    check_nothing_is_half(run)
-    return run
 
 
 @every
@@ -381,33 +193,16 @@ def test_a_clock_that_is_put_back_changes_no_result(world, name, monkeypatch):
 # -- damaged ----------------------------------------------------------------------------------------------------------
 
 
-def damaged(whole: bytes, how: str) -> bytes:
-    """``whole``, damaged; a bit flips in the middle of it."""
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    return {"emptied": b"", "cut": whole[:middle], "flipped": flipped}[how]
-
-
-def damage(path: Path, how: str) -> None:
-    """Damages the file ``path``, or puts a folder in its place."""
-    whole = path.read_bytes()
-    path.unlink()
-    if how == "a folder":
-        path.mkdir()
-    else:
-        path.write_bytes(damaged(whole, how))
-
-
 HOW = ("emptied", "cut", "flipped", "a folder")
 
 
 @pytest.mark.parametrize("how", HOW)
-@quick
+@both
 def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, name, how, capsys):
     """A checkpoint is made again, from the first step; a history that has lost rows, which no score is made from, is
     no reason for that."""
     for file in ("config.json", "history.jsonl", "checkpoint.pt"):
-        run = stopped(world, name)
+        run = world.stopped(name)
         damage(run.folder / file, how)
         if file == "config.json" or how == "a folder":
             assert str(run.folder / file) in told(world, run, capsys)
@@ -422,7 +217,7 @@ def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, nam
 
 
 @pytest.mark.parametrize("how", HOW)
-@quick
+@both
 def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
     """By whoever reads it next: the same call, or who loads the weights. What is beside the scores is left out."""
     for file in ("config.json", "metrics.json", "failure.json", "weights", "per_image.npz", "samples.npz"):
@@ -451,12 +246,7 @@ def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
             assert said.count("\n") == 1
 
 
-def flips(whole: bytes, places: Iterable[int]) -> Iterator[bytes]:
-    """``whole`` with one bit flipped, at each of ``places`` in turn."""
-    for place in places:
-        yield whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :]
-
-
+@pytest.mark.slow
 def test_no_flipped_bit_of_scores_is_read_as_others(world):
     """At any place of a finished run's JSON, and of the archives around its arrays."""
     run = world.start("ema")
@@ -466,7 +256,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
     for file in ("metrics.json", "config.json", "per_image.npz", "samples.npz"):
         path, whole = run.folder / file, world.undisturbed("ema")[file]
         bits = 8 * len(whole)
-        places = [*range(0, 1200, 5), *range(bits - 1200, bits, 5)] if path.suffix == ".npz" else range(0, bits, 29)
+        places = [*range(0, 1200, 7), *range(bits - 1200, bits, 7)] if path.suffix == ".npz" else range(0, bits, 59)
         for flipped in flips(whole, places):
             path.write_bytes(flipped)
             if file == "samples.npz":
@@ -480,6 +270,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_codes_that_are_damaged_are_made_again_with_the_same_scores(world, how, capsys):
     for file in ("meta.json", "train.npy", "val.npy", "references"):
@@ -501,6 +292,7 @@ def test_codes_that_are_damaged_are_made_again_with_the_same_scores(world, how, 
         assert contents(world.go(run).folder) == world.undisturbed("independent")
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
     """Nor of what tells their type: in the other order of bytes, the same bytes are other codes."""
     grids = np.arange(300, 332, dtype=np.uint16).reshape(2, 4, 4)
@@ -510,13 +302,13 @@ def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
     (tmp_path / "meta.json").write_text(files.seal(about))
     path, whole = tmp_path / "train.npy", (tmp_path / "train.npy").read_bytes()
     noticed = 0
-    for flipped in flips(whole, range(8 * len(whole))):
+    for flipped in flips(whole, range(0, 8 * len(whole), 3)):
         path.write_bytes(flipped)
         try:
             assert np.array_equal(prior_codes._read(tmp_path / "meta.json")[1], grids)
         except Damaged:
             noticed += 1
-    assert noticed >= 8 * grids.nbytes
+    assert noticed > 8 * grids.nbytes // 3
 
 
 # -- other images, and other versions of the code ---------------------------------------------------------------------
@@ -524,7 +316,7 @@ def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images(world, images, capsys):
     """Than it was begun on: what it came to would be a run of neither. With those back it goes on."""
-    run = stopped(world, "ema")
+    run = world.stopped("ema")
     before = contents(run.folder)
     world.images = replace(images, fingerprint="1" * 64)
     said = told(world, run, capsys)
@@ -536,7 +328,7 @@ def test_a_run_does_not_go_on_with_other_images(world, images, capsys):
 
 def test_a_prior_does_not_go_on_over_another_tokenizer(world, capsys):
     """One that was trained again since, on another machine."""
-    run = stopped(world, "rnn")
+    run = world.stopped("rnn")
     taught = run.folder.parents[1] / "runs" / TAUGHT.run_id()
     other = contents(world.go(world.start("standard", "other")).folder)["tokenizer.safetensors"]
     shutil.rmtree(taught / "codes")
@@ -551,6 +343,7 @@ def test_a_prior_does_not_go_on_over_another_tokenizer(world, capsys):
 STUDY = Ablation("beta", sweep={"beta": (0.25, 0.5)}, backbones=("cnn",), seeds=(0,))
 
 
+@pytest.mark.slow
 def test_a_study_does_not_go_on_with_other_images(world, image_folder, tmp_path, monkeypatch, capsys):
     """An image is replaced between two trials: the next is refused by the fingerprints, and fails nobody. What was
     scored before stays, and with the image back the trial is run."""
