@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.core import files
+from bench.core.cli import guarded
 from bench.core.errors import Interrupted
 from bench.core.store import Run, Store
 from bench.data import Data
@@ -110,6 +111,12 @@ class World:
         self.at.clear()
         check_nothing_is_half(run)
         return run
+
+    def told(self, run: Run, capsys: pytest.CaptureFixture[str]) -> str:
+        """The one sentence that the command ends with."""
+        assert guarded(lambda: self.go(run) and 0) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("encoding"))
+        return line
 
     def renames(self, name: str) -> list[str]:
         """The names of the files that a run puts in their places, in that order."""

@@ -3,7 +3,7 @@
 A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
 presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
 images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
-failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike.
+failure.json if it failed. The three JSON files carry a digest of what they say. A prior's, ``results/priors/<run_id>/``, is laid out alike.
 """
 
 import json
@@ -98,7 +98,7 @@ class Run:
                 self._scores()
                 return "finished", ""
             if os.path.lexists(self.folder / "failure.json"):
-                failure = read_json(self.folder / "failure.json")
+                failure = self._read("failure.json")
                 told = all(isinstance(failure.get(name), str) for name in ("status", "reason"))
                 if not told or failure["status"] in ("finished", "unfinished"):
                     raise Damaged(self.folder / "failure.json", "it tells no status and reason")
@@ -109,7 +109,7 @@ class Run:
 
     def fail(self, status: str, reason: str) -> None:
         """Records why the run failed; ``status`` is a key of FAILURES."""
-        self.write("failure.json", {"status": status, "reason": printable(reason)})
+        self.seal("failure.json", {"status": status, "reason": printable(reason)})
 
     def forgive(self) -> None:
         """Takes a recorded failure back."""
