@@ -120,9 +120,10 @@ class World:
 
     def renames(self, name: str) -> list[str]:
         """The names of the files that a run puts in their places, in that order."""
+        run = self.start(name)
         with pytest.MonkeyPatch.context() as patch:
             renamed = kill(patch)
-            self.go(self.start(name))
+            self.go(run)
         return renamed
 
 
