@@ -172,10 +172,10 @@ def test_a_clock_that_is_put_back_changes_no_result(world, name, monkeypatch):
         monkeypatch.setattr(time, "time", lambda: now - 86400)
 
     world.at[1] = back
-    world.at[2] = lambda: seen.append((run.folder / "checkpoint.pt").exists())
-    seen: list[bool] = []
+    world.at[2] = lambda: made.append(torch.load(run.folder / "checkpoint.pt", weights_only=True)["at"][0])
+    made: list[int] = []
     world.go(run)
-    assert seen in ([], [True])
+    assert made == ([] if name == "independent" else [2])
     assert all(value >= 0 for key, value in run.metrics().items() if key.endswith("seconds"))
     assert all(row["seconds"] >= 0 for row in run.history())
     same = contents(run.folder).keys() - {"history.jsonl", "metrics.json"}
@@ -219,7 +219,7 @@ def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
         put(run.folder, world.undisturbed(name))
         if file == "failure.json":
             (run.folder / "metrics.json").unlink()
-            run.fail("crashed", "for a reason")
+            run.fail("crashed", 40 * "for a reason, ")
         damage(run.folder / file, how)
         if file == weights:
             with pytest.raises(UserError, match=str(run.folder)):
@@ -238,7 +238,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
     for file in ("metrics.json", "config.json", "per_image.npz", "samples.npz"):
         path, whole = run.folder / file, world.undisturbed("ema")[file]
         bits = 8 * len(whole)
-        places = [*range(0, 1200, 7), *range(bits - 1200, bits, 7)] if path.suffix == ".npz" else range(0, bits, 59)
+        places = [*range(0, 1200, 16), *range(bits - 1200, bits, 4)] if path.suffix == ".npz" else range(0, bits, 59)
         for flipped in flips(whole, places):
             path.write_bytes(flipped)
             scores = [values.tobytes() for values in run.per_image().values()]
@@ -280,13 +280,13 @@ def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
     (tmp_path / "meta.json").write_text(files.seal(about))
     path, whole = tmp_path / "train.npy", (tmp_path / "train.npy").read_bytes()
     noticed = 0
-    for flipped in flips(whole, range(0, 8 * len(whole), 3)):
+    for flipped in flips(whole, [*range(512), *range(1024, 8 * len(whole))]):
         path.write_bytes(flipped)
         try:
             assert np.array_equal(prior_codes._read(tmp_path / "meta.json")[1], grids)
         except Damaged:
             noticed += 1
-    assert noticed > 8 * grids.nbytes // 3
+    assert noticed >= 8 * grids.nbytes
 
 
 # -- other images, and other versions of the code ---------------------------------------------------------------------
