@@ -47,8 +47,8 @@ class NoSpace(UserError):
     """Runs cannot be written here: nothing to do with the run itself."""
 
 
-class OtherImages(UserError):
-    """The data are not those that a study has been trained on so far: nothing to do with the run itself."""
+class Changed(UserError):
+    """What a run or a study is trained on is not what it was: nothing to do with the settings of the run."""
 
 
 class Busy(UserError):
@@ -335,7 +335,7 @@ class Store:
                 temporary.write_text(json.dumps({**before, "name": name, **header, **shelves}, indent=1))
 
     def check_images(self, run: Run, data: str, image_size: int, fingerprint: str) -> None:
-        """Raises OtherImages where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:
+        """Raises Changed where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:
         what is compared was trained on the same images."""
         for name in self.studies():
             try:
@@ -345,7 +345,7 @@ class Store:
             others = runs.keys() - {run.folder.name} if run.folder.name in runs else ()
             known = (self.named(run_id).fingerprint(data, image_size) for run_id in others)
             if (first := next(filter(None, known), fingerprint)) != fingerprint:
-                raise OtherImages(
+                raise Changed(
                     f"{data} has other images now (fingerprint {fingerprint[:16]}) than when study {name} began "
                     f"({first[:16]}); put those back, or start again with another --results"
                 )

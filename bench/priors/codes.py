@@ -15,7 +15,7 @@ from filelock import FileLock
 from bench.core.errors import Damaged, UserError
 from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
-from bench.core.store import Run, check_finished
+from bench.core.store import Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
@@ -48,10 +48,10 @@ def digest(folder: Path) -> str:
 
 
 def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
-    """The images that the run was trained and scored on. Raises UserError when they have changed since."""
+    """The images that the run was trained and scored on. Raises Changed when they are others now."""
     data = load(tokenizer.config.data, tokenizer.config.image_size)
     if data.fingerprint != Run(folder).protocol().get("fingerprint"):
-        raise UserError(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
+        raise Changed(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
     return data
 
 

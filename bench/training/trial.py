@@ -13,15 +13,15 @@ from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
 from bench.core.files import atomic_path, remove_parts, sha256_file
 from bench.core.progress import say
-from bench.core.store import Run, check_whole
+from bench.core.store import Changed, Run, check_whole
 
 
 @contextmanager
 def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None]:
     """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json, with the
     environment, and where it resumes in another one those before. Forgets an earlier failure, and records Diverged as
-    failure.json. Raises Busy where another process has the folder, and UserError where a file of it is damaged, or
-    where it would go on from a checkpoint on something else than it was ``trained_on`` before."""
+    failure.json. Raises Busy where another process has the folder, UserError where a file of it is damaged, and
+    Changed where it would go on from a checkpoint on something else than it was ``trained_on`` before."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
         check_whole(run)
@@ -29,7 +29,7 @@ def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None
         resumes = resume and all((run.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
         if resumes and (before := run.trained_on()) not in (None, about.get("trained_on")):
             change = f"has changed since it was begun, from {before[:16]} to {about['trained_on'][:16]}"
-            raise UserError(f"what {run.folder} is trained on {change}; put it back, or move that folder")
+            raise Changed(f"what {run.folder} is trained on {change}; put it back, or move that folder")
         run.seal("config.json", {**about, **_environments(run if resumes else None)})
         run.forgive()
         try:
