@@ -314,8 +314,7 @@ def test_a_prior_does_not_go_on_over_another_tokenizer(world, capsys):
     shutil.rmtree(taught / "codes")
     stored, whole = load(other), load(contents(taught)["tokenizer.safetensors"])
     (taught / "tokenizer.safetensors").write_bytes(save({name: stored.get(name, whole[name]) for name in whole}))
-    metrics = files.read_json(taught / "metrics.json")
-    Run(taught).write("metrics.json", {name: metrics[name] for name in ("metrics", "protocol")})
+    Run(taught).write("metrics.json", {"metrics": Run(taught).metrics(), "protocol": Run(taught).protocol()})
     assert f"what {run.folder} is trained on has changed since it was begun" in world.told(run, capsys)
 
 
