@@ -23,7 +23,8 @@ from bench.analysis.frames import CLOCKED, METRICS, differing, read
 from bench.core.cli import command
 from bench.core.errors import UserError
 from bench.core.progress import stdout
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 

@@ -24,7 +24,8 @@ from bench.analysis.tables import Group, score_table
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
-from bench.core.store import Run, Store, find_tokenizer, known_tokenizers
+from bench.core.runs import Run
+from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
 

@@ -20,7 +20,8 @@ from rich.table import Table
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.progress import stdout
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 from bench.metrics import weights
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import numpy as np
 from PIL import Image
 
-from bench.core.store import NUMBERS, SCORED, TOLD, Run, Store
+from bench.core.runs import NUMBERS, SCORED, TOLD, Run
+from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 

@@ -31,7 +31,8 @@ import tyro
 from PIL import Image
 
 from bench.core.progress import Bar, stdout
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 from bench.tokenizers.config import Config
 from bench.tokenizers.trial import run_trial
 

@@ -16,7 +16,8 @@ import pandas as pd
 
 from bench.core import catalogue
 from bench.core.errors import Damaged
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig

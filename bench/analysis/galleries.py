@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.errors import Damaged
 from bench.core.files import read_arrays
-from bench.core.store import FAILURES, Run
+from bench.core.runs import FAILURES, Run
 
 from . import looks
 from .frames import METRICS, best_first, main_metric

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pyarrow import parquet
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -18,13 +20,15 @@ from rich.table import Table
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
 from bench.core.progress import Bar, say, stdout
-from bench.core.store import FAILURES, Run, Store
+from bench.core.runs import FAILURES, Run
+from bench.core.store import Store
 
 from . import charts, frames, rankings
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
 from .statistics import COMPARED, backbone_verdicts, setting_verdicts
 from .tables import LABELS, Sheet, heading, text_of
 
+ROWS = 2000  # runs that runs.parquet is written of at a time
 BRIEF = 8  # rows, sentences or names where there is little room
 
 
@@ -139,9 +143,11 @@ def select(names: Sequence[str], results: Path) -> Selection:
     are no runs.
     """
     found = [_find(name, results) for name in names] or [Selection("all", Store(results).runs(), results)]
-    runs = {run.folder.resolve(): run for part in found for run in part.runs}
-    ordered = [runs[folder] for folder in sorted(runs)]
-    selection = found[0]._replace(runs=ordered) if len(found) == 1 else Selection("selection", ordered, results)
+    if len(found) == 1:
+        selection = found[0]._replace(runs=sorted(found[0].runs, key=lambda run: str(run.folder)))
+    else:  # which may mean the same run twice
+        runs = {run.folder.resolve(): run for part in found for run in part.runs}
+        selection = Selection("selection", [runs[folder] for folder in sorted(runs)], results)
     if not selection.runs:
         what = f" of study {selection.name}" if selection.study else ""
         raise UserError(f"no runs{what} below {selection.root / 'runs'}; start with python -m bench.run")
@@ -165,7 +171,7 @@ def _find(name: str, results: Path) -> Selection:
 
 def _study(store: Store, name: str) -> Selection:
     study = store.study(name)
-    started = [run for run in map(store.named, study["runs"]) if os.path.lexists(run.folder / "config.json")]
+    started = [run for run in map(store.named, study["runs"]) if os.path.lexists(f"{run.folder}/config.json")]
     return Selection(name, started, store.root, study)
 
 
@@ -251,11 +257,15 @@ def write_data(table: pd.DataFrame, folder: Path) -> None:
     """runs.csv is ``table`` as it is; runs.parquet is long: a row per run and metric that it has, with its Config."""
     with atomic_path(folder / "runs.csv") as temporary:
         table.to_csv(temporary, index=False)
-    names = [name for name in table if name in METRICS or name.endswith("_kmeans")]
-    long = table.melt(["run_id", *CONFIG, "status"], names, "metric", "value").dropna(subset="value")
-    long = long.sort_values(["run_id", "metric"], ignore_index=True)
-    with atomic_path(folder / "runs.parquet") as temporary:
-        long.to_parquet(temporary, index=False)
+    names = sorted(name for name in table if name in METRICS or name.endswith("_kmeans"))
+    table = table.sort_values("run_id", ignore_index=True)
+    keys = ["run_id", *CONFIG, "status"]
+    schema = pyarrow.Schema.from_pandas(table[keys].assign(metric="", value=0.0), preserve_index=False)
+    with atomic_path(folder / "runs.parquet") as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for start in range(0, max(1, len(table)), ROWS):  # all at once would be forty times the table
+            part = table[start : start + ROWS].melt(keys, names, "metric", "value").dropna(subset="value")
+            part = part.sort_values(["run_id", "metric"])
+            writer.write_table(pyarrow.Table.from_pandas(part, schema, preserve_index=False))
 
 
 def html(report: Report, figures: Sequence[charts.Chart]) -> str:

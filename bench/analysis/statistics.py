@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.core.store import Run
+from bench.core.runs import Run
 
 from .frames import DEFAULTS, METRICS, settings
 
@@ -202,11 +202,15 @@ def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
 
 def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
     """Differences a - b that count: seeds × settings, none missing; empty when nothing is shared."""
-    shared = pair.cells_a.index.intersection(pair.cells_b.index)
-    if shared.empty:  # the usual case in a search, whose trials agree in nothing
-        return pd.DataFrame()
-    differences = pair.cells_a[metric].loc[shared] - pair.cells_b[metric].loc[shared]
-    table = differences.dropna().unstack("setting").sort_index()
+    a, b = pair.cells_a[metric], pair.cells_b[metric]
+    if not a.index.equals(b.index):
+        shared = a.index.intersection(b.index)
+        if shared.empty:  # the usual case in a search, whose trials agree in nothing
+            return pd.DataFrame()
+        a, b = a.loc[shared], b.loc[shared]
+    table = (a - b).dropna().unstack("setting").sort_index()
+    if not table.isna().to_numpy().any():
+        return table
     counts = table.notna().sum()  # seeds of each setting
     rectangles = [table.loc[:, counts >= least].dropna() for least in counts.unique()]
     return max(rectangles, key=lambda found: (min(len(found), FEWEST), found.size, len(found)), default=table)
@@ -234,10 +238,11 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Reader) -> np.ndarray | None:
     """Differences a - b of every image (N,), averaged over the settings and first seeds of ``table``; None when a run
     has no such scores."""
-    cells = pd.MultiIndex.from_product([table.index[:IMAGE_SEEDS], table.columns])
+    cells = list(product(table.index[:IMAGE_SEEDS], table.columns))
     means = []
     for side in (pair.cells_a, pair.cells_b):
-        scores = [[read(folder).get(metric) for folder in folders] for folders in side["folders"].loc[cells]]
+        of_cell = side["folders"].to_dict()
+        scores = [[read(folder).get(metric) for folder in of_cell[cell]] for cell in cells]
         if any(row is None for rows in scores for row in rows):
             return None
         means.append(np.mean([np.mean(rows, axis=0, dtype=np.float64) for rows in scores], axis=0))

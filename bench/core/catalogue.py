@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import cache_dir
-from .store import Run
+from .runs import Run
 
 BATCH = 1000  # runs that are looked up at once; fewer are read in no time
 SETTLED = 2.0  # seconds: a file that is younger may change again without its times telling

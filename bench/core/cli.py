@@ -14,7 +14,7 @@ from rich.markup import escape
 from .errors import Diverged, Interrupted, UserError
 from .files import cache_dir
 from .progress import is_text, say
-from .store import Run
+from .runs import Run
 
 # What the system says of a place that takes no more.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)

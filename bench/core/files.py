@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,8 +31,9 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
-# What NumPy and zipfile raise on a file of arrays that is not as it was written.
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What NumPy and the archives below it raise on a file that is not as it was written; a flipped bit is enough for each.
+UNREADABLE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, tokenize.TokenError, struct.error, OverflowError)
+UNREADABLE += (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def cache_dir() -> Path:
@@ -65,7 +68,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for everyone the umask allows
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None:
+        named = [Path(str(name)).name for name in (error.filename, error.filename2) if name is not None]
+        if error.errno is not None and (not named or any(name.startswith(PART) for name in named)):
             error.filename, error.filename2 = str(path), None  # writers leave it open, or name the temporary file
         raise
     finally:
@@ -83,9 +87,21 @@ def _check_room(path: Path, error: Exception) -> None:
         raise full from error
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes what killed writers left behind in ``folder``, to which nobody may be writing."""
-    for path in folder.glob(f"{PART}*"):
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError that names no file, such as that of one which is open, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def remove_parts(folder: Path, stem: str = "") -> None:
+    """Removes what killed writers left behind in ``folder``, of files with that ``stem`` if one is given, to which
+    nobody may be writing."""
+    for path in folder.glob(f"{PART}{stem and f'{stem}-'}*"):
         path.unlink(missing_ok=True)
 
 
@@ -125,7 +141,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(content)) as file:
             return dict(file)
-    except UNREADABLE as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(path, str(error).partition("\n")[0]) from error
 
 
@@ -149,7 +165,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
             if not path.is_file():
                 raise Damaged(path, "it is not a file")
             return read(path)
-        except (Damaged, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (Damaged, *UNREADABLE) as error:
             what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
             say(f"[yellow]{escape(what.partition(';')[0])}; it is made again[/]")
     with atomic_path(path) as temporary:
@@ -159,7 +175,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
 
 def seal(content: dict[str, Any]) -> str:
     """JSON of ``content`` with a digest of it, for ``unseal``."""
-    return json.dumps({"content": content, "sha256": _digest(content)}, indent=1, allow_nan=False)
+    return json.dumps({"content": content, "sha256": sha256_json(content)}, indent=1, allow_nan=False)
 
 
 def unseal(path: Path, *names: str) -> dict[str, Any]:
@@ -167,7 +183,7 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     not as it was written, or has none of ``names``."""
     stored = read_json(path)
     content = stored.get("content") if "sha256" in stored else stored
-    if stored.get("sha256", _digest(content)) != _digest(content):
+    if stored.get("sha256", sha256_json(content)) != sha256_json(content):
         raise Damaged(path, "its digest is that of other content")
     if not isinstance(content, dict):
         raise Damaged(path, "its content is no object")
@@ -176,7 +192,8 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Any) -> str:
+def sha256_json(content: Any) -> str:
+    """Hex SHA-256 of ``content``, the same after it was written as JSON and read again."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.markup import escape
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import atomic_path, cache_dir, read_json
+from bench.core.files import UNREADABLE, atomic_path, cache_dir, read_json
 from bench.core.progress import Bar, console, printable, say
 
 from .sources import DATASETS, Source, Split, folder_source
@@ -86,7 +86,7 @@ def _intact(data: str, folder: Path) -> Data | None:
     """What ``folder`` holds, or None where that is not what was written."""
     try:
         return _read(data, folder)
-    except (FileNotFoundError, Damaged, ValueError, EOFError, KeyError):
+    except (FileNotFoundError, Damaged, *UNREADABLE):
         return None
 
 

@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import atomic_path, cached, seal, sha256_arrays, sha256_file, unseal
+from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
-from bench.core.store import Run, check_finished
+from bench.core.runs import Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
@@ -48,10 +48,10 @@ def digest(folder: Path) -> str:
 
 
 def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
-    """The images that the run was trained and scored on. Raises UserError when they have changed since."""
+    """The images that the run was trained and scored on. Raises Changed when they are others now."""
     data = load(tokenizer.config.data, tokenizer.config.image_size)
     if data.fingerprint != Run(folder).protocol().get("fingerprint"):
-        raise UserError(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
+        raise Changed(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
     return data
 
 
@@ -61,6 +61,8 @@ def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
     place, identity = folder / "codes", digest(folder)
     place.mkdir(exist_ok=True)
     with FileLock(place / ".lock"):
+        for stem in ("meta", "train", "val"):
+            remove_parts(place, stem)
         meta, train, val = cached(place / "meta.json", lambda path: _encode(path, tokenizer, data, identity), _read)
     if meta["tokenizer"] != identity:
         other = f"another tokenizer ({meta['tokenizer']}, not {identity})"
@@ -79,6 +81,10 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         train, val = (np.load(path.with_name(f"{split}.npy"), mmap_mode="r") for split in ("train", "val"))
     except FileNotFoundError as error:
         raise Damaged(path.parent, f"it has no {Path(error.filename).name}") from error
+    except UNREADABLE as error:
+        raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
+    if {train.dtype, val.dtype} != {np.min_scalar_type(meta["codebook_size"] - 1)}:  # of which a digest knows nothing
+        raise Damaged(path.parent, "its codes are of another type")
     if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
         raise Damaged(path.parent, "its codes are not those that were written")
     if "digest" not in meta and max(train.max(), val.max()) >= meta["codebook_size"]:

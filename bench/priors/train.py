@@ -28,7 +28,7 @@ def train_prior(
     if config.prior not in LEARNED:
         began = time.monotonic()
         learner.model.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
-        return learner.model.eval(), time.monotonic() - began
+        return learner.model.eval(), max(0.0, time.monotonic() - began)
     return fit(learner, f"{config.prior} seed {config.seed}", folder, resume, checkpoint_seconds)
 
 

@@ -12,12 +12,13 @@ from bench.core import plots
 from bench.core.environment import peak_memory
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
-from bench.core.store import Run, Store, check_whole
+from bench.core.runs import Run, check_whole
+from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import PRECISION_NEIGHBOURS
 from bench.tokenizers import evaluate
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.training.trial import begun, complete, write_weights
+from bench.training.trial import begun, complete, tidy, write_weights
 
 from .codes import Codes, digest, encode, load_data
 from .config import PRIOR_VERSION, SAMPLING, PriorConfig
@@ -46,6 +47,7 @@ def run_prior(
                 f"{run.folder} is a prior over the codes of another tokenizer ({made_with}) than "
                 f"{tokenizer_run.folder} now holds ({identity}); move that folder"
             )
+        tidy(run)
         return run
 
     tokenizer = Tokenizer.from_run(tokenizer_run.folder, config.device)
@@ -60,7 +62,8 @@ def run_prior(
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 
     shape = {"codebook_size": codes.codebook_size, "grid_size": codes.grid_size, "classes": list(codes.classes)}
-    with begun(run, {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config)}, resume):
+    about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
+    with begun(run, about, resume):
         known = references(tokenizer, codes, data, config, tokenizer_run.folder / "codes", fid_weights)
         twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
         with peak_memory(config.device) as peak:
@@ -70,8 +73,9 @@ def run_prior(
             else:
                 prior = Prior.from_run(twin.folder, config.device)
                 costs = {name: twin.metrics().get(name) for name in ("train_seconds", "peak_memory_mb")}
-                if config.prior in LEARNED:
-                    shutil.copy(twin.folder / "history.jsonl", run.folder)
+                if (twin.folder / "history.jsonl").is_file():
+                    with atomic_path(run.folder / "history.jsonl") as temporary:
+                        shutil.copyfile(twin.folder / "history.jsonl", temporary)
         generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)
         metrics = {**generated.metrics, **known, **costs}
         finish(run, prior, generated, metrics, protocol(config, codes, data, fid_weights))

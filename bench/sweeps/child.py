@@ -25,7 +25,8 @@ import torch
 from bench.core.cli import REFUSALS, refusal
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
-from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
+from bench.core.runs import FAILURES, Busy, Changed, NoSpace, Run
+from bench.core.store import Store
 
 from .kinds import KINDS, AnyConfig, Row
 
@@ -35,6 +36,7 @@ LONGEST = 500  # characters of a reason: what a pipe takes at once, whether anyb
 ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that fits; any other is a crash
     Busy: "busy",
     NoSpace: "blocked",
+    Changed: "blocked",
     UserError: "refused",
     Diverged: "diverged",
     Interrupted: "interrupted",
@@ -45,7 +47,7 @@ ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that 
 
 class Outcome(NamedTuple):
     """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (its folder cannot
-    be written) or a key of FAILURES."""
+    be written, or the images have changed) or a key of FAILURES."""
 
     status: str
     reason: str = ""

@@ -30,7 +30,8 @@ from optuna_dashboard._note import note_ver_key, split_body
 
 from bench.analysis.frames import statuses
 from bench.core.errors import Damaged, UserError
-from bench.core.store import FAILURES, Run, Store
+from bench.core.runs import FAILURES, Run
+from bench.core.store import Store
 
 from .bulk import Unwritten
 from .definition import Space, distribution, read_space

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from bench.analysis import frames
 from bench.analysis.frames import Metric
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
 from bench.tokenizers.config import Config

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from bench.analysis.frames import DEFAULTS, frame, statuses
 from bench.core.errors import UserError
-from bench.core.store import FAILURES, Run, Store
+from bench.core.runs import FAILURES, Run
+from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.core.errors import UserError
-from bench.core.store import Run, check_finished
+from bench.core.runs import Run, check_finished
 from bench.quantizers import QUANTIZERS, Quantized
 from bench.training.trial import read_weights
 

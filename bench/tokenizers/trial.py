@@ -11,10 +11,11 @@ from bench.core import plots
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir
-from bench.core.store import Run, Store, check_whole
+from bench.core.runs import Run, check_whole
+from bench.core.store import Store
 from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
-from bench.training.trial import begun, complete, write_weights
+from bench.training.trial import begun, complete, tidy, write_weights
 
 from .config import Config
 from .costs import static_costs, throughput
@@ -64,9 +65,11 @@ def run_trial(
     if run.finished:
         if run.protocol().get("fingerprint") != data.fingerprint:
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
+        tidy(run)
         return run
 
-    with begun(run, {"config": asdict(config)}, resume):
+    store.check_images(run, config.data, config.image_size, data.fingerprint)
+    with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
         untrained = score_untrained(config, data.val)
         with peak_memory(config.device) as peak:
@@ -90,7 +93,7 @@ def finish(
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
     metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
-    measured = {**measured, "score_seconds": time.monotonic() - began}
+    measured = {**measured, "score_seconds": max(0.0, time.monotonic() - began)}
     write_weights(run, "tokenizer.safetensors", tokenizer)
     with atomic_path(run.folder / "per_image.npz") as temporary:
         np.savez_compressed(temporary, **per_image)

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bench.core.errors import Damaged, Diverged, Interrupted, UserError
-from bench.core.files import atomic_path, read_rows
+from bench.core.files import UNREADABLE, atomic_path, naming, read_rows
 from bench.core.progress import Bar, say
 
 RENAMED = {"average": "ema", "rival": "discriminator_optimizer"}  # parts of checkpoints of older versions
@@ -81,17 +80,24 @@ def fit(
     state = {**learner.parts, "ema": ema}
     checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
     first, seconds = resumed(checkpoint, state, config) if resume else (0, 0.0)
+    log_every = min(50, max(1, config.steps // 200))
     if first:
         rewind(history, first)
+        if lost := {*range(log_every, first + 1, log_every)} - {row["step"] for row in read_rows(history)}:
+            say(f"[yellow]{escape(str(history))} is damaged: it has lost {len(lost)} rows; its curves have a gap[/]")
     else:
         checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's
         history.unlink(missing_ok=True)
         learner.begin()
 
-    window = Window()
-    log_every = min(50, max(1, config.steps // 200))
-    saved = began = time.monotonic()
-    with Bar(label, config.steps, first) as bar, history.open("a") as log, interruptible() as interrupted:
+    window, spent = Window(), seconds
+    saved = seen = time.monotonic()
+    with (
+        naming(history),
+        Bar(label, config.steps, first) as bar,
+        history.open("a") as log,
+        interruptible() as interrupted,
+    ):
         for step in range(first, config.steps):
             torch.manual_seed(step_seed(config.seed, step))
             rate = learning_rate(config, step)
@@ -102,23 +108,23 @@ def fit(
                 continue  # nothing above waits for the device; everything below does
 
             now = time.monotonic()
-            spent = seconds + now - began
+            spent, seen = spent + max(0.0, now - seen), now  # it may have been put back
             row = {"step": done, "lr": rate, **learner.row(window.means()), "seconds": round(spent, 3)}
             if not all(math.isfinite(value) for value in row.values()):
                 raise Diverged(f"loss or gradient not finite by step {done}; try --lr below {config.lr:g}")
             log.write(json.dumps(row) + "\n")
             log.flush()
-            speed = (done - first) * config.batch_size / (now - began)
+            speed = (done - first) * config.batch_size / max(spent - seconds, 1e-9)
             bar.advance(done - bar.done, f"{learner.figures(row)}  {speed:.0f} {learner.unit}/s")
             window = Window()
-            if interrupted.is_set() or now - saved > checkpoint_seconds:
+            if interrupted.is_set() or not 0 <= now - saved <= checkpoint_seconds:
                 save(checkpoint, state, done, spent)
                 saved = time.monotonic()
                 checkpoint_seconds = max(checkpoint_seconds, 50 * (saved - now))
             if interrupted.is_set():
                 raise Interrupted(f"stopped at step {done} of {config.steps}; the same command continues from there")
 
-    return ema.module.eval().requires_grad_(False), spent if first < config.steps else seconds
+    return ema.module.eval().requires_grad_(False), spent
 
 
 class Window:
@@ -221,7 +227,7 @@ def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
                 raise Damaged(path, f"the checksum of {broken} is wrong")
     except IsADirectoryError as error:
         raise refusal from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise Damaged(path, str(error) or "it is cut off") from error
     try:
         stored = torch.load(path, map_location=config.device, weights_only=True)

@@ -1,7 +1,7 @@
 """What a trial of either kind does around its training: hold the folder, record a failure, write the scores last."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import safetensors.torch
@@ -13,20 +13,24 @@ from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
 from bench.core.files import atomic_path, remove_parts, sha256_file
 from bench.core.progress import say
-from bench.core.store import Run, check_whole
+from bench.core.runs import Changed, Run, check_whole
 
 
 @contextmanager
 def begun(run: Run, about: dict[str, Any], resume: bool = True) -> Iterator[None]:
     """Holds the folder of ``run`` while it is trained and scored; ``about`` goes into its config.json, with the
     environment, and where it resumes in another one those before. Forgets an earlier failure, and records Diverged as
-    failure.json. Raises Busy where another process has the folder, and UserError where a file of it is damaged."""
+    failure.json. Raises Busy where another process has the folder, UserError where a file of it is damaged, and
+    Changed where it would go on from a checkpoint on something else than it was ``trained_on`` before."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
         check_whole(run)
         remove_parts(run.folder)
         resumes = resume and all((run.folder / name).exists() for name in ("config.json", "checkpoint.pt"))
-        run.write("config.json", {**about, **_environments(run if resumes else None)})
+        if resumes and (before := run.trained_on()) not in (None, about.get("trained_on")):
+            change = f"has changed since it was begun, from {before[:16]} to {about['trained_on'][:16]}"
+            raise Changed(f"what {run.folder} is trained on {change}; put it back, or move that folder")
+        run.seal("config.json", {**about, **_environments(run if resumes else None)})
         run.forgive()
         try:
             yield
@@ -77,7 +81,13 @@ def read_weights(run: Run, name: str, model: nn.Module) -> None:
 
 
 def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> None:
-    """Writes metrics.json, which makes ``run`` a finished one, and drops its checkpoint; call it last."""
+    """Writes metrics.json, which makes ``run`` a finished one, and tidies it up; call it last."""
     weights = {path.name: sha256_file(path) for path in run.folder.glob("*.safetensors")}
-    run.write("metrics.json", {"metrics": metrics, "protocol": protocol, "weights": weights})
-    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    run.seal("metrics.json", {"metrics": metrics, "protocol": protocol, "weights": weights})
+    tidy(run)
+
+
+def tidy(run: Run) -> None:
+    """Drops the checkpoint of a finished ``run``, which has one where it was killed just before that."""
+    with suppress(OSError):  # it has none, or can be read only
+        (run.folder / "checkpoint.pt").unlink()

@@ -506,6 +506,7 @@ def test_ten_thousand_rows_take_seconds(tmp_path):
             np.savez_compressed(
                 folders[-1] / "per_image.npz", lpips_alex=scores[0], lpips_vgg=scores[1], psnr=scores[2]
             )
+            (folders[-1] / "metrics.json").write_text('{"protocol": {"count": 1000}}')
     table = table.assign(folder=[str(path) for path in folders], lpips_vgg=table.lpips_alex, psnr=table.lpips_alex)
     began = time.monotonic()
     verdicts = backbone_verdicts(table) + setting_verdicts(table)

@@ -10,7 +10,8 @@ import pytest
 from bench.analysis.frames import METRICS
 from bench.core.errors import UserError
 from bench.core.progress import stdout
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 from bench.diff import main
 from bench.tokenizers.config import make_config
 from tests.fabricate import MACHINE, fabricate, fabricate_failed

@@ -10,7 +10,8 @@ import pytest
 
 from bench.core import catalogue
 from bench.core.catalogue import entries, statuses
-from bench.core.store import Run, Store
+from bench.core.runs import Run
+from bench.core.store import Store
 
 COUNT = 7
 

@@ -11,18 +11,8 @@ import numpy as np
 import pytest
 
 from bench.core.errors import Damaged, UserError
-from bench.core.store import (
-    FAILURES,
-    NUMBERS,
-    SCORED,
-    TOLD,
-    Busy,
-    NoSpace,
-    Run,
-    Store,
-    find_tokenizer,
-    known_tokenizers,
-)
+from bench.core.runs import FAILURES, NUMBERS, SCORED, TOLD, Busy, NoSpace, Run
+from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import fabricate, least

@@ -19,7 +19,8 @@ import safetensors.torch
 
 from bench import prior
 from bench.core.errors import Diverged, UserError
-from bench.core.store import Busy, Run, Store, find_tokenizer
+from bench.core.runs import Busy, Run
+from bench.core.store import Store, find_tokenizer
 from bench.data import Data
 from bench.priors import trial as prior_trial
 from bench.priors.codes import Codes, digest
@@ -580,6 +581,7 @@ def test_the_line_below_the_table_tells_how_it_was_measured(world):
 def changed(run: Run, **settings) -> None:
     """Writes other ``settings`` into the config.json of ``run``."""
     content = json.loads((run.folder / "config.json").read_text())
+    del content["sha256"]  # as older versions wrote it
     content["config"] |= settings
     run.write("config.json", content)
 

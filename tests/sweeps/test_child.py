@@ -18,7 +18,8 @@ import torch
 
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
-from bench.core.store import FAILURES, Busy, NoSpace, Run, Store
+from bench.core.runs import FAILURES, Busy, NoSpace, Run
+from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
 from bench.sweeps.child import ENDINGS, run_in_child

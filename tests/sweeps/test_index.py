@@ -19,7 +19,8 @@ from optuna_dashboard import get_note
 from backbones import BACKBONES
 from bench.analysis.frames import METRICS, frame
 from bench.core.errors import UserError
-from bench.core.store import FAILURES, Run, Store
+from bench.core.runs import FAILURES, Run
+from bench.core.store import Store
 from bench.data import AUGMENTATIONS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS

@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial, TrialState
 from backbones import BACKBONES
 from bench.analysis.frames import frame
 from bench.core.errors import UserError
-from bench.core.store import FAILURES
+from bench.core.runs import FAILURES
 from bench.priors.config import PriorConfig
 from bench.priors.models import PRIORS
 from bench.sweeps import plan
@@ -41,7 +41,8 @@ def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
     """Leaves a run folder of ``config`` that ended with ``status``."""
     run = plan.store.run(config)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.write("config.json", {"config": asdict(config), "environment": {}})
+    over = {"tokenizer": asdict(make_config("cnn", "smoke"))} if isinstance(config, PriorConfig) else {}
+    run.write("config.json", {"config": asdict(config), "environment": {}, **over})
     if status == "finished":
         run.write("metrics.json", least(config.SHELF, {"data": "photos"}, train_seconds=60.0))
     elif status != "unfinished":

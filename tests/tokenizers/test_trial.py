@@ -14,7 +14,8 @@ import torch
 from bench.analysis.frames import METRICS
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
-from bench.core.store import Busy, Run, Store
+from bench.core.runs import Busy, Run
+from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial

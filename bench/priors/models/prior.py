@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.core.device import check_memory
 from bench.core.errors import UserError
-from bench.core.store import Run, check_whole
+from bench.core.runs import Run, check_whole
 from bench.training.trial import read_weights
 
 

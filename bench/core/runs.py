@@ -1,0 +1,297 @@
+"""One run: a folder whose files are the truth.
+
+A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
+presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
+images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
+failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from .errors import Damaged, UserError
+from .files import atomic_path, read_arrays, read_json, read_rows, sha256_json
+from .progress import printable
+from .settings import check_values
+
+# How a run can end without scores.
+FAILURES = {
+    "diverged": "a loss or gradient was not finite",
+    "crashed": "an error that is not the settings' fault, or a signal",
+    "out_of_memory": "the memory of the machine or the GPU did not suffice",
+    "timed_out": "training took longer than allowed",
+    "refused": "the settings cannot work",
+    "pruned": "a search gave it up early, being worse than others at the same step",
+    "damaged": "a file of it does not hold what was written there",
+}
+
+
+RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
+LARGEST = 2**24  # codebook_size, and far beyond any grid_size
+BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
+# By the folder that a finished run lies in: metrics and parts of its protocol that every version has written.
+SCORED = {
+    "runs": (*(side for _, *sides in BOTH_SIDES for side in sides), "tokens", "bits_per_image", "psnr", "perplexity"),
+    "priors": (
+        *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "coded_bits_per_token_independent"),
+        *("gfid_vgg16", "nearest_train_psnr", "nearest_val_psnr", "sampling_speedup", "params_prior", "train_seconds"),
+    ),
+}
+NUMBERS = {
+    "runs": ("count", "image_size", "skipped"),
+    "priors": ("count", "image_size", "samples", "temperature", "top_k"),
+}
+TOLD = ("version", "data", "fingerprint", "split", "rounding", "precision", "extractor_vgg16", "extractor_inception")
+
+
+class NoSpace(UserError):
+    """Runs cannot be written here: nothing to do with the run itself."""
+
+
+class Changed(UserError):
+    """What a run or a study is trained on is not what it was: nothing to do with the settings of the run."""
+
+
+class Busy(UserError):
+    """Another process is working on the run."""
+
+
+Settings = TypeVar("Settings")
+
+
+class Identity(Protocol):
+    """A config, as far as the store is concerned: the subfolder that its runs lie in, and the name of its own."""
+
+    SHELF: ClassVar[str]
+
+    def run_id(self) -> str:
+        """Equal for equal configs, and different for different ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Reading a file that is not there yet raises OSError; one that is damaged, Damaged."""
+
+    folder: Path
+
+    def snapshot(self) -> "Run":
+        """The same run as its files are now: each of them is read once, whatever is asked."""
+        return _Snapshot(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained and scored to the end."""
+        return self.status == "finished"
+
+    @property
+    def status(self) -> str:
+        """finished, unfinished, or why it failed: a key of FAILURES."""
+        return self.ending()[0]
+
+    @property
+    def reason(self) -> str:
+        """Why the run failed, in one sentence; empty when it did not."""
+        return self.ending()[1]
+
+    def ending(self) -> tuple[str, str]:
+        """``status`` and ``reason``."""
+        try:
+            if os.path.lexists(self.folder / "config.json"):
+                self._read("config.json", "config", "environment")
+            if os.path.lexists(self.folder / "metrics.json"):
+                self._scores()
+                return "finished", ""
+            if os.path.lexists(self.folder / "failure.json"):
+                failure = self._read("failure.json")
+                told = all(isinstance(failure.get(name), str) for name in ("status", "reason"))
+                if not told or failure["status"] in ("finished", "unfinished"):
+                    raise Damaged(self.folder / "failure.json", "it tells no status and reason")
+                return failure["status"], failure["reason"]
+            return "unfinished", ""
+        except Damaged as error:
+            return "damaged", str(error)
+
+    def fail(self, status: str, reason: str) -> None:
+        """Records why the run failed; ``status`` is a key of FAILURES."""
+        self.seal("failure.json", {"status": status, "reason": printable(reason)})
+
+    def forgive(self) -> None:
+        """Takes a recorded failure back."""
+        (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def config(self) -> dict[str, Any]:
+        """The run's Config as a dict."""
+        return self._read("config.json", "config")["config"]
+
+    def codes(self) -> dict[str, Any]:
+        """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
+        codes, path = self._read("config.json", "codes")["codes"], self.folder / "config.json"
+        for name in ("codebook_size", "grid_size"):
+            if type(codes.get(name)) is not int or not 0 < codes[name] <= LARGEST:
+                raise Damaged(path, f"the {name} of its codes is {codes.get(name)!r}")
+        if not isinstance(codes.get("classes"), list):
+            raise Damaged(path, "its codes have no classes")
+        return codes
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
+        tokenizer = self._read("config.json").get("tokenizer", {})
+        if not isinstance(tokenizer, dict):
+            raise Damaged(self.folder / "config.json", "its tokenizer is no object")
+        return tokenizer
+
+    def settings(self, kind: type[Settings], part: str = "config") -> Settings:
+        """``config`` as Config or PriorConfig, or the ``tokenizer`` of a prior as Config; a field that the run was made
+        without has its default. Raises Damaged where a value cannot be that of its field."""
+        stored = self._read("config.json", part)[part]
+        try:
+            settings = kind(**{field.name: stored[field.name] for field in fields(kind) if field.name in stored})
+            check_values(settings)
+        except (TypeError, UserError) as error:  # a field that has no default is missing, or a value is wrong
+            raise Damaged(self.folder / "config.json", str(error)) from error
+        return settings
+
+    def trained_on(self) -> str | None:
+        """Digest of the images, or of a prior the tokenizer, that the run is made from; None of an older one."""
+        stored = self._read("config.json").get("trained_on")
+        return stored if isinstance(stored, str) else None
+
+    def fingerprint(self, data: str, image_size: int) -> str | None:
+        """That of the images of a tokenizer's run, where it has begun and they are ``data`` of that size."""
+        with suppress(OSError, Damaged):
+            config = self.config()
+            if (config.get("data"), config.get("image_size")) == (data, image_size):
+                return self.trained_on() or self.protocol().get("fingerprint")
+        return None
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit and machine that the run was made with, or last went on with."""
+        return self.environments()[-1]
+
+    def environments(self) -> list[dict[str, Any]]:
+        """The same of all parts of its training, each of which went on with another, oldest first."""
+        stored = self._read("config.json", "environment")
+        earlier = stored.get("earlier", [])
+        every = [*earlier, stored["environment"]] if isinstance(earlier, list) else [earlier]
+        if not all(isinstance(one, dict) and isinstance(one.get("versions", {}), dict) for one in every):
+            raise Damaged(self.folder / "config.json", "its environments are none")
+        return every
+
+    def metrics(self) -> dict[str, Any]:
+        """The scores, costs and reference scores that a finished run has, by their present names; a tokenizer's
+        ``params`` and ``flops`` are of both sides."""
+        return self._scores()[0]
+
+    def protocol(self) -> dict[str, Any]:
+        """How the scores were measured."""
+        return self._scores()[1]
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each file of weights that a finished run was scored with; none of older ones."""
+        stored = self._read("metrics.json").get("weights", {})
+        return stored if isinstance(stored, dict) else {}
+
+    def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
+        metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items() if value is not None}
+        protocol, shelf = stored["protocol"], self.folder.absolute().parent.name
+        for name, value in metrics.items():
+            if type(value) not in (int, float):
+                raise Damaged(path, f"{name} is {value!r}, which is no number")
+        if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
+            raise Damaged(path, f"it has no {missing[0]}")
+        if any(isinstance(value, (list, dict)) for value in protocol.values()):
+            raise Damaged(path, "its protocol has lists")
+        if missing := [name for name in TOLD if shelf in SCORED and name not in protocol]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        if missing := [name for name in NUMBERS.get(shelf, ()) if type(protocol.get(name)) not in (int, float)]:
+            raise Damaged(path, f"its protocol has no {missing[0]}")
+        for both, first, second in BOTH_SIDES:
+            if first in metrics and second in metrics:
+                metrics[both] = metrics[first] + metrics[second]
+        return metrics, protocol
+
+    def history(self) -> list[dict[str, float]]:
+        """One row of numbers per logged step; none before the first. A damaged line is left out."""
+        return read_rows(self.folder / "history.jsonl")
+
+    def per_image(self) -> dict[str, np.ndarray]:
+        """Of a finished run the scores of every validation image, (N,) each; none when the file is missing, damaged
+        or of another number of images than the run was scored on."""
+        try:
+            scores = read_arrays(self.folder / "per_image.npz")
+            of_each = {(self._read("metrics.json", "protocol")["protocol"].get("count"),)}
+        except (FileNotFoundError, Damaged):
+            return {}
+        alike = {column.shape if column.dtype.kind == "f" else None for column in scores.values()}
+        return scores if alike == of_each else {}
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file into the folder, atomically."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+    def seal(self, name: str, content: dict[str, Any]) -> None:
+        """The same with a digest beside ``content``, by which any other number in it is noticed."""
+        self.write(name, {**content, "sha256": sha256_json(content)})
+
+    def _read(self, name: str, *parts: str) -> dict[str, Any]:
+        """The file ``name``, in which each of ``parts`` is an object."""
+        content = self._content(name)
+        for part in parts:
+            if not isinstance(content.get(part), dict):
+                raise Damaged(self.folder / name, f"it has no {part}")
+        return content
+
+    def _content(self, name: str) -> dict[str, Any]:
+        """The file ``name``, sealed or of an older version."""
+        content = read_json(self.folder / name)
+        if content.pop("sha256", None) not in (None, sha256_json(content)):
+            raise Damaged(self.folder / name, "its digest is that of other content")
+        return content
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises Busy when another one has it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise Busy(f"another process is working on {self.folder}; wait until it is done") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class _Snapshot(Run):
+    read: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _content(self, name: str) -> dict[str, Any]:
+        if name not in self.read:
+            self.read[name] = super()._content(name)
+        return self.read[name]
+
+
+def check_whole(run: Run) -> None:
+    """Raises UserError where a file of ``run`` is damaged: somebody has to look before anything is overwritten."""
+    status, reason = run.ending()
+    if status == "damaged":
+        raise UserError(reason)
+
+
+def check_finished(run: Run) -> None:
+    """Raises UserError unless ``run`` is finished."""
+    check_whole(run)
+    if not run.finished:
+        raise UserError(f"{run.folder} holds no finished run (no metrics.json); train one with python -m bench.run")
