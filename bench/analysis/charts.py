@@ -31,6 +31,7 @@ STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in
     "svg.fonttype": "none",
     "text.parse_math": False,
 }
+NAMED = 12  # rings with words beside them: more would lie on one another, and take seconds to draw
 REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}  # k-means on patches
 
 
@@ -284,7 +285,7 @@ def cost(scope: Scope) -> Iterator[Drawing]:
         known = table.dropna(subset=[name, metric])
         front = _cost_panel(axes, known, name, metric)
         if len(varied) == 1:  # words for several would not fit beside a ring
-            _name_front(axes, front, name, metric, varied[0])
+            _name_front(axes, front.head(NAMED), name, metric, varied[0])
     looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
     caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
     caption += f"Beside the rings: {label_of(varied[0])}. " if len(varied) == 1 else ""

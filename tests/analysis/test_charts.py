@@ -314,6 +314,17 @@ def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost,
         assert "Beside" not in drawing.caption
 
 
+def test_not_all_rings_of_a_long_front_have_words(monkeypatch):
+    """They would lie on one another."""
+    monkeypatch.setattr(charts, "NAMED", 3)
+    costs = dict.fromkeys(("flops", "train_seconds", "images_per_second_decode"))
+    rows = [costs | {"beta": 1.0 + i, "params": 1e6 * (1 + i), "psnr": 20.0 + i} for i in range(6)]
+    (drawing,) = charts.cost(scope(made(*rows)))
+    (axes,) = drawing.figure.axes
+    assert [label.get_text() for label in axes.texts] == ["1", "2", "3"]
+    assert len(axes.collections[-1].get_offsets()) == 6
+
+
 def test_a_backbone_looks_the_same_in_every_company(tmp_path):
     known = [tuple(looks.look_of(name).values()) for name in BACKBONES]
     assert len({colour for colour, _ in known}) == len({marker for _, marker in known}) == len(BACKBONES)

@@ -1047,6 +1047,25 @@ def test_long_data_is_in_the_order_of_runs_and_their_metrics(store, sketched):
     assert set(long.status) == {"finished"}
 
 
+def test_long_data_in_parts_is_the_long_data(tmp_path, monkeypatch):
+    """As pandas melts it at once, types included: also where a part has a column without a single value."""
+    rows = [
+        asdict(smoke(seed=seed)) | {"run_id": f"{9 - seed}", "status": "finished", "psnr": 20.0 + seed, "ssim": None}
+        for seed in range(5)
+    ]
+    rows[3] |= {"ssim": 0.5, "psnr_kmeans": 3.0, "val_loss": "no metric"}
+    table = pd.DataFrame(rows)
+    keys = ["run_id", *CONFIG, "status"]
+    whole = table.melt(keys, ["psnr", "psnr_kmeans", "ssim"], "metric", "value").dropna(subset="value")
+    whole = whole.sort_values(["run_id", "metric"], ignore_index=True).astype({"value": float})
+    for size in (1, 2, 100):
+        monkeypatch.setattr(report, "ROWS", size)
+        report.write_data(table, tmp_path)
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "runs.parquet"), whole)
+    report.write_data(table[:0], tmp_path)
+    assert pd.read_parquet(tmp_path / "runs.parquet").empty
+
+
 def test_what_the_terminal_leaves_out_is_failed_and_every_score_but_three():
     """The main metric, PSNR and perplexity stay."""
     scores = {"psnr": 20.0, "ssim": 0.5, "perplexity": 9.0, "lpips_alex": 0.3}

@@ -316,6 +316,17 @@ def test_only_shared_seeds_count():
     same(only(backbone_verdicts(table)), only(backbone_verdicts(pd.concat([table, outlier], ignore_index=True))))
 
 
+def test_pairs_with_equally_many_cells_share_what_they_share():
+    """Also where the two lack different seeds, or the same ones of one setting."""
+    whole = block(seeds=range(5), betas=(0.25, 1.0))
+    lost = (whole.backbone == "cnn") & (whole.seed == 0) | (whole.backbone == "vit") & (whole.seed == 4)
+    assert only(backbone_verdicts(whole[~lost], ["lpips_alex"])).n == 3
+    hole = (whole.seed == 2) & (whole.beta == 1.0)
+    verdict = only(backbone_verdicts(whole[~hole], ["lpips_alex"]))
+    same = only(backbone_verdicts(whole[whole.seed != 2], ["lpips_alex"]))
+    assert (verdict.n, verdict.difference, verdict.p) == (4, same.difference, same.p)
+
+
 def test_only_shared_settings_count():
     """cnn ran hard settings that vit was spared: equal where both ran, so no verdict, though the means differ a lot."""
     shared = block(noise=0.001)
