@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ def printable(text: str) -> str:
     return STEERING.sub("\ufffd", text)
 
 
+@lru_cache(4096)
 def is_text(name: str) -> bool:
     """Whether ``name`` can be written into a file and read again: it steers nothing, and all of it is characters."""
     return name == printable(name) and name == name.encode(errors="replace").decode()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -69,13 +69,18 @@ def check_fields(config: Any) -> None:
     """Raises UserError, one sentence with value and fix, on the first field of the dataclass ``config`` that its type
     does not allow; infinity and NaN never are allowed."""
     check_values(config)
+    check_choices(config)
+
+
+def check_choices(config: Any) -> None:
+    """The part of ``check_fields`` that other versions of the code, which have other choices, may see otherwise."""
     for name, field in _types(type(config)).items():
         if field.choices is not None:
             check_choice(name, getattr(config, name), field.choices)
 
 
 def check_values(config: Any) -> None:
-    """``check_fields`` but for choices, of which other versions of the code may have others."""
+    """``check_fields`` but for choices."""
     for name, field in _types(type(config)).items():
         value = getattr(config, name)
         if type(value) not in field.accepted:
@@ -119,4 +124,5 @@ def _read(hint: Any) -> _Field:
 
 def identity(version: int, config: Any) -> str:
     """64 hexadecimal digits that stand for the resolved dataclass ``config`` under one version of its protocol."""
-    return hashlib.sha256(json.dumps([version, asdict(config)], sort_keys=True).encode()).hexdigest()
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return hashlib.sha256(json.dumps([version, values], sort_keys=True).encode()).hexdigest()

@@ -167,7 +167,7 @@ class Config:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
         settings.check_values(self)
         self._check_backbone()
-        settings.check_fields(self)
+        settings.check_choices(self)
         self._check_quantizer()
         try:
             downsamplings(self.image_size, self.grid_size)
