@@ -56,6 +56,7 @@ def _tokenizer_row(run: Run) -> dict[str, Any]:
     config = {**run.config(), **vars(run.settings(Config))}
     tokens = config["grid_size"] ** 2
     bits = tokens * math.log2(config["codebook_size"])
+    config = {name: config[name] for name in config if name not in METRICS}  # a later version may have set one
     return {**config, "tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config["image_size"] ** 2}
 
 
@@ -154,7 +155,8 @@ def _entry(run: Run, kind: Kind) -> dict[str, Any]:
     except Damaged as error:
         return {"status": "damaged", "left_out": str(error)}
     except OSError as error:
-        return {"status": run.status, "left_out": str(error)}
+        status, reason = run.ending()
+        return {"status": status, "left_out": reason or str(error)}
     except UnicodeEncodeError:
         words = f"{str(run.folder)!a} has a name that is no text; rename that folder"
         return {"status": "damaged", "left_out": words}
@@ -178,7 +180,8 @@ def _row(run: Run, kind: Kind) -> dict[str, Any]:
             return {**row, "status": "damaged", "reason": str(error)}
         if "tokenizer" in protocol:
             row["tokenizer_digest"] = protocol["tokenizer"]  # whose codes, not how they were measured
-        row |= run.metrics() | {f"protocol_{name}": protocol[name] for name in protocol if name != "tokenizer"}
+        measured = {f"protocol_{name}": protocol[name] for name in protocol if name != "tokenizer"}
+        row = {**run.metrics(), **measured, **row}
     return row
 
 

@@ -161,7 +161,7 @@ def _find(name: str, results: Path) -> Selection:
     if path.suffix == ".json" and path.is_file():
         return _study(Store(path.resolve().parent.parent), path.stem)
     for run in (Run(path), store.named(name)):
-        if os.path.lexists(run.folder / "config.json"):
+        if run.started:
             return Selection("selection", [run], results)
     if (path / "runs").is_dir():
         return Selection("all", Store(path).runs(), path)
@@ -171,7 +171,7 @@ def _find(name: str, results: Path) -> Selection:
 
 def _study(store: Store, name: str) -> Selection:
     study = store.study(name)
-    started = [run for run in map(store.named, study["runs"]) if os.path.lexists(f"{run.folder}/config.json")]
+    started = [run for run in map(store.named, study["runs"]) if run.started]
     return Selection(name, started, store.root, study)
 
 

@@ -56,7 +56,7 @@ def _remembered(runs: Iterable[Run], read: Callable[[Run], Entry], look_up: Call
                     entry = known.get(run.folder.name)
                     if entry is None:
                         entry = read(run)
-                        if stamp:
+                        if stamp and entry["status"] != "damaged":  # which may pass, if the disk is to blame
                             new[run.folder.name] = stamp, entry
                     yield entry
                 copy.keep(new)
@@ -78,14 +78,14 @@ class _Shelf:
         stamp_of = {run.folder.name: stamp for run, stamp in zip(runs, stamps, strict=True)}
         return {
             name: {"status": status}
-            for name, status, stamp, mark in self._select("statuses", stamp_of)
+            for name, status, stamp, mark in self._select("name, status, stamp, mark FROM statuses", stamp_of)
             if stamp == stamp_of[name] and mark == _mark(name, status, stamp)
         }
 
     def entries(self, runs: list[Run], stamps: list[str]) -> dict[str, Entry]:
         """Name → entry of those of ``runs`` that are as they were."""
         stamp_of, found = {run.folder.name: stamp for run, stamp in zip(runs, stamps, strict=True)}, {}
-        for name, packed in self._select("entries", stamp_of):
+        for name, packed in self._select("name, entry FROM entries", stamp_of):
             with suppress(zlib.error, ValueError, TypeError):  # zlib has a checksum of its own
                 stamp, entry = json.loads(zlib.decompress(packed))
                 if stamp == [name, stamp_of[name]]:
@@ -100,7 +100,7 @@ class _Shelf:
             for name, (stamp, entry) in new.items():
                 status = entry["status"]
                 row = name, status, stamp, _mark(name, status, stamp)
-                packed = zlib.compress(json.dumps([[name, stamp], entry], allow_nan=False).encode(), 1)
+                packed = zlib.compress(json.dumps([[name, stamp], entry]).encode(), 1)
                 self.database.execute("REPLACE INTO statuses VALUES (?, ?, ?, ?)", row)
                 self.database.execute("REPLACE INTO entries VALUES (?, ?)", (name, packed))
             self.database.execute("COMMIT")
@@ -114,9 +114,9 @@ class _Shelf:
             self.database.close()
             self.database = None
 
-    def _select(self, table: str, names: Iterable[str]) -> list[tuple]:
+    def _select(self, columns: str, names: Iterable[str]) -> list[tuple]:
         names = list(names)
-        query = f"SELECT * FROM {table} WHERE name IN ({', '.join('?' * len(names))})"
+        query = f"SELECT {columns} WHERE name IN ({', '.join('?' * len(names))})"
         return self._tried(lambda: self.database.execute(query, names).fetchall()) or []
 
     def _tried(self, work: Callable[[], Any]) -> Any:
@@ -152,9 +152,10 @@ def _code() -> str:
     """Digest of the code that reads and checks what runs hold."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+        if path.is_file():  # an editor's lock is none
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _mark(*values: str) -> int:
-    return zlib.crc32("\n".join(values).encode())
+def _mark(*values: object) -> int:
+    return zlib.crc32(repr(values).encode())

@@ -26,6 +26,9 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> in
     """Exit code of ``work`` on ``arguments``, by default those of the process, as ``guarded`` has it. A word that no
     file can be called by is refused, and an empty one, which stands for the present folder."""
     words = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may not have every arrow
 
     def checked() -> int:
         for word in words:

@@ -31,6 +31,7 @@ SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one alone is no text; a pair is one character
 LONGEST = 20  # characters of a whole number
+LAST_STEP = 2**31 - 1
 # What NumPy and the archives below it raise on a file that is not as it was written; a flipped bit is enough for each.
 UNREADABLE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, tokenize.TokenError, struct.error, OverflowError)
 UNREADABLE += (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -123,13 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of numbers with a ``step`` in a file of JSON lines; none where there is no file. Left out are damaged
-    lines and one that is still being written."""
+    """The rows of numbers with a ``step``, from 0 to LAST_STEP, in a file of JSON lines; none where there is no file.
+    Left out are damaged lines and one that is still being written."""
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row and {*map(type, row.values())} <= {int, float}:
+            row = json.loads(line, parse_int=_whole)
+            numbers = isinstance(row, dict) and {*map(type, row.values())} <= {int, float}
+            if numbers and 0 <= row.get("step", -1) <= LAST_STEP:
                 rows.append(row)
     return rows
 

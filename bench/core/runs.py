@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from .errors import Damaged, UserError
 from .files import atomic_path, read_arrays, read_json, read_rows, sha256_json
 from .progress import printable
-from .settings import check_values
+from .settings import HUGE, check_values
 
 # How a run can end without scores.
 FAILURES = {
@@ -89,6 +89,11 @@ class Run:
         return _Snapshot(self.folder)
 
     @property
+    def started(self) -> bool:
+        """Whether there is a run: its settings, or what is left of one that has lost them."""
+        return any(os.path.lexists(f"{self.folder}/{name}") for name in ("config.json", "metrics.json"))
+
+    @property
     def finished(self) -> bool:
         """Whether the run was trained and scored to the end."""
         return self.status == "finished"
@@ -110,6 +115,8 @@ class Run:
                 self._read("config.json", "config", "environment")
             if os.path.lexists(self.folder / "metrics.json"):
                 self._scores()
+                if not os.path.lexists(self.folder / "config.json"):
+                    raise Damaged(self.folder / "config.json", "it is gone, and its scores are there")
                 return "finished", ""
             if os.path.lexists(self.folder / "failure.json"):
                 failure = self._read("failure.json")
@@ -206,8 +213,8 @@ class Run:
         metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items() if value is not None}
         protocol, shelf = stored["protocol"], self.folder.absolute().parent.name
         for name, value in metrics.items():
-            if type(value) not in (int, float):
-                raise Damaged(path, f"{name} is {value!r}, which is no number")
+            if type(value) not in (int, float) or abs(value) > HUGE:
+                raise Damaged(path, f"{name} is {value!r}, which is no number of use")
         if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
             raise Damaged(path, f"it has no {missing[0]}")
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
@@ -242,8 +249,9 @@ class Run:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
 
     def seal(self, name: str, content: dict[str, Any]) -> None:
-        """The same with a digest beside ``content``, by which any other number in it is noticed."""
-        self.write(name, {**content, "sha256": sha256_json(content)})
+        """The same with the run's id and a digest of it all, by which any other number, or run, is noticed."""
+        bound = {**content, "run": self.folder.name}
+        self.write(name, {**bound, "sha256": sha256_json(bound)})
 
     def _read(self, name: str, *parts: str) -> dict[str, Any]:
         """The file ``name``, in which each of ``parts`` is an object."""
@@ -258,6 +266,9 @@ class Run:
         content = read_json(self.folder / name)
         if content.pop("sha256", None) not in (None, sha256_json(content)):
             raise Damaged(self.folder / name, "its digest is that of other content")
+        owner = content.pop("run", self.folder.name)
+        if owner != self.folder.name and self.folder.parent.name in SCORED:  # elsewhere it may be called anything
+            raise Damaged(self.folder / name, f"it is of the run {owner}")
         return content
 
     @contextmanager

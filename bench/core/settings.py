@@ -6,7 +6,6 @@ the keys of a visible dict, or a number within a ``Limit``.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import cache
@@ -42,6 +41,7 @@ def at_most(most: int) -> Limit:
 
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}  # of what a field accepts
+HUGE = 1e30  # beyond all use: sums and squares of larger numbers are infinite
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more")
 
 
@@ -93,8 +93,8 @@ def check_values(config: Any) -> None:
         for limit in field.limits:
             if not limit.holds(value):
                 raise UserError(f"{name} is {value}; {limit.words}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} is {value}; it must be a finite number")
+        if isinstance(value, float) and not abs(value) <= HUGE:
+            raise UserError(f"{name} is {value}; it must be a finite number, up to {HUGE:g}")
 
 
 class _Field(NamedTuple):

@@ -34,12 +34,17 @@ class Store:
         return Run(self.root / f"{shelf}/{run_id}")
 
     def runs(self) -> list[Run]:
-        """Every tokenizer that has been started, by name: each folder with a config.json, damaged or not."""
-        return [Run(path.parent) for path in sorted(self.root.glob("runs/*/config.json"))]
+        """Every tokenizer that has been started, by name, damaged or not."""
+        return self._started("runs")
 
     def priors(self) -> list[Run]:
         """Every prior that has been started, by name."""
-        return [Run(path.parent) for path in sorted(self.root.glob("priors/*/config.json"))]
+        return self._started("priors")
+
+    def _started(self, shelf: str) -> list[Run]:
+        folder = self.root / shelf
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return [run for run in (Run(folder / name) for name in names) if run.started]
 
     def find(self, name: str) -> Run:
         """The run that ``name`` means: a run folder, a tokenizer's id, or the beginning of one id only. Raises

@@ -499,3 +499,16 @@ def test_a_priors_tokenizer_of_an_older_version_has_the_defaults_of_this_one(tmp
     del stored["tokenizer"]["gan_ramp"]
     run.write("config.json", stored)
     assert list(frame([run], PRIOR).gan_ramp) == [config.gan_ramp]
+
+
+def test_what_other_versions_call_their_settings_and_scores_replaces_no_column(tmp_path):
+    """A score that is called as a run's status, and a setting that is called as a score."""
+    config = make_config("cnn", "smoke", device="cpu")
+    table = frame([Known(config, scores={"status": 3.0, "folder": 4.0, "seed": 5.0, "psnr": 20.0})])
+    assert (table.status[0], table.seed[0], table.psnr[0]) == ("finished", config.seed, 20.0)
+
+    later = Store(tmp_path).named("later")
+    later.folder.mkdir(parents=True)
+    later.write("config.json", {"config": {**asdict(config), "psnr": "often"}, "environment": MACHINE})
+    table = frame([later, Known(config, scores={"psnr": 20.0})])
+    assert list(table.psnr.fillna(-1)) == [-1, 20.0]

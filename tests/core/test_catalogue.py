@@ -187,3 +187,38 @@ def test_entries_come_as_they_are_read(shelf):
     found = entries(iter(shelf), reader)
     next(found)
     assert reader.asked == ["run-0"]
+
+
+def test_damage_is_looked_at_every_time(shelf):
+    """A disk may answer again, or a file be readable again, without a trace in its times."""
+
+    def failing(run: Run) -> dict:
+        return {"status": "damaged"} if run == shelf[3] else Reader()(run)
+
+    list(entries(shelf, failing))
+    assert look(shelf)[0] == ["run-3"]
+
+
+@pytest.mark.parametrize(
+    "change", ["ALTER TABLE {} ADD COLUMN more TEXT", "UPDATE statuses SET status = NULL", "DELETE FROM {}"]
+)
+def test_a_catalogue_of_another_version_is_read_or_made_anew(shelf, change):
+    look(shelf)
+    with sqlite3.connect(database(shelf)) as other:
+        for table in ("statuses", "entries"):
+            other.execute(change.format(table))
+    assert list(statuses(shelf, Reader())) == ["config.json"] * COUNT
+    look(shelf)
+
+
+def test_what_an_editor_leaves_beside_the_code_is_no_code(monkeypatch, tmp_path):
+    """Such as a link that leads nowhere."""
+    (tmp_path / "core").mkdir()
+    monkeypatch.setattr(catalogue, "__file__", str(tmp_path / "core" / "catalogue.py"))
+    (tmp_path / "core" / "one.py").write_text("a = 1")
+    digests = [catalogue._code.__wrapped__()]
+    (tmp_path / "core" / ".#one.py").symlink_to("nowhere")
+    digests.append(catalogue._code.__wrapped__())
+    (tmp_path / "core" / "one.py").write_text("a = 2")
+    digests.append(catalogue._code.__wrapped__())
+    assert digests[0] == digests[1] != digests[2]

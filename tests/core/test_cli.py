@@ -1,13 +1,15 @@
 """The manners of commands: which mistakes are told in one sentence, and in which words."""
 
 import errno
+import io
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench.core.cli import fail, guarded
+from bench.core.cli import command, fail, guarded
 from bench.core.errors import Interrupted, UserError
 
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO]
@@ -92,3 +94,13 @@ def test_what_is_in_the_way_is_named(capsys, number):
     move = "" if number == errno.ENAMETOOLONG else "move away what is there, or "
     fix = f"{move}name another place"
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: results/runs/x/codes; {fix}\n"
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):
+    """Such as one whose encoding is ASCII."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert command(lambda words: print("3 × 3") or 0, []) == 0
+    streams[0].flush()
+    assert streams[0].buffer.getvalue() == b"3 ? 3\n"

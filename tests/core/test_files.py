@@ -215,6 +215,13 @@ def test_a_history_that_is_not_there_has_no_rows_and_a_line_without_numbers_is_n
     assert read_rows(path) == [{"step": 1, "loss": 2}]
 
 
+@pytest.mark.parametrize("line", ['{"step": 1e30}', '{"step": -1}', '{"step": 1, "loss": %s}' % ("9" * 400)])
+def test_a_row_of_numbers_that_no_run_writes_is_left_out(tmp_path, line):
+    path = tmp_path / "history.jsonl"
+    path.write_text(line + '\n{"step": 2147483647}\n{"step": 0}\n')
+    assert [row["step"] for row in read_rows(path)] == [2**31 - 1, 0]
+
+
 ERRORS = [
     Damaged("x", "a digest"),
     ValueError("a header"),

@@ -490,6 +490,7 @@ def test_a_run_without_what_every_version_has_written_is_damaged(store, shelf, n
     """Whether it is missing, null, or all are."""
     run = Run(store.root / shelf / "one")
     run.folder.mkdir(parents=True)
+    run.write("config.json", {"config": {}, "environment": {}})
     run.write("metrics.json", least(shelf))
     assert run.status == "finished"
     without = least(shelf)
@@ -507,6 +508,7 @@ def test_a_protocol_without_what_is_told_of_it_is_damage(store, shelf, name):
     """Null says something of Inception's weights only; and a number is one."""
     run = Run(store.root / shelf / "one")
     run.folder.mkdir(parents=True)
+    run.write("config.json", {"config": {}, "environment": {}})
     for value in (None, "many") if name in NUMBERS[shelf] else ():
         run.write("metrics.json", least(shelf, {name: value}))
         assert f"is damaged: its protocol has no {name}; " in run.reason
@@ -554,3 +556,40 @@ def test_the_costs_of_one_side_alone_are_no_sum(tmp_path):
     run = Run(tmp_path)
     run.write("metrics.json", {"metrics": {"params_encoder": 3, "flops_encode": 5, "flops_decode": 6}, "protocol": {}})
     assert run.metrics() == {"params_encoder": 3, "flops_encode": 5, "flops_decode": 6, "flops": 11}
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_a_file_of_another_run_is_damage(tmp_path, name):
+    """Also a whole one; but a run folder that lies elsewhere may be called anything."""
+    store = Store(tmp_path)
+    runs = [store.named(one) for one in ("a", "b")]
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        run.seal("config.json", {"config": {}, "environment": {}})
+        run.seal("metrics.json", WHOLE)
+    assert [run.status for run in runs] == ["finished"] * 2
+    (runs[0].folder / name).write_bytes((runs[1].folder / name).read_bytes())
+    assert runs[0].ending()[0] == "damaged"
+    assert "it is of the run b" in runs[0].reason
+    runs[0].folder.rename(tmp_path / "exported")
+    assert Run(tmp_path / "exported").status == "finished"
+
+
+@pytest.mark.parametrize("how", ["gone", "dangling"])
+def test_scores_without_settings_are_a_damaged_run(tmp_path, how):
+    run = fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))
+    (run.folder / "config.json").unlink()
+    if how == "dangling":
+        (run.folder / "config.json").symlink_to("nowhere")
+    assert [one.status for one in Store(tmp_path).runs()] == ["damaged"]
+    assert "config.json" in run.reason
+    (run.folder / "metrics.json").unlink()
+    assert run.started == (how == "dangling")
+
+
+@pytest.mark.parametrize("value", [1e31, -1e308])
+def test_a_score_beyond_all_use_is_damage(tmp_path, value):
+    """The sum or square of such is infinite."""
+    run = fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"), psnr=value)
+    assert run.status == "damaged"
+    assert f"psnr is {value!r}" in run.reason

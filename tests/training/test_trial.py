@@ -26,7 +26,7 @@ def test_a_run_is_held_from_its_config_to_its_end(run):
     with begun(run, {"config": {"beta": 1}, "codes": {}}):
         stored = json.loads((run.folder / "config.json").read_text())
         assert len(stored.pop("sha256")) == 64
-        assert stored == {"config": {"beta": 1}, "codes": {}, "environment": {"threads": 3}}
+        assert stored == {"config": {"beta": 1}, "codes": {}, "environment": {"threads": 3}, "run": run.folder.name}
         run.fail("crashed", "by the first")
         with pytest.raises(Busy), begun(run, {"config": {"beta": 2}}):
             pass
