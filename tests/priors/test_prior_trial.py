@@ -471,6 +471,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
         if not made.folder.is_dir():
             made.folder.mkdir(parents=True)
             raise Diverged("too steep")
+        made.write("config.json", {"config": {}, "environment": {}})
         made.write("metrics.json", least("priors"))
         return made
 

@@ -14,7 +14,7 @@ import torch
 from bench.analysis.frames import METRICS
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
-from bench.core.runs import Busy, Run
+from bench.core.runs import SCORED, Busy, Run
 from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
@@ -24,7 +24,7 @@ from bench.tokenizers.evaluate import PatchKMeans, kmeans_reference, protocol, s
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer, to_device
 from bench.tokenizers.trial import codebook_images, finish, run_trial, sample_reconstructions
-from tests.fabricate import fabricate
+from tests.fabricate import fabricate, least
 from tests.tokenizers.test_train import CHANGES
 
 # What a clock or the machine decides, beside what config and seed decide.
@@ -33,6 +33,7 @@ MEASURED = {
 }
 FILES = {"config.json", "history.jsonl", "metrics.json", "tokenizer.safetensors", "per_image.npz", "samples.npz"}
 PICTURES = {"reconstructions.png", "curves.png"}
+LEAST = dict.fromkeys(SCORED["runs"], 1.0)  # what a finished run has
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_whatever_cannot_be_written_leaves_no_metrics(writer, images, tiny, stor
     """metrics.json comes last: what looks finished is whole. Training is not lost either."""
     config = replace(tiny, precision="fp32").resolved()
     run, tokenizer = begun(store, config), greys(config)
-    monkeypatch.setattr(trial, "score", lambda *_: ({"psnr": 20.0}, {"psnr": np.zeros(24)}))
+    monkeypatch.setattr(trial, "score", lambda *_: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
     monkeypatch.setattr(trial, "throughput", lambda tokenizer: {})
     monkeypatch.setattr(trial, "static_costs", lambda tokenizer: {})
     with monkeypatch.context() as patch:
@@ -244,7 +245,7 @@ def test_a_codebook_is_pictured_where_one_code_is_an_image(images, tiny, store, 
 
     run = begun(store, config)
     monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(trial, "score", lambda *_: wait(4.5, ({"psnr": 20.0}, {"psnr": np.zeros(24)})))
+    monkeypatch.setattr(trial, "score", lambda *_: wait(4.5, ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)})))
     monkeypatch.setattr(trial, "throughput", lambda tokenizer: wait(9, {}))
     finish(run, greys(config), images, {}, None, {})
     assert (run.folder / "codebook.png").exists()
@@ -312,7 +313,7 @@ def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny):
 def test_a_crash_while_scoring_leaves_no_metrics_and_the_next_call_finishes(trial_data, tiny, store, monkeypatch):
     config = replace(tiny, steps=4)
     monkeypatch.setattr(trial, "kmeans_reference", lambda *_: {})
-    monkeypatch.setattr(trial, "score", lambda *_: ({"psnr": 20.0}, {"psnr": np.zeros(24)}))
+    monkeypatch.setattr(trial, "score", lambda *_: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
     with monkeypatch.context() as patch:
         patch.setattr(trial, "throughput", lambda tokenizer: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -721,10 +722,10 @@ def told(monkeypatch) -> dict:
     def note(name, result):
         monkeypatch.setattr(f"bench.tokenizers.trial.{name}", lambda *given: seen.update({name: given}) or result)
 
-    note("score", ({"psnr": 20.06}, {"psnr": np.zeros(24)}))
+    note("score", ({**LEAST, "psnr": 20.06}, {"psnr": np.zeros(24)}))
     note("static_costs", {})
     note("throughput", {})
-    note("protocol", {"count": 24})
+    note("protocol", least()["protocol"])
     for name in ("reconstructions", "curves", "codebook"):
         note(f"plots.{name}", None)
     return seen
@@ -737,7 +738,7 @@ def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, to
     finish(run, tokenizer, images, {}, tmp_path, {})
     assert told["score"][1:] == (16, images.val, "cpu", tmp_path, "scoring cnn ema seed 4")
     assert told["protocol"] == (images, "cpu", tmp_path)
-    assert run.protocol() == {"count": 24}
+    assert run.protocol() == least()["protocol"]
     title = "cnn, ema, K = 16, 1×1"
     path, x, x_hat, above = told["plots.reconstructions"]
     assert (path, above) == (run.folder / "reconstructions.png", f"{title}: 20.1 dB")
