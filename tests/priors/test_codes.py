@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +225,18 @@ def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     quiet = Reader()
     encode(folder, quiet, toy_data())
     assert quiet.batches == []
+
+
+@pytest.mark.parametrize("name", ["train.npy", "val.npy"])
+def test_a_pipe_where_codes_belong_is_not_waited_for(folder, impatient, capsys, name):
+    encode(folder, Reader(), toy_data())
+    path = folder / "codes" / name
+    path.unlink()
+    os.mkfifo(path)
+    codes = encode(folder, Reader(), toy_data())
+    assert np.array_equal(codes.val, expected(toy_data().val))
+    assert path.is_file()
+    assert f"it has no file {name}; it is made again" in " ".join(capsys.readouterr().err.split())
 
 
 def test_codes_of_older_versions_are_read_without_a_digest(folder):
