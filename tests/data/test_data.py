@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import struct
@@ -24,6 +25,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from bench.core.errors import UserError
+from bench.core.files import unseal
 from bench.data import (
     AUGMENTATIONS,
     Data,
@@ -907,6 +909,11 @@ def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
     assert len(load(f"folder:{folder}", 8).train) == 5
 
 
+def as_older(meta: Path) -> None:
+    """Has it as an older version wrote it: with no digest but the fingerprint."""
+    meta.write_text(json.dumps({name: value for name, value in unseal(meta).items() if name != "labels"}))
+
+
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, 2], [-2, 1]])
 def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache, decodes, labels):
     """Too few, too many, of a class that there is not, or of one before the first; -1 stands for an image of none."""
@@ -915,11 +922,57 @@ def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache,
     first = load(f"folder:{tmp_path / 'pets'}", 4)
     assert first.labels[1].tolist() == [0, 1]
     (path,) = cache.rglob("val_labels.npy")
+    as_older(path.with_name("meta.json"))  # of which a digest says more
     np.save(path, np.array([-1, 1], dtype=first.labels[1].dtype))
     assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [-1, 1]
     np.save(path, np.array(labels, dtype=first.labels[1].dtype))
     assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [0, 1]
     assert len(decodes) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("train.npy", b"'|u1'", b"'|i1'"),
+        ("train.npy", b"'|u1'", b"'|b1'"),
+        ("train.npy", b"(2, 4, 4, 3)", b"(2, 4, 3, 4)"),
+        ("train.npy", b"(2, 4, 4, 3), }", b"(2, 48), }     "),
+        ("train.npy", b"(2, 4, 4, 3), }", b"(96,), }       "),
+        ("train_labels.npy", b"\n" + bytes(8) + b"\1", b"\n" + b"\1" + bytes(7) + b"\1"),
+        ("train_labels.npy", b"'<i8'", b"'<u8'"),
+        ("meta.json", b'"ant",\n   "bee"', b'"bee",\n   "ant"'),
+        ("meta.json", b"2 train", b"3 train"),
+        ("meta.json", b'"skipped": []', b'"skipped": ["x.png"]'),
+    ],
+)
+def test_whatever_the_cache_says_of_the_same_bytes_is_noticed(tmp_path, cache, capsys, name, old, new):
+    """Of another type or shape, of other classes, or in other words: it is decoded again, of which a line tells."""
+    for split in ("train", "val"):
+        painted(tmp_path / "pets" / split, {"ant": 20, "bee": 30}, 1)
+
+    def found() -> tuple:
+        data = load(f"folder:{tmp_path / 'pets'}", 4)
+        arrays = [(array.dtype.str, array.tolist()) for array in (data.train, data.val, *data.labels)]
+        return arrays, data.fingerprint, data.split, data.skipped, data.classes
+
+    first = found()
+    (path,) = cache.rglob(name)
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    capsys.readouterr()
+    assert found() == first
+    assert "is decoded again" in capsys.readouterr().err
+
+
+def test_a_cache_of_an_older_version_is_used_as_it_is(tmp_path, cache, decodes):
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    (meta,) = cache.rglob("meta.json")
+    as_older(meta)
+    again = load(f"folder:{folder}", 8)
+    assert len(decodes) == 1
+    assert (again.fingerprint, again.split, again.classes) == (first.fingerprint, first.split, first.classes)
 
 
 def test_images_that_change_while_a_process_runs_are_noticed(tmp_path, cache, decodes):
