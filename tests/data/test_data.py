@@ -13,6 +13,7 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -584,6 +585,31 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: (folder / "train" / "cat" / "99.png").rename(folder / "val" / "bee" / "99.png"))
     assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").unlink())
     assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
+
+
+def test_an_image_in_whose_place_another_was_put_is_decoded_anew(tmp_path):
+    """Also of the same size, by a copy that keeps the time of its writing."""
+    folder = write_images(tmp_path / "pets", 2)
+    image, other = folder / "000.png", write_images(tmp_path / "other", 8) / "007.png"
+    first = load(f"folder:{folder}", 8)
+    status = os.stat(image)
+    content = other.read_bytes()[: status.st_size].ljust(status.st_size, b" ")
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (os.stat(image).st_size, os.stat(image).st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert load(f"folder:{folder}", 8).fingerprint != first.fingerprint
+
+
+def test_a_stamp_is_of_a_size_and_two_times(monkeypatch):
+    """To the nanosecond; each counts, for there are systems on which one of them does not change."""
+
+    def stamp(**changed: int) -> object:
+        status = SimpleNamespace(**{"st_size": 1, "st_mtime": 2, "st_mtime_ns": 2, "st_ctime_ns": 3} | changed)
+        monkeypatch.setattr(sources, "os", SimpleNamespace(stat=lambda path: status))
+        return sources._stamp("x.png")
+
+    stamps = {stamp(), stamp(st_size=9), stamp(st_mtime_ns=9), stamp(st_ctime_ns=9)}
+    assert len(stamps) == 4
 
 
 def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes):
