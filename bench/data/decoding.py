@@ -106,7 +106,8 @@ def _read(data: str, folder: Path) -> Data:
         raise Damaged(folder, "its images are not those that were decoded")
     classes = tuple(meta["classes"])
     for shown, places in zip(images, labels, strict=True):
-        if places.dtype != np.int64 or len(places) != len(shown) or not np.all((places >= -1) & (places < len(classes))):
+        known = (places >= -1) & (places < len(classes))
+        if places.dtype != np.int64 or len(places) != len(shown) or not known.all():
             raise Damaged(folder, "its labels are not those of its images")
     if meta.get("labels", found := sha256_arrays(*labels)) != found:  # older versions wrote none
         raise Damaged(folder, "its labels are not those that were written")

@@ -86,6 +86,8 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
     if {train.dtype, val.dtype} != {np.min_scalar_type(meta["codebook_size"] - 1)}:  # of which a digest knows nothing
         raise Damaged(path.parent, "its codes are of another type")
+    if {train.ndim, val.ndim} != {3} or len({*train.shape[1:], *val.shape[1:]}) != 1:
+        raise Damaged(path.parent, "its codes are of another shape")
     if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
         raise Damaged(path.parent, "its codes are not those that were written")
     if "digest" not in meta and max(train.max(), val.max()) >= meta["codebook_size"]:

@@ -249,6 +249,22 @@ def test_codes_of_older_versions_are_read_without_a_digest(folder):
     assert reader.batches == []
 
 
+@pytest.mark.parametrize("shape", [(-1,), (-1, SIDE), (-1, SIDE, SIDE // 2), (-1, 1, SIDE, SIDE)])
+@pytest.mark.parametrize("splits", [["train"], ["val"], ["train", "val"]])
+def test_codes_of_older_versions_of_another_shape_are_encoded_again(folder, capsys, splits, shape):
+    codes = encode(folder, Reader(), toy_data())
+    path = folder / "codes" / "meta.json"
+    path.write_text(json.dumps({name: value for name, value in unseal(path).items() if name != "digest"}))
+    for split in splits:
+        np.save(path.with_name(f"{split}.npy"), np.array(getattr(codes, split)).reshape(shape))
+    again = encode(folder, Reader(), toy_data())
+    assert np.array_equal(
+        again.train, np.concatenate([expected(toy_data().train), expected(toy_data().train[:, :, ::-1])])
+    )
+    assert again.val.shape == (66, SIDE, SIDE)
+    assert "its codes are of another shape; it is made again" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("augment", ["flip", "none"])
 def test_the_bar_counts_every_image_that_is_encoded(folder, monkeypatch, augment):
     bars = []
