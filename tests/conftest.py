@@ -6,6 +6,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # test processes run side by side: threads of one would wait for the other
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,20 @@ def tiny() -> Config:
     """A run of a few seconds: 32×32 images, 4×4 codes of 16."""
     size = {"width": 16, "depth": 1, "codebook_size": 16, "code_dim": 4, "steps": 12, "batch_size": 8, "warmup": 2}
     return make_config("cnn", "smoke", **size, lpips_weight=0.0, device="cpu")
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A test that waits for what never comes fails after a while."""
+
+    def fail(*_) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,14 @@ def unseal(path: Path, *names: str) -> dict[str, Any]:
     return content
 
 
+def unseal_numbers(path: Path, *names: str) -> dict[str, float]:
+    """The same, of what is numbers alone; Damaged where anything else is among them."""
+    content = unseal(path, *names)
+    if others := [name for name, value in content.items() if type(value) not in (int, float)]:
+        raise Damaged(path, f"{others[0]} is no number")
+    return content
+
+
 def sha256_json(content: Any) -> str:
     """Hex SHA-256 of ``content``, the same after it was written as JSON and read again."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.markup import escape
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import UNREADABLE, atomic_path, cache_dir, read_json
+from bench.core.files import UNREADABLE, atomic_path, cache_dir, seal, sha256_arrays, unseal
 from bench.core.progress import Bar, console, printable, say
 
 from .sources import DATASETS, Source, Split, folder_source
@@ -92,18 +92,25 @@ def _intact(data: str, folder: Path) -> Data | None:
 
 def _read(data: str, folder: Path) -> Data:
     """What ``_decode`` wrote into ``folder``. Raises Damaged, or what NumPy does, where it is not as it was written."""
-    meta = read_json(folder / "meta.json")  # written last: where it exists, the arrays are complete
+    meta = unseal(folder / "meta.json")  # written last: where it exists, the arrays are complete
     if not all(path.is_file() for path in folder.glob("*.npy")):
         raise Damaged(folder, "a part of it is not a file")
     paths = [folder / f"{split}.npy" for split in ("train", "val")]
     images = [np.load(path, mmap_mode="r") for path in paths]
     labels = tuple(np.load(folder / f"{path.stem}_labels.npy") for path in paths)
+    for shown in images:  # of which a fingerprint knows the bytes, their number and one side
+        side = shown.shape[1:2]
+        if shown.dtype != np.uint8 or shown.shape[1:] != (*side, *side, 3):
+            raise Damaged(folder, "its images are of another type or shape")
     if _fingerprint(*paths, *(path.stat().st_mtime_ns for path in paths)) != meta["fingerprint"]:
         raise Damaged(folder, "its images are not those that were decoded")
     classes = tuple(meta["classes"])
     for shown, places in zip(images, labels, strict=True):
-        if len(places) != len(shown) or not np.all((places >= -1) & (places < len(classes))):
+        known = (places >= -1) & (places < len(classes))
+        if places.dtype != np.int64 or len(places) != len(shown) or not known.all():
             raise Damaged(folder, "its labels are not those of its images")
+    if meta.get("labels", found := sha256_arrays(*labels)) != found:  # older versions wrote none
+        raise Damaged(folder, "its labels are not those that were written")
     about = (meta["fingerprint"], meta["split"], tuple(meta["skipped"]))
     return Data(data, *images, *about, classes, labels if classes else None)
 
@@ -149,11 +156,11 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
                     _write_npy(path, blocks, image_size, digest)
         if not all(labels.values()):
             raise UserError(f"a split of {data} has no readable image ({_first(skipped)}): repair or replace them")
-        classes = _write_labels(folder, labels)
+        classes, written = _write_labels(folder, labels)
         what = f"{name}: {len(labels['train'])} train / {len(labels['val'])} val {how}"
         with atomic_path(folder / "meta.json") as path:
-            fields = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped, "classes": classes}
-            path.write_text(json.dumps(fields))
+            about = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped}
+            path.write_text(seal({**about, "classes": classes, "labels": written}))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -162,16 +169,18 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         console.print(message, markup=False)
 
 
-def _write_labels(folder: Path, labels: dict[str, list[str]]) -> list[str]:
-    """Writes the class of each image and returns all: none unless every image has one and there are several."""
+def _write_labels(folder: Path, labels: dict[str, list[str]]) -> tuple[list[str], str]:
+    """Writes the class of each image; returns all classes, none unless every image has one and there are several, and
+    the digest of what it wrote."""
     classes = sorted(set().union(*labels.values()))
     if "" in classes or len(classes) < 2:
         classes = []
     places = {name: place for place, name in enumerate(classes)}
-    for part, names in labels.items():
+    written = [np.array([places.get(name, -1) for name in names], dtype=np.int64) for names in labels.values()]
+    for part, array in zip(labels, written, strict=True):
         with atomic_path(folder / f"{part}_labels.npy") as path:
-            np.save(path, np.array([places.get(name, -1) for name in names], dtype=np.int64))
-    return classes
+            np.save(path, array)
+    return classes, sha256_arrays(*written)
 
 
 def _text(name: Any) -> str:

@@ -218,12 +218,12 @@ def _split_by_hash(paths: list[str]) -> tuple[list[str], list[str]]:
     return sorted(shuffled[count:]), sorted(shuffled[:count])
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
+def _stamp(path: str) -> tuple[int, int, int] | None:
     try:
         status = os.stat(path)
     except OSError:  # a dangling link: decoding will name it
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # a copy may keep all but the last
 
 
 def folder_source(path: str, image_size: int) -> Source:

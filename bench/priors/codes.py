@@ -77,14 +77,17 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """What the file ``path`` tells of the codes beside it, and both splits, mapped. Raises Damaged or ValueError where
     that is not what was written."""
     meta = unseal(path, "tokenizer", "mirrored", "codebook_size")
+    splits = [path.with_name(f"{split}.npy") for split in ("train", "val")]
+    if missing := [split.name for split in splits if not split.is_file()]:  # reading a pipe would wait for ever
+        raise Damaged(path.parent, f"it has no file {missing[0]}")
     try:
-        train, val = (np.load(path.with_name(f"{split}.npy"), mmap_mode="r") for split in ("train", "val"))
-    except FileNotFoundError as error:
-        raise Damaged(path.parent, f"it has no {Path(error.filename).name}") from error
+        train, val = (np.load(split, mmap_mode="r") for split in splits)
     except UNREADABLE as error:
         raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
     if {train.dtype, val.dtype} != {np.min_scalar_type(meta["codebook_size"] - 1)}:  # of which a digest knows nothing
         raise Damaged(path.parent, "its codes are of another type")
+    if {train.ndim, val.ndim} != {3} or len({*train.shape[1:], *val.shape[1:]}) != 1:
+        raise Damaged(path.parent, "its codes are of another shape")
     if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
         raise Damaged(path.parent, "its codes are not those that were written")
     if "digest" not in meta and max(train.max(), val.max()) >= meta["codebook_size"]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.errors import Damaged
-from bench.core.files import cache_dir, cached, seal, unseal
+from bench.core.files import cache_dir, cached, seal, unseal_numbers
 from bench.core.progress import Bar
 from bench.data import Data, eval_batches
 from bench.metrics import EXTRACTORS, ImageSet, Metric, digests, full_precision, to_uint8
@@ -206,7 +206,8 @@ def references(
     def make(path: Path) -> None:
         path.write_text(seal(_references(tokenizer, codes, data, config, fid_weights)))
 
-    return cached(folder / f"references-{key}.json", make, lambda path: unseal(path, "nearest_val_psnr"))
+    used = ("nearest_val_psnr", "nearest_val_psnr_95")
+    return cached(folder / f"references-{key}.json", make, lambda path: unseal_numbers(path, *used))
 
 
 def _references(

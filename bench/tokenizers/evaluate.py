@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.core.files import cache_dir, cached, seal, unseal
+from bench.core.files import cache_dir, cached, seal, unseal_numbers
 from bench.core.progress import Bar
 from bench.data import Data, batch_indices, eval_batches
 from bench.metrics import EVALUATORS, EXTRACTORS, Artefacts, Batch, Setup, from_uint8, full_precision, to_uint8, weights
@@ -148,4 +148,4 @@ def kmeans_reference(
         metrics, _ = score(codec, codebook_size, data.val, device, fid_weights, "scoring k-means")
         path.write_text(seal(metrics))
 
-    return cached(cache_dir() / "references" / f"{key}.json", make, lambda path: unseal(path, "psnr"))
+    return cached(cache_dir() / "references" / f"{key}.json", make, lambda path: unseal_numbers(path, "psnr"))

@@ -221,12 +221,14 @@ def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
     """Loads what ``save`` wrote, executing nothing; (step, seconds). Raises Damaged where the file is not as it was
     written, and UserError where it is no checkpoint of these parts with at most so many steps."""
     refusal = UserError(f"{path} is no checkpoint of this run; delete it or pass --no-resume to start again")
+    if path.is_dir():
+        raise refusal
+    if not path.is_file():
+        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     try:
         with zipfile.ZipFile(path) as archive:
             if broken := archive.testzip():  # torch reads what has a wrong checksum
                 raise Damaged(path, f"the checksum of {broken} is wrong")
-    except IsADirectoryError as error:
-        raise refusal from error
     except (OSError, *UNREADABLE) as error:
         raise Damaged(path, str(error) or "it is cut off") from error
     try:

@@ -29,6 +29,7 @@ from bench.core.files import (
     sha256_arrays,
     sha256_file,
     unseal,
+    unseal_numbers,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +281,17 @@ def test_what_lacks_a_name_is_damaged(tmp_path, write):
     assert unseal(path, "psnr") == {"psnr": 20.5}
     with pytest.raises(Damaged, match=r"is damaged: it has no lpips, ssim;"):
         unseal(path, "ssim", "psnr", "lpips")
+
+
+@pytest.mark.parametrize("write", [seal, json.dumps], ids=["sealed", "of an older version"])
+@pytest.mark.parametrize("other", ["20.5", None, True, [20.5]])
+def test_what_is_no_number_is_damaged(tmp_path, write, other):
+    path = tmp_path / "x.json"
+    path.write_text(write({"psnr": 20.5, "codes": 16}))
+    assert unseal_numbers(path, "psnr") == {"psnr": 20.5, "codes": 16}
+    path.write_text(write({"psnr": 20.5, "codes": other}))
+    with pytest.raises(Damaged, match=r"is damaged: codes is no number;"):
+        unseal_numbers(path, "psnr")
 
 
 def test_a_digest_of_arrays_is_that_of_values_shapes_and_their_order():

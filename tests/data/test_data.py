@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import struct
@@ -12,6 +13,7 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from bench.core.errors import UserError
+from bench.core.files import unseal
 from bench.data import (
     AUGMENTATIONS,
     Data,
@@ -584,6 +587,31 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
 
 
+def test_an_image_in_whose_place_another_was_put_is_decoded_anew(tmp_path):
+    """Also of the same size, by a copy that keeps the time of its writing."""
+    folder = write_images(tmp_path / "pets", 2)
+    image, other = folder / "000.png", write_images(tmp_path / "other", 8) / "007.png"
+    first = load(f"folder:{folder}", 8)
+    status = os.stat(image)
+    content = other.read_bytes()[: status.st_size].ljust(status.st_size, b" ")
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (os.stat(image).st_size, os.stat(image).st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert load(f"folder:{folder}", 8).fingerprint != first.fingerprint
+
+
+def test_a_stamp_is_of_a_size_and_two_times(monkeypatch):
+    """To the nanosecond; each counts, for there are systems on which one of them does not change."""
+
+    def stamp(**changed: int) -> object:
+        status = SimpleNamespace(**{"st_size": 1, "st_mtime": 2, "st_mtime_ns": 2, "st_ctime_ns": 3} | changed)
+        monkeypatch.setattr(sources, "os", SimpleNamespace(stat=lambda path: status))
+        return sources._stamp("x.png")
+
+    stamps = {stamp(), stamp(st_size=9), stamp(st_mtime_ns=9), stamp(st_ctime_ns=9)}
+    assert len(stamps) == 4
+
+
 def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes):
     counts = []
     for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
@@ -907,6 +935,11 @@ def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
     assert len(load(f"folder:{folder}", 8).train) == 5
 
 
+def as_older(meta: Path) -> None:
+    """Has it as an older version wrote it: with no digest but the fingerprint."""
+    meta.write_text(json.dumps({name: value for name, value in unseal(meta).items() if name != "labels"}))
+
+
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, 2], [-2, 1]])
 def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache, decodes, labels):
     """Too few, too many, of a class that there is not, or of one before the first; -1 stands for an image of none."""
@@ -915,11 +948,57 @@ def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache,
     first = load(f"folder:{tmp_path / 'pets'}", 4)
     assert first.labels[1].tolist() == [0, 1]
     (path,) = cache.rglob("val_labels.npy")
+    as_older(path.with_name("meta.json"))  # of which a digest says more
     np.save(path, np.array([-1, 1], dtype=first.labels[1].dtype))
     assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [-1, 1]
     np.save(path, np.array(labels, dtype=first.labels[1].dtype))
     assert load(f"folder:{tmp_path / 'pets'}", 4).labels[1].tolist() == [0, 1]
     assert len(decodes) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("train.npy", b"'|u1'", b"'|i1'"),
+        ("train.npy", b"'|u1'", b"'|b1'"),
+        ("train.npy", b"(2, 4, 4, 3)", b"(2, 4, 3, 4)"),
+        ("train.npy", b"(2, 4, 4, 3), }", b"(2, 48), }     "),
+        ("train.npy", b"(2, 4, 4, 3), }", b"(96,), }       "),
+        ("train_labels.npy", b"\n" + bytes(8) + b"\1", b"\n" + b"\1" + bytes(7) + b"\1"),
+        ("train_labels.npy", b"'<i8'", b"'<u8'"),
+        ("meta.json", b'"ant",\n   "bee"', b'"bee",\n   "ant"'),
+        ("meta.json", b"2 train", b"3 train"),
+        ("meta.json", b'"skipped": []', b'"skipped": ["x.png"]'),
+    ],
+)
+def test_whatever_the_cache_says_of_the_same_bytes_is_noticed(tmp_path, cache, capsys, name, old, new):
+    """Of another type or shape, of other classes, or in other words: it is decoded again, of which a line tells."""
+    for split in ("train", "val"):
+        painted(tmp_path / "pets" / split, {"ant": 20, "bee": 30}, 1)
+
+    def found() -> tuple:
+        data = load(f"folder:{tmp_path / 'pets'}", 4)
+        arrays = [(array.dtype.str, array.tolist()) for array in (data.train, data.val, *data.labels)]
+        return arrays, data.fingerprint, data.split, data.skipped, data.classes
+
+    first = found()
+    (path,) = cache.rglob(name)
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    capsys.readouterr()
+    assert found() == first
+    assert "is decoded again" in capsys.readouterr().err
+
+
+def test_a_cache_of_an_older_version_is_used_as_it_is(tmp_path, cache, decodes):
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    (meta,) = cache.rglob("meta.json")
+    as_older(meta)
+    again = load(f"folder:{folder}", 8)
+    assert len(decodes) == 1
+    assert (again.fingerprint, again.split, again.classes) == (first.fingerprint, first.split, first.classes)
 
 
 def test_images_that_change_while_a_process_runs_are_noticed(tmp_path, cache, decodes):

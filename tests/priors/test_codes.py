@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,6 +227,18 @@ def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     assert quiet.batches == []
 
 
+@pytest.mark.parametrize("name", ["train.npy", "val.npy"])
+def test_a_pipe_where_codes_belong_is_not_waited_for(folder, impatient, capsys, name):
+    encode(folder, Reader(), toy_data())
+    path = folder / "codes" / name
+    path.unlink()
+    os.mkfifo(path)
+    codes = encode(folder, Reader(), toy_data())
+    assert np.array_equal(codes.val, expected(toy_data().val))
+    assert path.is_file()
+    assert f"it has no file {name}; it is made again" in " ".join(capsys.readouterr().err.split())
+
+
 def test_codes_of_older_versions_are_read_without_a_digest(folder):
     encode(folder, Reader(), toy_data())
     path = folder / "codes" / "meta.json"
@@ -234,6 +247,22 @@ def test_codes_of_older_versions_are_read_without_a_digest(folder):
     reader = Reader()
     encode(folder, reader, toy_data())
     assert reader.batches == []
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, SIDE), (-1, SIDE, SIDE // 2), (-1, 1, SIDE, SIDE)])
+@pytest.mark.parametrize("splits", [["train"], ["val"], ["train", "val"]])
+def test_codes_of_older_versions_of_another_shape_are_encoded_again(folder, capsys, splits, shape):
+    codes = encode(folder, Reader(), toy_data())
+    path = folder / "codes" / "meta.json"
+    path.write_text(json.dumps({name: value for name, value in unseal(path).items() if name != "digest"}))
+    for split in splits:
+        np.save(path.with_name(f"{split}.npy"), np.array(getattr(codes, split)).reshape(shape))
+    again = encode(folder, Reader(), toy_data())
+    assert np.array_equal(
+        again.train, np.concatenate([expected(toy_data().train), expected(toy_data().train[:, :, ::-1])])
+    )
+    assert again.val.shape == (66, SIDE, SIDE)
+    assert "its codes are of another shape; it is made again" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])

@@ -612,9 +612,18 @@ def test_flops_of_a_prior_are_those_of_one_whole_grid(classes):
     assert generate.whole_grid_flops(Linear()) == 2 * SIDE**2 * 5 * K
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"content": {"nearest_val_psnr": 1.0}, "sha256": ""}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        '{"content": {"nearest_val_psnr": 1.0}, "sha256": ""}',
+        '{"nearest_val_psnr": 1.0}',
+        '{"nearest_val_psnr": 1.0, "nearest_val_psnr_95": "30"}',
+    ],
+)
 def test_damaged_references_are_computed_again(tmp_path, features, capsys, content):
-    """Also those that were written without a digest and lack a number."""
+    """Also those that were written without a digest and lack a number, or have a text in its place."""
     codes, data = toy(random_codes(20, 1), random_codes(8, 2))
     found = found_references(codes, data, tmp_path / "codes")
     (path,) = (tmp_path / "codes").iterdir()

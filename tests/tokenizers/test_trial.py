@@ -810,7 +810,7 @@ def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"content": {"psnr": 2.0}, "sha256": ""}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"psnr": "2.0"}', '{"content": {"psnr": 2.0}, "sha256": ""}'])
 def test_a_damaged_reference_is_computed_again(trial_data, monkeypatch, capsys, content):
     computed = []
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda *_: None)

@@ -127,6 +127,16 @@ def test_a_damaged_checkpoint_starts_again_and_anothers_is_refused(watch, tiny, 
         watch.train(tiny)
 
 
+def test_a_pipe_where_a_checkpoint_belongs_is_not_waited_for(watch, tiny, impatient, capsys):
+    """Training starts again, of which a line tells."""
+    (watch.folder / "run").mkdir()
+    path = watch.folder / "run/checkpoint.pt"
+    os.mkfifo(path)
+    trained = watch.train(tiny)
+    assert f"{path} is damaged: it is not a file; training starts again" in capsys.readouterr().err
+    assert same(trained.weights, watch.train(tiny, "other").weights)
+
+
 def test_nothing_in_a_checkpoint_is_executed(watch, tiny):
     class Evil:
         def __reduce__(self):
