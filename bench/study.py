@@ -24,6 +24,7 @@ from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
 from bench.sweeps import index
+from bench.sweeps.address import storage_url, without_password
 from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
 
@@ -45,10 +46,10 @@ def rebuild(
     store = Store(results)
     if not (results / "studies").is_dir():
         raise UserError(f"there are no studies in {results}; name the folder with --results")
-    built = index.Index(storage or index.default_url(results), results / "studies")
+    built = index.Index(storage_url(storage, results), results / "studies")
     for name in names or store.studies():
         added = index.rebuild(built, store, name)
-        say(f"study {name}: {added} trials added to {index.without_password(built.url)}")
+        say(f"study {name}: {added} trials added to {without_password(built.url)}")
     return 0
 
 

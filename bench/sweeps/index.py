@@ -6,15 +6,13 @@ Each backbone has a study of its own, so that nobody is pruned by another backbo
 
 import logging
 import math
-import os
-import re
 import threading
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 import sqlalchemy
@@ -33,6 +31,7 @@ from bench.core.errors import Damaged, UserError
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 
+from .address import without_password
 from .bulk import Unwritten
 from .definition import Space, distribution, read_space
 from .kinds import KINDS, AnyConfig, Row, kind_of
@@ -43,30 +42,29 @@ MAX_RETRIES = 2  # of a trial whose worker died
 MAX_REPORTS = 40  # intermediate values per trial
 AT_ONCE = 500  # trials that are written in one transaction
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
-SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
-GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that has ended is to end again
+GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that is not running is to end
 Study = optuna.Study
 Metrics = tuple[str, ...]
 
 
-def default_url(results: Path) -> str:
-    """$VQBENCH_STORAGE, or else the SQLite database below ``results``."""
-    return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
+def _reads(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``method``, which uses what the database holds and nothing that may be wrong besides."""
+
+    @wraps(method)
+    def call(self: "Index", *arguments: Any, **options: Any) -> Any:
+        with self.storage.reading():
+            return method(self, *arguments, **options)
+
+    return call
 
 
-def without_password(url: str) -> str:
-    """``url`` as it may be printed: passwords masked, also those of its query. One that cannot be read is not shown."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return "the storage URL, which cannot be read"
-    local = parsed.drivername.startswith("sqlite")
-    if not local and "@" in f"{parsed.username}{parsed.host}{parsed.database}":  # then it may be that of a password
-        return f"a {parsed.drivername} URL with an @ too many (write %40 in a password)"
-    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
-    if not secret and parsed.password is None:
-        return url
-    return parsed.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
+class Artifacts(FileSystemArtifactStore):
+    """As FileSystemArtifactStore; its folder may be removed while a study runs."""
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Keeps a file."""
+        self._base_path.mkdir(parents=True, exist_ok=True)
+        super().write(artifact_id, content_body)
 
 
 class Index:
@@ -79,7 +77,7 @@ class Index:
         # SQLite has no row locks: two workers could both take the same trial.
         self.lock = FileLock(folder / ".claims.lock") if local else nullcontext()
         self.planning = FileLock(folder / ".planning.lock")  # one command at a time plans or reports
-        self.artifacts = FileSystemArtifactStore(folder / "artifacts")
+        self.artifacts = Artifacts(folder / "artifacts")
         options = {
             "engine_kwargs": {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True},
             "heartbeat_interval": HEARTBEAT_SECONDS,
@@ -96,6 +94,7 @@ class Index:
                 reason = f": {reason_of(error)}" if "://" in shown else ""  # which may have a part of what is hidden
                 raise UserError(f"cannot open storage {shown}{reason}; see --storage") from error
 
+    @_reads
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:
         """Optuna study ``name``, created if need be: TPE and, for one metric, a median pruner that waits for a third of
         ``steps``. Raises UserError when it exists with other metrics."""
@@ -122,7 +121,7 @@ class Index:
 
     def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
         """Adds a trial for some worker to take. ``params`` empty: its values are sampled when it is taken."""
-        study.add_trial(_waiting(params, {name: distribution(name) for name in params}, run_id))
+        study.add_trial(_drawn(params, {}, run_id))
 
     def claim(self, study: Study, run_ids: Collection[str] = ()) -> Trial | None:
         """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
@@ -143,11 +142,13 @@ class Index:
         self.storage.first_heartbeat(trial_id)
         return self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
+    @_reads
     def trials(self, study: Study, *states: TrialState, of: Collection[str] = ()) -> list[FrozenTrial]:
         """Trials in one of ``states`` (in any, if none is given) of the runs ``of`` (of all, if empty)."""
         trials = study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if not of or trial.user_attrs.get("run_id") in of]
 
+    @_reads
     def states(self, study: Study) -> dict[str, set[str]]:
         """run_id → names of the states that its trials are in."""
         found: dict[str, set[str]] = {}
@@ -155,15 +156,18 @@ class Index:
             found.setdefault(trial.user_attrs.get("run_id", ""), set()).add(trial.state.name)
         return found
 
+    @_reads
     def ended(self, study: Study) -> int:
         """Trials that ran to an end of their own: neither interrupted nor lost with their worker."""
         trials = self.trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         return sum(trial.state != TrialState.FAIL or trial.user_attrs.get("status") in FAILURES for trial in trials)
 
+    @_reads
     def seconds(self, study: Study) -> float:
         """Seconds of training and scoring that all trials took together, by the run folders."""
         return sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials(study))
 
+    @_reads
     def recover(self, study: Study) -> None:
         """Gives trials whose worker died back to the queue."""
         with self.lock:
@@ -178,7 +182,7 @@ class Index:
             while not done.wait(HEARTBEAT_SECONDS):
                 try:
                     self.storage.record_heartbeat(trial._trial_id)
-                except StorageInternalError as error:  # the next one may pass; results are in the store
+                except (StorageInternalError, UserError) as error:  # the next one may pass; results are in the store
                     logging.getLogger(__name__).warning("heartbeat of trial %d failed: %s", trial.number, error)
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -207,15 +211,17 @@ class Index:
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
-        another worker took for dead and ended is left as it is."""
+        another worker took for dead, or that waits again, is left as it is."""
         try:
             for name, value in _attributes(runs).items():
                 trial.set_user_attr(name, value)
-            save_note(trial, self._note(study, trial, runs))
+            note = self._note(study, trial, runs)
+            with self.storage.reading():
+                save_note(trial, note)
             state, values = _result(runs, metrics)
             study.tell(trial, values, state)
         except GONE:
-            if not self.storage.get_trial(trial._trial_id).state.is_finished():
+            if self._runs(trial):
                 raise
 
     def give_back(self, study: Study, trial: Trial) -> None:
@@ -224,9 +230,15 @@ class Index:
             trial.set_user_attr("status", "interrupted")
             study.tell(trial, state=TrialState.FAIL)
         except GONE:
+            if self._runs(trial):
+                raise
             return  # another worker took it for dead, and has put its copy there
         ended = self.storage.get_trial(trial._trial_id)
         study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
+
+    def _runs(self, trial: Trial) -> bool:
+        """Whether nobody has ended ``trial`` or put it back into the queue."""
+        return self.storage.get_trial(trial._trial_id).state == TrialState.RUNNING
 
     def _note(self, study: Study, trial: Trial | FrozenTrial, runs: list[Run]) -> str:
         """How each run ended, its picture, which becomes an artifact, and its scores."""
@@ -248,6 +260,7 @@ class Index:
         artifact = upload_artifact(file_path=str(path), study_or_trial=trial, **options)
         return f"![{path.stem}](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})\n"
 
+    @_reads
     def attach(self, study: Study, text: str, pictures: Iterable[tuple[str, Path]]) -> None:
         """Shows ``text`` and ``pictures``, (caption, path) each, in the study's note; a picture replaces what was
         attached before under its file name."""
@@ -278,8 +291,7 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 params = {name: value for name, value in row.items() if name not in aside}
                 identity = (row[kind.key], *(params.items() if searching else [run_id]))
                 trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
-                for field, value in params.items():
-                    distribution(field, space.get(field)).to_internal_repr(value)
+                _drawn(params, space)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
             raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
         with index.planning:
@@ -350,14 +362,15 @@ def _result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] 
 
 def _ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> FrozenTrial:
     """A trial whose runs ended elsewhere, as ``tell`` would have left it."""
-    trial = _waiting(params, {name: distribution(name, space.get(name)) for name in params}, None)
+    trial = _drawn(params, space)
     trial.user_attrs = _attributes(runs)
     trial.state, trial.values = _result(runs, metrics)
     if len(metrics) == 1 and runs[0].status != "damaged":
         config = runs[0].settings(kind_of(runs[0]).config)
         trial.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
-        if trial.state == TrialState.PRUNED and trial.intermediate_values:
-            trial.value = [*trial.intermediate_values.values()][-1]  # as Optuna says what a pruned trial is worth
+        *_, last = math.nan, *trial.intermediate_values.values()
+        if trial.state == TrialState.PRUNED and not math.isnan(last):
+            trial.value = last  # as Optuna says what a pruned trial is worth
     return trial
 
 
@@ -368,6 +381,11 @@ def _seconds(run: Run) -> float:
         return sum(metrics.get(name, 0.0) for name in ("train_seconds", "score_seconds"))
     rows = run.history()
     return rows[-1].get("seconds", 0.0) if rows else 0.0
+
+
+def _drawn(params: dict[str, Any], space: Space, run_id: str | None = None) -> FrozenTrial:
+    """A trial to be taken, of ``params`` from ``space``. Raises ValueError where that has no such value."""
+    return _waiting(params, {name: distribution(name, space.get(name)) for name in params}, run_id)
 
 
 def _waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:

@@ -1,5 +1,6 @@
 """What differs between the runs of tokenizers and of priors to a study; all else in this room is the same for both."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Kind(NamedTuple):
     ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
     told: tuple[str, ...]  # further metrics in the line of a trial that ended
     picture: str  # the file in a run's folder that its trial shows
-    loss: Callable[[Any, Row], float]  # config and row of a history → the training loss that a pruner sees
+    loss: Callable[[Any, Row], float]  # config and row of a history → the training loss that a pruner sees, or NaN
     figures: Callable[[Row], str]  # row of a history → how training stands
 
     @property
@@ -52,8 +53,10 @@ TOKENIZERS = Kind(
     ranked=(),
     told=("psnr", "perplexity"),
     picture="reconstructions.png",
-    loss=lambda config, row: row["reconstruction"] + config.lpips_weight * row.get("lpips", 0.0),
-    figures=lambda row: f"loss {row['reconstruction']:.4f} perplexity {row['perplexity']:.0f}",
+    loss=lambda config, row: row.get("reconstruction", math.nan) + config.lpips_weight * row.get("lpips", 0.0),
+    figures=lambda row: (
+        f"loss {row.get('reconstruction', math.nan):.4f} perplexity {row.get('perplexity', math.nan):.0f}"
+    ),
 )
 PRIORS = Kind(
     noun="priors",
@@ -65,8 +68,8 @@ PRIORS = Kind(
     ranked=("coded_bits_per_token",),
     told=("gfid_vgg16",),
     picture="samples.png",
-    loss=lambda config, row: row["bits_per_token"],
-    figures=lambda row: f"{row['bits_per_token']:.3f} bits per token",
+    loss=lambda config, row: row.get("bits_per_token", math.nan),
+    figures=lambda row: f"{row.get('bits_per_token', math.nan):.3f} bits per token",
 )
 KINDS = {kind.config.SHELF: kind for kind in (TOKENIZERS, PRIORS)}
 

@@ -3,7 +3,8 @@
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from json import JSONDecodeError
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from alembic.util import CommandError
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb.models import NOT_FOUND_MSG
 from rich.markup import escape
 from sqlalchemy import event, exc
 
@@ -26,7 +28,8 @@ HASTE = "PRAGMA synchronous=OFF"
 BROKEN = re.compile("malformed|not a database|no such table|relation .* does not exist")
 FOREIGN = re.compile("no such column|has no column|column .* does not exist")
 REFUSED = re.compile("readonly|read-only|disk I/O error|disk is full|unable to open database file")
-MISREAD = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # of values that Optuna never wrote
+MISUSED = (TypeError, AttributeError, AssertionError, JSONDecodeError)  # of values that Optuna never wrote
+MISREAD = (*MISUSED, ValueError, LookupError, RecursionError)  # where nothing else can be wrong
 REBUILD = "python -m bench.study rebuild makes it again from the runs"
 
 
@@ -55,6 +58,15 @@ class PatientStorage(RDBStorage):
         """What to raise where the database holds what it should not, for ``reason``."""
         fix = "delete it" if self.shown.startswith("sqlite") else "drop it, or name another with --storage"
         return UserError(f"the database {self.shown} is damaged ({reason}); {fix}, and {REBUILD}")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """For what uses values of the database: those that Optuna never wrote, such as a time that is a text, are told
+        as damage."""
+        try:
+            yield
+        except MISUSED as error:
+            raise self.damage(f"{type(error).__name__} {error}") from error
 
     def _check_damage(self, error: Exception) -> None:
         reason = reason_of(error)
@@ -107,6 +119,9 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                 try:
                     return method(self, *arguments, **options)
                 except MISREAD as error:
+                    if not reading and error.args == (NOT_FOUND_MSG,):
+                        told = f"the study is gone from the database {self.shown}"
+                        raise UserError(f"{told}; its results are in the store; the same command continues") from error
                     if _is_stored(error, reading):
                         raise self.damage(f"{type(error).__name__} {error}") from error
                     raise

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -274,7 +275,21 @@ class SearchPlan(Plan):
         stored = {name: one._asdict() if isinstance(one, Range) else one for name, one in self.space.items()}
         return {**super().header(), "space": stored}
 
+    def _check_space(self) -> None:
+        """Raises UserError where the study was begun with another space, whose trials have other distributions."""
+        begun = self.store.study(self.name).get("space") if self.name in self.store.studies() else None
+        before, now = (
+            {name: json.dumps(choice) for name, choice in space.items()}  # in which 4 and 4.0 differ
+            for space in (begun or {}, self.header()["space"])
+        )
+        for name in {**before, **now} if before else ():
+            old, new = before.get(name, "no value"), now.get(name, "no value")
+            if old != new:
+                fix = "undo the change, or start again with another --results"
+                raise UserError(f"study {self.name} began with {name} from {old} and now draws it from {new}; {fix}")
+
     def _fill(self, part: Part, index: Index, study: Study) -> int:
+        self._check_space()
         self.store.extend_study(self.name, self.header(), {})
         left = self.options.trials - index.ended(study)
         for _ in range(left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))):

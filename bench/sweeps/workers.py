@@ -17,10 +17,11 @@ from bench.core.progress import Bar, say, stdout
 from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
 
+from .address import storage_url, without_password
 from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
 from .importance import importances
-from .index import Index, Study, Trial, TrialState, default_url, report, without_password
+from .index import GRACE_SECONDS, Index, Study, Trial, TrialState, report
 from .kinds import AnyConfig, Row
 from .plan import Cell, Part, Plan, make_plan, shown
 
@@ -40,9 +41,9 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     if plan.options.plan:
         stdout.print(plan.table())
         return 0
+    url = storage_url(plan.options.storage, plan.store.root)
     for backbone in plan.backbones:
         prepare(plan.example(backbone), plan.store, plan.options.fid_weights)
-    url = plan.options.storage or default_url(plan.store.root)
     index = Index(url, plan.store.root / "studies")
     idle = True
     for parts in (plan.tokenizers, plan.priors):  # a prior waits for its tokenizer
@@ -86,6 +87,8 @@ class Workers:
         self.parts, self.kind, self.steps = {part.name: part for part in parts}, parts[0].kind, parts[0].steps
         self.planned = {cell.run.folder.name for part in parts for cell in part.cells}
         self.lock, self.done = threading.Lock(), 0
+        self.taken: set[int] = set()  # ids of trials of this command
+        self.waits = False  # for others, and has said so
         self.figures: dict[str, str] = {}  # trials under way → how they stand
 
     def run(self) -> None:
@@ -105,12 +108,17 @@ class Workers:
         """One worker: takes trials from the part that has had fewest until none is left."""
         try:
             studies = {name: part.open(self.index) for name, part in self.parts.items()}
+            since = time.monotonic()
             while not self.stop.is_set():
                 fewest_first = sorted(studies, key=lambda name: self.index.ended(studies[name]))
                 if any(self._take(self.parts[name], studies[name]) for name in fewest_first):
+                    since = time.monotonic()
                     continue
-                if not any(self.index.trials(study, TrialState.RUNNING, of=self.planned) for study in studies.values()):
+                running = [self.index.trials(study, TrialState.RUNNING, of=self.planned) for study in studies.values()]
+                if not any(running):
                     return
+                if time.monotonic() - since > GRACE_SECONDS:
+                    self._say_waiting({trial._trial_id for trials in running for trial in trials} - self.taken)
                 time.sleep(IDLE_SECONDS)  # another worker may die and its trial come back
                 for study in studies.values():
                     self.index.recover(study)
@@ -118,10 +126,21 @@ class Workers:
             self.stop.set()
             raise
 
+    def _say_waiting(self, others: set[int]) -> None:
+        """Says once that this command waits for trials that other workers have: they may be gone, and their last
+        heartbeat ahead of a clock that was set back."""
+        with self.lock:
+            if not others or self.waits:
+                return
+            self.waits = True
+        fix = "if nobody runs them, stop this, delete the database, and python -m bench.study rebuild makes it again"
+        say(f"study {self.plan.name}: waiting for {len(others)} {self.kind.noun} of other workers; {fix}")
+
     def _take(self, part: Part, study: Study) -> bool:
         """Runs one waiting trial of ``part``, if there is one and the budget allows it."""
         if not self.plan.allows(self.index, study) or (trial := self.index.claim(study, self.planned)) is None:
             return False
+        self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
         label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
         began = time.monotonic()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import threading
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -18,16 +19,18 @@ from optuna_dashboard import get_note
 
 from backbones import BACKBONES
 from bench.analysis.frames import METRICS, frame
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.data import AUGMENTATIONS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
-from bench.sweeps import importance, index
+from bench.sweeps import address, importance, index
+from bench.sweeps.address import without_password
 from bench.sweeps.definition import Range, distribution, suggest
 from bench.sweeps.importance import importances
-from bench.sweeps.index import MAX_REPORTS, Index, report, without_password
+from bench.sweeps.index import MAX_REPORTS, Index, report
+from bench.sweeps.kinds import KINDS
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import least
 
@@ -198,7 +201,7 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
             inside.discard(self)
             return super()._start(trial_id)
 
-    url = index.default_url(tmp_path)
+    url = address.default_url(tmp_path)
     folder = tmp_path / "studies"
     first = Index(url, folder)
     study = first.open("one", ("psnr",))
@@ -523,7 +526,7 @@ def test_a_studys_note_is_its_text_and_each_picture_below_its_caption(indexed, t
 
 
 def test_the_database_lies_among_the_studies(tmp_path):
-    assert index.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
+    assert address.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
 
 
 # -- what is drawn, recorded and weighed ------------------------------------------------------------------------------
@@ -757,9 +760,9 @@ def test_a_metric_that_this_version_does_not_know_is_told(indexed):
 def test_the_environment_may_name_the_database(tmp_path, monkeypatch):
     """It keeps a password off the command line; empty it says nothing."""
     monkeypatch.setenv("VQBENCH_STORAGE", "postgresql://me:secret@host/x")
-    assert index.default_url(tmp_path) == "postgresql://me:secret@host/x"
+    assert address.default_url(tmp_path) == "postgresql://me:secret@host/x"
     monkeypatch.setenv("VQBENCH_STORAGE", "")
-    assert index.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
+    assert address.default_url(tmp_path) == f"sqlite:///{tmp_path}/studies/optuna.db"
 
 
 def test_a_trial_whose_runs_lack_a_metric_of_the_study_has_failed(indexed, store):
@@ -807,3 +810,80 @@ def test_the_reason_of_an_address_that_is_not_shown_is_not_shown_either(tmp_path
         Index("postgresql+psycopg://bob:hun@ter2@127.0.0.1:1/db", tmp_path)
     assert "ter2" not in str(error.value)
     assert str(error.value).endswith("an @ too many (write %40 in a password); see --storage")
+
+
+# -- what lacks something, or was taken away meanwhile -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [smoke(steps=3), PriorConfig("a-tokenizer", "rnn", steps=3)], ids=["runs", "priors"])
+def test_a_row_of_a_history_that_lacks_its_loss_has_none(config):
+    """It is no reason to fail: a later row may have one."""
+    kind = KINDS[config.SHELF]
+    assert math.isnan(kind.loss(config, {"step": 1}))
+    assert "nan" in kind.figures({"step": 1})
+    assert "nan" in KINDS["runs"].figures({"step": 1, "reconstruction": 0.5})
+
+
+@pytest.mark.parametrize(("last", "value"), [({}, None), ({"reconstruction": 0.5}, -0.5)])
+def test_a_pruned_trial_whose_last_loss_is_missing_is_worth_nothing(indexed, store, last, value):
+    study = indexed.open("one", ("psnr",))
+    run = made(store, "pruned", [{"step": 1, "reconstruction": 0.7}, {"step": 2, **last}], smoke(steps=2))
+    indexed.add(study, [({"beta": 0.25}, [run])], ("psnr",), {})
+    assert [(trial.state, trial.value) for trial in study.trials] == [(TrialState.PRUNED, value)]
+
+
+@pytest.mark.parametrize("kind", ["search", "ablation"])
+def test_a_value_outside_what_a_study_may_draw_is_damage_of_its_file(indexed, store, kind):
+    run = made(store, config=smoke(beta=0.5))
+    space = {"beta": {"low": 1.0, "high": 4.0}} if kind == "search" else {}
+    header = {"study": "s", "sweep": ["beta"], "metrics": ["psnr"], "kind": kind, "space": space}
+    beta = 0.5 if kind == "search" else 1e300
+    store.extend_study("s-smoke", header, {run.folder.name: {"backbone": "cnn", "beta": beta, "seed": 0}})
+    with pytest.raises(Damaged, match=r"s-smoke\.json is damaged: ValueError "):
+        index.rebuild(indexed, store, "s-smoke")
+
+
+def test_the_folder_of_pictures_is_made_again_when_it_was_removed(indexed, store, tmp_path):
+    study, run = indexed.open("one", ("psnr",)), made(store)
+    (run.folder / "reconstructions.png").write_bytes(b"a picture")
+    for use in (
+        lambda: indexed.tell(study, taken(indexed, study), [run], ("psnr",)),
+        lambda: indexed.attach(study, "", [("Picture", run.folder / "reconstructions.png")]),
+        lambda: indexed.attach(study, "again", [("Picture", run.folder / "reconstructions.png")]),
+    ):
+        shutil.rmtree(indexed.folder / "artifacts")
+        use()
+        assert [path.read_bytes() for path in (indexed.folder / "artifacts").iterdir()] == [b"a picture"]
+
+
+def test_a_trial_that_waits_again_is_left_to_whoever_takes_it(indexed, store, monkeypatch):
+    """Its result is in the store; given back, it is there once."""
+    study = indexed.open("one", ("psnr",))
+    trial = taken(indexed, study)
+    monkeypatch.setattr(study, "tell", Mock(side_effect=ValueError("Cannot tell a WAITING trial.")))
+    with pytest.raises(ValueError, match="WAITING"):
+        indexed.give_back(study, trial)  # it is under way, so that something else is wrong
+    indexed.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    indexed.tell(study, trial, [made(store)], ("psnr",))
+    indexed.give_back(study, trial)
+    assert study.tell.call_count == 3
+    assert [one.state for one in study.trials] == [TrialState.WAITING]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://", "sqlite:///?timeout=5"),
+        "sqlite:///file::memory:?cache=shared&uri=true",
+    ],
+)
+def test_a_database_in_memory_is_refused(tmp_path, monkeypatch, url):
+    """It would end with the command, whether named by --storage or by the environment."""
+    told = f"the database {url} is kept nowhere; name a file, such as sqlite:///studies.db, or a server"
+    for given in (url, None):
+        with pytest.raises(UserError) as error:
+            address.storage_url(given, tmp_path)
+        assert str(error.value) == told
+        monkeypatch.setenv("VQBENCH_STORAGE", url)
+    for url in ("sqlite:///x.db", "sqlite:////tmp/memory/x.db", "postgresql://host/x"):
+        assert address.storage_url(url, tmp_path) == url

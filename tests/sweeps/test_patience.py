@@ -242,6 +242,20 @@ DAMAGE = {  # SQL → what is said of the database
     "DELETE FROM study_directions": "study one-cnn is optimised in another direction than its metrics are",
     "UPDATE alembic_version SET version_num = 'v99'": "another version of Optuna made it",
     "INSERT INTO alembic_version VALUES ('v99')": "another version of Optuna made it",
+    "UPDATE trial_user_attributes SET value_json = '[1]' WHERE key = 'run_id'": "TypeError ",
+    "UPDATE trial_user_attributes SET value_json = '\"long\"' WHERE key = 'seconds'": "TypeError ",
+    "UPDATE trials SET state = 'FAIL'; INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+    "VALUES (1, 'status', '{}')": "TypeError ",
+    "UPDATE study_system_attributes SET value_json = '5' WHERE key = 'study:metric_names'": "TypeError ",
+    "INSERT INTO study_system_attributes (study_id, key, value_json) VALUES (1, 'artifacts:abc', '5')": "TypeError ",
+    "INSERT INTO study_system_attributes (study_id, key, value_json) VALUES (1, 'dashboard:note_ver', '\"1\"')": (
+        "TypeError "
+    ),
+    "INSERT INTO study_system_attributes (study_id, key, value_json) VALUES (1, 'dashboard:3:note_ver', '\"1\"')": (
+        "TypeError "
+    ),
+    "UPDATE trial_values SET value = NULL": "AssertionError ",
+    "UPDATE trials SET number = NULL": "TypeError ",
 }
 
 
@@ -262,7 +276,9 @@ def use(path, store) -> None:
     rebuild(index, store, "one")
     study = index.open("one-cnn", ("psnr",))
     index.enqueue(study, {"beta": 0.5}, "another")
-    index.claim(study, {"another"}).set_user_attr("seconds", 1.0)
+    index.tell(study, index.claim(study, {"another"}), [store.runs()[0]], ("psnr",))
+    index.ended(study), index.seconds(study)
+    index.attach(study, "what was found", [])
 
 
 @pytest.mark.parametrize("statement", DAMAGE, ids=lambda statement: statement[:60])
@@ -271,7 +287,7 @@ def test_a_database_that_holds_what_optuna_did_not_write_is_damaged(indexed, tmp
     path = tmp_path / "x.db"
     path.write_bytes(whole)
     with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(statement)
+        database.executescript(statement)
     with pytest.raises(UserError) as error:
         use(path, store)
     told = str(error.value)
@@ -323,3 +339,27 @@ def test_a_study_whose_results_are_removed_is_told_at_once(tmp_path, clock):
     ):
         index.enqueue(study, {"beta": 0.5}, "run")
     assert clock.pauses == []
+
+
+def test_a_study_that_is_deleted_while_a_trial_runs_is_told(tmp_path, clock):
+    """And is made again by the same command."""
+    index = Index(f"sqlite:///{tmp_path}/x.db", tmp_path)
+
+    def taken():
+        study = index.open("one", ("psnr",))
+        index.enqueue(study, {"beta": 0.5}, "run")
+        return study, index.claim(study, {"run"})
+
+    study, trial = taken()
+    optuna.delete_study(study_name="one", storage=f"sqlite:///{tmp_path}/x.db")
+    runs = [fabricate(Store(tmp_path), make_config("cnn", "smoke"))]
+    with pytest.raises(UserError) as error:
+        index.tell(study, trial, runs, ("psnr",))
+    assert str(error.value) == (
+        f"the study is gone from the database sqlite:///{tmp_path}/x.db; its results are in the store; "
+        "the same command continues"
+    )
+    assert clock.pauses == []
+    study, trial = taken()
+    index.tell(study, trial, runs, ("psnr",))
+    assert [one.state.name for one in study.trials] == ["COMPLETE"]

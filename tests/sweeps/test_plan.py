@@ -19,6 +19,7 @@ from bench.priors.config import PriorConfig
 from bench.priors.models import PRIORS
 from bench.sweeps import plan
 from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_space
+from bench.sweeps.index import Index
 from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import least
@@ -430,6 +431,36 @@ def test_a_search_trial_that_was_taken_is_in_the_studys_file_with_every_seed(tmp
         run.folder.name: {"backbone": "cnn", **values, "seed": seed}
         for run, seed in zip(cell.runs, (0, 5), strict=True)
     }
+
+
+BEGAN = '{"low": 0.1, "high": 4.0, "log": true}'
+CHANGED = {
+    "beta": (Range(0.1, 1.0, log=True), BEGAN, '{"low": 0.1, "high": 1.0, "log": true}'),
+    "codebook_size": ((64, 512), "[64, 256]", "[64, 512]"),
+    "code_dim": (Range(4, 32.0), '{"low": 4, "high": 32, "log": false}', '{"low": 4, "high": 32.0, "log": false}'),
+    "lr": (Range(0.1, 0.2), "no value", '{"low": 0.1, "high": 0.2, "log": false}'),
+}
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_a_search_whose_space_was_edited_is_refused_before_anything_is_written(tmp_path, field):
+    index = Index("sqlite:///:memory:", tmp_path / "studies")
+    for _ in range(2):  # what has not changed continues
+        found = planned(SEARCH, tmp_path, "--trials", "2")
+        assert found.fill(found.tokenizers()[0], index) == 2
+    path = tmp_path / "studies" / f"{found.name}.json"
+    before = path.read_text()
+    choice, old, new = CHANGED[field]
+    edited = planned(replace(SEARCH, space={**SPACE, field: choice}), tmp_path, "--trials", "9")
+    (part,) = edited.tokenizers()
+    with pytest.raises(UserError) as told:
+        edited.fill(part, index)
+    assert str(told.value) == (
+        f"study {found.name} began with {field} from {old} and now draws it from {new}; "
+        "undo the change, or start again with another --results"
+    )
+    assert path.read_text() == before
+    assert len(index.trials(part.open(index))) == 2
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import definition, importance, index, plan
 from bench.sweeps import workers as study
+from bench.sweeps.address import default_url
 from bench.sweeps.child import Outcome
 from bench.sweeps.definition import Ablation, Range, Search, parse_study
-from bench.sweeps.index import Index, default_url
+from bench.sweeps.index import Index
 from bench.sweeps.kinds import KINDS
 from bench.sweeps.plan import Plan, make_plan
 from bench.tokenizers.config import make_config
@@ -1141,6 +1142,24 @@ def test_a_worker_that_fails_stops_the_others(tmp_path):
     with pytest.raises(UserError, match="database is gone"):
         workers._work()
     assert workers.stop.is_set()
+
+
+def test_a_worker_that_waits_long_for_others_says_so_once(tmp_path, monkeypatch):
+    """Not for a while, for trials of this command, or twice."""
+    now, rows = [0.0], [SimpleNamespace(_trial_id=number) for number in (1, 2, 3)]
+    index = Mock(claim=lambda *given: None, ended=lambda *given: 0)
+    index.trials = lambda *given, of: rows if now[0] < 100 else []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.insert(0, now[0] + 1))
+    monkeypatch.setattr(study, "time", clock)
+    said = []
+    monkeypatch.setattr(study, "say", lambda line: said.append((now[0], line)))
+    for own in ({1}, {1, 2, 3}):
+        workers = workers_of(planned(tmp_path), index)
+        workers.taken |= own
+        now[:] = [0.0]
+        workers._work()
+    fix = "if nobody runs them, stop this, delete the database, and python -m bench.study rebuild makes it again"
+    assert said == [(31.0, f"study beta-smoke: waiting for 2 trials of other workers; {fix}")]
 
 
 def test_a_stopped_worker_starts_no_child(tmp_path, monkeypatch):

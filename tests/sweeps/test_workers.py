@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from bench.core.store import Store
-from bench.sweeps.index import default_url
+from bench.sweeps.address import default_url
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

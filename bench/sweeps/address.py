@@ -1,0 +1,40 @@
+"""The URL of a study's database: where it comes from, and how it is printed."""
+
+import os
+import re
+from pathlib import Path
+
+import sqlalchemy
+
+from bench.core.errors import UserError
+
+SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
+IN_MEMORY = re.compile(r"sqlite(\+\w+)?:(//)?/?(:memory:|file:.*memory.*)?(\?.*)?$")
+
+
+def storage_url(given: str | None, results: Path) -> str:
+    """``given``, or else ``default_url``. Raises UserError for a database that ends with its process."""
+    url = given or default_url(results)
+    if IN_MEMORY.match(url):
+        raise UserError(f"the database {url} is kept nowhere; name a file, such as sqlite:///studies.db, or a server")
+    return url
+
+
+def default_url(results: Path) -> str:
+    """$VQBENCH_STORAGE, or else the SQLite database below ``results``."""
+    return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
+
+
+def without_password(url: str) -> str:
+    """``url`` as it may be printed: passwords masked, also those of its query. One that cannot be read is not shown."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "the storage URL, which cannot be read"
+    local = parsed.drivername.startswith("sqlite")
+    if not local and "@" in f"{parsed.username}{parsed.host}{parsed.database}":  # then it may be that of a password
+        return f"a {parsed.drivername} URL with an @ too many (write %40 in a password)"
+    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
+    if not secret and parsed.password is None:
+        return url
+    return parsed.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
