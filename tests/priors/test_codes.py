@@ -54,6 +54,7 @@ def expected(images: np.ndarray, codebook_size: int = 512) -> np.ndarray:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A finished run, as far as codes look at it."""
+    (tmp_path / "config.json").write_text('{"config": {}, "environment": {}}')
     (tmp_path / "metrics.json").write_text(json.dumps({"metrics": {}, "protocol": {"fingerprint": "f" * 64}}))
     (tmp_path / "tokenizer.safetensors").write_bytes(b"weights")
     return tmp_path
@@ -157,8 +158,8 @@ def test_codes_that_were_interrupted_are_made_anew(folder):
 
 def test_the_identity_of_a_tokenizer_is_its_weights(folder):
     before = digest(folder)
-    (folder / "metrics.json").write_text('{"metrics": {}, "protocol": {}}')
     (folder / "config.json").write_text('{"config": {}, "environment": {}}')
+    (folder / "metrics.json").write_text('{"metrics": {}, "protocol": {}}')
     assert digest(folder) == before
     (folder / "metrics.json").unlink()
     with pytest.raises(UserError) as error:
