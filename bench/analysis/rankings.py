@@ -133,7 +133,10 @@ def _uneven(block: pd.DataFrame) -> list[str]:
 
 def trained_on(table: pd.DataFrame) -> str:
     """Labels of the perceptual metrics that some run was trained on."""
-    return " and ".join(METRICS[f"lpips_{net}"].label for net in sorted(set(table.lpips_net[table.lpips_weight > 0])))
+    names = [f"lpips_{net}" for net in sorted(set(table.lpips_net[table.lpips_weight > 0]))]
+    return " and ".join(
+        METRICS[name].label if name in METRICS else name for name in names
+    )  # later versions have others
 
 
 def refusals(parts: list[pd.DataFrame]) -> Sheet:

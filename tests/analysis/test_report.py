@@ -968,6 +968,7 @@ def test_the_ranking_has_all_that_evaluators_measure():
 def test_both_metrics_that_runs_were_trained_on_are_named():
     runs = [(smoke(lpips_net=net, seed=seed), {"psnr": 20.0}) for seed, net in enumerate(("vgg", "alex", "vgg"))]
     assert rankings.trained_on(made(*runs)) == "LPIPS alex and LPIPS vgg"
+    assert rankings.trained_on(made(*runs).assign(lpips_net="squeeze")) == "lpips_squeeze"  # of another version
 
 
 def test_a_setting_keeps_ten_digits():

@@ -154,7 +154,7 @@ def test_a_command_waits_for_its_own_runs_and_not_for_those_of_others(tmp_path, 
             waited.append(opened)
 
     monkeypatch.setattr(plan.Part, "open", lambda part, index: part.name)
-    monkeypatch.setattr(study, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(study, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: 0.0))
     for what, waits in ((theirs, False), (mine, True)):
         run_id = what.tokenizers()[0].cells[0].run.folder.name
         workers_of(mine, Busy(run_id))._work()
