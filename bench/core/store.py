@@ -98,11 +98,10 @@ class Store:
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            before = self.study(name) if path.exists() else {}
-            shelves = {key: before[key] for key in ("runs", "priors") if key in before}
-            shelves = {"runs": {}, **shelves, shelf: {**shelves.get(shelf, {}), **runs}}
+            before = self.study(name) if path.exists() else {"runs": {}}
+            content = {**before, "name": name, **header, shelf: {**before.get(shelf, {}), **runs}}
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps({**before, "name": name, **header, **shelves}, indent=1))
+                temporary.write_text(json.dumps(content, indent=1))
 
     def check_images(self, run: Run, data: str, image_size: int, fingerprint: str) -> None:
         """Raises Changed where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:

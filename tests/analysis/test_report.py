@@ -1054,6 +1054,7 @@ def test_long_data_in_parts_is_the_long_data(tmp_path, monkeypatch):
         asdict(smoke(seed=seed)) | {"run_id": f"{9 - seed}", "status": "finished", "psnr": 20.0 + seed, "ssim": None}
         for seed in range(5)
     ]
+    rows[0]["lpips_net"] = None
     rows[3] |= {"ssim": 0.5, "psnr_kmeans": 3.0, "val_loss": "no metric"}
     table = pd.DataFrame(rows)
     keys = ["run_id", *CONFIG, "status"]

@@ -200,7 +200,11 @@ def test_damage_is_looked_at_every_time(shelf):
 
 
 @pytest.mark.parametrize(
-    "change", ["ALTER TABLE {} ADD COLUMN more TEXT", "UPDATE statuses SET status = NULL", "DELETE FROM {}"]
+    "change",
+    [
+        *("ALTER TABLE {} ADD COLUMN more TEXT", "UPDATE statuses SET status = NULL", "DELETE FROM {}"),
+        "UPDATE statuses SET status = 'config.jsom'",
+    ],
 )
 def test_a_catalogue_of_another_version_is_read_or_made_anew(shelf, change):
     look(shelf)
