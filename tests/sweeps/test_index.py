@@ -388,6 +388,15 @@ def test_optuna_says_nothing_that_a_user_did_not_ask_for(indexed, capfd):
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
 
 
+def test_a_pruned_run_that_ended_elsewhere_is_worth_its_last_report(indexed, store):
+    """As Optuna has it of one that was pruned here."""
+    study = indexed.open("one", ("lpips_vgg",))
+    rows = [{"step": step, "reconstruction": 1 / step, "lpips": 0.0, "seconds": 1.0} for step in (50, 100)]
+    indexed.add(study, [({"seed": 0}, [made(store, "pruned", rows, smoke(steps=150))])], ("lpips_vgg",), {})
+    (trial,) = study.trials
+    assert (trial.state.name, trial.value) == ("PRUNED", pytest.approx(0.01))
+
+
 def test_more_than_fits_a_transaction_is_added_in_several(indexed, store, monkeypatch):
     monkeypatch.setattr(index, "AT_ONCE", 2)
     study = indexed.open("one", ("psnr",))
