@@ -30,6 +30,6 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Not a part of `test`: puts wrong versions of the code in place and sees whether a test notices; about a quarter of an hour.
+# Not a part of `test`: puts wrong versions of the code in place and sees whether a test notices; about twenty minutes.
 mutants: .venv/installed-dev
 	.venv/bin/python -m tests.mutants

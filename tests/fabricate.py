@@ -1,6 +1,7 @@
 """Run folders with known scores, written without training: what a report reads."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -19,6 +20,14 @@ def least(shelf: str = "runs", protocol: dict | None = None, **metrics) -> dict:
     """What a metrics.json has at least, of a finished run that lies in ``shelf``, with ``metrics`` and ``protocol``."""
     told = {**dict.fromkeys(TOLD, "x"), "extractor_inception": None, **dict.fromkeys(NUMBERS[shelf], 64)}
     return {"metrics": {**dict.fromkeys(SCORED[shelf], 1), **metrics}, "protocol": {**told, **(protocol or {})}}
+
+
+def lacking(whole: dict) -> Iterator[tuple[str, dict]]:
+    """The content of a metrics.json without each of its scores and parts of its protocol, missing and null, by name."""
+    for part, values in whole.items():
+        for name in values:
+            yield name, {**whole, part: {key: value for key, value in values.items() if key != name}}
+            yield name, {**whole, part: {**values, name: None}}
 
 
 def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float = 0.0, **changes) -> Run:

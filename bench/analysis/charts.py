@@ -281,14 +281,17 @@ def cost(scope: Scope) -> Iterator[Drawing]:
     if len(table) < 2 or not names:
         return
     figure, panels = looks.new_panels(len(names))
+    longest = 0
     for axes, name in zip(panels, names, strict=True):
         known = table.dropna(subset=[name, metric])
         front = _cost_panel(axes, known, name, metric)
+        longest = max(longest, len(front))
         if len(varied) == 1:  # words for several would not fit beside a ring
             _name_front(axes, front.head(NAMED), name, metric, varied[0])
     looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
     caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
-    caption += f"Beside the rings: {label_of(varied[0])}. " if len(varied) == 1 else ""
+    if len(varied) == 1:
+        caption += f"Beside the {f'{NAMED} cheapest ' if longest > NAMED else ''}rings: {label_of(varied[0])}. "
     if len(names) < len(scored):
         caption += "Times are left out: the runs were made on different processors or numbers of threads. "
     caption += counted(scope, scope.rows, varied, {})

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import cache
 from itertools import chain, groupby, islice
@@ -49,15 +49,15 @@ def _remembered(runs: Iterable[Run], read: Callable[[Run], Entry], look_up: Call
     for parent, shelf in groupby(chain(first, runs), key=lambda run: run.folder.parent):
         with closing(_Shelf(parent)) as copy:
             while batch := list(islice(shelf, BATCH)):
-                stamps = list(map(_stamp, batch))
-                known = look_up(copy, batch, stamps)
-                new = {}
-                for run, stamp in zip(batch, stamps, strict=True):
-                    entry = known.get(run.folder.name)
+                stamps = {run.folder.name: _stamp(run) for run in batch}
+                known, new = look_up(copy, stamps), {}
+                for run in batch:
+                    name = run.folder.name
+                    entry = known.get(name)
                     if entry is None:
                         entry = read(run)
-                        if stamp and entry["status"] != "damaged":  # which may pass, if the disk is to blame
-                            new[run.folder.name] = stamp, entry
+                        if stamps[name] and entry["status"] != "damaged":  # which may pass, if the disk is to blame
+                            new[name] = stamps[name], entry
                     yield entry
                 copy.keep(new)
 
@@ -73,22 +73,21 @@ class _Shelf:
             self.database = sqlite3.connect(self.path, isolation_level=None)
         self._tried(lambda: [self.database.execute(line) for line in (*HASTE, *TABLES)])
 
-    def statuses(self, runs: list[Run], stamps: list[str]) -> dict[str, Entry]:
-        """Name → status of those of ``runs`` that are as they were."""
-        stamp_of = {run.folder.name: stamp for run, stamp in zip(runs, stamps, strict=True)}
+    def statuses(self, stamps: dict[str, str]) -> dict[str, Entry]:
+        """Name → status of those runs whose stamps, given by name, are those of then."""
         return {
             name: {"status": status}
-            for name, status, stamp, mark in self._select("name, status, stamp, mark FROM statuses", stamp_of)
-            if stamp == stamp_of[name] and mark == _mark(name, status, stamp)
+            for name, status, stamp, mark in self._select("name, status, stamp, mark FROM statuses", stamps)
+            if stamp == stamps[name] and mark == _mark(name, status, stamp)
         }
 
-    def entries(self, runs: list[Run], stamps: list[str]) -> dict[str, Entry]:
-        """Name → entry of those of ``runs`` that are as they were."""
-        stamp_of, found = {run.folder.name: stamp for run, stamp in zip(runs, stamps, strict=True)}, {}
-        for name, packed in self._select("name, entry FROM entries", stamp_of):
+    def entries(self, stamps: dict[str, str]) -> dict[str, Entry]:
+        """Name → entry of the same."""
+        found = {}
+        for name, packed in self._select("name, entry FROM entries", stamps):
             with suppress(zlib.error, ValueError, TypeError):  # zlib has a checksum of its own
                 stamp, entry = json.loads(zlib.decompress(packed))
-                if stamp == [name, stamp_of[name]]:
+                if stamp == [name, stamps[name]]:
                     found[name] = entry
         return found
 
@@ -114,10 +113,9 @@ class _Shelf:
             self.database.close()
             self.database = None
 
-    def _select(self, columns: str, names: Iterable[str]) -> list[tuple]:
-        names = list(names)
+    def _select(self, columns: str, names: Collection[str]) -> list[tuple]:
         query = f"SELECT {columns} WHERE name IN ({', '.join('?' * len(names))})"
-        return self._tried(lambda: self.database.execute(query, names).fetchall()) or []
+        return self._tried(lambda: self.database.execute(query, tuple(names)).fetchall()) or []
 
     def _tried(self, work: Callable[[], Any]) -> Any:
         if self.database:

@@ -322,6 +322,7 @@ def test_not_all_rings_of_a_long_front_have_words(monkeypatch):
     (drawing,) = charts.cost(scope(made(*rows)))
     (axes,) = drawing.figure.axes
     assert [label.get_text() for label in axes.texts] == ["1", "2", "3"]
+    assert "Beside the 3 cheapest rings: β. " in drawing.caption
     assert len(axes.collections[-1].get_offsets()) == 6
 
 

@@ -11,22 +11,9 @@ from bench.core.store import Store
 from bench.sweeps import workers
 from bench.sweeps.definition import Ablation
 from bench.tokenizers.config import make_config
+from tests.commands import TINY
 from tests.fabricate import fabricate
 
-TINY = [
-    "--preset",
-    "smoke",
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--codebook-size",
-    "16",
-    "--steps",
-    "3",
-    "--device",
-    "cpu",
-]
 NONE = ["--data", "folder:/nowhere"]  # nothing is trained
 BETA = Ablation("s", {"beta": (0.25,)}, backbones=("cnn",))
 WORDS = "somebody's words " * 100

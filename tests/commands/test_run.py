@@ -32,23 +32,10 @@ from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
 from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.tokenizer import Tokenizer
-from tests.fabricate import fabricate
+from tests.commands import TINY
+from tests.fabricate import fabricate, lacking
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "--preset",
-    "smoke",
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--codebook-size",
-    "16",
-    "--steps",
-    "3",
-    "--device",
-    "cpu",
-]
 
 
 @pytest.fixture
@@ -394,17 +381,15 @@ def test_whatever_a_run_lacks_it_is_damaged_or_shown_without(tmp_path):
     made = fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))
     whole = made._read("metrics.json")
     shown = 0
-    for part, name in ((part, name) for part, values in whole.items() for name in values):
-        without = {**whole, part: {key: value for key, value in whole[part].items() if key != name}}
-        for content in (without, {**whole, part: {**whole[part], name: None}}):
-            made.write("metrics.json", content)
-            if made.finished:
-                run.result_table([made])
-                assert run.protocol_line(made)
-                shown += 1
-            else:
-                assert made.status == "damaged"
-                assert name in made.reason
+    for name, content in lacking(whole):
+        made.write("metrics.json", content)
+        if made.finished:
+            run.result_table([made])
+            assert run.protocol_line(made)
+            shown += 1
+        else:
+            assert made.status == "damaged"
+            assert name in made.reason
     assert shown > 40  # most of it
 
 
