@@ -6,7 +6,7 @@ The public face, from which nothing is imported before it is used::
 
     data = bench.load_data("photos", 64)
     tokenizer = bench.Tokenizer.from_run("results/runs/RUN")
-    metrics, per_image = bench.score(tokenizer, tokenizer.config.codebook_size, data.val)
+    metrics, per_image = bench.score(tokenizer, tokenizer.config.codebook_size, data.test)
     table = bench.load_runs("results")  # a pandas DataFrame, one row per run
 """
 

@@ -47,10 +47,11 @@ def work(arguments: list[str]) -> int:
         tokenizer = Tokenizer.from_run(folder, device)
         known = (folder / "codes" / "meta.json").is_file()
         codes = encode(folder, tokenizer, load_data(folder, tokenizer))
-        size = (codes.train.nbytes + codes.val.nbytes) / 1e6
+        size = (codes.train.nbytes + codes.held_out.nbytes) / 1e6
         stdout.print(
             f"{'already encoded' if known else 'encoded'}: {folder / 'codes'}, {len(codes.train)} train / "
-            f"{len(codes.val)} val grids of {codes.grid_size}×{codes.grid_size} as {codes.train.dtype}, {size:.1f} MB",
+            f"{len(codes.held_out)} {tokenizer.config.split} grids of {codes.grid_size}×{codes.grid_size} "
+            f"as {codes.train.dtype}, {size:.1f} MB",
             soft_wrap=True,
         )
     return 0

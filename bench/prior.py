@@ -24,7 +24,7 @@ from bench.analysis.tables import Group, score_table
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
-from bench.core.runs import Run
+from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
@@ -104,11 +104,12 @@ def protocol_line(run: Run) -> str:
     how = f"temperature {protocol['temperature']:g}" + (f", top {protocol['top_k']}" if protocol["top_k"] else "")
     side = protocol["image_size"]
     return (
-        f"Protocol {protocol['version']}: {protocol['split']}; bits on the codes of all {protocol['count']} validation "
-        f"images, where independent codes take {metrics['coded_bits_per_token_independent']:.2f} per token; "
+        f"Protocol {protocol['version']}: {protocol['split']}; bits on the codes of all {protocol['count']} "
+        f"{HELD_OUT[protocol['scored_on']]} images, where independent codes take "
+        f"{metrics['coded_bits_per_token_independent']:.2f} per token; "
         f"{protocol['samples']} samples ({how}) against those images at {side}×{side}: Fréchet and kernel distance, "
         f"precision and recall on {protocol['extractor_vgg16']}; copies are samples nearer to a training image, at "
-        "32×32 or less, than 95 % of reconstructed validation images are (0.05 is innocent; median PSNR "
+        "32×32 or less, than 95 % of reconstructed held-out images are (0.05 is innocent; median PSNR "
         f"{metrics['nearest_train_psnr']:.1f} dB, of those {metrics['nearest_val_psnr']:.1f}); sampling step by step "
         f"is {metrics['sampling_speedup']:.1f} times as fast as whole passes. Real codes are those of the training "
         "set, shuffled ones the same in random order within each grid."

@@ -20,7 +20,7 @@ from rich.table import Table
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.progress import stdout
-from bench.core.runs import Run
+from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
 from bench.metrics import weights
 from bench.tokenizers.arguments import Arguments, parse
@@ -111,9 +111,10 @@ def protocol_line(run: Run) -> str:
     fid = "" if protocol["extractor_inception"] else f" No FID: {weights.inception_missing()}"
     skipped = f" ({protocol['skipped']} unreadable files skipped)" if protocol["skipped"] else ""
     return (
-        f"Protocol {protocol['version']}: {protocol['split']}{skipped}; scored on all {protocol['count']} validation "
-        f"images at {protocol['image_size']}×{protocol['image_size']}, decode(encode(x)) in {protocol['precision']}, "
-        f"{protocol['rounding']}; FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{fid}"
+        f"Protocol {protocol['version']}: {protocol['split']}{skipped}; scored on all {protocol['count']} "
+        f"{HELD_OUT[protocol['scored_on']]} images at {protocol['image_size']}×{protocol['image_size']}, "
+        f"decode(encode(x)) in {protocol['precision']}, {protocol['rounding']}; "
+        f"FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{fid}"
     )
 
 

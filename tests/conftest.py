@@ -48,17 +48,18 @@ def impatient() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def images() -> Data:
-    """48 training and 24 validation crops of 32×32 pixels of one photograph."""
+    """48 crops of 32×32 pixels of one photograph to train on, 24 others to validate and 24 to test with."""
     photo = skimage.data.astronaut()
-    crops = np.stack([photo[y : y + 32, x : x + 32] for y in range(0, 288, 32) for x in range(0, 256, 32)])
-    return Data("photos", crops[:48], crops[48:], "0" * 64, "48 train / 24 val crops of 32×32", ())
+    crops = np.stack([photo[y : y + 32, x : x + 32] for y in range(0, 384, 32) for x in range(0, 256, 32)])
+    how = "48 train / 24 val / 24 test crops of 32×32"
+    return Data("photos", crops[:48], crops[72:], crops[48:72], "0" * 64, how, ())
 
 
 @pytest.fixture(scope="session")
 def image_folder(images, tmp_path_factory) -> Path:
-    """The same crops as PNG files in train/ and val/, for commands that run in processes of their own."""
+    """The same crops as PNG files in train/, val/ and test/, for commands that run in processes of their own."""
     folder = tmp_path_factory.mktemp("images")
-    for name, crops in (("train", images.train), ("val", images.val)):
+    for name, crops in (("train", images.train), ("val", images.val), ("test", images.test)):
         (folder / name).mkdir()
         for number, crop in enumerate(crops):
             Image.fromarray(crop).save(folder / name / f"{number:03}.png")

@@ -151,7 +151,7 @@ def scored(codec, codebook_size, images, *rest):
 
 def generated(prior, tokenizer, codes, data, config, known, fid_weights):
     """The same of ``score_prior``: a real rate and real samples."""
-    rate, grids = generate.rate(prior, codes.val, None, None), generate.draw(prior, config, None)
+    rate, grids = generate.rate(prior, codes.held_out, None, None), generate.draw(prior, config, None)
     images = generate.decode(tokenizer, grids, "cpu").permute(0, 2, 3, 1).numpy()
     scores = {**dict.fromkeys(SCORED["priors"], 3.0), "coded_bits_per_token": rate}
     return generate.Generated(scores, grids.numpy(), images, images)

@@ -86,7 +86,7 @@ def prior(name: str) -> Values:
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = train_prior(config, codes, Path(folder))
         logged = history(folder) if name in LEARNED else {}
-    return {**logged, "bits_per_token scored": rate(trained, codes.val, None, None)}
+    return {**logged, "bits_per_token scored": rate(trained, codes.held_out, None, None)}
 
 
 CASES: dict[str, Callable[[], Values]] = {

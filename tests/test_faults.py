@@ -253,7 +253,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
 @pytest.mark.slow
 @any_damage
 def test_codes_that_are_damaged_are_made_again_with_the_same_scores(world, how, capsys):
-    for file in ("meta.json", "train.npy", "val.npy", "references"):
+    for file in ("meta.json", "train.npy", "held_out.npy", "references"):
         run = world.start("independent")
         world.go(run)
         place = run.folder.parents[1] / "runs" / TAUGHT.run_id() / "codes"

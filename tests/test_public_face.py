@@ -60,9 +60,9 @@ def test_a_run_by_the_face_alone(tiny, trial_data, tmp_path):
     assert isinstance(config, bench.Config)
     run = bench.run_trial(config, Store(tmp_path))
     tokenizer = bench.Tokenizer.from_run(run.folder)
-    metrics, per_image = bench.score(tokenizer, config.codebook_size, trial_data.val)
+    metrics, per_image = bench.score(tokenizer, config.codebook_size, trial_data.test)
     assert metrics["psnr"] == pytest.approx(run.metrics()["psnr"], abs=1e-3)
-    assert per_image["psnr"].shape == (len(trial_data.val),)
+    assert per_image["psnr"].shape == (len(trial_data.test),)
     table = bench.load_runs(tmp_path)
     assert isinstance(table, pd.DataFrame)
     assert table.psnr.tolist() == [run.metrics()["psnr"]]
@@ -71,7 +71,7 @@ def test_a_run_by_the_face_alone(tiny, trial_data, tmp_path):
 def test_data_and_runs_of_a_folder(image_folder, images, tmp_path, monkeypatch):
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
     data = bench.load_data(f"folder:{image_folder}", 32)
-    assert (data.val == images.val).all()
+    assert (data.test == images.test).all()
     fabricate(Store(tmp_path), make_config("vit", "smoke", device="cpu"))
     assert bench.load_runs(str(tmp_path)).backbone.tolist() == ["vit"]
     assert bench.load_runs(tmp_path / "none").empty

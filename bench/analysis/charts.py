@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.files import atomic_path
+from bench.core.runs import HELD_OUT
 
 from . import looks
 from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
@@ -254,7 +255,8 @@ def generation(rows: pd.DataFrame, known: int) -> Iterator[Drawing]:
     count = f"{len(rows)} priors" if len(rows) == known else f"{len(rows)} of {known} priors, those with equal settings"
     caption = (
         f"{count}, means over seeds; {first.samples} samples each, at temperature {first.temperature:g}, against all "
-        f"{first.protocol_count:.0f} validation images of {brief(first.data)} at {first.image_size}×{first.image_size}."
+        f"{first.protocol_count:.0f} {HELD_OUT[first.protocol_scored_on]} images of {brief(first.data)} at "
+        f"{first.image_size}×{first.image_size}."
         " Lines join grid sizes. Dotted: training codes, decoded, which a perfect prior would reach, at the grid where "
         "they are best."
     )

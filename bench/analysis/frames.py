@@ -37,7 +37,7 @@ CONFIG = tuple(field.name for field in fields(Config))
 PRIOR_CONFIG = tuple(field.name for field in fields(PriorConfig))
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
 # Fields that say who ran, not what was set: never a setting whose values a table lists.
-IDENTITY = ("backbone", "prior", "tokenizer", "seed", "device", "precision", "data", "image_size")
+IDENTITY = ("backbone", "prior", "tokenizer", "seed", "device", "precision", "data", "split", "image_size")
 
 
 class Kind(NamedTuple):
@@ -82,7 +82,7 @@ TOKENIZER = Kind(
     settings=_settings(CONFIG),
     models=("backbone",),
     metrics=METRICS,
-    protocol=("data", "count"),
+    protocol=("data", "scored_on", "count"),
     environment=("commit", "processor", "threads"),
 )
 _RENAMED = tuple(map(_renamed, CONFIG))
@@ -92,7 +92,7 @@ PRIOR = Kind(
     settings=_settings(sorted((*_RENAMED, *PRIOR_CONFIG), key=lambda name: name.startswith("tokenizer_"))),
     models=("backbone", "prior"),
     metrics=PRIOR_METRICS,
-    protocol=("count",),
+    protocol=("scored_on", "count"),
     environment=("processor", "threads"),
 )
 

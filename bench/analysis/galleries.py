@@ -142,7 +142,7 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
         scores = [f"{METRICS[metric].label} {row[metric]:{METRICS[metric].form}}" for metric in metrics]
         labels.append("\n".join([row.backbone if by == "backbone" else f"{label_of(by)} = {brief(row[by])}", *scores]))
     figure = looks.picture_rows([same[0][1], *(x_hat for _, _, x_hat in same)], labels)
-    caption = f"One run per row, the lowest seed{words}; scores are means over the whole validation set."
+    caption = f"One run per row, the lowest seed{words}; scores are means over all images that were scored."
     if by in BITS:
         caption += " The bits of an image differ between rows."
     if len(same) < len(kept):

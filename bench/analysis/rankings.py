@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.core.runs import HELD_OUT
 from bench.metrics import EVALUATORS
 
 from . import frames
@@ -96,14 +97,14 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
             known, means = {"backbone": backbone, "prior": label}, own.filter(like=suffix).mean()
             references.append([cell(key, known.get(key, means.get(f"{key}{suffix}"))) for key in (*by, *names)])
     first, floor = block.iloc[0], block.coded_bits_per_token_independent
+    images = f"{HELD_OUT[first.protocol_scored_on]} images of {first.data} at {first.image_size}×{first.image_size}"
     notes = [
-        f"{_sampling(first)}, against all {first.protocol_count:.0f} "
-        f"validation images of {first.data} at {first.image_size}×{first.image_size}; bits on their codes. "
+        f"{_sampling(first)}, against all {first.protocol_count:.0f} {images}; bits on their codes. "
         f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
         f"{floor.max():.2f} bits per token.",
         "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
         "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
-        "reconstructed validation images are; 0.05 is innocent.",
+        "reconstructed held-out images are; 0.05 is innocent.",
     ]
     return Sheet([*by, *names], rows, references, [*notes, *_cut(len(table))], main)
 
@@ -120,7 +121,7 @@ def protocol_of(block: pd.DataFrame) -> dict[str, str]:
 
 
 def _protocol_line(protocol: dict[str, str]) -> str:
-    shown = ("data", "split", "count", "image_size", "rounding", "extractor_vgg16", "device", "version")
+    shown = ("data", "split", "scored_on", "count", "image_size", "rounding", "extractor_vgg16", "device", "version")
     each = [f"{name.replace('_', ' ')} {_short(protocol[name])}" for name in shown if name in protocol]
     return f"Protocol: {'; '.join(each)}."
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from bench.core.runs import HELD_OUT
+
 from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, main_metric, protocols, settings
 from .looks import BITS, at_words, brief
 
@@ -33,7 +35,7 @@ def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
     for index, rows in enumerate(shown):
         first = rows.iloc[0]
         size = f"{first.image_size}×{first.image_size}"
-        note = f"{brief(first.data)}, {first.protocol_count:.0f} validation images of {size}."
+        note = f"{brief(first.data)}, {first.protocol_count:.0f} {HELD_OUT[first.protocol_scored_on]} images of {size}."
         if len(groups) > len(shown):
             note += f" {len(groups) - len(shown)} smaller groups with another protocol are not drawn."
         suffix = f"_protocol{index + 1}" if len(groups) > 1 else ""

@@ -2,7 +2,7 @@
 
 Rows of one block (see frames.blocks) are compared: backbones with each other, or the values of a swept setting with a
 reference value. The unit of evidence is the seed: a paired t test over seeds, Holm's correction over all comparisons
-of a call, and, as a second witness, a paired bootstrap over the validation images.
+of a call, and, as a second witness, a paired bootstrap over the held-out images.
 """
 
 import functools

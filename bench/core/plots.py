@@ -82,14 +82,14 @@ def codebook(path: Path, images: np.ndarray, title: str) -> None:
 
 
 def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, float], title: str) -> None:
-    """Saves a prior's bits per token against steps, with the validation rate and the floor it has to beat."""
+    """Saves a prior's bits per token against steps, with the held-out rate and the floor it has to beat."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     steps = [row["step"] for row in history]
     sns.lineplot(x=steps, y=[row["bits_per_token"] for row in history], ax=axes, label="training, with dropout")
     floor, rate = metrics["coded_bits_per_token_independent"], metrics["coded_bits_per_token"]
-    axes.axhline(floor, color="0.5", linestyle=":", label=f"independent, validation: {floor:.2f}")
-    axes.axhline(rate, color="0.2", linestyle="--", label=f"validation: {rate:.2f}")
+    axes.axhline(floor, color="0.5", linestyle=":", label=f"independent, held out: {floor:.2f}")
+    axes.axhline(rate, color="0.2", linestyle="--", label=f"held out: {rate:.2f}")
     axes.set(xlabel="step", ylabel="bits per token", title=title)
     axes.legend(loc="upper right")
     _save(figure, path)

@@ -35,6 +35,7 @@ FAILURES = {
 }
 
 
+HELD_OUT = {"test": "test", "val": "validation"}  # splits that runs are scored on, and what they are called
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
 LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
@@ -211,7 +212,8 @@ class Run:
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
         metrics = {RENAMED.get(name, name): value for name, value in stored["metrics"].items() if value is not None}
-        protocol, shelf = stored["protocol"], self.folder.absolute().parent.name
+        protocol = {"scored_on": "val", **stored["protocol"]}  # as versions before 3 were, which did not say so
+        shelf = self.folder.absolute().parent.name
         for name, value in metrics.items():
             if type(value) not in (int, float) or abs(value) > HUGE:
                 raise Damaged(path, f"{name} is {value!r}, which is no number of use")
@@ -219,6 +221,8 @@ class Run:
             raise Damaged(path, f"it has no {missing[0]}")
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
+        if protocol["scored_on"] not in HELD_OUT:
+            raise Damaged(path, f"it was scored on {protocol['scored_on']!r}, which is no split")
         if missing := [name for name in TOLD if shelf in SCORED and name not in protocol]:
             raise Damaged(path, f"its protocol has no {missing[0]}")
         if missing := [name for name in NUMBERS.get(shelf, ()) if type(protocol.get(name)) not in (int, float)]:

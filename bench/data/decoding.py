@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,61 @@ from bench.core.errors import Damaged, UserError
 from bench.core.files import UNREADABLE, atomic_path, cache_dir, seal, sha256_arrays, unseal
 from bench.core.progress import Bar, console, printable, say
 
-from .sources import DATASETS, Source, Split, folder_source
+from .batches import batch_indices
+from .datasets import DATASETS
+from .sources import SPLITS, Source, Split, folder_source
 
-DECODING_VERSION = 2  # part of the cache key: raise it when the same files would decode to other pixels
+DECODING_VERSION = 3  # part of the cache key: raise it when the same files would decode to other pixels
 DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
+
+
+class Subset:
+    """Some of ``images`` (N, H, W, 3), those in ``rows``, as an array for those who index its first axis. What they
+    ask for is copied, not all of it."""
+
+    def __init__(self, images: np.ndarray, rows: np.ndarray):
+        self.images, self.rows = images, rows
+        self.shape = (len(rows), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        return self.images[self.rows[places]]
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Two splits of equally sized images, and what a protocol has to say about them."""
+    """Three splits of equally sized images, and what a protocol has to say about them."""
 
     name: str  # as given to load()
-    train: np.ndarray  # (N, H, W, 3) uint8, a read-only memory map
-    val: np.ndarray  # the same
-    fingerprint: str  # SHA-256 of the pixels of both splits: equal on any machine that decodes to equal pixels
-    split: str  # e.g. "photos: 4096 train / 512 val crops of 64×64, left 75 % / right 25 %"
+    train: np.ndarray | Subset  # (N, H, W, 3) uint8, a read-only memory map
+    val: np.ndarray  # the same: for choosing between settings
+    test: np.ndarray  # the same: for the scores of what was chosen
+    fingerprint: str  # SHA-256 of the pixels of all splits: equal on any machine that decodes to equal pixels
+    split: str  # e.g. "photos: 4096 train / 512 val / 512 test crops of 8 photographs, …"
     skipped: tuple[str, ...]  # files that could not be decoded, relative to the folder
     classes: tuple[str, ...] = ()  # names of what the images show, sorted; none where they have no labels
-    labels: tuple[np.ndarray, np.ndarray] | None = None  # of both splits, (N,) int64 each: places in ``classes``
+    labels: tuple[np.ndarray, ...] | None = None  # of the splits in their order, (N,) int64 each: places in ``classes``
+
+    def images(self, split: str) -> np.ndarray:
+        """Those of a split that runs are scored on: ``val`` or ``test``."""
+        return {"val": self.val, "test": self.test}[split]
+
+    def labels_of(self, split: str) -> np.ndarray | None:
+        """(N,) int64 of train, val or test; None where the images have no labels."""
+        return None if self.labels is None else self.labels[SPLITS.index(split)]
+
+    def with_train(self, count: int) -> "Data":
+        """The same with only ``count`` of the images to train on, drawn once for all seeds; 0 takes all. A smaller
+        number takes some of those of a larger one. Raises UserError when there are fewer."""
+        if not count:
+            return self
+        if count > len(self.train):
+            raise UserError(f"train_images is {count} and {self.name} has {len(self.train)} to train on; 0 takes all")
+        rows = np.sort(batch_indices(0, 0, count, len(self.train)))
+        labels = self.labels and (self.labels[0][rows], *self.labels[1:])
+        return replace(self, train=Subset(self.train, rows), labels=labels)
 
 
 def load(data: str, image_size: int) -> Data:
@@ -95,14 +132,14 @@ def _read(data: str, folder: Path) -> Data:
     meta = unseal(folder / "meta.json")  # written last: where it exists, the arrays are complete
     if not all(path.is_file() for path in folder.glob("*.npy")):
         raise Damaged(folder, "a part of it is not a file")
-    paths = [folder / f"{split}.npy" for split in ("train", "val")]
+    paths = [folder / f"{split}.npy" for split in SPLITS]
     images = [np.load(path, mmap_mode="r") for path in paths]
-    labels = tuple(np.load(folder / f"{path.stem}_labels.npy") for path in paths)
+    labels = tuple(np.load(folder / f"{split}_labels.npy") for split in SPLITS)
     for shown in images:  # of which a fingerprint knows the bytes, their number and one side
         side = shown.shape[1:2]
         if shown.dtype != np.uint8 or shown.shape[1:] != (*side, *side, 3):
             raise Damaged(folder, "its images are of another type or shape")
-    if _fingerprint(*paths, *(path.stat().st_mtime_ns for path in paths)) != meta["fingerprint"]:
+    if _fingerprint(*((path, path.stat().st_mtime_ns) for path in paths)) != meta["fingerprint"]:
         raise Damaged(folder, "its images are not those that were decoded")
     classes = tuple(meta["classes"])
     for shown, places in zip(images, labels, strict=True):
@@ -116,10 +153,10 @@ def _read(data: str, folder: Path) -> Data:
 
 
 @cache
-def _fingerprint(train: Path, val: Path, *changed: int) -> str:
-    """Digest of the pixels and shapes in both files, computed once in a process as long as they are not ``changed``."""
+def _fingerprint(*files: tuple[Path, int]) -> str:
+    """Digest of the pixels and shapes in ``files``, computed once in a process until one of them has another time."""
     digest = hashlib.sha256()
-    for path in (train, val):
+    for path, _ in files:
         images = np.load(path, mmap_mode="r")
         digest.update(images)
         digest.update(_shape(len(images), images.shape[1]))
@@ -132,7 +169,7 @@ def _shape(count: int, image_size: int) -> bytes:
 
 
 def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
-    """Writes train.npy, val.npy and then meta.json into ``folder``; leaves nothing behind if it does not get there."""
+    """Writes an array per split and then meta.json into ``folder``; leaves nothing behind if it does not get there."""
     name = data.partition(":")[0]
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process left behind
     *splits, how = source.open()
@@ -145,7 +182,7 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         )
 
     digest, skipped = hashlib.sha256(), []
-    labels: dict[str, list[str]] = {"train": [], "val": []}  # of the images that can be decoded
+    labels: dict[str, list[str]] = {split: [] for split in SPLITS}  # of the images that can be decoded
     try:
         with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
@@ -157,7 +194,7 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         if not all(labels.values()):
             raise UserError(f"a split of {data} has no readable image ({_first(skipped)}): repair or replace them")
         classes, written = _write_labels(folder, labels)
-        what = f"{name}: {len(labels['train'])} train / {len(labels['val'])} val {how}"
+        what = f"{name}: {' / '.join(f'{len(found)} {split}' for split, found in labels.items())} {how}"
         with atomic_path(folder / "meta.json") as path:
             about = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped}
             path.write_text(seal({**about, "classes": classes, "labels": written}))

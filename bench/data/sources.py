@@ -1,16 +1,15 @@
-"""Where images come from: scikit-image's photographs, torchvision's data sets, any folder.
+"""Where images come from: torchvision's data sets, any folder; ``photos`` has the embedded photographs.
 
-To add a data set: write a function ``image_size -> Source`` and add a line to ``DATASETS``.
+Every source has three splits: train, val for choosing between settings, test for the scores that are published.
 """
 
 import hashlib
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,12 +19,11 @@ from bench.core.errors import UserError
 from bench.core.files import cache_dir
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
-PHOTO_TRIES, PHOTO_CONTRAST = 100, 4  # a crop in which no channel's standard deviation reaches 4 levels is redrawn
+SPLITS = ("train", "val", "test")
+VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Images yet to be decoded."""
 
     items: Sequence[Any]  # whose str() names them in messages
@@ -33,12 +31,11 @@ class Split:
     label: Callable[[Any], str]  # item → name of its class; empty for none
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A data set yet to be opened."""
 
     identity: Any  # a cheap JSON value that changes whenever the pixels may have
-    open: Callable[[], tuple[Split, Split, str]]  # train, val, and what completes "photos: 4096 train / 512 val …"
+    open: Callable[[], tuple[Split, Split, Split, str]]  # train, val, test, and how they were made, in words
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,80 +64,23 @@ def to_pixels(image: Image.Image, image_size: int) -> np.ndarray:
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box))
 
 
-# --- scikit-image's photographs -------------------------------------------------------------------------------------
-
-
-def photographs() -> dict[str, np.ndarray]:
-    """The colour photographs inside scikit-image's wheel: name -> (H, W, 3) uint8. Nothing is downloaded."""
-    import skimage.data
-
-    names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "immunohistochemistry", "retina")
-    photos = {name: getattr(skimage.data, name)() for name in (*names, "colorwheel")}
-    return photos | {"stereo_motorcycle": skimage.data.stereo_motorcycle()[0]}  # left view, right view, disparity
-
-
-def _is_flat(crop: np.ndarray) -> bool:
-    """Whether no channel varies: retina's black border, sky. In integers, so that every machine rejects the same."""
-    values = crop.reshape(-1, 3).astype(np.int64)
-    count = len(values)
-    variance = count * (values**2).sum(axis=0) - values.sum(axis=0) ** 2  # times count²
-    return bool(variance.max() < (PHOTO_CONTRAST * count) ** 2)
-
-
-def _draw_crops(photos: dict[str, np.ndarray], image_size: int, count: int, train: bool) -> list[tuple[str, int, int]]:
-    """(photograph, top, left) of every crop of a split: the photographs in turn, anywhere in the split's part, which is
-    the left 75 % of the width (train) or the right 25 %, so that the splits share no pixel."""
-    draw = np.random.PCG64(0 if train else 1).random_raw  # NumPy promises this stream for ever, not a Generator's
-    crops, names = [], list(photos)
-    for index in range(count):
-        photo = photos[name := names[index % len(names)]]
-        height, width = photo.shape[:2]
-        first, last = (0, width * 3 // 4) if train else (width * 3 // 4, width)
-        for _ in range(PHOTO_TRIES):
-            top = draw() % (height - image_size + 1)
-            left = first + draw() % (last - first - image_size + 1)
-            if not _is_flat(photo[top : top + image_size, left : left + image_size]):
-                break
-        crops.append((name, top, left))
-    return crops
-
-
-def _open_photos(photos: dict[str, np.ndarray], counts: tuple[int, int], image_size: int) -> tuple[Split, Split, str]:
-    limits = {name: min(photo.shape[0], photo.shape[1] // 4) for name, photo in photos.items()}
-    photos = {name: photo for name, photo in photos.items() if limits[name] >= image_size}
-    if not photos:
-        raise UserError(
-            f"image_size {image_size} is larger than photos allows: use at most {max(limits.values())}, "
-            "or give larger images as folder:PATH"
-        )
-
-    def read(crop: tuple[str, int, int]) -> np.ndarray:
-        name, top, left = crop
-        return photos[name][top : top + image_size, left : left + image_size]
-
-    crops = (_draw_crops(photos, image_size, count, train) for count, train in zip(counts, (True, False), strict=True))
-    splits = [Split(places, read, lambda crop: crop[0]) for places in crops]
-    return *splits, f"crops of {image_size}×{image_size}, left 75 % / right 25 %"
-
-
-def photo_source(
-    image_size: int, photos: Callable[[], dict[str, np.ndarray]] = photographs, counts: tuple[int, int] = (4096, 512)
-) -> Source:
-    """So many crops to train on and to validate with, drawn from ``photos``."""
-    return Source(counts, lambda: _open_photos(photos(), counts, image_size))
-
-
 # --- torchvision's datasets -----------------------------------------------------------------------------------------
 
 
-def _open_torchvision(kind: str, train: dict, val: dict, image_size: int) -> tuple[Split, Split, str]:
+def torchvision_source(kind: str, splits: dict[str, dict[str, Any]], image_size: int) -> Source:
+    """The data set ``kind`` of torchvision, whose class takes ``splits[split]`` as options. Where it has no split for
+    validation, a share of training is taken."""
+    return Source(splits, partial(_open_torchvision, kind, splits, image_size))  # its files have checksums
+
+
+def _open_torchvision(kind: str, splits: dict[str, dict[str, Any]], image_size: int) -> tuple[Split, Split, Split, str]:
     repair()
     from torchvision import datasets
 
     root = cache_dir() / "torchvision"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        opened = [getattr(datasets, kind)(str(root), **which, download=True) for which in (train, val)]
+        opened = {split: getattr(datasets, kind)(str(root), **which, download=True) for split, which in splits.items()}
     except Exception as error:  # network, checksum, torn archive, no gdown for CelebA: it raises nearly every kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
@@ -148,9 +88,13 @@ def _open_torchvision(kind: str, train: dict, val: dict, image_size: int) -> tup
             "or give your images as folder:PATH"
         ) from error
 
-    splits = [_torchvision_split(dataset, image_size) for dataset in opened]
-    names = " / ".join(f"{option}={value}" for which in (train, val) for option, value in which.items())
-    return *splits, f"images, central squares resized to {image_size}×{image_size}, {names}"
+    found = {split: _torchvision_split(dataset, image_size) for split, dataset in opened.items()}
+    how = " / ".join(f"{option}={value}" for which in splits.values() for option, value in which.items())
+    if "val" not in found:
+        rest, val = _held_out(found["train"].items, len(found["test"].items))
+        found |= {"train": found["train"]._replace(items=rest), "val": found["train"]._replace(items=val)}
+        how += ", val: a share of train by a hash of the place"
+    return *(found[split] for split in SPLITS), f"images, central squares resized to {image_size}×{image_size}, {how}"
 
 
 def _torchvision_split(dataset: Any, image_size: int) -> Split:
@@ -163,10 +107,6 @@ def _torchvision_split(dataset: Any, image_size: int) -> Split:
         return "" if target < 0 else str(names[target] if names else target)
 
     return Split(range(len(dataset)), lambda index: to_pixels(dataset[index][0], image_size), label)
-
-
-def _torchvision(kind: str, train: dict, val: dict, image_size: int) -> Source:
-    return Source((train, val), partial(_open_torchvision, kind, train, val, image_size))  # its files have checksums
 
 
 # --- a folder of images ---------------------------------------------------------------------------------------------
@@ -211,11 +151,13 @@ def _waits(path: str) -> bool:
         return False
 
 
-def _split_by_hash(paths: list[str]) -> tuple[list[str], list[str]]:
-    """90 % / 10 % by a hash of the relative path: the same on any machine, and at least one image on either side."""
-    shuffled = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
-    count = max(1, round(len(paths) / 10))
-    return sorted(shuffled[count:]), sorted(shuffled[:count])
+def _held_out(items: Sequence[Any], most: int | None = None) -> tuple[list[Any], list[Any]]:
+    """``items`` without a tenth of them, at most ``most``, and that tenth: by a hash of their names, so the same on any
+    machine, and at least one."""
+    ordered = sorted(items, key=lambda item: hashlib.sha256(os.fsencode(str(item))).digest())
+    count = max(1, round(len(items) / 10))
+    count = count if most is None else min(count, most)
+    return sorted(ordered[count:]), sorted(ordered[:count])
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
@@ -227,19 +169,32 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 
 
 def folder_source(path: str, image_size: int) -> Source:
-    """The images at any depth below ``path``: those of its subfolders ``train`` and ``val``, ``valid``, ``validation``
-    or ``test``, or else split by a hash of their paths. Raises UserError where there are too few, or none."""
+    """The images at any depth below ``path``.
+
+    Its subfolders ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` are the splits. Where only one of them
+    is beside ``train``, that is the test, as scores are published on what a data set holds out, and validation takes a
+    tenth of train, no more than the test has. Anything else is split 80 / 10 / 10 % by a hash of the paths. Raises
+    UserError where there are too few, or none.
+    """
     root = os.path.realpath(os.path.expanduser(path))
-    held_out = [name for name in VALIDATION_FOLDERS if os.path.isdir(os.path.join(root, name))]
-    if held_out and os.path.isdir(os.path.join(root, "train")):
-        train, val = _find_images(root, "train"), _find_images(root, held_out[0])
-        split_folders, how = 1, f"subfolders train / {held_out[0]}"
+    named = [name for name in (*VALIDATION_FOLDERS, "test") if os.path.isdir(os.path.join(root, name))]
+    split_folders = int(bool(named) and os.path.isdir(os.path.join(root, "train")))
+    if split_folders:
+        train, test = _find_images(root, "train"), _find_images(root, named[-1] if "test" in named else named[0])
+        if "test" in named and len(named) > 1:
+            val, how = _find_images(root, named[0]), f"subfolders train / {named[0]} / test"
+        else:
+            if len(train) < 2:
+                raise UserError(f"only one image in {root}/train: add another, validation takes its share of them")
+            train, val = _held_out(train, len(test))
+            how = f"subfolders train / {named[0]}, val: a share of train by a hash of the path"
     else:
-        paths = _find_images(root)
-        if len(paths) < 2:
-            raise UserError(f"only one image in {root}: add another, one is needed to train and one to validate")
-        train, val = _split_by_hash(paths)
-        split_folders, how = 0, "split 90 % / 10 % by a hash of the path"
+        train = _find_images(root)
+        if len(train) < 3:
+            raise UserError(f"only {len(train)} in {root}: add images, each of train, val and test needs one")
+        train, val = _held_out(train)
+        train, test = _held_out(train, len(val))
+        how = "split 80 % / 10 % / 10 % by a hash of the path"
 
     def read(name: str) -> np.ndarray:
         with Image.open(os.path.join(root, name)) as image:
@@ -250,16 +205,7 @@ def folder_source(path: str, image_size: int) -> Source:
         return folders[0] if folders else ""
 
     how = f"images, central squares resized to {image_size}×{image_size}, {how}"
-    stamps = [(name, _stamp(os.path.join(root, name))) for name in train + val]
-    return Source((root, len(train), stamps), lambda: (Split(train, read, label), Split(val, read, label), how))
-
-
-DATASETS: dict[str, Callable[[int], Source]] = {
-    "photos": photo_source,
-    "cifar10": partial(_torchvision, "CIFAR10", {"train": True}, {"train": False}),
-    "fashion_mnist": partial(_torchvision, "FashionMNIST", {"train": True}, {"train": False}),
-    "stl10": partial(_torchvision, "STL10", {"split": "unlabeled"}, {"split": "test"}),  # 100,000 to train on
-    "celeba": partial(_torchvision, "CelebA", {"split": "train"}, {"split": "test"}),
-    "flowers102": partial(_torchvision, "Flowers102", {"split": "train"}, {"split": "test"}),
-}
-"""Data sets by name: image_size -> Source. Besides them ``folder:PATH`` takes any folder of images."""
+    stamps = [(name, _stamp(os.path.join(root, name))) for name in train + val + test]
+    sizes = len(train), len(val)
+    splits = [Split(names, read, label) for names in (train, val, test)]
+    return Source((root, *sizes, stamps), lambda: (*splits, how))

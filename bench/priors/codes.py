@@ -1,8 +1,8 @@
 """The codes of a data set: every image encoded once by a tokenizer, in files beside it.
 
-``RUN/codes/`` holds train.npy and val.npy, (N, h, w) in the smallest unsigned integers that hold K codes, and
-meta.json, written last, with the digest of the tokenizer's weights. Where training mirrors images, train.npy has all
-mirror images after all images.
+``RUN/codes/`` holds train.npy and held_out.npy, the split that the tokenizer was scored on: (N, h, w) in the smallest
+unsigned integers that hold K codes; and meta.json, written last, with the digest of the tokenizer's weights. Where
+training mirrors images, train.npy has all mirror images after all images.
 """
 
 from pathlib import Path
@@ -24,16 +24,16 @@ ENCODE_BATCH = 64
 
 
 class Codes(NamedTuple):
-    """A data set of codes: train and val are (N, h, w) unsigned integers in [0, K), memory-mapped, labels places in
-    ``classes``, None where the data has none; tokenizer is the digest of the weights that made them."""
+    """A data set of codes: train and held_out are (N, h, w) unsigned integers in [0, K), memory-mapped, labels are
+    places in ``classes``, None where the data has none; tokenizer is the digest of the weights that made them."""
 
     train: np.ndarray
-    val: np.ndarray
+    held_out: np.ndarray
     codebook_size: int
     tokenizer: str
     classes: tuple[str, ...]
     train_labels: np.ndarray | None
-    val_labels: np.ndarray | None
+    held_out_labels: np.ndarray | None
 
     @property
     def grid_size(self) -> int:
@@ -49,9 +49,10 @@ def digest(folder: Path) -> str:
 
 def load_data(folder: Path, tokenizer: Tokenizer) -> Data:
     """The images that the run was trained and scored on. Raises Changed when they are others now."""
-    data = load(tokenizer.config.data, tokenizer.config.image_size)
+    config = tokenizer.config
+    data = load(config.data, config.image_size).with_train(config.train_images)
     if data.fingerprint != Run(folder).protocol().get("fingerprint"):
-        raise Changed(f"{tokenizer.config.data} has other images now than when {folder} was trained; train it again")
+        raise Changed(f"{config.data} has other images now than when {folder} was trained; train it again")
     return data
 
 
@@ -61,38 +62,42 @@ def encode(folder: Path, tokenizer: Tokenizer, data: Data) -> Codes:
     place, identity = folder / "codes", digest(folder)
     place.mkdir(exist_ok=True)
     with FileLock(place / ".lock"):
-        for stem in ("meta", "train", "val"):
+        for stem in ("meta", "train", "held_out"):
             remove_parts(place, stem)
-        meta, train, val = cached(place / "meta.json", lambda path: _encode(path, tokenizer, data, identity), _read)
+        meta, train, held_out = cached(
+            place / "meta.json", lambda path: _encode(path, tokenizer, data, identity), _read
+        )
     if meta["tokenizer"] != identity:
         other = f"another tokenizer ({meta['tokenizer']}, not {identity})"
         raise UserError(f"{place} has codes of {other}; delete that folder to encode again")
-    labels = data.labels or (None, None)
-    if labels[0] is not None and meta["mirrored"]:
-        labels = np.concatenate([labels[0], labels[0]]), labels[1]
-    return Codes(train, val, meta["codebook_size"], identity, data.classes, *labels)
+    train_labels, labels = data.labels_of("train"), data.labels_of(tokenizer.config.split)
+    if train_labels is not None and meta["mirrored"]:
+        train_labels = np.concatenate([train_labels, train_labels])
+    return Codes(train, held_out, meta["codebook_size"], identity, data.classes, train_labels, labels)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """What the file ``path`` tells of the codes beside it, and both splits, mapped. Raises Damaged or ValueError where
     that is not what was written."""
     meta = unseal(path, "tokenizer", "mirrored", "codebook_size")
-    splits = [path.with_name(f"{split}.npy") for split in ("train", "val")]
+    splits = [path.with_name(f"{split}.npy") for split in ("train", "held_out")]
     if missing := [split.name for split in splits if not split.is_file()]:  # reading a pipe would wait for ever
         raise Damaged(path.parent, f"it has no file {missing[0]}")
     try:
-        train, val = (np.load(split, mmap_mode="r") for split in splits)
+        train, held_out = (np.load(split, mmap_mode="r") for split in splits)
     except UNREADABLE as error:
         raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
-    if {train.dtype, val.dtype} != {np.min_scalar_type(meta["codebook_size"] - 1)}:  # of which a digest knows nothing
+    if {train.dtype, held_out.dtype} != {
+        np.min_scalar_type(meta["codebook_size"] - 1)
+    }:  # of which a digest knows nothing
         raise Damaged(path.parent, "its codes are of another type")
-    if {train.ndim, val.ndim} != {3} or len({*train.shape[1:], *val.shape[1:]}) != 1:
+    if {train.ndim, held_out.ndim} != {3} or len({*train.shape[1:], *held_out.shape[1:]}) != 1:
         raise Damaged(path.parent, "its codes are of another shape")
-    if meta.get("digest", found := sha256_arrays(train, val)) != found:  # older versions wrote none
+    if meta.get("digest", found := sha256_arrays(train, held_out)) != found:  # older versions wrote none
         raise Damaged(path.parent, "its codes are not those that were written")
-    if "digest" not in meta and max(train.max(), val.max()) >= meta["codebook_size"]:
+    if "digest" not in meta and max(train.max(), held_out.max()) >= meta["codebook_size"]:
         raise Damaged(path.parent, "its codes are beyond its codebook")
-    return meta, train, val
+    return meta, train, held_out
 
 
 @torch.inference_mode()
@@ -102,8 +107,9 @@ def _encode(meta: Path, tokenizer: Tokenizer, data: Data, identity: str) -> None
     config, device = tokenizer.config, next(tokenizer.parameters()).device
     mirrored = config.augment != "none"
     kind = np.min_scalar_type(config.codebook_size - 1)
-    with Bar("encoding", len(data.val) + len(data.train) * (1 + mirrored)) as bar:
-        for split, images, mirror in (("train", data.train, mirrored), ("val", data.val, False)):
+    held_out = data.images(config.split)
+    with Bar("encoding", len(held_out) + len(data.train) * (1 + mirrored)) as bar:
+        for split, images, mirror in (("train", data.train, mirrored), ("held_out", held_out, False)):
             passes = []
             for flip in (False, True)[: 1 + mirror]:
                 for x in eval_batches(images, ENCODE_BATCH):

@@ -45,7 +45,7 @@ METRICS: dict[str, Metric] = {
     "precision_vgg16": Metric("precision vgg16", ".2f", "higher"),
     "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),
     "nearest_train_psnr": Metric("nearest training image dB", ".1f", ""),
-    "nearest_val_psnr": Metric("the same of validation images dB", ".1f", ""),
+    "nearest_val_psnr": Metric("the same of held-out images dB", ".1f", ""),
     "copy_rate": Metric("copies", ".2f", ""),
     "images_per_second_sample": Metric("samples/s", ".0f", "higher"),
     "sampling_speedup": Metric("times faster than whole passes", ".1f", ""),
@@ -75,20 +75,20 @@ def score_prior(
     known: dict[str, float],
     fid_weights: Path | None,
 ) -> Generated:
-    """All that is measured of a prior, in float32, on validation images and samples. ``known``: from ``references``.
+    """All that is measured of a prior, in float32, on held-out images and samples. ``known``: from ``references``.
 
-    ``coded_bits_*``: the rate at which an entropy coder with this prior would send validation codes, the class included
+    ``coded_bits_*``: the rate at which an entropy coder with this prior would send held-out codes, the class included
     where the prior is conditioned on it; ``*_train`` of as many training codes. ``g*``, ``precision_vgg16`` and
-    ``recall_vgg16`` compare the samples with all validation images. ``nearest_train_psnr``: median PSNR of a sample to
+    ``recall_vgg16`` compare the samples with all held-out images. ``nearest_train_psnr``: median PSNR of a sample to
     its nearest training image. ``copy_rate``: share of samples nearer to a training image than 95 % of reconstructed
-    validation images, which cannot be copies, are; so 0.05 is innocent.
+    held-out images, which cannot be copies, are; so 0.05 is innocent.
     """
     device, pixels = torch.device(config.device), tokenizer.config.image_size**2
-    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.val), dtype=int)
+    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.held_out), dtype=int)
     labels = codes.train_labels if prior.classes else None
     own = None if labels is None else labels[evenly]
     with full_precision(device):
-        bits = rate(prior, codes.val, codes.val_labels, labels)
+        bits = rate(prior, codes.held_out, codes.held_out_labels, labels)
         metrics = {
             "coded_bits_per_token": bits,
             "coded_bits_per_image": tokens * bits,
@@ -102,7 +102,7 @@ def score_prior(
         grids = draw(prior, config, labels)
         samples = decode(tokenizer, grids, config.device)
         metrics["images_per_second_sample"] = config.samples / (time.monotonic() - began)
-    real = real_features(data, config.device, fid_weights)
+    real = real_features(data, tokenizer.config.split, config.device, fid_weights)
     metrics |= ImageSet.of(_bar(samples, "scoring samples"), device, fid_weights).distances(real)
     psnr, rows = nearest(samples, data.train, config.device)
     metrics["nearest_train_psnr"] = float(psnr.median())
@@ -173,12 +173,12 @@ def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
         return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
 
 
-def real_features(data: Data, device: str, fid_weights: Path | None) -> ImageSet:
-    """Features of the validation images: computed once for a data set, then cached."""
-    key = f"{data.fingerprint[:16]}-{digests(fid_weights)}-{device.partition(':')[0]}"
+def real_features(data: Data, split: str, device: str, fid_weights: Path | None) -> ImageSet:
+    """Features of the images of ``split``: computed once for a data set, then cached."""
+    key = f"{data.fingerprint[:16]}-{split}-{digests(fid_weights)}-{device.partition(':')[0]}"
 
     def make(path: Path) -> None:
-        real = ImageSet.of(_bar(data.val, "features of validation images"), device, fid_weights)
+        real = ImageSet.of(_bar(data.images(split), f"features of {split} images"), device, fid_weights)
         np.savez(path, **{EXTRACTORS[name].weights: x.numpy() for name, x in real.features.items()})
 
     def read(path: Path) -> ImageSet:
@@ -199,7 +199,7 @@ def references(
     ``coded_bits_per_token_independent``: the rate with the histogram of each position, the floor. ``*_real``: scores of
     real training codes, decoded, which a perfect prior would reach; ``*_shuffled``: the same with the codes of each
     grid in random order. As many as samples, or as there are. ``nearest_val_psnr``: median PSNR of reconstructed
-    validation images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
+    held-out images to the nearest training image; ``nearest_val_psnr_95``: what 5 % of them exceed.
     """
     key = f"v{PRIOR_VERSION}-{config.samples}-{digests(fid_weights)}-{config.device.partition(':')[0]}"
 
@@ -216,7 +216,7 @@ def _references(
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
     grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
     shuffled = np.random.default_rng(0).permuted(grids.reshape(count, -1), axis=1).reshape(grids.shape)
-    real, found = real_features(data, config.device, fid_weights), {}
+    real, found = real_features(data, tokenizer.config.split, config.device, fid_weights), {}
     for name, chosen in {"real": grids, "shuffled": shuffled}.items():
         images = decode(tokenizer, torch.from_numpy(chosen), config.device)
         scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
@@ -224,8 +224,8 @@ def _references(
         found |= {f"{metric}_{name}": value for metric, value in scores.items()}
     floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
     floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
-    found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.val, None, None)
-    images = decode(tokenizer, torch.from_numpy(codes.val.astype(np.int64)), config.device)
+    found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.held_out, None, None)
+    images = decode(tokenizer, torch.from_numpy(codes.held_out.astype(np.int64)), config.device)
     psnr = nearest(images, data.train, config.device)[0]
     return found | {"nearest_val_psnr": float(psnr.median()), "nearest_val_psnr_95": float(psnr.quantile(0.95))}
 

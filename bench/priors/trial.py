@@ -55,8 +55,8 @@ def run_prior(
     if config.conditional and not data.classes:
         raise UserError(f"{data.name} has no classes to condition on; leave out --conditional")
     codes = encode(tokenizer_run.folder, tokenizer, data)
-    if min(len(data.val), len(data.train)) < MINIMUM_IMAGES:
-        found = f"{data.name} has {len(data.train)} training and {len(data.val)} validation images"
+    if min(len(data.train), len(codes.held_out)) < MINIMUM_IMAGES:
+        found = f"{data.name} has {len(data.train)} train and {len(codes.held_out)} {tokenizer.config.split} images"
         raise UserError(f"{found}; scoring generation needs at least {MINIMUM_IMAGES} of each")
     classes = len(codes.classes) if config.conditional else 0
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
@@ -78,7 +78,7 @@ def run_prior(
                         shutil.copyfile(twin.folder / "history.jsonl", temporary)
         generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)
         metrics = {**generated.metrics, **known, **costs}
-        finish(run, prior, generated, metrics, protocol(config, codes, data, fid_weights))
+        finish(run, prior, generated, metrics, protocol(config, codes, data, tokenizer.config.split, fid_weights))
     return run
 
 
@@ -111,8 +111,8 @@ def finish(
     complete(run, {**metrics, "grids_seen": seen}, conditions)
 
 
-def protocol(config: PriorConfig, codes: Codes, data: Data, fid_weights: Path | None) -> dict[str, Any]:
+def protocol(config: PriorConfig, codes: Codes, data: Data, split: str, fid_weights: Path | None) -> dict[str, Any]:
     """Everything that must be equal for the scores of two priors to be comparable, and the tokenizer's identity."""
     sampling = {name: getattr(config, name) for name in SAMPLING}
-    images = evaluate.protocol(data, config.device, fid_weights)
+    images = evaluate.protocol(data, split, config.device, fid_weights)
     return {**images, "version": PRIOR_VERSION, "tokenizer": codes.tokenizer, **sampling}

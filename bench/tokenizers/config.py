@@ -34,7 +34,8 @@ from .sizes import width_of
 
 # How runs are trained and scored; raised when the same config gives other numbers (tests/golden.json notices).
 # 2: FLOPs count attention and the Mamba-2 scan, on every device; seeds other than 0 have random draws of their own.
-PROTOCOL_VERSION = 2
+# 3: three splits; scores are of the test unless a config says otherwise; other crops of other photographs.
+PROTOCOL_VERSION = 3
 
 SMALLEST = max(MINIMUM_SIZE.values())
 LARGEST = 8192  # pixels or codes a side
@@ -66,6 +67,10 @@ class Config:
     (sampled codes); or fsq, lfq, simvq, residual, of an optional package"""
     data: str = "photos"
     """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
+    train_images: Natural = 0
+    """so many of the images to train on, drawn once for all seeds; 0 takes all"""
+    split: Literal["test", "val"] = "test"
+    """what the run is scored on; val (validation) while you are still choosing between settings, as searches do"""
     image_size: Annotated[int, SEEN_BY_LPIPS, settings.at_most(LARGEST)] = 64
     """side of the square images, in pixels"""
     grid_size: Annotated[Count, settings.at_most(LARGEST)] = 8

@@ -1,4 +1,4 @@
-"""Score a tokenizer on the whole validation set, and the reference that it has to beat at the same bits."""
+"""Score a tokenizer on a whole split, and the reference that it has to beat at the same bits."""
 
 import math
 from pathlib import Path
@@ -75,14 +75,15 @@ def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
     return {f"{name}_init": artefacts.result(config.grid_size)[name] for name in ("grid_energy", "grid_edges")}
 
 
-def protocol(data: Data, device: str, fid_weights: Path | None) -> dict[str, Any]:
-    """Everything that must be equal for two scores to be comparable, besides the bits spent."""
+def protocol(data: Data, split: str, device: str, fid_weights: Path | None) -> dict[str, Any]:
+    """Everything that must be equal for two scores to be comparable, besides the bits spent; of scores on ``split``."""
     return {
         "version": PROTOCOL_VERSION,
         "data": data.name,
         "fingerprint": data.fingerprint,
         "split": data.split,
-        "count": len(data.val),
+        "scored_on": split,
+        "count": len(data.images(split)),
         "skipped": len(data.skipped),
         "image_size": data.val.shape[1],
         "resizer": "none: one decoded array is reconstructed and compared",
@@ -134,18 +135,19 @@ class PatchKMeans:
         return grid.reshape(len(codes), 3, self.grid_size * side, self.grid_size * side)
 
 
-def kmeans_reference(
-    data: Data, grid_size: int, codebook_size: int, device: str, fid_weights: Path | None
-) -> dict[str, float]:
-    """Scores of PatchKMeans on ``data`` at the same grid and K, named as any scores. Computed once, then cached."""
-    conditions = protocol(data, device, fid_weights)
+def kmeans_reference(config: Config, data: Data, fid_weights: Path | None) -> dict[str, float]:
+    """Scores of PatchKMeans on ``data`` with the images, the grid and K of ``config``, named as any scores. Computed
+    once, then cached."""
+    grid_size, codebook_size, device = config.grid_size, config.codebook_size, config.device
+    conditions = protocol(data, config.split, device, fid_weights)
     fid = conditions["extractor_inception"] or "none"
     version = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}"
-    key = f"{data.fingerprint[:16]}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
+    images = f"{data.fingerprint[:16]}-{config.split}-n{len(data.train)}"
+    key = f"{images}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
 
     def make(path: Path) -> None:
         codec = PatchKMeans(data.train, grid_size, codebook_size, device)
-        metrics, _ = score(codec, codebook_size, data.val, device, fid_weights, "scoring k-means")
+        metrics, _ = score(codec, codebook_size, data.images(config.split), device, fid_weights, "scoring k-means")
         path.write_text(seal(metrics))
 
     return cached(cache_dir() / "references" / f"{key}.json", make, lambda path: unseal_numbers(path, "psnr"))

@@ -45,7 +45,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     weights.inception(fid_weights)
-    return load(config.data, config.image_size)
+    return load(config.data, config.image_size).with_train(config.train_images)
 
 
 def run_trial(
@@ -59,8 +59,8 @@ def run_trial(
     run = store.run(config)
     check_whole(run)
     data = prepare(config, store, fid_weights)
-    if min(len(data.train), len(data.val)) < 2:
-        found = f"{config.data} has {len(data.train)} training and {len(data.val)} validation images"
+    if min(len(data.train), len(data.images(config.split))) < 2:
+        found = f"{config.data} has {len(data.train)} train and {len(data.images(config.split))} {config.split} images"
         raise UserError(f"{found}; distances between sets need at least 2 of each")
     if run.finished:
         if run.protocol().get("fingerprint") != data.fingerprint:
@@ -70,8 +70,8 @@ def run_trial(
 
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
-        reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
-        untrained = score_untrained(config, data.val)
+        reference = kmeans_reference(config, data, fid_weights)
+        untrained = score_untrained(config, data.images(config.split))
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
@@ -89,16 +89,16 @@ def finish(
 ) -> None:
     """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last. ``measured``: what is
     known already, of the time before and during training."""
-    config = tokenizer.config
+    config, images = tokenizer.config, data.images(tokenizer.config.split)
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
-    metrics, per_image = score(tokenizer, config.codebook_size, data.val, config.device, fid_weights, label)
+    metrics, per_image = score(tokenizer, config.codebook_size, images, config.device, fid_weights, label)
     measured = {**measured, "score_seconds": max(0.0, time.monotonic() - began)}
     write_weights(run, "tokenizer.safetensors", tokenizer)
     with atomic_path(run.folder / "per_image.npz") as temporary:
         np.savez_compressed(temporary, **per_image)
     title = f"{config.backbone}, {config.quantizer}, K = {config.codebook_size}, {config.grid_size}×{config.grid_size}"
-    x, x_hat = sample_reconstructions(tokenizer, data.val)
+    x, x_hat = sample_reconstructions(tokenizer, images)
     with atomic_path(run.folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
@@ -108,7 +108,7 @@ def finish(
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
     references = {f"{name}_kmeans": value for name, value in reference.items()}
-    complete(run, {**metrics, **costs, **references}, protocol(data, config.device, fid_weights))
+    complete(run, {**metrics, **costs, **references}, protocol(data, config.split, config.device, fid_weights))
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_encode_writes_what_the_tokenizer_says_once(results, capsys):
     data = load_data(folder, tokenizer)
     codes = encode_run(folder, tokenizer, data)
     assert codes.train.shape == (96, 4, 4)  # mirror images after the 48
-    assert (codes.val.shape, codes.val.dtype) == ((24, 4, 4), np.uint8)
+    assert (codes.held_out.shape, codes.held_out.dtype) == ((24, 4, 4), np.uint8)
     assert isinstance(codes.train, np.memmap)
     assert codes.tokenizer == digest(folder)
     x = torch.from_numpy(data.train[5].copy()).permute(2, 0, 1)[None] / 127.5 - 1

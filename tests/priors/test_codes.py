@@ -67,7 +67,7 @@ def test_mirror_images_follow_all_images_where_training_mirrors(folder, augment)
     codes = encode(folder, reader, data)
     mirrored = [expected(data.train), expected(data.train[:, :, ::-1])][: 1 + (augment != "none")]
     assert np.array_equal(codes.train, np.concatenate(mirrored))
-    assert np.array_equal(codes.val, expected(data.val))
+    assert np.array_equal(codes.held_out, expected(data.val))
     assert sum(reader.batches) == 70 * len(mirrored) + 66
     assert (codes.codebook_size, codes.grid_size) == (512, SIDE)
 
@@ -79,14 +79,14 @@ def test_labels_are_those_of_their_images_and_of_their_mirror_images(folder, aug
         codes = encode(folder, Reader(augment=augment), data)
         assert codes.classes == ("a", "b", "c")
         assert len(codes.train_labels) == len(codes.train)
-        assert np.array_equal(codes.val_labels, data.labels[1])
+        assert np.array_equal(codes.held_out_labels, data.labels[1])
         for row, label in enumerate(codes.train_labels):
             assert label == data.labels[0][row % 70]
 
 
 def test_without_labels_there_are_none(folder):
     codes = encode(folder, Reader(), toy_data())
-    assert (codes.classes, codes.train_labels, codes.val_labels) == ((), None, None)
+    assert (codes.classes, codes.train_labels, codes.held_out_labels) == ((), None, None)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_without_labels_there_are_none(folder):
 def test_every_code_comes_back_in_the_smallest_type_that_holds_them(folder, codebook_size, kind):
     data = toy_data()
     codes = encode(folder, Reader(codebook_size, "none"), data)
-    assert codes.train.dtype == codes.val.dtype == kind
+    assert codes.train.dtype == codes.held_out.dtype == kind
     assert np.array_equal(codes.train, expected(data.train, codebook_size))
     assert codes.train.max() >= codebook_size // 2
 
@@ -116,7 +116,7 @@ def test_codes_are_made_once_and_say_whose_they_are(folder):
 def test_codes_stay_on_disk_where_nobody_writes_to_them(folder):
     """A data set of them need not fit into memory."""
     codes = encode(folder, Reader(), toy_data())
-    for grids in (codes.train, codes.val):
+    for grids in (codes.train, codes.held_out):
         assert isinstance(grids, np.memmap)
         assert not grids.flags.writeable
 
@@ -200,14 +200,18 @@ def test_two_that_encode_at_once_do_it_once(folder):
 def test_the_files_say_what_the_codes_are(folder):
     """Of which weights, by the beginning of their digest, how many there can be, and of which images."""
     codes = encode(folder, Reader(), toy_data())
-    assert {path.name for path in (folder / "codes").iterdir()} - {".lock"} == {"train.npy", "val.npy", "meta.json"}
+    assert {path.name for path in (folder / "codes").iterdir()} - {".lock"} == {
+        "train.npy",
+        "held_out.npy",
+        "meta.json",
+    }
     assert unseal(folder / "codes" / "meta.json") == {
         **{"tokenizer": hashlib.sha256(b"weights").hexdigest()[:16], "codebook_size": 512, "mirrored": True},
-        **{"data": "toy", "fingerprint": "f" * 64, "digest": sha256_arrays(codes.train, codes.val)},
+        **{"data": "toy", "fingerprint": "f" * 64, "digest": sha256_arrays(codes.train, codes.held_out)},
     }
 
 
-@pytest.mark.parametrize("name", ["train.npy", "val.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["train.npy", "held_out.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "noise", "gone"])
 def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     """Of which a line tells; and afterwards they are read as before."""
@@ -228,14 +232,14 @@ def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     assert quiet.batches == []
 
 
-@pytest.mark.parametrize("name", ["train.npy", "val.npy"])
+@pytest.mark.parametrize("name", ["train.npy", "held_out.npy"])
 def test_a_pipe_where_codes_belong_is_not_waited_for(folder, impatient, capsys, name):
     encode(folder, Reader(), toy_data())
     path = folder / "codes" / name
     path.unlink()
     os.mkfifo(path)
     codes = encode(folder, Reader(), toy_data())
-    assert np.array_equal(codes.val, expected(toy_data().val))
+    assert np.array_equal(codes.held_out, expected(toy_data().val))
     assert path.is_file()
     assert f"it has no file {name}; it is made again" in " ".join(capsys.readouterr().err.split())
 

@@ -431,11 +431,11 @@ def test_a_known_entropy_is_reached(name, tmp_path):
         *("none", name, 2, 100_000), dropout=0.0, steps=STEPS.get(name, 500), precision="fp32", device="cpu"
     )
     prior, _ = train_prior(config.resolved(), codes, tmp_path)
-    reached = rate(prior, codes.val, None, None)
+    reached = rate(prior, codes.held_out, None, None)
     assert entropy * 0.995 < reached < entropy * 1.03
     floor = PRIORS["independent"](STATES, 6)
     floor.fit(torch.from_numpy(train))
-    assert rate(floor, codes.val, None, None) > 1.3 * reached
+    assert rate(floor, codes.held_out, None, None) > 1.3 * reached
 
 
 def toy_codes(count: int = 64, side: int = 4, classes: int = 0) -> Codes:

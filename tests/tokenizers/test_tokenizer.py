@@ -185,7 +185,7 @@ def test_a_run_gives_its_tokenizer_back(finished, images):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert not any(part.training for part in loaded.modules())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    x = torch.from_numpy(images.val[:4]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(images.test[:4]).permute(0, 3, 1, 2).float() / 127.5 - 1
     codes = loaded.encode(x)
     assert torch.equal(codes, tokenizer.encode(x))
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes).detach())

@@ -64,7 +64,7 @@ def test_a_finished_run_holds_everything(trained, images):
     assert metrics["bits_per_pixel"] == 64 / 32**2
     assert metrics["images_seen"] == 12 * 8
     per_image = np.load(trained.folder / "per_image.npz")
-    assert per_image["psnr"].shape == (len(images.val),)
+    assert per_image["psnr"].shape == (len(images.test),)
     for name in ("psnr", "ssim", "lpips_alex", "lpips_vgg"):
         assert metrics[name] == pytest.approx(float(per_image[name].mean()), rel=1e-5)
     stored = json.loads((trained.folder / "config.json").read_text())
@@ -86,7 +86,7 @@ def test_a_run_has_the_metrics_that_reports_list_and_no_others(trained):
 def test_the_scores_are_those_of_decode_encode(trained, images):
     """From the stored weights, by hand: clamp, round, compare (bug 11)."""
     tokenizer = Tokenizer.from_run(trained.folder)
-    x = torch.from_numpy(images.val).permute(0, 3, 1, 2)
+    x = torch.from_numpy(images.test).permute(0, 3, 1, 2)
     codes = tokenizer.encode(x.float() / 127.5 - 1)
     x_hat = ((tokenizer.decode(codes).clamp(-1, 1) + 1) * 127.5).round()
     error = (x_hat - x.float()).square().mean((1, 2, 3))
@@ -136,7 +136,7 @@ def begun(store, config) -> Run:
 def scored(images, tmp_path_factory):
     """A run that ``finish`` has written, its tokenizer and its data; the reference and the costs are made up."""
     config = make_config("cnn", "smoke", **SMALL, device="cpu", precision="fp32").resolved()
-    data = replace(images, val=images.val[:15])
+    data = replace(images, test=images.test[:15])
     run, tokenizer = begun(Store(tmp_path_factory.mktemp("scored")), config), greys(config)
     reference = {"psnr": 1.25, "usage": 0.5}
     finish(run, tokenizer, data, reference, None, {"train_seconds": 7.5, "grid_edges_init": 0.25})
@@ -156,7 +156,7 @@ def test_the_reference_and_what_was_measured_before_are_written_as_they_are(scor
 def test_stored_weights_reproduce_the_stored_scores(scored):
     run, _, data = scored
     tokenizer = Tokenizer.from_run(run.folder)
-    metrics, per_image = score(tokenizer, 16, data.val, "cpu", None, "again")
+    metrics, per_image = score(tokenizer, 16, data.test, "cpu", None, "again")
     stored = run.metrics()
     assert metrics == pytest.approx({name: stored[name] for name in metrics}, rel=1e-3, abs=1e-3)
     assert run.protocol()["count"] == 15
@@ -169,7 +169,7 @@ def test_pictures_show_what_is_scored(scored):
     run, tokenizer, data = scored
     with np.load(run.folder / "samples.npz") as samples:
         x, x_hat = samples["x"], samples["x_hat"]
-    np.testing.assert_array_equal(x, data.val[np.linspace(0, 14, 12, dtype=int)])
+    np.testing.assert_array_equal(x, data.test[np.linspace(0, 14, 12, dtype=int)])
     images = from_uint8(torch.from_numpy(x).permute(0, 3, 1, 2))
     with full_precision(images.device):
         expected = to_uint8(tokenizer.decode(tokenizer.encode(images)))
@@ -277,7 +277,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     *given, measured = seen["finish"]
     assert given == [run, "tokenizer", trial_data, {"psnr": (trial_data, 8, 32, "cpu", tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
-    assert measured["grid_edges_init"] == (config, trial_data.val)
+    assert measured["grid_edges_init"] == (config, trial_data.test)
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
@@ -379,14 +379,14 @@ def test_one_process_per_run_folder(trial_data, tiny, store):
 def test_the_untrained_score_sees_the_starting_weights_and_draws_nothing(tiny, images):
     config = replace(tiny, seed=3)
     before = torch.get_rng_state()
-    found = score_untrained(config, images.val)
+    found = score_untrained(config, images.test)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert score_untrained(config, images.val) == found
-    assert score_untrained(tiny, images.val) != found  # another seed, another start
+    assert score_untrained(config, images.test) == found
+    assert score_untrained(tiny, images.test) != found  # another seed, another start
     torch.manual_seed(3)
     tokenizer = Tokenizer(config).eval()
-    x = torch.from_numpy(images.val).permute(0, 3, 1, 2)
+    x = torch.from_numpy(images.test).permute(0, 3, 1, 2)
     with torch.no_grad():
         x_hat = to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x))))
     artefacts = Artefacts()
@@ -397,8 +397,8 @@ def test_the_untrained_score_sees_the_starting_weights_and_draws_nothing(tiny, i
 
 def test_the_untrained_score_is_of_images_spread_over_the_set(tiny, images, monkeypatch):
     monkeypatch.setattr(evaluate, "UNTRAINED_IMAGES", 5)
-    found = score_untrained(tiny, images.val)
-    assert found == score_untrained(tiny, images.val[[0, 5, 11, 17, 23]])
+    found = score_untrained(tiny, images.test)
+    assert found == score_untrained(tiny, images.test[[0, 5, 11, 17, 23]])
     assert found.keys() == {"grid_energy_init", "grid_edges_init"}
 
 
@@ -407,7 +407,7 @@ def test_the_untrained_score_knows_nothing_of_batches(tiny, images, monkeypatch)
     config, found = replace(tiny, backbone="timm:test_resnet"), []
     for size in (3, 24):
         monkeypatch.setattr(evaluate, "EVAL_BATCH", size)
-        found.append(score_untrained(config, images.val))
+        found.append(score_untrained(config, images.test))
     assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
@@ -416,7 +416,7 @@ def test_a_vit_starts_with_a_grid_and_both_cures_lower_it(images):
 
     def energy(backbone: str, **options) -> float:
         config = make_config(backbone, "smoke", grid_size=8, device="cpu", **options)
-        return np.mean([score_untrained(replace(config, seed=k), images.val)["grid_energy_init"] for k in range(6)])
+        return np.mean([score_untrained(replace(config, seed=k), images.test)["grid_energy_init"] for k in range(6)])
 
     plain = energy("vit")
     assert plain > energy("cnn") + 3
@@ -441,7 +441,7 @@ def test_patch_kmeans_beats_every_single_colour_and_is_a_codec(images):
 
 def test_patches_and_images_are_inverses(images):
     codec = PatchKMeans(images.train, 4, 4, "cpu")
-    x = from_uint8(torch.from_numpy(images.val).permute(0, 3, 1, 2))
+    x = from_uint8(torch.from_numpy(images.test).permute(0, 3, 1, 2))
     codec.centroids = codec._patches(x)
     every = torch.arange(len(x) * 16).view(len(x), 4, 4)
     assert torch.equal(codec.decode(every), x)
@@ -526,7 +526,7 @@ def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_da
         assert kmeans_reference(*changed) == kmeans_reference(*changed) == {"psnr": count + 1.0}
         data, _, codebook_size, device, fid_weights = changed
         assert computed[-1][1] == codebook_size
-        assert computed[-1][2] is data.val
+        assert computed[-1][2] is data.test
         assert computed[-1][3:5] == (device, fid_weights)
     for version in ("REFERENCE_VERSION", "PROTOCOL_VERSION"):
         with monkeypatch.context() as patch:
@@ -562,7 +562,7 @@ class Greys:
 def test_scores_are_of_the_whole_set_and_not_of_its_batches(images, monkeypatch):
     """Every number by hand, from more images than a batch holds (bugs 9, 10)."""
     monkeypatch.setattr(evaluate, "EVAL_BATCH", 4)
-    codec, val = Greys(4, 10), images.val[:10].copy()
+    codec, val = Greys(4, 10), images.test[:10].copy()
     val[:, 0, 0], val[:, 0, 1] = 0, 255
     found, per_image = score(codec, 10, val, "cpu", None, "greys")
     x = torch.from_numpy(val).permute(0, 3, 1, 2)
@@ -600,7 +600,7 @@ def test_inceptions_weights_are_looked_for_where_they_are_said_to_be(monkeypatch
 
 
 def test_scoring_is_in_float32_whatever_surrounds_it(images):
-    codec, val = Greys(4, 10), images.val[:2].copy()
+    codec, val = Greys(4, 10), images.test[:2].copy()
     val[:, 0, 0], val[:, 0, 1] = 0, 255
     plain, _ = score(codec, 10, val, "cpu", None, "plain")
     with torch.autocast("cpu", torch.bfloat16):
@@ -630,7 +630,7 @@ def test_a_perfect_codec_scores_perfectly(images):
         def decode(self, codes):
             return self.x
 
-    metrics, per_image = score(Perfect(), 2, images.val, "cpu", None, "perfect")
+    metrics, per_image = score(Perfect(), 2, images.test, "cpu", None, "perfect")
     assert metrics["lpips_alex"] == metrics["lpips_vgg"] == 0
     assert metrics["ssim"] == pytest.approx(1)
     assert metrics["psnr"] == per_image["psnr"].min() == float(psnr(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2))
@@ -662,8 +662,8 @@ def test_what_makes_scores_incomparable_changes_the_protocol_and_nothing_else_do
     assert changed(replace(images, fingerprint="1" * 64)) == {"fingerprint"}
     assert changed(replace(images, name="folder:x")) == {"data"}
     assert changed(replace(images, split="other")) == {"split"}
-    assert changed(replace(images, val=images.val[:7])) == {"count"}
-    assert changed(replace(images, val=images.val[:, :16, :16])) == {"image_size"}
+    assert changed(replace(images, test=images.test[:7])) == {"count"}
+    assert changed(replace(images, test=images.test[:, :16, :16])) == {"image_size"}
     assert changed(replace(images, skipped=("a", "b"))) == {"skipped"}
     assert changed(replace(images, train=images.train[:7])) == set()  # the fingerprint covers both splits
     assert changed(device="cuda:1") == {"device"}
@@ -736,7 +736,7 @@ def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, to
     config = replace(tiny, grid_size=1, width=8, seed=4, precision="fp32").resolved()
     run, tokenizer = begun(store, config), greys(config)
     finish(run, tokenizer, images, {}, tmp_path, {})
-    assert told["score"][1:] == (16, images.val, "cpu", tmp_path, "scoring cnn ema seed 4")
+    assert told["score"][1:] == (16, images.test, "cpu", tmp_path, "scoring cnn ema seed 4")
     assert told["protocol"] == (images, "cpu", tmp_path)
     assert run.protocol() == least()["protocol"]
     title = "cnn, ema, K = 16, 1×1"
@@ -852,7 +852,7 @@ def test_a_damaged_run_is_not_trained_over(tiny, store, monkeypatch):
 @pytest.mark.parametrize(("train", "val"), [(1, 2), (2, 1)])
 def test_two_images_of_each_split_are_needed_before_any_training(trial_data, monkeypatch, tmp_path, train, val):
     """Distances between sets have no spread of one."""
-    few = replace(trial_data, train=trial_data.train[:train], val=trial_data.val[:val])
+    few = replace(trial_data, train=trial_data.train[:train], test=trial_data.test[:val])
     monkeypatch.setattr("bench.tokenizers.trial.load", lambda data, image_size: few)
     with pytest.raises(UserError, match=f"photos has {train} training and {val} validation images; distances"):
         run_trial(make_config("cnn", "smoke", device="cpu"), tmp_path)
