@@ -45,7 +45,7 @@ REGULARISED = {"lecam_weight": 0.1, "r1_weight": 0.1, "entropy_weight": 0.1, "re
 
 def images(count: int) -> np.ndarray:
     """The first ``count`` crops of 32×32 of a photograph, row by row: (count, 32, 32, 3) uint8."""
-    rows = photographs()["astronaut"][:256, :256].reshape(8, 32, 8, 32, 3).swapaxes(1, 2)
+    rows = photographs()["astronaut"].pixels[:256, :256].reshape(8, 32, 8, 32, 3).swapaxes(1, 2)
     return np.ascontiguousarray(rows.reshape(64, 32, 32, 3)[:count])
 
 

@@ -66,7 +66,7 @@ def photographs() -> dict[str, Photograph]:
         "motorcycle": (motorcycle, Box(0, 0, 370, 500), Box(370, 0, 741, 130), Box(370, 130, 741, 500)),
         "pagoda": (china, Box(0, 230, 400, 427), Box(400, 120, 640, 427), Box(50, 20, 370, 230)),
         "flower": (flower, Box(300, 270, 640, 427), Box(150, 270, 300, 427), Box(160, 70, 450, 270)),
-        "portrait": (portrait, Box(0, 310, 512, 606), Box(0, 20, 130, 310), Box(130, 20, 390, 310)),
+        "portrait": (portrait, Box(0, 310, 512, 600), Box(0, 20, 130, 310), Box(130, 20, 390, 310)),
     }
     return {name: Photograph(*part) for name, part in parts.items()}
 

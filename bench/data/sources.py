@@ -91,7 +91,8 @@ def _open_torchvision(kind: str, splits: dict[str, dict[str, Any]], image_size: 
     found = {split: _torchvision_split(dataset, image_size) for split, dataset in opened.items()}
     how = " / ".join(f"{option}={value}" for which in splits.values() for option, value in which.items())
     if "val" not in found:
-        rest, val = _held_out(found["train"].items, len(found["test"].items))
+        items = found["train"].items
+        rest, val = _held_out(items, min(_tenth(items), len(found["test"].items)))
         found |= {"train": found["train"]._replace(items=rest), "val": found["train"]._replace(items=val)}
         how += ", val: a share of train by a hash of the place"
     return *(found[split] for split in SPLITS), f"images, central squares resized to {image_size}×{image_size}, {how}"
@@ -151,12 +152,13 @@ def _waits(path: str) -> bool:
         return False
 
 
-def _held_out(items: Sequence[Any], most: int | None = None) -> tuple[list[Any], list[Any]]:
-    """``items`` without a tenth of them, at most ``most``, and that tenth: by a hash of their names, so the same on any
-    machine, and at least one."""
+def _tenth(items: Sequence[Any]) -> int:
+    return max(1, round(len(items) / 10))
+
+
+def _held_out(items: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """``items`` without ``count`` of them, and these: by a hash of their names, so the same on any machine."""
     ordered = sorted(items, key=lambda item: hashlib.sha256(os.fsencode(str(item))).digest())
-    count = max(1, round(len(items) / 10))
-    count = count if most is None else min(count, most)
     return sorted(ordered[count:]), sorted(ordered[:count])
 
 
@@ -186,14 +188,15 @@ def folder_source(path: str, image_size: int) -> Source:
         else:
             if len(train) < 2:
                 raise UserError(f"only one image in {root}/train: add another, validation takes its share of them")
-            train, val = _held_out(train, len(test))
+            train, val = _held_out(train, min(_tenth(train), len(test)))
             how = f"subfolders train / {named[0]}, val: a share of train by a hash of the path"
     else:
         train = _find_images(root)
         if len(train) < 3:
-            raise UserError(f"only {len(train)} in {root}: add images, each of train, val and test needs one")
-        train, val = _held_out(train)
-        train, test = _held_out(train, len(val))
+            raise UserError(f"too few images in {root} ({len(train)}): add some, train, val and test need one each")
+        count = _tenth(train)
+        train, test = _held_out(train, count)
+        train, val = _held_out(train, count)
         how = "split 80 % / 10 % / 10 % by a hash of the path"
 
     def read(name: str) -> np.ndarray:

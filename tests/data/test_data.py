@@ -14,6 +14,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from bench.core.errors import UserError
-from bench.core.files import unseal
+from bench.core.files import cache_dir, unseal
 from bench.data import (
     AUGMENTATIONS,
+    DATASETS,
+    SPLITS,
     Data,
     batch,
     batch_indices,
@@ -37,11 +40,14 @@ from bench.data import (
     eval_batches,
     from_uint8,
     load,
+    photographs,
+    photos,
     sources,
     to_pixels,
     to_rgb,
 )
 from bench.data.decoding import decoded
+from bench.data.photos import Box, Photograph
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +69,11 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def sizes(loaded: Data) -> tuple[int, ...]:
+    """How many images are in each split."""
+    return tuple(len(getattr(loaded, split)) for split in SPLITS)
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (10, 8), ending: str = ".png") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -73,78 +84,157 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (10, 8), endi
 # --- photos ---------------------------------------------------------------------------------------------------------
 
 
-def column_photos() -> dict[str, np.ndarray]:
-    """Images that say where each of their pixels came from: (column // 256, column % 256, photograph)."""
-    photos = {}
-    for number, (height, width) in enumerate([(70, 300), (64, 401), (200, 257)]):
-        columns = np.broadcast_to(np.arange(width), (height, width))
-        photos[f"photo{number}"] = np.stack([columns // 256, columns % 256, 0 * columns + number], 2).astype(np.uint8)
-    return photos
+def coded_photos(*sides: int) -> dict[str, Photograph]:
+    """Pictures that say where each of their pixels came from, (row, column, photograph). Each of a picture's parts is
+    as narrow as its side, and longer: crops of that size are not resized."""
+    found = {}
+    for number, side in enumerate(sides or (64, 64, 64)):
+        rows, columns = np.indices((200, 230))
+        parts = (
+            (Box(0, 0, 150, side), Box(0, side, side, 200), Box(side, side, 230, 2 * side)),
+            (Box(0, 0, side, 200), Box(side, 0, 2 * side, 90), Box(2 * side, 0, 230, side)),
+            (Box(20, 120, 230, 120 + side), Box(100, 5, 200, 5 + side), Box(0, 0, side, 100)),
+        )
+        pixels = np.stack([rows, columns, 0 * rows + number], axis=2).astype(np.uint8)
+        found[f"photo{number}"] = Photograph(pixels, *parts[number])
+    return found
 
 
-def crops(image_size: int, photos=column_photos, counts: tuple[int, int] = (200, 100)) -> Data:
-    """Few crops of pictures that are not those in scikit-image."""
-    return decoded("photos", sources.photo_source(image_size, photos, counts), image_size)
+def crops(image_size: int, made=coded_photos, counts: tuple[int, int, int] = (200, 100, 100)) -> Data:
+    """Few crops of pictures that are not the embedded ones."""
+    return decoded("photos", photos.photo_source(image_size, made, counts), image_size)
 
 
 def test_photo_splits_share_no_pixel_and_photographs_are_equally_frequent():
-    loaded = crops(64)
-    columns = {}
-    for name, images in (("train", loaded.train), ("val", loaded.val)):
-        pixels = images.astype(int)
-        photo = pixels[:, 0, 0, 2]
-        assert np.ptp(np.bincount(photo)) <= 1
-        column = pixels[..., 0] * 256 + pixels[..., 1]
-        assert (np.diff(column, axis=2) == 1).all()  # a crop is a crop: neighbours stay neighbours
-        columns[name] = [set(column[photo == number].ravel()) for number in range(3)]
-    for number, width in enumerate((300, 401, 257)):
-        assert max(columns["train"][number]) < width * 3 // 4 <= min(columns["val"][number])
+    loaded, seen = crops(64), set()
+    for split in SPLITS:
+        images = getattr(loaded, split).astype(int)
+        assert (np.diff(images[..., 0], axis=1) == 1).all()  # a crop is a crop: neighbours stay neighbours
+        assert (np.diff(images[..., 1], axis=2) == 1).all()
+        assert np.ptp(np.bincount(images[:, 0, 0, 2])) <= 1
+        own = set(map(tuple, images.reshape(-1, 3).tolist()))
+        for row, column, number in own:
+            box = getattr(coded_photos()[f"photo{number}"], split)
+            assert box.left <= column < box.right
+            assert box.top <= row < box.bottom
+        assert not own & seen
+        seen |= own
+
+
+@pytest.mark.parametrize("name", photographs())
+def test_the_parts_of_a_photograph_are_inside_and_disjoint(name):
+    photo = photographs()[name]
+    height, width, _ = photo.pixels.shape
+    taken = np.zeros((height, width), int)
+    for split in SPLITS:
+        box: Box = getattr(photo, split)
+        assert 0 <= box.left < box.right <= width
+        assert 0 <= box.top < box.bottom <= height
+        taken[box.top : box.bottom, box.left : box.right] += 1
+    assert taken.max() == 1
+    assert photo.largest >= 128
+
+
+def test_a_crop_is_made_of_its_own_part_alone_whatever_its_size():
+    """Resized, too: a filter that looked around the crop would see another split."""
+    pixels = np.full((120, 240, 3), 255, np.uint8)
+    boxes = Box(10, 10, 110, 110), Box(110, 10, 170, 100), Box(170, 20, 230, 110)
+    for level, box in enumerate(boxes, 1):
+        pixels[box.top : box.bottom, box.left : box.right] = level
+    loaded = crops(16, lambda: {"flat": Photograph(pixels, *boxes)}, (60, 60, 60))
+    assert [np.unique(getattr(loaded, split)).tolist() for split in SPLITS] == [[1], [2], [3]]
+
+
+def test_a_crop_is_its_square_resized_by_lanczos():
+    *splits, _ = photos.photo_source(24, photographs, (24, 8, 8)).open()
+    for split in splits:
+        for name, box in split.items:
+            square = Image.fromarray(photographs()[name].pixels).crop(box)
+            assert square.width == square.height
+            assert np.array_equal(split.read((name, box)), square.resize((24, 24), Image.Resampling.LANCZOS))
+
+
+def test_crops_are_of_all_sizes_and_reach_every_edge_of_their_part():
+    """From image_size up to the whole part, each as likely: details and whole faces."""
+    part = Box(20, 30, 84, 130)
+    photo = Photograph(noise(200, 200, 3), part, Box(100, 0, 200, 100), Box(100, 100, 200, 200))
+    train, *_ = photos.photo_source(16, lambda: {"one": photo}, (2000, 1, 1)).open()
+    boxes = np.array([box for _, box in train.items])
+    sides = boxes[:, 2] - boxes[:, 0]
+    assert (sides == boxes[:, 3] - boxes[:, 1]).all()
+    assert set(sides) == set(range(16, 65))
+    assert abs(sides.mean() - 40) < 1
+    assert boxes.min(axis=0).tolist()[:2] == [20, 30]
+    assert boxes.max(axis=0).tolist()[2:] == [84, 130]
+    slack = (boxes[:, 0] - 20) / np.maximum(64 - sides, 1), (boxes[:, 1] - 30) / (100 - sides)
+    assert all(abs(share[sides < 60].mean() - 0.5) < 0.03 for share in slack)
 
 
 def test_photo_crops_are_the_same_on_every_machine():
     # A golden value: it must survive other versions of NumPy, and changes only together with DECODING_VERSION.
-    assert crops(64).fingerprint == "3ddafa3b4f9e39260ba63f35ff457fd644a7f0e7c806011845025e85f223d1bc"
+    assert crops(64).fingerprint == "89fd4567d6c1ce6f1e410c7d14af3d1b760d0d73f80551c2a610b82490d156a3"
+
+
+def test_the_places_of_crops_are_the_same_on_every_machine():
+    """Golden values, of sizes and places that no decoder can change."""
+    drawn = {split: photos._draw_crops(photographs(), 64, 16, split) for split in SPLITS}
+    assert {split: [tuple(box) for _, box in drawn[split][7::8]] for split in SPLITS} == {
+        "train": [(248, 379, 393, 524), (103, 412, 252, 561)],
+        "val": [(0, 127, 65, 192), (0, 74, 119, 193)],
+        "test": [(283, 92, 368, 177), (155, 109, 339, 293)],
+    }
 
 
 def test_photos_are_real_and_their_fingerprint_does_not_depend_on_the_cache(tmp_path, monkeypatch):
-    assert sources.DATASETS["photos"](64).identity == (4096, 512)
-    first = crops(64, sources.photographs, (90, 45))
+    assert DATASETS["photos"](64).identity == (4096, 512, 512)
+    first = crops(64, photographs, (90, 45, 40))
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "other"))
-    second = crops(64, sources.photographs, (90, 45))
+    second = crops(64, photographs, (90, 45, 40))
     assert first.fingerprint == second.fingerprint
-    assert np.array_equal(first.val, second.val)
+    assert np.array_equal(first.test, second.test)
     assert first.train.shape == (90, 64, 64, 3)
     assert first.train.dtype == np.uint8
     assert isinstance(first.train, np.memmap)
-    assert first.split == "photos: 90 train / 45 val crops of 64×64, left 75 % / right 25 %"
-    assert len(first.classes) == 9
-    assert min(image.std(axis=(0, 1)).max() for image in first.val) >= sources.PHOTO_CONTRAST
+    assert first.split == (
+        "photos: 90 train / 45 val / 40 test crops of 8 photographs, disjoint parts, resized to 64×64"
+    )
+    assert first.classes == tuple(sorted(photographs()))
 
 
 def test_flat_crops_are_redrawn():
-    photo = noise(64, 400, 3)
-    photo[:, :150] = photo[:, 300:340] = 7  # half of the training part, and some of the validation part
-    photo[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
-    loaded = crops(16, lambda: {"bordered": photo})
-    assert min(image.std(axis=(0, 1)).max() for image in (*loaded.train, *loaded.val)) >= sources.PHOTO_CONTRAST
-    for images in (loaded.train, loaded.val):
-        assert not any(sources._is_flat(image) for image in images)
-    assert len(crops(20, lambda: {"constant": np.full_like(photo, 7)}).train) == 200  # the tries are bounded
+    pixels = noise(64, 400, 3)
+    pixels[:, :150] = pixels[:, 300:340] = 7  # half of the training part, and some of the validation part
+    pixels[:, 75:150] += noise(64, 75, 3) % 7  # a standard deviation of 2 levels
+    parts = Box(0, 0, 300, 64), Box(300, 0, 360, 64), Box(360, 0, 400, 64)
+    loaded = crops(16, lambda: {"bordered": Photograph(pixels, *parts)})
+    for images in (loaded.train, loaded.val, loaded.test):
+        assert min(image.std(axis=(0, 1)).max() for image in images) >= photos.CONTRAST
+        assert not any(photos._is_flat(image) for image in images)
+    constant = Photograph(np.full_like(pixels, 7), *parts)
+    assert len(crops(20, lambda: {"constant": constant}).train) == 200  # the tries are bounded
 
 
 def test_photos_that_are_too_small_are_left_out_and_the_limit_is_told():
-    assert set(crops(66).val[..., 2].ravel()) == {0}  # only photo0 is 66 high and 4·66 wide
-    assert crops(70).val.shape == (100, 70, 70, 3)  # its whole height
+    assert set(crops(66, lambda: coded_photos(70, 64, 64)).val[..., 2].ravel()) == {0}
+    assert crops(70, lambda: coded_photos(64, 70, 64)).test.shape == (100, 70, 70, 3)  # the whole side
     with pytest.raises(UserError, match=r"image_size 76 .* at most 70"):
-        crops(76)
+        crops(76, lambda: coded_photos(64, 70, 64))
+
+
+@pytest.mark.parametrize("split", range(3))
+def test_the_narrowest_part_of_a_photograph_is_its_limit(split):
+    parts = [Box(0, 0, 50, 60), Box(50, 0, 110, 50), Box(110, 0, 160, 50)]
+    parts[split] = Box(*parts[split][:3], 40)
+    assert Photograph(noise(60, 160, 3), *parts).largest == 40
 
 
 def test_photographs_are_colour_pictures_and_a_stereo_pair_is_its_left_view():
-    photos = sources.photographs()
-    assert len(photos) == 9
-    assert all(photo.ndim == 3 and photo.shape[2] == 3 and photo.dtype == np.uint8 for photo in photos.values())
+    found = photographs()
+    assert len(found) == 8
+    assert all(photo.pixels.ndim == 3 and photo.pixels.shape[2] == 3 for photo in found.values())
+    assert all(photo.pixels.dtype == np.uint8 for photo in found.values())
     left, right, _ = skimage.data.stereo_motorcycle()
-    assert np.array_equal(photos["stereo_motorcycle"], left)
+    assert np.array_equal(found["motorcycle"].pixels, left)
     assert not np.array_equal(left, right)
 
 
@@ -163,9 +253,10 @@ def test_a_folder_takes_any_mode_size_depth_and_ending(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = load(f"folder:{tmp_path}", 16)
-    assert (len(loaded.train), len(loaded.val), loaded.skipped) == (6, 1, ())
+    assert (sizes(loaded), loaded.skipped) == ((5, 1, 1), ())
     assert loaded.split == (
-        "folder: 6 train / 1 val images, central squares resized to 16×16, split 90 % / 10 % by a hash of the path"
+        "folder: 5 train / 1 val / 1 test images, central squares resized to 16×16, "
+        "split 80 % / 10 % / 10 % by a hash of the path"
     )
 
 
@@ -243,46 +334,82 @@ def test_transparency_is_blended_and_not_cut():
 def test_split_subfolders_are_taken_as_they_are(tmp_path):
     write_images(tmp_path / "train" / "class", 3)
     write_images(tmp_path / "valid", 2, ending=".jpeg")
+    write_images(tmp_path / "test", 4)
     loaded = load(f"folder:{tmp_path}", 8)
-    assert (len(loaded.train), len(loaded.val)) == (3, 2)
-    assert "subfolders train / valid" in loaded.split
+    assert sizes(loaded) == (3, 2, 4)
+    assert loaded.split.endswith(" resized to 8×8, subfolders train / valid / test")
+    *splits, _ = sources.folder_source(str(tmp_path), 8).open()
+    for split, folder in zip(splits, ("train/class", "valid", "test"), strict=True):
+        assert {os.path.dirname(item) for item in split.items} == {folder}
 
 
 def test_the_names_of_validation_folders_have_an_order(tmp_path):
-    """``test`` is held out only where nothing is named for validation; what is in neither is left alone."""
+    """The first of them beside ``test``, the first in place of it; what is in no other is left alone."""
     for number, name in enumerate(("train", "test", "validation", "valid", "val", "more")):
-        write_images(tmp_path / name, number + 1)
-    for name, count in (("val", 5), ("valid", 4), ("validation", 3), ("test", 2)):
+        write_images(tmp_path / name, number + 4)
+    for name, count in (("val", 8), ("valid", 7), ("validation", 6)):
         loaded = load(f"folder:{tmp_path}", 8)
-        assert (len(loaded.train), len(loaded.val)) == (1, count)
-        assert loaded.split.endswith(f"subfolders train / {name}")
+        assert sizes(loaded) == (4, count, 5)
+        assert loaded.split.endswith(f"subfolders train / {name} / test")
+        (tmp_path / "test").rename(tmp_path / "not_test")
+        without = load(f"folder:{tmp_path}", 8)
+        assert sizes(without) == (3, 1, count)
+        assert without.split.endswith(f"subfolders train / {name}, val: a share of train by a hash of the path")
+        (tmp_path / "not_test").rename(tmp_path / "test")
         (tmp_path / name).rename(tmp_path / f"not_{name}")
-    assert "split 90 % / 10 %" in load(f"folder:{tmp_path}", 8).split
+    assert sizes(load(f"folder:{tmp_path}", 8)) == (3, 1, 5)
+    (tmp_path / "test").rename(tmp_path / "not_test")
+    assert "split 80 % / 10 % / 10 %" in load(f"folder:{tmp_path}", 8).split
+
+
+@pytest.mark.parametrize(("train", "test", "val"), [(2, 9, 1), (40, 9, 4), (40, 3, 3), (45, 40, 4)])
+def test_where_one_folder_is_held_out_validation_is_a_tenth_of_train_and_no_more_than_the_test(
+    tmp_path, train, test, val
+):
+    """Published scores are of what a data set holds out, whatever it calls that."""
+    for name in ("test", "val"):
+        write_images(tmp_path / name / "train" / "ant", train, size=(1, 1))
+        write_images(tmp_path / name / name, test, size=(1, 1))
+        *splits, _ = sources.folder_source(str(tmp_path / name), 8).open()
+        assert [len(split.items) for split in splits] == [train - val, val, test]
+        assert {item.partition("/")[0] for item in splits[2].items} == {name}
+        assert {*splits[0].items} | {*splits[1].items} == {f"train/ant/{index:03}.png" for index in range(train)}
 
 
 def test_a_class_that_is_called_test_is_no_split_where_nothing_is_called_train(tmp_path):
     for name in ("practice", "test"):
         write_images(tmp_path / name, 5)
     loaded = load(f"folder:{tmp_path}", 8)
-    assert loaded.split.endswith("split 90 % / 10 % by a hash of the path")
+    assert loaded.split.endswith("split 80 % / 10 % / 10 % by a hash of the path")
     assert loaded.classes == ("practice", "test")
 
 
-@given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=60))
-def test_the_hash_split_is_a_partition_of_a_tenth_that_ignores_order(paths):
-    train, val = sources._split_by_hash(sorted(paths))
-    assert sorted(train + val) == sorted(paths)
-    assert len(val) == max(1, round(len(paths) / 10))
-    assert sources._split_by_hash(sorted(paths, reverse=True)) == (train, val)
+def hashed(paths: list[str]) -> list[list[str]]:
+    """The splits of a folder that holds ``paths`` and names no split."""
+    with mock.patch.object(sources, "_find_images", return_value=paths):
+        *splits, _ = sources.folder_source("nowhere", 8).open()
+    return [split.items for split in splits]
+
+
+@given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=3, max_size=60))
+def test_the_hash_split_is_a_partition_with_two_tenths_that_ignores_order(paths):
+    with mock.patch.object(sources, "_stamp", str):
+        train, val, test = hashed(sorted(paths))
+        assert sorted(train + val + test) == sorted(paths)
+        assert len(val) == len(test) == max(1, round(len(paths) / 10))
+        assert hashed(sorted(paths, reverse=True)) == [train, val, test]
 
 
 def test_the_hash_split_is_the_same_on_every_machine_and_moves_few_images_when_some_are_added():
     """A golden value, which runs on disk depend on; and the hash of a path depends on no other path."""
     paths = [f"pets/{number:03}.png" for number in range(100)]
-    _, val = sources._split_by_hash(paths)
-    assert [int(path[5:8]) for path in val] == [8, 23, 39, 54, 59, 62, 64, 71, 79, 87]
-    _, later = sources._split_by_hash([*paths, *(f"more/{number}.png" for number in range(10))])
-    assert len({*val} - {*later}) <= 2
+    train, val, test = hashed(paths)
+    assert [int(path[5:8]) for path in test] == [8, 23, 39, 54, 59, 62, 64, 71, 79, 87]
+    assert [int(path[5:8]) for path in val] == [12, 24, 35, 37, 49, 53, 57, 61, 86, 88]
+    later = hashed([*paths, *(f"more/{number}.png" for number in range(10))])
+    assert len({*test} - {*later[2]}) <= 2
+    assert len({*val} - {*later[1]}) <= 4
+    assert len({*train} - {*later[0]}) <= 4
 
 
 def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
@@ -291,9 +418,9 @@ def test_a_few_broken_files_are_skipped_and_named(tmp_path, capsys):
     loaded = load(f"folder:{folder}", 4)
     assert (loaded.name, loaded.skipped) == (f"folder:{folder}", ("007.png",))
     assert capsys.readouterr().err == "skipped 1 of 150 images that cannot be decoded: 007.png\n"
-    assert len(loaded.train) + len(loaded.val) == 149
+    assert sum(sizes(loaded)) == 149
     assert load(f"folder:{folder}", 4).skipped == ("007.png",)
-    kept = np.concatenate([loaded.train, loaded.val])  # no hole and no shift where the broken file was
+    kept = np.concatenate([loaded.train, loaded.val, loaded.test])  # no hole and no shift where the broken file was
     images = [noise(4, 4, 3, seed=index) for index in range(150) if index != 7]
     assert sorted(image.tobytes() for image in kept) == sorted(image.tobytes() for image in images)
 
@@ -322,9 +449,9 @@ def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
 
 
 def toy(count: int, read=lambda item: np.zeros((4, 4, 3), np.uint8)) -> sources.Source:
-    """So many images in either split."""
+    """So many images in each split."""
     split = sources.Split(range(count), read, lambda item: "")
-    return sources.Source(count, lambda: (split, split, "numbers"))
+    return sources.Source(count, lambda: (split, split, split, "numbers"))
 
 
 def test_oddities_that_pillow_warns_of_spoil_no_image():
@@ -360,9 +487,9 @@ def test_progress_counts_every_image_also_the_broken_ones():
 
 @pytest.mark.parametrize("broken", [1, 2])
 def test_one_percent_of_all_images_may_be_broken_and_no_more(tmp_path, broken):
-    for split, count in (("train", 60), ("val", 40)):
+    for split, count in (("train", 50), ("val", 20), ("test", 30)):
         write_images(tmp_path / split, count, size=(2, 2))
-    for split in ("train", "val")[:broken]:
+    for split in ("train", "test")[:broken]:
         (tmp_path / split / "000.png").write_bytes(b"")
     if broken == 1:
         assert load(f"folder:{tmp_path}", 2).skipped == ("train/000.png",)
@@ -371,11 +498,13 @@ def test_one_percent_of_all_images_may_be_broken_and_no_more(tmp_path, broken):
             load(f"folder:{tmp_path}", 2)
 
 
-def test_a_split_whose_images_are_all_broken_is_an_error(tmp_path):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_whose_images_are_all_broken_is_an_error(tmp_path, split):
     write_images(tmp_path / "train", 120, size=(2, 2))
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "broken.png").touch()
-    with pytest.raises(UserError, match=r"no readable image \(val/broken\.png\)"):
+    write_images(tmp_path / ("val" if split == "test" else "test"), 2, size=(2, 2))
+    (tmp_path / split).mkdir()
+    (tmp_path / split / "broken.png").touch()
+    with pytest.raises(UserError, match=rf"no readable image \({split}/broken\.png\)"):
         load(f"folder:{tmp_path}", 4)
 
 
@@ -407,11 +536,17 @@ def test_symlink_loops_end_and_linked_folders_count_once(tmp_path):
     (folder / "again").symlink_to(folder)
     (folder / "more").symlink_to(other)
     loaded = load(f"folder:{folder}", 8)
-    assert len(loaded.train) + len(loaded.val) == 7
+    assert sum(sizes(loaded)) == 7
 
 
 def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypatch):
     write_images(tmp_path / "one", 1)
+    write_images(tmp_path / "two", 2)
+    write_images(tmp_path / "single" / "train", 1)
+    write_images(tmp_path / "single" / "test", 3)
+    for name in ("train", "val"):
+        write_images(tmp_path / "untested" / name, 3)
+    (tmp_path / "untested" / "test").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "half" / "val").mkdir(parents=True)
     write_images(tmp_path / "half" / "train", 3)
@@ -419,7 +554,10 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypat
         "missing": "No such file.*existing folder of images",
         "one/000.png": "Not a directory.*existing folder of images",
         "empty": r"no images in .*empty: put some there, .*\(\.bmp \.gif \.jpeg \.jpg \.png \.tif \.tiff \.webp\)",
-        "one": "only one image in .*one: add another",
+        "one": r"too few images in .*one \(1\): add some, train, val and test need one each",
+        "two": r"too few images in .*two \(2\): add some",
+        "single": "only one image in .*single/train: add another, validation takes its share",
+        "untested": "no images in .*untested/test: put some there",
         "half": "no images in .*val: put some there",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -439,17 +577,18 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, monkeypat
 def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    write_images(tmp_path / "pets", 2)
-    assert len(load("folder:~/pets", 8).train) == 1
+    write_images(tmp_path / "pets", 3)
+    assert sizes(load("folder:~/pets", 8)) == (1, 1, 1)
 
 
 def test_images_come_in_the_order_of_their_names_whatever_the_chunk(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "pets" / "train", 11, size=(4, 4)).parent
     write_images(folder / "val", 3, size=(4, 4))
+    write_images(folder / "test", 5, size=(4, 4))
     monkeypatch.setattr(decoding, "DECODING_CHUNK", 4)
     loaded = load(f"folder:{folder}", 4)
-    assert np.array_equal(loaded.train, [noise(4, 4, 3, seed=index) for index in range(11)])
-    assert np.array_equal(loaded.val, [noise(4, 4, 3, seed=index) for index in range(3)])
+    for images, count in ((loaded.train, 11), (loaded.val, 3), (loaded.test, 5)):
+        assert np.array_equal(images, [noise(4, 4, 3, seed=index) for index in range(count)])
     assert (loaded.train.dtype, loaded.train.flags.writeable) == (np.uint8, False)
 
 
@@ -466,13 +605,13 @@ def painted(folder: Path, colours: dict[str, int], count: int) -> None:
 
 def assert_labels_name_the_colours(loaded: Data, colours: dict[str, int]) -> None:
     assert loaded.classes == tuple(sorted(colours))
-    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+    for images, labels in zip((loaded.train, loaded.val, loaded.test), loaded.labels, strict=True):
         assert (labels.dtype, labels.shape) == (np.int64, (len(images),))
         assert [colours[loaded.classes[label]] for label in labels] == images[:, 0, 0, 0].tolist()
         assert set(labels) == set(range(len(colours)))
 
 
-@pytest.mark.parametrize("splits", [("train", "val"), ("",)])
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "val"), ("",)])
 def test_labels_name_the_folder_also_behind_broken_files(tmp_path, splits):
     colours = {"zebra": 10, "ant": 20, "ant-hill": 30}  # whose paths are sorted otherwise
     for split in splits:
@@ -486,16 +625,16 @@ def test_labels_name_the_folder_also_behind_broken_files(tmp_path, splits):
 
 
 def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other():
-    """Data sets of packages name images by number, and both splits have a number 5."""
+    """Data sets of packages name images by number, and all splits have a number 5."""
     levels = {number: np.full((4, 4, 3), number, np.uint8) for number in range(150)}
 
     def split(broken: int) -> sources.Split:
         readable = {number: image for number, image in levels.items() if number != broken}
         return sources.Split(range(150), readable.__getitem__, lambda number: "odd" if number % 2 else "even")
 
-    loaded = decoded("toy", sources.Source("toy", lambda: (split(5), split(-1), "numbers")), 4)
-    assert (len(loaded.train), len(loaded.val), loaded.skipped) == (149, 150, ("5",))
-    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+    loaded = decoded("toy", sources.Source("toy", lambda: (split(5), split(-1), split(7), "numbers")), 4)
+    assert (sizes(loaded), loaded.skipped) == ((149, 150, 149), ("5", "7"))
+    for images, labels in zip((loaded.train, loaded.val, loaded.test), loaded.labels, strict=True):
         assert [loaded.classes[label] for label in labels] == [
             "odd" if level % 2 else "even" for level in images[:, 0, 0, 0]
         ]
@@ -504,7 +643,7 @@ def test_an_image_that_is_broken_in_one_split_keeps_its_namesake_in_the_other():
 def test_labels_of_photos_are_their_photographs():
     loaded = crops(64)
     assert loaded.classes == ("photo0", "photo1", "photo2")
-    for images, labels in zip((loaded.train, loaded.val), loaded.labels, strict=True):
+    for images, labels in zip((loaded.train, loaded.val, loaded.test), loaded.labels, strict=True):
         assert np.array_equal(labels, images[:, 0, 0, 2])
 
 
@@ -563,7 +702,7 @@ def test_a_folder_has_one_cache_whatever_way_leads_to_it(tmp_path, decodes, monk
 def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes, monkeypatch):
     """Each on its own: the bytes or the time of a file, its name, its class, its split, the version of decoding."""
     folder = tmp_path / "pets"
-    for split in ("train", "val"):
+    for split in SPLITS:
         painted(folder / split, {"ant": 20, "bee": 30}, 3)
 
     def decoded_anew(change) -> bool:
@@ -583,13 +722,15 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: image.rename(folder / "train" / "ant" / "99.png"))
     assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "cat" / "99.png"))
     assert decoded_anew(lambda: (folder / "train" / "cat" / "99.png").rename(folder / "val" / "bee" / "99.png"))
-    assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").unlink())
+    assert decoded_anew(lambda: (folder / "val" / "bee" / "99.png").rename(folder / "test" / "bee" / "99.png"))
+    assert decoded_anew(lambda: (folder / "test" / "bee" / "99.png").unlink())
+    assert decoded_anew(lambda: (folder / "test").rename(folder / "rest"))
     assert decoded_anew(lambda: monkeypatch.setattr(decoding, "DECODING_VERSION", decoding.DECODING_VERSION + 1))
 
 
 def test_an_image_in_whose_place_another_was_put_is_decoded_anew(tmp_path):
     """Also of the same size, by a copy that keeps the time of its writing."""
-    folder = write_images(tmp_path / "pets", 2)
+    folder = write_images(tmp_path / "pets", 3)
     image, other = folder / "000.png", write_images(tmp_path / "other", 8) / "007.png"
     first = load(f"folder:{folder}", 8)
     status = os.stat(image)
@@ -614,27 +755,30 @@ def test_a_stamp_is_of_a_size_and_two_times(monkeypatch):
 
 def test_data_sets_and_numbers_of_crops_do_not_share_a_cache(decodes):
     counts = []
-    for name, train, val in (("photos", 20, 9), ("photos", 21, 9), ("photos", 20, 10), ("others", 20, 9)):
-        loaded = decoded(name, sources.photo_source(16, column_photos, (train, val)), 16)
-        counts.append((len(loaded.train), len(loaded.val)))
-    assert counts == [(20, 9), (21, 9), (20, 10), (20, 9)]
-    assert len(decodes) == 4
+    asked = [(20, 9, 5), (21, 9, 5), (20, 10, 5), (20, 9, 6), (20, 9, 5)]
+    for name, numbers in zip(("photos", "photos", "photos", "photos", "others"), asked, strict=True):
+        counts.append(sizes(decoded(name, photos.photo_source(16, coded_photos, numbers), 16)))
+    assert counts == asked
+    assert len(decodes) == 5
 
 
-def test_the_fingerprint_is_that_of_the_pixels_of_both_splits_in_order(tmp_path):
-    """Equal for copies elsewhere; another for one grey level in either split, for two images exchanged, and for an
-    image that moves from one split to the other."""
+def test_the_fingerprint_is_that_of_the_pixels_of_all_splits_in_order(tmp_path):
+    """Equal for copies elsewhere; another for one grey level in any split, for two images exchanged, and for an image
+    that moves from one split to another."""
 
-    def fingerprint(name: str, train: list[int], val: list[int]) -> str:
-        for split, levels in (("train", train), ("val", val)):
+    def fingerprint(name: str, *levels_of_splits: list[int]) -> str:
+        for split, levels in zip(SPLITS, levels_of_splits, strict=True):
             (tmp_path / name / split).mkdir(parents=True)
             for index, level in enumerate(levels):
                 path = tmp_path / name / split / f"{index}.png"
                 Image.fromarray(np.full((2, 2, 3), level, np.uint8)).save(path)
         return load(f"folder:{tmp_path / name}", 2).fingerprint
 
-    assert fingerprint("a", [1, 2, 3], [4, 5]) == fingerprint("b", [1, 2, 3], [4, 5])
-    variants = [([1, 2, 3], [4, 5]), ([9, 2, 3], [4, 5]), ([1, 2, 3], [4, 9]), ([2, 1, 3], [4, 5]), ([1, 2], [3, 4, 5])]
+    assert fingerprint("a", [1, 2, 3], [4, 5], [6]) == fingerprint("b", [1, 2, 3], [4, 5], [6])
+    variants = [
+        *(([1, 2, 3], [4, 5], [6]), ([9, 2, 3], [4, 5], [6]), ([1, 2, 3], [4, 9], [6]), ([1, 2, 3], [4, 5], [9])),
+        *(([2, 1, 3], [4, 5], [6]), ([1, 2], [3, 4, 5], [6]), ([1, 2, 3], [4], [5, 6])),
+    ]
     found = {fingerprint(f"c{number}", *variant) for number, variant in enumerate(variants)}
     assert len(found) == len(variants)
 
@@ -671,7 +815,7 @@ def test_an_interrupted_decode_leaves_nothing_that_counts_as_complete(tmp_path, 
         assert str(cache) in str(raised.value)
         assert "No space left on device" in str(raised.value)
         assert "VQBENCH_CACHE" in str(raised.value)
-    assert len(load(f"folder:{folder}", 8).train) == 4
+    assert sizes(load(f"folder:{folder}", 8)) == (3, 1, 1)
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, monkeypatch):
@@ -682,9 +826,9 @@ def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, mo
     with pytest.raises(UserError, match=r"takes 0\.00 GB and .* free some space"):
         load(f"folder:{folder}", 8)
     free[cache / "data"] += 1
-    assert len(load(f"folder:{folder}", 8).train) == 4
+    assert sizes(load(f"folder:{folder}", 8)) == (3, 1, 1)
     free[cache / "data"] = 1_500_000_000
-    with pytest.raises(UserError, match=r"decoding toy takes 12\.29 GB and .* has 1\.50 GB left"):
+    with pytest.raises(UserError, match=r"decoding toy takes 18\.43 GB and .* has 1\.50 GB left"):
         decoded("toy", toy(500_000), 64)
 
 
@@ -699,6 +843,7 @@ def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
 
 
 def test_fashion_mnist_through_torchvision(cache):
+    """It has no split for validation, so that is a share of those to train on."""
     raw = cache / "torchvision" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     given = {"train": [3, 0, 4, 4, 1], "t10k": [9, 1, 3]}
@@ -708,44 +853,82 @@ def test_fashion_mnist_through_torchvision(cache):
         )
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(given[name]))
     loaded = load("fashion_mnist", 28)
-    assert (len(loaded.train), len(loaded.val)) == (5, 3)
-    assert np.array_equal(loaded.train, np.repeat(noise(5, 28, 28)[..., None], 3, axis=3))
-    assert loaded.split.startswith("fashion_mnist: 5 train / 3 val images, central squares resized to 28×28, ")
+    assert sizes(loaded) == (4, 1, 3)
+    assert loaded.split == (
+        "fashion_mnist: 4 train / 1 val / 3 test images, central squares resized to 28×28, "
+        "train=True / train=False, val: a share of train by a hash of the place"
+    )
+    everything = [image.tobytes() for image in np.repeat(noise(5, 28, 28)[..., None], 3, axis=3)]
+    places = [everything.index(image.tobytes()) for images in (loaded.train, loaded.val) for image in images]
+    assert sorted(places) == [0, 1, 2, 3, 4]
+    assert np.array_equal(loaded.test, np.repeat(noise(3, 28, 28)[..., None], 3, axis=3))
     names = {0: "T-shirt/top", 1: "Trouser", 3: "Dress", 4: "Coat", 9: "Ankle boot"}  # as its authors number them
-    for labels, numbers in zip(loaded.labels, given.values(), strict=True):
-        assert [loaded.classes[label] for label in labels] == [names[number] for number in numbers]
+    numbers = [given["train"][place] for place in places] + given["t10k"]
+    assert [loaded.classes[label] for label in np.concatenate(loaded.labels)] == [names[number] for number in numbers]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion_mnist", "stl10", "celeba", "flowers102"])
-def test_no_package_data_set_is_validated_on_what_it_trains_on(name):
+def test_no_package_data_set_is_scored_on_what_it_trains_on(name):
     """Which split is which, as torchvision calls them; labels do not matter, so STL-10 trains on what has none."""
-    kind, train, val = sources.DATASETS[name].args
+    kind, splits = DATASETS[name].args
     assert kind.lower() == name.replace("_", "")
-    trained = {"cifar10": {"train": True}, "fashion_mnist": {"train": True}, "stl10": {"split": "unlabeled"}}
-    assert train == trained.get(name, {"split": "train"})
-    assert val == ({"train": False} if "train" in train else {"split": "test"})
+    two, three = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "val"}, {"split": "test"})
+    known = {
+        **{"cifar10": two, "fashion_mnist": two, "flowers102": three},
+        "stl10": ({"split": "unlabeled"}, {"split": "train"}, {"split": "test"}),
+        "celeba": ({"split": "train"}, {"split": "valid"}, {"split": "test"}),
+    }
+    assert tuple(splits[split] for split in SPLITS if split in splits) == known[name]
 
 
-def test_options_of_a_split_reach_its_package(cache, monkeypatch):
-    class Package:
-        """Two images of one colour: black to train on, white to validate."""
+class Package:
+    """Images whose grey is their number, of a data set that names its splits ``part``."""
 
-        def __init__(self, root: str, train: bool, download: bool):
-            assert (root, download) == (str(cache / "torchvision"), True)
-            self.colour = "black" if train else "white"
+    counts = {"train": 40, "val": 7, "test": 6}  # noqa: RUF012
+    first = {"train": 0, "val": 100, "test": 200}  # noqa: RUF012
 
-        def __len__(self) -> int:
-            return 2
+    def __init__(self, root: str, part: str, download: bool):
+        assert (root, download) == (str(cache_dir() / "torchvision"), True)
+        self.part = part
+        self.targets = [number % 3 for number in range(len(self))]
 
-        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            return Image.new("RGB", (4, 4), self.colour), 0
+    def __len__(self) -> int:
+        return self.counts[self.part]
 
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("L", (4, 4), self.first[self.part] + index), 0
+
+
+@pytest.mark.parametrize("named", [SPLITS, ("train", "test")])
+def test_every_image_of_a_package_is_in_one_split(monkeypatch, named):
     monkeypatch.setattr(datasets, "Package", Package, raising=False)
-    source = sources._torchvision("Package", {"train": True}, {"train": False}, 4)
-    train, val, how = source.open()
-    assert (train.read(0).max(), val.read(1).min()) == (0, 255)
-    assert how == "images, central squares resized to 4×4, train=True / train=False"
-    assert source.identity != sources._torchvision("Package", {"train": True}, {"train": True}, 4).identity
+    options = {split: {"part": split} for split in named}
+    loaded = decoded("package", sources.torchvision_source("Package", options, 4), 4)
+    greys = [getattr(loaded, split)[:, 0, 0, 0].tolist() for split in SPLITS]
+    assert greys[2] == list(range(200, 206))
+    if "val" in named:
+        assert greys[:2] == [list(range(40)), list(range(100, 107))]
+        assert loaded.split.endswith("4×4, part=train / part=val / part=test")
+    else:
+        assert (len(greys[1]), sorted(greys[0] + greys[1])) == (4, list(range(40)))
+        assert loaded.split.endswith("4×4, part=train / part=test, val: a share of train by a hash of the place")
+    for shown, labels in zip(greys, loaded.labels, strict=True):
+        assert [loaded.classes[label] for label in labels] == [str(grey % 100 % 3) for grey in shown]
+
+
+def test_a_validation_share_is_no_larger_than_the_test(monkeypatch):
+    monkeypatch.setattr(datasets, "Package", Package, raising=False)
+    monkeypatch.setattr(Package, "counts", {"train": 40, "test": 2})
+    options = {split: {"part": split} for split in ("train", "test")}
+    assert sizes(decoded("package", sources.torchvision_source("Package", options, 4), 4)) == (38, 2, 2)
+
+
+def test_the_identity_of_a_package_names_its_splits():
+    options = {split: {"part": split} for split in SPLITS}
+    source = sources.torchvision_source("Package", options, 4)
+    for split in SPLITS:
+        other = {**options, split: {"part": "other"}}
+        assert sources.torchvision_source("Package", other, 4).identity != source.identity
 
 
 def test_no_network_is_one_sentence_with_the_fix(cache, monkeypatch):
@@ -903,7 +1086,7 @@ def test_blog_sharpens_and_stretches_three_in_ten_each():
 # -- damaged caches ---------------------------------------------------------------------------------------------------
 
 
-ARRAYS = ("train.npy", "val.npy", "train_labels.npy", "val_labels.npy", "meta.json")
+ARRAYS = (*(f"{split}{kind}.npy" for split in SPLITS for kind in ("", "_labels")), "meta.json")
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -912,16 +1095,16 @@ def test_a_damaged_cache_is_decoded_again_and_says_so(tmp_path, cache, capsys, n
     """Whatever happened to it, scores are those of the images; a whole one is read without a word."""
     folder = write_images(tmp_path / "pets", 6)
     first = load(f"folder:{folder}", 8)
-    whole = [np.array(first.train), np.array(first.val)]
+    whole = [np.array(images) for images in (first.train, first.val, first.test)]
     (path,) = cache.rglob(name)
     content = bytearray(path.read_bytes())
-    content[-2] ^= 64 if name.startswith("train_") or name.startswith("val_") else 1
+    content[-2] ^= 64 if "labels" in name else 1
     damaged = {"flip": content, "cut": content[: len(content) // 2], "empty": b"", "noise": b"noise" * 30}
     path.unlink() if damage == "gone" else path.write_bytes(damaged[damage])
     decoding._fingerprint.cache_clear()
     capsys.readouterr()
     again = load(f"folder:{folder}", 8)
-    assert [np.array_equal(a, b) for a, b in zip(whole, (again.train, again.val), strict=True)] == [True, True]
+    assert all(map(np.array_equal, whole, (again.train, again.val, again.test)))
     assert again.fingerprint == first.fingerprint
     assert ("is decoded again" in capsys.readouterr().err) == ((name, damage) != ("meta.json", "gone"))
     load(f"folder:{folder}", 8)
@@ -932,7 +1115,7 @@ def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
     """It would be waited for for ever; a link that leads nowhere is an image that cannot be read."""
     folder = write_images(tmp_path / "pets", 6)
     os.mkfifo(folder / "pipe.png")
-    assert len(load(f"folder:{folder}", 8).train) == 5
+    assert sizes(load(f"folder:{folder}", 8)) == (4, 1, 1)
 
 
 def as_older(meta: Path) -> None:
@@ -943,7 +1126,7 @@ def as_older(meta: Path) -> None:
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, 2], [-2, 1]])
 def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache, decodes, labels):
     """Too few, too many, of a class that there is not, or of one before the first; -1 stands for an image of none."""
-    for split in ("train", "val"):
+    for split in SPLITS:
         painted(tmp_path / "pets" / split, {"ant": 20, "bee": 30}, 1)
     first = load(f"folder:{tmp_path / 'pets'}", 4)
     assert first.labels[1].tolist() == [0, 1]
@@ -973,12 +1156,12 @@ def test_labels_that_are_not_those_of_the_images_are_made_again(tmp_path, cache,
 )
 def test_whatever_the_cache_says_of_the_same_bytes_is_noticed(tmp_path, cache, capsys, name, old, new):
     """Of another type or shape, of other classes, or in other words: it is decoded again, of which a line tells."""
-    for split in ("train", "val"):
+    for split in SPLITS:
         painted(tmp_path / "pets" / split, {"ant": 20, "bee": 30}, 1)
 
     def found() -> tuple:
         data = load(f"folder:{tmp_path / 'pets'}", 4)
-        arrays = [(array.dtype.str, array.tolist()) for array in (data.train, data.val, *data.labels)]
+        arrays = [(array.dtype.str, array.tolist()) for array in (data.train, data.val, data.test, *data.labels)]
         return arrays, data.fingerprint, data.split, data.skipped, data.classes
 
     first = found()
@@ -1017,7 +1200,7 @@ def test_images_that_change_while_a_process_runs_are_noticed(tmp_path, cache, de
 def test_names_that_steer_a_terminal_or_are_no_text_do_not_spoil_the_cache(tmp_path, cache, decodes):
     """Of classes, and of images that cannot be decoded; the images are decoded once."""
     root = tmp_path / "pets"
-    for split in ("train", "val"):
+    for split in SPLITS:
         painted(root / split, {"ant\x07": 120, os.fsdecode(b"b\xe9e"): 30}, 101)
     (root / "train" / "ant\x07" / os.fsdecode(b"\x1b[2J\xe9.png")).write_bytes(b"no image")
     for _ in range(2):
