@@ -81,6 +81,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
         **{f"{name}_kmeans": value * 0.9 for name, value in scores.items()},
     }
     protocol = {"version": 1, "data": "photos", "fingerprint": "f" * 64, "split": "a / b", "count": count, "skipped": 0}
+    protocol["scored_on"] = config.split
     protocol |= {"image_size": config.image_size, "resizer": "none", "rounding": "uint8", "precision": "fp32"}
     protocol |= {"extractor_vgg16": "v", "extractor_alex": "a", "extractor_inception": None, "device": "cpu"}
     for name, value in changes.items():
@@ -123,6 +124,7 @@ def fabricate_prior(store: Store, config: PriorConfig, bits: float, distance: fl
     protocol = {"version": 1, "tokenizer": config.tokenizer[-8:], "data": "photos", "fingerprint": "f" * 64}
     protocol |= {
         "split": "a / b",
+        "scored_on": tokenizer["split"],
         "count": 64,
         "samples": config.samples,
         "temperature": config.temperature,

@@ -116,7 +116,7 @@ def test_captions_name_the_slice_and_what_is_left_out(drawn):
     assert "at β = 0.25" in drawn["rate_distortion"].caption
     assert "at K = 64, β = 0.25" in drawn["reconstructions"].caption
     assert "bits of an image differ" in drawn["reconstructions_codebook_size"].caption
-    assert all("photos, 64 validation images of 32×32." in c.caption for n, c in drawn.items() if n != "importance")
+    assert all("photos, 64 test images of 32×32." in c.caption for n, c in drawn.items() if n != "importance")
     assert drawn["cost_96bits"].title == "LPIPS vgg against cost, 96 bits per image"
 
 
@@ -392,7 +392,7 @@ def test_many_blocks_are_cut_to_the_largest(tmp_path, monkeypatch):
     made = draw(frame(store.runs()), tmp_path / "charts")
     assert [chart.name for chart in made] == [f"cost_{bits}bits" for bits in (48, 80, 96)]
     assert all("1 smaller blocks of other bits per image are not drawn." in chart.caption for chart in made)
-    assert all("photos, 64 validation images of 32×32. 1 smaller" in chart.caption for chart in made)
+    assert all("photos, 64 test images of 32×32. 1 smaller" in chart.caption for chart in made)
 
 
 def test_times_of_two_machines_are_left_out(tmp_path):
@@ -944,7 +944,7 @@ def test_failures_are_counted_with_those_on_the_same_images():
     table = pd.concat([table, made({"seed": 3, "status": "crashed", "data": "cifar10"})], ignore_index=True)
     (wide,) = slices.protocol_scopes(table)
     assert list(wide.unscored.seed) == [1]
-    assert wide.note == "photos, 64 validation images of 32×32."
+    assert wide.note == "photos, 64 test images of 32×32."
 
 
 def test_titles_name_the_fields_that_tell_protocols_apart():
@@ -1045,7 +1045,7 @@ def test_generation_says_against_which_images_samples_are_measured():
     rows = [{"samples": 100, "temperature": 0.9, "protocol_count": 50, "data": "folder:/a/faces", "image_size": 64}]
     (drawing,) = charts.generation(made_priors(*rows), 1)
     assert drawing.caption.startswith(
-        "1 priors, means over seeds; 100 samples each, at temperature 0.9, against all 50 validation images of faces "
+        "1 priors, means over seeds; 100 samples each, at temperature 0.9, against all 50 test images of faces "
         "at 64×64. Lines join grid sizes."
     )
 

@@ -39,6 +39,7 @@ from tests.fabricate import fabricate, fabricate_prior
 
 PROTOCOL = {
     **{"version": 1, "data": "photos", "fingerprint": "f" * 64, "split": "a / b", "count": 64, "skipped": 0},
+    "scored_on": "test",
     **{"image_size": 32, "resizer": "none", "rounding": "uint8", "precision": "fp32", "extractor_vgg16": "v"},
     **{"extractor_alex": "a", "extractor_inception": None, "device": "cpu"},
 }
@@ -432,12 +433,12 @@ def test_rows_are_ordered_by_the_better_and_equal_ones_stay_as_they_stand():
 
 
 def test_a_digest_of_the_tokenizer_is_a_column_and_no_part_of_the_protocol():
-    measured = {"version": 1, "tokenizer": "abcd", "count": 64, "data": "photos"}
+    measured = {"version": 1, "tokenizer": "abcd", "scored_on": "test", "count": 64, "data": "photos"}
     over = smoke()
     table = frame([Known(PriorConfig(over.run_id(), "rnn").resolved(), scores={}, measured=measured, over=over)], PRIOR)
     assert table.tokenizer_digest.tolist() == ["abcd"]
     assert [name for name in table if name.startswith("protocol_")] == [
-        f"protocol_{name}" for name in ("count", "data", "version")
+        f"protocol_{name}" for name in ("count", "data", "scored_on", "version")
     ]
     assert table.tokenizer.tolist() == [over.run_id()]
 

@@ -357,6 +357,39 @@ def test_blocks_never_share_a_ranking_and_the_refusal_says_why(store):
     assert {n for name, n in number.items() if name.startswith(("cnn", "vit"))} == {"1"}
 
 
+def test_runs_scored_on_validation_and_on_the_test_never_share_a_ranking(store):
+    """And whatever names what was scored says which it was."""
+    for backbone in ("cnn", "vit"):
+        fabricate(store, make_config(backbone, "smoke"))
+    fabricate(store, make_config("mamba", "smoke", split="val"), 0.2)
+    found = report_of(store)
+    shown = [sorted(row[0].text for row in block.ranking.rows) for block in found.blocks]
+    assert shown == [["cnn", "vit"], ["mamba"]]
+    assert [tuple(cell.text for cell in row) for row in found.refusals.rows] == [("2", "scored_on", "val", "test")]
+    for block, split in zip(found.blocks, ("test", "val"), strict=True):
+        assert f"scored on {split};" in " ".join(block.ranking.notes)
+    notes = [scope.note for scope in protocol_scopes(load(store))]
+    assert [note.partition(".")[0] for note in notes] == [
+        "photos, 64 test images of 32×32",
+        "photos, 64 validation images of 32×32",
+    ]
+
+
+def test_runs_of_an_older_protocol_are_told_apart(store):
+    """It did not say that it scored validation, which was all that there was."""
+    fabricate(store, make_config("cnn", "smoke"), version=3)
+    older = fabricate(store, make_config("vit", "smoke"), 0.2, version=2)
+    stored = json.loads((older.folder / "metrics.json").read_text())
+    stored = stored.get("content", stored)
+    del stored["protocol"]["scored_on"]
+    older.write("metrics.json", {name: stored[name] for name in ("metrics", "protocol")})
+    found = report_of(store)
+    shown = [[row[0].text for row in block.ranking.rows] for block in found.blocks]
+    assert sorted(shown) == [["cnn"], ["vit"]]
+    differ = {row[1].text: {row[2].text, row[3].text} for row in found.refusals.rows}
+    assert differ == {"version": {"2", "3"}, "scored_on": {"val", "test"}}
+
+
 def test_uneven_settings_and_the_trained_metric_are_named(store):
     sweep(store, EFFECTS)
     notes = " ".join(ranked(store).notes)
@@ -759,7 +792,7 @@ def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores
     sampling = "512 samples, temperature 0.9, top 50"
     assert title == f"photos 32×32, 112 bits per image before coding, {sampling}"
     assert sheet.notes[0] == (
-        f"{sampling}, against all 64 validation images of photos at 32×32; bits on their codes. "
+        f"{sampling}, against all 64 test images of photos at 32×32; bits on their codes. "
         "Extractor: v. Independent codes take 6.25 to 6.50 bits per token."
     )
     assert (last, texts(others)) == ("Priors without scores", [["crashed", "it crashed", "mamba", "7", "t"]])

@@ -59,7 +59,7 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "cnn ema 0" in out
     assert "k-means on patches" in out
     assert f"Protocol {PROTOCOL_VERSION}" in out
-    assert "24 validation images" in out
+    assert "24 test images" in out
     assert f"Next: python -m bench.run --backbone {' '.join(BACKBONES)}" in " ".join(out.split())
     assert "finished" in err
     code, out, err = command("--backbone", "cnn", *TINY)
@@ -476,7 +476,7 @@ def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypa
     protocol = {"version": 7, "split": "these / those", "count": 321, "skipped": 0, "image_size": 48}
     protocol |= {"extractor_vgg16": "layer digest", "rounding": "rounded", "precision": "fp64"}
     line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
-    for words in ("Protocol 7: these / those; scored on all 321 validation", "48×48", "layer digest", "fp64, rounded"):
+    for words in ("Protocol 7: these / those; scored on all 321 test", "48×48", "layer digest", "fp64, rounded"):
         assert words in line
     assert line.endswith("No FID: no network")
     assert "unreadable" not in line
@@ -525,10 +525,10 @@ def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, mo
     assert encode.main([str(folder), "--device", "cpu"]) == 0
     assert asked == [folder.resolve()]
     out = capsys.readouterr().out
-    assert out.startswith(f"encoded: {folder.resolve() / 'codes'}, 48 train / 24 val grids of 4×4 as uint16, 0.0 MB")
-    for split in ("train", "val"):
-        x = from_uint8(torch.from_numpy(getattr(images, split)).permute(0, 3, 1, 2))
-        codes = np.load(folder / "codes" / f"{split}.npy")
+    assert out.startswith(f"encoded: {folder.resolve() / 'codes'}, 48 train / 24 test grids of 4×4 as uint16, 0.0 MB")
+    for name, split in (("train", images.train), ("held_out", images.test)):
+        x = from_uint8(torch.from_numpy(split).permute(0, 3, 1, 2))
+        codes = np.load(folder / "codes" / f"{name}.npy")
         assert (codes == tokenizer.eval().encode(x).numpy()).mean() > 0.99  # rounding may tip a tie
         assert len(np.unique(codes)) > 1
     assert encode.main([folder.name, "--results", str(tmp_path)]) == 0
@@ -540,11 +540,12 @@ def test_encode_takes_the_gpu_where_there_is_one_and_counts_both_splits(tmp_path
     """Unless it is told otherwise; megabytes are those of all codes together."""
     asked = []
     grids = [np.zeros((count, 32, 32), dtype=np.uint16) for count in (1000, 500)]
-    codes = SimpleNamespace(train=grids[0], val=grids[1], grid_size=32)
+    codes = SimpleNamespace(train=grids[0], held_out=grids[1], grid_size=32)
+    reader = SimpleNamespace(config=SimpleNamespace(split="val"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(encode, "check_device", asked.append)
     monkeypatch.setattr(encode, "find_tokenizer", lambda *arguments: Store(tmp_path).named("toy"))
-    monkeypatch.setattr(encode, "Tokenizer", SimpleNamespace(from_run=lambda folder, device: asked.append(device)))
+    monkeypatch.setattr(encode, "Tokenizer", SimpleNamespace(from_run=lambda _, device: asked.append(device) or reader))
     monkeypatch.setattr(encode, "load_data", lambda *arguments: None)
     monkeypatch.setattr(encode, "encode", lambda *arguments: codes)
     assert encode.main(["toy"]) == 0

@@ -114,14 +114,14 @@ def test_a_loss_that_is_zero_has_no_line_where_the_axis_is_logarithmic(figures):
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["reconstruction"]
 
 
-def test_a_priors_curve_has_the_floor_and_the_validation_rate(figures):
+def test_a_priors_curve_has_the_floor_and_the_held_out_rate(figures):
     history = [{"step": k, "bits_per_token": 9 - k} for k in (1, 2)]
     metrics = {"coded_bits_per_token": 6.5, "coded_bits_per_token_independent": 8.25}
     plots.prior_curve(None, history, metrics, "")
     found = lines(figures[0].axes[0])
     assert found["training, with dropout"] == [8, 7]
-    assert found["independent, validation: 8.25"] == [8.25, 8.25]
-    assert found["validation: 6.50"] == [6.5, 6.5]
+    assert found["independent, held out: 8.25"] == [8.25, 8.25]
+    assert found["held out: 6.50"] == [6.5, 6.5]
 
 
 def test_a_picture_is_named_from_top_to_bottom(figures):
@@ -196,7 +196,7 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_pictures_have_no_marks_and_lines_are_told_apart(figures, monkeypatch):
-    """No ticks below a picture, no grid across it; K is dotted, the validation rate dashed; sizes by what is shown."""
+    """No ticks below a picture, no grid across it; K is dotted, the held-out rate dashed; sizes by what is shown."""
     plots._picture(None, [shades(3)], ["only"], "", width=5)
     axes = figures[0].axes[0]
     assert list(axes.get_xticks()) == []

@@ -55,7 +55,7 @@ def test_a_tokenizers_costs_are_those_of_both_sides(run):
     metrics = run.metrics()
     assert (metrics["params"], metrics["flops"]) == (7, 110)
     assert {name: metrics[name] for name in METRICS} == METRICS
-    assert run.protocol() == PROTOCOL
+    assert run.protocol() == {"scored_on": "val", **PROTOCOL}  # as versions were that did not say so
     assert (run.config(), run.environment()) == ({"beta": 0.5}, {"threads": 2})
 
 
@@ -332,6 +332,14 @@ def test_what_is_no_file_is_not_read(run, name, make):
         ("metrics.json", {"metrics": METRICS, "protocol": {}}, "its protocol has no version"),
         ("metrics.json", {"metrics": METRICS, "protocol": {"count": [1]}}, "its protocol has lists"),
         ("metrics.json", {"metrics": METRICS, "protocol": {"count": {}}}, "its protocol has lists"),
+        *(
+            (
+                "metrics.json",
+                {"metrics": METRICS, "protocol": PROTOCOL | {"scored_on": split}},
+                f"it was scored on {split!r}",
+            )
+            for split in ("train", "", None, 1)
+        ),
         ("config.json", {"config": {}}, "it has no environment"),
         ("config.json", {"config": 1, "environment": {}}, "it has no config"),
         ("failure.json", {"status": "crashed"}, "it tells no status and reason"),

@@ -25,9 +25,12 @@ SIDE = 4
 class Reader(torch.nn.Module):
     """Says what it is shown: the code of a cell is red of its pixel, plus 256 where green is above the middle."""
 
-    def __init__(self, codebook_size: int = 512, augment: str = "flip"):
+    def __init__(self, codebook_size: int = 512, augment: str = "flip", split: str = "test", train_images: int = 0):
         super().__init__()
-        self.config = SimpleNamespace(codebook_size=codebook_size, augment=augment, data="toy", image_size=SIDE)
+        self.config = SimpleNamespace(
+            **{"codebook_size": codebook_size, "augment": augment, "data": "toy", "image_size": SIDE},
+            **{"split": split, "train_images": train_images},
+        )
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.batches = []
 
@@ -40,10 +43,10 @@ class Reader(torch.nn.Module):
         return (red + 256 * (x[:, 1] > 0)) % self.config.codebook_size
 
 
-def toy_data(train: int = 70, val: int = 66, classes: int = 0) -> Data:
-    generator = np.random.default_rng(0)
-    images = [generator.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8) for count in (train, val)]
-    labels = tuple(generator.integers(0, classes, count) for count in (train, val)) if classes else None
+def toy_data(classes: int = 0) -> Data:
+    generator, counts = np.random.default_rng(0), (70, 50, 66)
+    images = [generator.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8) for count in counts]
+    labels = tuple(generator.integers(0, classes, count) for count in counts) if classes else None
     return Data("toy", *images, "f" * 64, "toy", (), tuple("abcdef"[:classes]), labels)
 
 
@@ -62,14 +65,35 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("augment", ["flip", "blog", "none"])
 def test_mirror_images_follow_all_images_where_training_mirrors(folder, augment):
-    """Of validation images there are none. All images are encoded in order, whatever the batches."""
+    """Of held-out images there are none. All images are encoded in order, whatever the batches."""
     data, reader = toy_data(), Reader(augment=augment)
     codes = encode(folder, reader, data)
     mirrored = [expected(data.train), expected(data.train[:, :, ::-1])][: 1 + (augment != "none")]
     assert np.array_equal(codes.train, np.concatenate(mirrored))
-    assert np.array_equal(codes.held_out, expected(data.val))
+    assert np.array_equal(codes.held_out, expected(data.test))
     assert sum(reader.batches) == 70 * len(mirrored) + 66
     assert (codes.codebook_size, codes.grid_size) == (512, SIDE)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_held_out_codes_are_of_the_split_that_the_tokenizer_was_scored_on(folder, split):
+    data = toy_data(classes=3)
+    for _ in range(2):  # also when read again
+        codes = encode(folder, Reader(split=split), data)
+        assert np.array_equal(codes.held_out, expected(data.images(split)))
+        assert np.array_equal(codes.held_out_labels, data.labels_of(split))
+
+
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_codes_are_of_the_images_that_the_tokenizer_was_trained_on(folder, monkeypatch, augment):
+    """Of a subset, where there was one, with its labels and mirror images."""
+    monkeypatch.setattr(module, "load", lambda data, image_size: toy_data(classes=3))
+    reader = Reader(augment=augment, train_images=9)
+    codes, chosen = encode(folder, reader, load_data(folder, reader)), toy_data(classes=3).with_train(9)
+    images, copies = chosen.train[:], 1 + (augment == "flip")
+    assert np.array_equal(codes.train, np.concatenate([expected(images), expected(images[:, :, ::-1])][:copies]))
+    assert np.array_equal(codes.train_labels, np.tile(chosen.labels[0], copies))
+    assert len(codes.held_out) == 66
 
 
 @pytest.mark.parametrize("augment", ["flip", "none"])
@@ -79,7 +103,7 @@ def test_labels_are_those_of_their_images_and_of_their_mirror_images(folder, aug
         codes = encode(folder, Reader(augment=augment), data)
         assert codes.classes == ("a", "b", "c")
         assert len(codes.train_labels) == len(codes.train)
-        assert np.array_equal(codes.held_out_labels, data.labels[1])
+        assert np.array_equal(codes.held_out_labels, data.labels[2])
         for row, label in enumerate(codes.train_labels):
             assert label == data.labels[0][row % 70]
 
@@ -145,7 +169,7 @@ def test_codes_that_were_interrupted_are_made_anew(folder):
 
     class TornLater(Torn):
         def encode(self, x):
-            if len(self.batches) == 5:  # the second of validation images
+            if len(self.batches) == 5:  # the second of held-out images
                 raise KeyboardInterrupt
             return Reader.encode(self, x)
 
@@ -153,7 +177,7 @@ def test_codes_that_were_interrupted_are_made_anew(folder):
         with pytest.raises(KeyboardInterrupt):
             encode(folder, torn(), toy_data())
         assert not (folder / "codes" / "meta.json").exists()
-    assert np.array_equal(encode(folder, Reader(), toy_data()).val, expected(toy_data().val))
+    assert np.array_equal(encode(folder, Reader(), toy_data()).held_out, expected(toy_data().test))
 
 
 def test_the_identity_of_a_tokenizer_is_its_weights(folder):
@@ -239,7 +263,7 @@ def test_a_pipe_where_codes_belong_is_not_waited_for(folder, impatient, capsys, 
     path.unlink()
     os.mkfifo(path)
     codes = encode(folder, Reader(), toy_data())
-    assert np.array_equal(codes.held_out, expected(toy_data().val))
+    assert np.array_equal(codes.held_out, expected(toy_data().test))
     assert path.is_file()
     assert f"it has no file {name}; it is made again" in " ".join(capsys.readouterr().err.split())
 
@@ -255,7 +279,7 @@ def test_codes_of_older_versions_are_read_without_a_digest(folder):
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, SIDE), (-1, SIDE, SIDE // 2), (-1, 1, SIDE, SIDE)])
-@pytest.mark.parametrize("splits", [["train"], ["val"], ["train", "val"]])
+@pytest.mark.parametrize("splits", [["train"], ["held_out"], ["train", "held_out"]])
 def test_codes_of_older_versions_of_another_shape_are_encoded_again(folder, capsys, splits, shape):
     codes = encode(folder, Reader(), toy_data())
     path = folder / "codes" / "meta.json"
@@ -266,7 +290,7 @@ def test_codes_of_older_versions_of_another_shape_are_encoded_again(folder, caps
     assert np.array_equal(
         again.train, np.concatenate([expected(toy_data().train), expected(toy_data().train[:, :, ::-1])])
     )
-    assert again.val.shape == (66, SIDE, SIDE)
+    assert again.held_out.shape == (66, SIDE, SIDE)
     assert "its codes are of another shape; it is made again" in " ".join(capsys.readouterr().err.split())
 
 

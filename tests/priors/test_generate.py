@@ -29,7 +29,7 @@ class Painter(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE)
+        self.config = SimpleNamespace(image_size=SIZE, split="test")
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -66,9 +66,13 @@ def random_codes(count: int, seed: int, low: int = 0, high: int = K) -> np.ndarr
     return np.random.default_rng(seed).integers(low, high, (count, SIDE, SIDE), dtype=np.uint8)
 
 
-def toy(train: np.ndarray, val: np.ndarray, labels=(None, None), classes: tuple[str, ...] = ()) -> tuple[Codes, Data]:
-    data = Data("toy", images_of(train), images_of(val), f"{train.sum():064}", "toy", ())
-    return Codes(train, val, K, "tokenizer", classes, *labels), data
+def toy(
+    train: np.ndarray, held_out: np.ndarray, labels=(None, None), classes: tuple[str, ...] = ()
+) -> tuple[Codes, Data]:
+    """Codes and images of which ``held_out`` are the test; those to validate are all black."""
+    val = np.zeros_like(images_of(held_out[:5]))
+    data = Data("toy", images_of(train), val, images_of(held_out), f"{train.sum():064}", "toy", ())
+    return Codes(train, held_out, K, "tokenizer", classes, *labels), data
 
 
 def config(**settings) -> PriorConfig:
@@ -308,7 +312,7 @@ def scored(prior: Prior, codes: Codes, data: Data, **settings) -> generate.Gener
     return score_prior(prior.eval(), Painter(), codes, data, config(**settings), known, None)
 
 
-def test_rates_are_of_validation_codes_and_of_as_many_training_codes():
+def test_rates_are_of_held_out_codes_and_of_as_many_training_codes():
     """Training codes are taken evenly, to the last mirror image."""
     train, val = np.sort(random_codes(90, 1), axis=0), random_codes(30, 2, 3)
     codes, data = toy(train, val)
@@ -368,7 +372,7 @@ def test_the_samples_themselves_come_back_with_their_neighbours():
     assert np.array_equal(generated.neighbours, data.train[rows.numpy()])
 
 
-def test_samples_are_compared_with_validation_images_in_that_order(features):
+def test_samples_are_compared_with_held_out_images_in_that_order(features):
     """Precision is of the samples and recall of real images: which is which matters."""
     train, val = random_codes(30, 1, 0, 1), random_codes(9, 2, 1, 2)
     codes, data = toy(train, val)
@@ -455,7 +459,7 @@ def test_references_are_real_and_shuffled_codes_and_the_floor(tmp_path, features
     assert np.array_equal(np.sort(real, axis=1), np.sort(shuffled, axis=1))  # each grid keeps its codes
     assert len({tuple(np.argsort(grid, kind="stable")) for grid in shuffled}) > 10  # in an order of its own
     assert found["nearest_train_psnr_real"] > 60 > found["nearest_train_psnr_shuffled"]
-    assert found["recall_vgg16_real"] == found["recall_vgg16_shuffled"] == pytest.approx(data.val.mean())
+    assert found["recall_vgg16_real"] == found["recall_vgg16_shuffled"] == pytest.approx(data.test.mean())
 
     floor = PRIORS["independent"](K, SIDE)
     floor.fit(torch.from_numpy(mirrored.astype(np.int64)))
@@ -498,18 +502,19 @@ def test_references_are_computed_once_for_what_they_depend_on(tmp_path, features
     assert all("cpu" in name for name in known)
 
 
-def test_features_of_validation_images_are_computed_once_for_a_data_set(features, monkeypatch):
+def test_features_of_held_out_images_are_computed_once_for_a_data_set(features, monkeypatch):
     _, data = toy(random_codes(20, 1), random_codes(8, 2))
-    first = real_features(data, "cpu", None).features["vgg16"]
-    assert np.array_equal(features.made[0], data.val.transpose(0, 3, 1, 2).reshape(8, -1))
-    assert real_features(data, "cpu", None).features["vgg16"].equal(first)
+    first = real_features(data, "test", "cpu", None).features["vgg16"]
+    assert np.array_equal(features.made[0], data.test.transpose(0, 3, 1, 2).reshape(8, -1))
+    assert real_features(data, "test", "cpu", None).features["vgg16"].equal(first)
     assert len(features.made) == 1
-    other = replace(data, val=images_of(random_codes(8, 3)), fingerprint="1" * 64)
-    assert not real_features(other, "cpu", None).features["vgg16"].equal(first)
-    real_features(data, "cpu", Path("inception"))
+    assert not real_features(data, "val", "cpu", None).features["vgg16"].any()
+    other = replace(data, test=images_of(random_codes(8, 3)), fingerprint="1" * 64)
+    assert not real_features(other, "test", "cpu", None).features["vgg16"].equal(first)
+    real_features(data, "test", "cpu", Path("inception"))
     monkeypatch.setattr(weights, "weights_digest", lambda name: f"other {name}")
-    real_features(data, "cpu", None)
-    assert len(features.made) == 4
+    real_features(data, "test", "cpu", None)
+    assert len(features.made) == 5
 
 
 def test_cached_features_keep_both_networks(features, monkeypatch, tmp_path):
@@ -517,7 +522,7 @@ def test_cached_features_keep_both_networks(features, monkeypatch, tmp_path):
     made = features({"vgg16": torch.ones(1, 2), "inception": torch.zeros(3, 4)})
     monkeypatch.setattr(features, "of", lambda *arguments: made)
     for _ in range(2):
-        found = real_features(data, "cpu", None).features
+        found = real_features(data, "test", "cpu", None).features
         assert (found["vgg16"].tolist(), found["inception"].shape) == ([[1, 1]], (3, 4))
     (path,) = (tmp_path / "cache" / "references").iterdir()
     assert set(np.load(path)) == {"vgg", "inception"}  # as files that are there already have it
@@ -542,7 +547,7 @@ def test_cached_features_lie_in_the_cache_whole_or_not_at_all(features, monkeypa
 
     monkeypatch.setattr(generate.np, "savez", full)
     with pytest.raises(OSError, match="disk full"):
-        real_features(data, "cpu", None)
+        real_features(data, "test", "cpu", None)
     folder = tmp_path / "cache" / "references"
     assert list(folder.iterdir()) == []
     monkeypatch.setattr(generate.np, "savez", save)
@@ -590,7 +595,7 @@ def test_bars_say_what_takes_its_time_and_count_all_of_it(monkeypatch, tmp_path)
     found_references(codes, data, tmp_path / "codes")
     scored(Recorder(codes.train), codes, data)
     assert [(bar.label, bar.done) for bar in bars] == [
-        *(("features of validation images", 20), ("scoring real codes", 30), ("scoring shuffled codes", 30)),
+        *(("features of test images", 20), ("scoring real codes", 30), ("scoring shuffled codes", 30)),
         *(("sampling", 40), ("scoring samples", 40)),
     ]
     assert all(bar.done == bar.total for bar in bars)
@@ -635,11 +640,11 @@ def test_damaged_references_are_computed_again(tmp_path, features, capsys, conte
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip"])
 def test_damaged_features_are_computed_again(features, tmp_path, capsys, damage):
     _, data = toy(random_codes(20, 1), random_codes(8, 2))
-    first = real_features(data, "cpu", None).features["vgg16"]
+    first = real_features(data, "test", "cpu", None).features["vgg16"]
     (path,) = (tmp_path / "cache" / "references").iterdir()
     content = bytearray(path.read_bytes())
     content[content.index(bytes(8), 200)] ^= 1
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "flip": content}[damage])
-    assert real_features(data, "cpu", None).features["vgg16"].equal(first)
+    assert real_features(data, "test", "cpu", None).features["vgg16"].equal(first)
     assert len(features.made) == 2
     assert f"{path} is damaged: " in capsys.readouterr().err

@@ -49,7 +49,8 @@ class World:
     @property
     def data(self) -> Data:
         images = np.zeros((self.count, 8, 8, 3), dtype=np.uint8)
-        return Data("toy", images[: self.training], images, "f" * 64, "toy split", ("broken.png",), self.classes)
+        splits = images[: self.training], images[:5], images
+        return Data("toy", *splits, "f" * 64, "toy split", ("broken.png",), self.classes)
 
     def codes(self) -> Codes:
         generator = np.random.default_rng(0)
@@ -147,7 +148,7 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
         **{"coded_bits_per_token_independent": 3.5, "train_seconds": 12.5, "grids_seen": 12},
     }
     assert run.protocol() == {
-        **evaluate.protocol(world.data, "cpu", None),
+        **evaluate.protocol(world.data, "test", "cpu", None),
         **{"version": 77, "tokenizer": digest(world.tokenizer.folder)},
         **{"samples": 6, "temperature": 0.7, "top_k": 5},
     }
@@ -212,14 +213,14 @@ def test_four_images_of_each_split_are_needed(world, count):
     if count == 4:
         assert world.run().finished
         return
-    with pytest.raises(UserError, match="3 training and 3 validation images; scoring generation needs at least 4"):
+    with pytest.raises(UserError, match="3 train and 3 test images; scoring generation needs at least 4"):
         world.run()
     assert not (world.store.root / "priors").exists()
 
 
 def test_three_training_images_do_not_suffice_however_many_validate(world):
     world.training = 3
-    with pytest.raises(UserError, match="3 training and 12 validation images; scoring generation needs at least 4"):
+    with pytest.raises(UserError, match="3 train and 12 test images; scoring generation needs at least 4"):
         world.run()
     assert not (world.store.root / "priors").exists()
 
@@ -569,7 +570,7 @@ def test_the_line_below_the_table_tells_how_it_was_measured(world):
     line = prior.protocol_line(SimpleNamespace(protocol=run.protocol, metrics=lambda: metrics))
     for words in (
         f"Protocol {PRIOR_VERSION}: toy split",
-        "codes of all 12 validation images, where independent codes take 3.50 per token",
+        "codes of all 12 test images, where independent codes take 3.50 per token",
         "6 samples (temperature 0.7, top 5) against those images at 8×8",
         "median PSNR 20.0 dB, of those 18.5",
         "is 7.2 times as fast",

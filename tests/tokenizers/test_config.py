@@ -213,7 +213,7 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},
     **{"batch_size": 7, "lr": 0.5, "warmup": 7, "weight_decay": 0.5, "grad_clip": 0.5, "weight_ema": 0.5},
     **{"augment": "none", "precision": "bf16", "device": "cuda", "seed": 1, "patch_overlap": True},
-    **{"final_conv": True, "pretrained": True},
+    **{"final_conv": True, "pretrained": True, "split": "val", "train_images": 7},
 }
 
 

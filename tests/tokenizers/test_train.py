@@ -452,7 +452,7 @@ CHANGES = {
     "augment": "none",
     "precision": "bf16",
     "device": None,  # checked in test_config
-    "data": None,  # checked in test_trial
+    **dict.fromkeys(("data", "split", "train_images")),  # checked in test_trial
     "seed": 1,
 }
 
@@ -468,6 +468,8 @@ PROPERTIES = {
     "pretrained": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
     "quantizer": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
     "data": "tokenizers/test_trial.py::test_data_and_image_size_reach_the_loader",
+    "split": "tokenizers/test_trial.py::test_a_trial_trains_on_its_share_and_is_scored_on_its_split",
+    "train_images": "tokenizers/test_trial.py::test_a_trial_trains_on_its_share_and_is_scored_on_its_split",
     "image_size": "tokenizers/test_train.py::test_image_size_changes_the_model",
     "grid_size": "tokenizers/test_tokenizer.py::test_codes_are_a_grid_of_integers",
     "codebook_size": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",

@@ -19,7 +19,7 @@ from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial
-from bench.tokenizers.config import make_config
+from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.evaluate import PatchKMeans, kmeans_reference, protocol, score, score_untrained
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.tokenizer import Tokenizer, to_device
@@ -70,7 +70,7 @@ def test_a_finished_run_holds_everything(trained, images):
     stored = json.loads((trained.folder / "config.json").read_text())
     assert stored["config"]["backbone"] == "cnn"
     assert stored["environment"]["versions"]["torch"] == torch.__version__
-    assert trained.protocol() == protocol(images, "cpu", None)
+    assert trained.protocol() == protocol(images, "test", "cpu", None)
 
 
 def test_a_run_has_the_metrics_that_reports_list_and_no_others(trained):
@@ -275,7 +275,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert seen["prepare"] == (config, store, tmp_path)
     assert seen["train"] == (config, trial_data.train, run.folder, False)
     *given, measured = seen["finish"]
-    assert given == [run, "tokenizer", trial_data, {"psnr": (trial_data, 8, 32, "cpu", tmp_path)}, tmp_path]
+    assert given == [run, "tokenizer", trial_data, {"psnr": (config, trial_data, tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.test)
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
@@ -353,6 +353,31 @@ def test_data_and_image_size_reach_the_loader(tiny, store, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_trial(replace(tiny, data="cifar10", image_size=64), store)
     assert asked == [("cifar10", 64)]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_trial_trains_on_its_share_and_is_scored_on_its_split(trial_data, tiny, store, told, monkeypatch, split):
+    """By whatever looks at images: training, the k-means reference, both scores and the pictures."""
+    config, seen = replace(tiny, split=split, train_images=20, precision="fp32").resolved(), {}
+    monkeypatch.setattr(evaluate, "PatchKMeans", lambda images, *_: seen.update(kmeans=images))
+    monkeypatch.setattr(evaluate, "score", lambda *given: seen.update(reference=given[2]) or ({"psnr": 1.0}, {}))
+    monkeypatch.setattr(trial, "score_untrained", lambda _, images: seen.update(untrained=images) or {})
+    monkeypatch.setattr(trial, "train", lambda _, images, *rest: seen.update(train=images) or (greys(config), 5.0))
+    run = run_trial(config, store)
+    chosen, scored_on = trial_data.with_train(20), trial_data.images(split)
+    assert len(chosen.train) == 20
+    assert np.array_equal(seen["train"][:], chosen.train[:])
+    assert np.array_equal(seen["kmeans"][:], chosen.train[:])
+    assert seen["reference"] is seen["untrained"] is told["score"][2] is scored_on
+    assert told["protocol"][1] == split
+    with np.load(run.folder / "samples.npz") as samples:
+        np.testing.assert_array_equal(samples["x"], scored_on[np.linspace(0, 23, 12, dtype=int)])
+
+
+def test_a_subset_that_there_is_not_is_told_before_any_training(trial_data, tiny, store):
+    with pytest.raises(UserError, match="^train_images is 49 and photos has 48 to train on; 0 takes all$"):
+        run_trial(replace(tiny, train_images=49), store)
+    assert not list(store.root.glob("runs/*/history.jsonl"))
 
 
 def test_one_process_per_run_folder(trial_data, tiny, store):
@@ -498,10 +523,15 @@ def test_patch_kmeans_sees_no_more_patches_than_it_says_and_any_number_of_codes(
     assert len(PatchKMeans(flat(7), 4, 20, "cpu").centroids) == 20  # more codes than patches
 
 
+def reference(**changes) -> Config:
+    """What a reference looks at: 4×4 codes of 16 on the CPU, scored on the test."""
+    return make_config("cnn", "smoke", **{"codebook_size": 16, "device": "cpu", **changes})
+
+
 def test_the_reference_has_k_centroids_of_the_training_images(trial_data):
-    """Two of them lie between four training greys. Neither twice as many nor the validation images' own would do."""
-    data = Data("x", flat(0, 20, 200, 220), flat(10, 30, 30), "a" * 64, "", ())
-    found = kmeans_reference(data, 4, 2, "cpu", None)
+    """Two of them lie between four training greys. Neither twice as many nor the scored images' own would do."""
+    data = Data("x", flat(0, 20, 200, 220), flat(10, 10), flat(10, 30, 30), "a" * 64, "", ())
+    found = kmeans_reference(reference(codebook_size=2), data, None)
     expected = (100 + 2 * 10 * math.log10(255**2 / 20**2)) / 3  # 10 is met exactly, and 30 is taken for 10
     assert found["psnr"] == pytest.approx(expected, abs=1e-3)
     assert (found["perplexity"], found["usage"], found["dead_codes"]) == (1, 0.5, 1)
@@ -509,25 +539,30 @@ def test_the_reference_has_k_centroids_of_the_training_images(trial_data):
 
 
 def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_data, monkeypatch, tmp_path):
-    """Data, grid, K, kind of device, Inception's weights and both versions: each alone asks for another."""
+    """Data, images to train on, split, grid, K, kind of device, Inception's weights and both versions: each alone asks
+    for another."""
     computed = []
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda *_: None)
     monkeypatch.setattr(
         evaluate, "score", lambda *given: (computed.append(given) or {"psnr": float(len(computed))}, {})
     )
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
-    arguments = [trial_data, 4, 16, "cpu", None]
+    arguments = reference(), trial_data, None
     first = kmeans_reference(*arguments)
     assert kmeans_reference(*arguments) == first == {"psnr": 1.0}
-    other = replace(trial_data, fingerprint="1" * 64)
-    for place, value in ((0, other), (1, 8), (2, 32), (3, "cuda"), (4, tmp_path)):
-        changed = [*arguments[:place], value, *arguments[place + 1 :]]
+    other, fewer = replace(trial_data, fingerprint="1" * 64), trial_data.with_train(40)
+    changes = [
+        *((reference(), data, None) for data in (other, fewer)),
+        *((reference(**it), trial_data, None) for it in ({"grid_size": 8}, {"codebook_size": 32}, {"split": "val"})),
+        (replace(reference(), device="cuda"), trial_data, None),
+        (reference(), trial_data, tmp_path),
+    ]
+    for config, data, fid_weights in changes:
         count = len(computed)
-        assert kmeans_reference(*changed) == kmeans_reference(*changed) == {"psnr": count + 1.0}
-        data, _, codebook_size, device, fid_weights = changed
-        assert computed[-1][1] == codebook_size
-        assert computed[-1][2] is data.test
-        assert computed[-1][3:5] == (device, fid_weights)
+        assert [kmeans_reference(config, data, fid_weights) for _ in range(2)] == [{"psnr": count + 1.0}] * 2
+        assert computed[-1][1] == config.codebook_size
+        assert computed[-1][2] is data.images(config.split)
+        assert computed[-1][3:5] == (config.device, fid_weights)
     for version in ("REFERENCE_VERSION", "PROTOCOL_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, version, 99)
@@ -535,7 +570,7 @@ def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_da
             assert kmeans_reference(*arguments) == {"psnr": count + 1.0}
     count = len(computed)
     assert kmeans_reference(*arguments) == first
-    kmeans_reference(*[*arguments[:3], "cuda:1", None])  # which GPU does not matter
+    kmeans_reference(replace(reference(), device="cuda:1"), trial_data, None)  # which GPU does not matter
     assert len(computed) == count
 
 
@@ -642,9 +677,11 @@ def test_a_perfect_codec_scores_perfectly(images):
 
 
 def test_protocol_names_data_count_extractor_and_resolution(images):
-    found = protocol(images, "cuda:3", None)
+    found = protocol(images, "test", "cuda:3", None)
     assert found["fingerprint"] == images.fingerprint
-    assert found["count"] == 24
+    assert (found["scored_on"], found["count"]) == ("test", 24)
+    fewer = protocol(replace(images, val=images.val[:9]), "val", "cuda:3", None)
+    assert (fewer["scored_on"], fewer["count"]) == ("val", 9)
     assert found["image_size"] == 32
     assert found["device"] == "cuda"
     assert "relu5_3" in found["extractor_vgg16"]
@@ -653,19 +690,21 @@ def test_protocol_names_data_count_extractor_and_resolution(images):
 def test_what_makes_scores_incomparable_changes_the_protocol_and_nothing_else_does(images, monkeypatch, tmp_path):
     """One field each, so that the report can name it (bug 17)."""
 
-    def changed(data=images, device="cpu", fid=None):
-        now = protocol(data, device, fid)
+    def changed(data=images, split="test", device="cpu", fid=None):
+        now = protocol(data, split, device, fid)
         return {name for name in now if now[name] != before[name]}
 
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
-    before = protocol(images, "cpu", None)
+    before = protocol(images, "test", "cpu", None)
     assert changed(replace(images, fingerprint="1" * 64)) == {"fingerprint"}
     assert changed(replace(images, name="folder:x")) == {"data"}
     assert changed(replace(images, split="other")) == {"split"}
     assert changed(replace(images, test=images.test[:7])) == {"count"}
-    assert changed(replace(images, test=images.test[:, :16, :16])) == {"image_size"}
+    small = {split: getattr(images, split)[:, :16, :16] for split in ("val", "test")}
+    assert changed(replace(images, **small)) == {"image_size"}
+    assert changed(split="val") == {"scored_on"}
     assert changed(replace(images, skipped=("a", "b"))) == {"skipped"}
-    assert changed(replace(images, train=images.train[:7])) == set()  # the fingerprint covers both splits
+    assert changed(replace(images, train=images.train[:7])) == set()  # the fingerprint covers all splits
     assert changed(device="cuda:1") == {"device"}
     assert changed(fid=tmp_path) == {"extractor_inception"}
     assert (before["skipped"], before["extractor_inception"], before["version"]) == (0, None, evaluate.PROTOCOL_VERSION)
@@ -737,7 +776,7 @@ def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, to
     run, tokenizer = begun(store, config), greys(config)
     finish(run, tokenizer, images, {}, tmp_path, {})
     assert told["score"][1:] == (16, images.test, "cpu", tmp_path, "scoring cnn ema seed 4")
-    assert told["protocol"] == (images, "cpu", tmp_path)
+    assert told["protocol"] == (images, "test", "cpu", tmp_path)
     assert run.protocol() == least()["protocol"]
     title = "cnn, ema, K = 16, 1×1"
     path, x, x_hat, above = told["plots.reconstructions"]
@@ -815,10 +854,10 @@ def test_a_damaged_reference_is_computed_again(trial_data, monkeypatch, capsys, 
     computed = []
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda *_: None)
     monkeypatch.setattr(evaluate, "score", lambda *given: (computed.append(given) or {"psnr": 1.0}, {}))
-    assert kmeans_reference(trial_data, 4, 16, "cpu", None) == {"psnr": 1.0}
+    assert kmeans_reference(reference(), trial_data, None) == {"psnr": 1.0}
     (path,) = (cache_dir() / "references").iterdir()
     path.write_text(content)
-    assert kmeans_reference(trial_data, 4, 16, "cpu", None) == {"psnr": 1.0}
+    assert kmeans_reference(reference(), trial_data, None) == {"psnr": 1.0}
     assert len(computed) == 2
     assert f"{path} is damaged: " in capsys.readouterr().err
 
@@ -849,11 +888,12 @@ def test_a_damaged_run_is_not_trained_over(tiny, store, monkeypatch):
     assert (run.folder / "metrics.json").read_text() == "{"
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize(("train", "val"), [(1, 2), (2, 1)])
-def test_two_images_of_each_split_are_needed_before_any_training(trial_data, monkeypatch, tmp_path, train, val):
+def test_two_images_of_each_split_are_needed_before_any_training(trial_data, monkeypatch, tmp_path, train, val, split):
     """Distances between sets have no spread of one."""
-    few = replace(trial_data, train=trial_data.train[:train], test=trial_data.test[:val])
+    few = replace(trial_data, train=trial_data.train[:train], **{split: trial_data.images(split)[:val]})
     monkeypatch.setattr("bench.tokenizers.trial.load", lambda data, image_size: few)
-    with pytest.raises(UserError, match=f"photos has {train} training and {val} validation images; distances"):
-        run_trial(make_config("cnn", "smoke", device="cpu"), tmp_path)
+    with pytest.raises(UserError, match=f"photos has {train} train and {val} {split} images; distances"):
+        run_trial(make_config("cnn", "smoke", device="cpu", split=split), tmp_path)
     assert not list(tmp_path.glob("runs/*/history.jsonl"))
