@@ -67,6 +67,35 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "already finished" in err
 
 
+def test_a_run_on_validation_says_so_and_is_another_run(trial_data, command, tmp_path):
+    for split in ("val", "test"):
+        code, out, _ = command("--backbone", "cnn", *TINY, "--split", split)
+        assert code == 0
+        assert f"24 {'validation' if split == 'val' else 'test'} images" in out
+    store = Store(tmp_path / "results")
+    assert sorted((run.config()["split"], run.protocol()["scored_on"]) for run in store.runs()) == [
+        ("test", "test"),
+        ("val", "val"),
+    ]
+
+
+def test_more_images_than_there_are_is_one_sentence(trial_data, command):
+    code, _, err = command("--backbone", "cnn", *TINY, "--train-images", "49")
+    assert code == 2
+    assert "train_images is 49 and photos has 48 to train on; 0 takes all" in " ".join(err.split())
+
+
+def test_a_split_without_images_is_one_sentence(tmp_path, command):
+    for name in ("train", "val", "test"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+    for name in ("train", "val"):
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "pets" / name / f"{number}.png")
+    code, _, err = command("--backbone", "cnn", *TINY, "--data", f"folder:{tmp_path / 'pets'}")
+    assert code == 2
+    assert f"no images in {tmp_path / 'pets' / 'test'}: put some there" in " ".join(err.split())
+
+
 def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
     """All asked for with what the command line gave; one that diverges is shown, and the others go on."""
     asked = []

@@ -552,9 +552,9 @@ def test_cached_features_lie_in_the_cache_whole_or_not_at_all(features, monkeypa
     assert list(folder.iterdir()) == []
     monkeypatch.setattr(generate.np, "savez", save)
     for device in ("cpu", "cpu:0"):
-        real_features(data, device, None)
+        real_features(data, "test", device, None)
     (path,) = folder.iterdir()
-    assert path.name.startswith(f"features-{data.fingerprint[:16]}-")
+    assert path.name.startswith(f"features-{data.fingerprint[:16]}-test-")
     assert path.name.endswith("-none-cpu.npz")
     assert len(features.made) == 2  # the first time was in vain
 

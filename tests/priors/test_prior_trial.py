@@ -248,7 +248,7 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     )
     measured, told = [], lambda digest: least("priors", {"extractor_inception": digest})["protocol"]
     monkeypatch.setattr(prior_trial, "peak_memory", lambda device: measured.append(device) or nullcontext(lambda: 7.5))
-    monkeypatch.setattr(evaluate, "protocol", lambda data, device, path: told(f"{device} {path}"))
+    monkeypatch.setattr(evaluate, "protocol", lambda data, split, device, path: told(f"{split} {device} {path}"))
     run = run_prior(world.config(), world.tokenizer, world.store, file)
     folder = world.tokenizer.folder
     assert seen["loaded"] == (folder, "cpu")
@@ -260,7 +260,7 @@ def test_device_weights_and_folder_reach_whoever_needs_them(world, monkeypatch, 
     assert seen["score_prior"][1] is loaded
     assert seen["score_prior"][4] == config
     assert seen["score_prior"][6] == file
-    assert run.protocol()["extractor_inception"] == f"cpu {file}"
+    assert run.protocol()["extractor_inception"] == f"test cpu {file}"
     assert measured == ["cpu"]
     assert run.metrics()["peak_memory_mb"] == 7.5
     assert run.tokenizer() == json.loads(json.dumps(asdict(world.tiny)))

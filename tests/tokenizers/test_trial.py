@@ -281,14 +281,13 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
-def test_every_network_that_scores_is_looked_for_before_training(tiny, store, monkeypatch, tmp_path):
+def test_every_network_that_scores_is_looked_for_before_training(images, tiny, store, monkeypatch, tmp_path):
     """Also Inception's where the user has its file: one that is absent or damaged is told before hours are spent."""
     asked = []
     monkeypatch.setattr(weights, "trunk_state", asked.append)
     monkeypatch.setattr(weights, "inception", lambda path: asked.append(path))
-    monkeypatch.setattr(trial, "load", lambda data, image_size: (data, image_size))
-    config = tiny.resolved()
-    assert trial.prepare(config, store, tmp_path / "inception.pth") == (config.data, config.image_size)
+    monkeypatch.setattr(trial, "load", lambda data, image_size: images)
+    assert trial.prepare(tiny.resolved(), store, tmp_path / "inception.pth") is images
     assert asked == ["alex", "vgg", tmp_path / "inception.pth"]
 
 
@@ -375,7 +374,7 @@ def test_a_trial_trains_on_its_share_and_is_scored_on_its_split(trial_data, tiny
 
 
 def test_a_subset_that_there_is_not_is_told_before_any_training(trial_data, tiny, store):
-    with pytest.raises(UserError, match="^train_images is 49 and photos has 48 to train on; 0 takes all$"):
+    with pytest.raises(UserError, match=r"^train_images is 49 and photos has 48 to train on; 0 takes all$"):
         run_trial(replace(tiny, train_images=49), store)
     assert not list(store.root.glob("runs/*/history.jsonl"))
 
@@ -777,7 +776,7 @@ def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, to
     finish(run, tokenizer, images, {}, tmp_path, {})
     assert told["score"][1:] == (16, images.test, "cpu", tmp_path, "scoring cnn ema seed 4")
     assert told["protocol"] == (images, "test", "cpu", tmp_path)
-    assert run.protocol() == least()["protocol"]
+    assert run.protocol() == {"scored_on": "val", **least()["protocol"]}
     title = "cnn, ema, K = 16, 1×1"
     path, x, x_hat, above = told["plots.reconstructions"]
     assert (path, above) == (run.folder / "reconstructions.png", f"{title}: 20.1 dB")
@@ -810,13 +809,13 @@ def test_arrays_of_a_run_are_written_whole_or_not_at_all(images, tiny, store, to
     assert not [name for name in names if name.endswith(".npz") and name.startswith(".")]
 
 
-def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(tiny, store, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_is_told_before_anything_is_fetched(images, tiny, store, monkeypatch, tmp_path):
     """One that is not there yet is made, with the folders above it."""
     monkeypatch.setattr(weights, "trunk_state", lambda net: None)
     monkeypatch.setattr(weights, "inception", lambda path: None)
-    monkeypatch.setattr(trial, "load", lambda data, image_size: "data")
+    monkeypatch.setattr(trial, "load", lambda data, image_size: images)
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "new" / "cache"))
-    assert trial.prepare(tiny.resolved(), store) == "data"
+    assert trial.prepare(tiny.resolved(), store) is images
     assert (tmp_path / "new" / "cache").is_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "file" / "cache"))

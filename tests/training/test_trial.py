@@ -95,7 +95,7 @@ def test_a_run_without_scores_keeps_its_checkpoint(run):
     for _ in range(2):
         complete(run, **least(psnr=20.0))
         assert run.metrics() == {**least(psnr=20.0)["metrics"], "params": 2, "flops": 2}
-        assert run.protocol() == least()["protocol"]
+        assert run.protocol() == {"scored_on": "val", **least()["protocol"]}
         assert [path.name for path in run.folder.iterdir()] == ["metrics.json"]
 
 
