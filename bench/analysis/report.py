@@ -23,7 +23,7 @@ from bench.core.progress import Bar, say, stdout
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 
-from . import charts, frames, rankings
+from . import charts, frames, rankings, searches
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
 from .statistics import COMPARED, backbone_verdicts, setting_verdicts
 from .tables import LABELS, Sheet, heading, text_of
@@ -57,7 +57,8 @@ class Block(NamedTuple):
 
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
-    ``damaged``: sentences on runs that cannot be read. ``generation``: rankings of priors, with their titles."""
+    ``damaged``: sentences on runs that cannot be read. ``search``: what a search found and what is left of it on the
+    test; ``generation``: rankings of priors; both with their titles."""
 
     title: str
     facts: dict[str, str]
@@ -67,6 +68,7 @@ class Report(NamedTuple):
     damaged: list[str]
     runs: Sheet
     trained_on: str
+    search: list[tuple[str, Sheet]]
     generation: list[tuple[str, Sheet]]
 
 
@@ -171,7 +173,7 @@ def _find(name: str, results: Path) -> Selection:
 
 def _study(store: Store, name: str) -> Selection:
     study = store.study(name)
-    started = [run for run in map(store.named, study["runs"]) if run.started]
+    started = [run for run in map(store.named, {**study["runs"], **study.get("confirmed", {})}) if run.started]
     return Selection(name, started, store.root, study)
 
 
@@ -197,8 +199,23 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
         damaged=list(damaged),
         runs=rankings.run_list(table, parts),
         trained_on=rankings.trained_on(table),
+        search=list(_search(selection.study, table)) if selection.study else [],
         generation=list(rankings.generation(priors)),
     )
+
+
+def _search(study: dict[str, Any], table: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
+    """Titles and sheets on the trials of a search, and on the runs that confirm it."""
+    if study["kind"] != "search":
+        return
+    fields, metric = study["sweep"], searches.goal(study["metrics"])
+    found = searches.trials(table[table.run_id.isin(study["runs"])], fields)
+    if len(found):
+        yield "Best of the search at each rate", searches.rate_sheet(found, fields, metric)
+    roles = {run_id: row.get("role") for run_id, row in study.get("confirmed", {}).items()}
+    rows = table[(table.status == "finished") & table.run_id.isin(roles)]
+    for group in frames.protocols(rows.assign(role=rows.run_id.map(roles))):
+        yield "Confirmed on fresh seeds", searches.confirmed_sheet(group, found, fields, metric)
 
 
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame) -> Block:
@@ -242,7 +259,7 @@ def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str,
     facts["swept"] = "; ".join(f"{name} {_values(table[name])}" for name in settings(table)) or "nothing"
     if selection.study:
         facts = {"kind": selection.study["kind"], **facts}
-        planned = len(selection.study["runs"]) - len(table) - damaged
+        planned = len(selection.study["runs"] | selection.study.get("confirmed", {})) - len(table) - damaged
         runs += [f"{planned} planned but not started"] if planned else []
     return {**facts, "seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
 
@@ -285,6 +302,8 @@ def markdown(report: Report) -> str:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
+    for title, sheet in report.search:
+        parts += [f"## {_inline(title)}", _markdown(sheet)]
     for title, sheet in report.generation:
         parts += [f"## Generation: {_inline(title)}", _markdown(sheet)]
     for title, sheet in (("Not ranked against each other", report.refusals), ("Without scores", report.unscored)):
@@ -322,6 +341,9 @@ def show(report: Report) -> None:
         stdout.print(table)
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
+    for title, sheet in report.search:
+        for line in (f"{title}: {len(sheet.rows)} rows; see the report.", *sheet.notes[1:]):
+            stdout.print(escape(line), soft_wrap=True)
     for title, sheet in report.generation:
         stdout.print(escape(f"Generation, {title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     if report.refusals.rows:

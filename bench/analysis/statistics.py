@@ -152,6 +152,25 @@ def setting_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> 
     return _verdicts(sorted(pairs, key=lambda pair: pair.within), metrics)  # stable: one backbone after the other
 
 
+def role_verdicts(rows: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
+    """Of the runs that confirm a search, whose ``role`` says whether their settings are what it found ("winner"), those
+    of the preset ("default") or both ("winner, default"): the two against each other within each backbone, then the
+    winners of the backbones against each other. Paired over seeds, as in ``backbone_verdicts``; a family each."""
+    cells = rows.assign(setting=0)
+    none = pd.DataFrame(index=[0])
+    within = []
+    for backbone, own in cells.groupby("backbone"):
+        sides = _sides(own, "role", metrics)
+        if len(sides) > 1:
+            pair = f"winner ({backbone})", f"default ({backbone})"
+            within.append(_Pair(*pair, sides["winner"], sides["default"], "", none))
+    winners = _sides(cells[cells.role != "default"], "backbone", metrics)
+    between = [
+        _Pair(f"winner ({a})", f"winner ({b})", winners[a], winners[b], "", none) for a, b in combinations(winners, 2)
+    ]
+    return _verdicts(within, metrics) + _verdicts(between, metrics)
+
+
 def _budgets(parameters: pd.Series) -> pd.Series:
     """The typical parameter count, in millions, of the models that differ by no more than SAME_BUDGET from the next."""
     ordered = parameters.sort_values()

@@ -70,7 +70,8 @@ class Store:
     def study(self, name: str) -> dict[str, Any]:
         """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
         ``runs`` (run_id → backbone, seed and the values of the swept fields) and, where it has any, ``priors`` (run_id
-        → prior and the same of its tokenizer). Raises UserError on an unknown name, and Damaged.
+        → prior and the same of its tokenizer) or ``confirmed`` (runs that confirm a search, with their role). Raises
+        UserError on an unknown name, and Damaged.
         """
         path = self.root / "studies" / f"{name}.json"
         if name not in self.studies():
@@ -82,9 +83,11 @@ class Store:
                 raise Damaged(path, f"it does not tell the {part} of the study")
         if not study["metrics"] or not all(isinstance(name, str) for name in study["metrics"] + study["sweep"]):
             raise Damaged(path, "its metrics and what it sweeps are no names")
-        if not isinstance(study.get("priors", {}), dict):
-            raise Damaged(path, "it does not tell the priors of the study")
-        for run_id, row in {**study["runs"], **study.get("priors", {})}.items():
+        more = {part: study.get(part, {}) for part in ("priors", "confirmed")}
+        for part, rows in more.items():
+            if not isinstance(rows, dict):
+                raise Damaged(path, f"it does not tell the {part} of the study")
+        for run_id, row in {**study["runs"], **more["priors"], **more["confirmed"]}.items():
             plain = isinstance(row, dict) and not any(isinstance(value, (list, dict)) for value in row.values())
             if not plain or os.path.basename(run_id) != run_id or run_id in ("", ".", ".."):
                 raise Damaged(path, f"{run_id!r} is no run with its settings")
@@ -93,8 +96,8 @@ class Store:
     def extend_study(
         self, name: str, header: dict[str, Any], runs: dict[str, dict[str, Any]], shelf: str = "runs"
     ) -> None:
-        """Adds ``runs``, or those of another ``shelf``, to a study, creating it with ``header``; several processes may
-        do so at once. What other versions of the code have written there besides is kept."""
+        """Adds ``runs`` to the part ``shelf`` of a study, creating it with ``header``; several processes may do so at
+        once. What other versions of the code have written there besides is kept."""
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):

@@ -1,6 +1,6 @@
 """What a study file says, and its command line: an Ablation or a Search, the values of a field, and the flags."""
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
@@ -17,7 +17,7 @@ from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
 TYPES = get_type_hints(Config)
-POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
+POSITIVE = ("workers", "trials", "timeout", "trial_timeout", "bits_per_image")
 
 
 class Range(NamedTuple):
@@ -122,6 +122,14 @@ class PriorStudyArguments(AblationArguments):
 class SearchArguments(StudyArguments):
     """What a search takes."""
 
+    metric: tuple[str, ...] = ()
+    """what is optimised: by default lpips_vgg at one rate, or lpips_vgg and bits_per_image, whose trials are not pruned
+    and end in a front"""
+    bits_per_image: int | None = None
+    """search at this rate alone: K follows from the grid"""
+    confirm: int = 0
+    """then train the best trial of each backbone at the preset's rate, and the preset itself, on so many fresh seeds
+    and score them on the test"""
     trials: int = 30
     """trials per backbone, those of earlier commands included"""
     timeout: float | None = None
@@ -146,7 +154,8 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Search:
-    """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric."""
+    """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric. Its trials
+    are scored on validation, whatever ``settings`` say: the test is for what was chosen."""
 
     name: str
     space: Space
@@ -154,12 +163,15 @@ class Search:
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", {**self.settings, "split": "val"})
+
 
 def parse_study(study: Ablation | Search, description: str, arguments: list[str]) -> StudyArguments:
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
     values = {**study.settings, "backbone": study.backbones, "seeds": study.seeds}
     if isinstance(study, Search):
-        base, flags = SearchArguments, {name: tyro.conf.Suppress[TYPES[name]] for name in study.space}
+        base, flags = SearchArguments, {name: tyro.conf.Suppress[TYPES[name]] for name in (*study.space, "split")}
     else:
         base = PriorStudyArguments if study.priors else AblationArguments
         told = tyro.conf.arg(help="values to sweep")
@@ -168,6 +180,9 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
+    if options.metric == () and isinstance(study, Search):
+        metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
+        options = replace(options, metric=metric)
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
         if metric not in known:
@@ -178,6 +193,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         flag = f"--{name.replace('_', '-')}"
         if value == ():
             raise UserError(f"{flag} needs at least one value")
+        if name == "confirm" and value < 0:
+            raise UserError(f"{flag} is {value}; it must be 0 or more")
         if name in POSITIVE and value is not None and value <= 0:
             raise UserError(f"{flag} is {value}; it must be above 0")
     return options

@@ -34,7 +34,7 @@ from bench.core.store import Store
 from .address import without_password
 from .bulk import Unwritten
 from .definition import Space, distribution, read_space
-from .kinds import KINDS, AnyConfig, Row, kind_of
+from .kinds import KINDS, TOKENIZERS, AnyConfig, Row, kind_of
 from .patience import PatientStorage, reason_of
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
@@ -119,9 +119,12 @@ class Index:
             study.set_metric_names(list(metrics))
         return study
 
-    def enqueue(self, study: Study, params: dict[str, Any], run_id: str | None = None) -> None:
-        """Adds a trial for some worker to take. ``params`` empty: its values are sampled when it is taken."""
-        study.add_trial(_drawn(params, {}, run_id))
+    def enqueue(
+        self, study: Study, params: dict[str, Any], run_id: str | None = None, space: Space | None = None
+    ) -> None:
+        """Adds a trial for some worker to take, of ``params`` from the ``space`` of a search. ``params`` empty: its
+        values are sampled when it is taken."""
+        study.add_trial(_drawn(params, space or {}, run_id))
 
     def claim(self, study: Study, run_ids: Collection[str] = ()) -> Trial | None:
         """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
@@ -280,23 +283,28 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     """Adds the trials of the study called ``name`` that ended without ``index`` knowing, and returns how many those
     were. Raises UserError on an unknown name, and Damaged where the study's file is."""
     record, added = store.study(name), 0
-    searching = record["kind"] == "search"
-    for shelf, kind in KINDS.items():
+    search = record["kind"] == "search"
+    parts = [*((shelf, kind, name, search) for shelf, kind in KINDS.items())]
+    for shelf, kind, title, searching in (*parts, ("confirmed", TOKENIZERS, f"{name}-confirm", False)):
         metrics = kind.ranked or tuple(record["metrics"])
         trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
         try:
             space = read_space(record["space"]) if searching else {}
             for run_id, row in record.get(shelf, {}).items():
-                aside = {kind.key, "seed"} if searching else {kind.key}  # the seeds of a search's trial are runs of it
+                aside = {
+                    kind.key,
+                    "role",
+                    *(("seed",) if searching else ()),
+                }  # the seeds of a search's trial are runs of it
                 params = {name: value for name, value in row.items() if name not in aside}
                 identity = (row[kind.key], *(params.items() if searching else [run_id]))
-                trials.setdefault(identity, (params, []))[1].append(store.named(run_id, shelf))
+                trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.config.SHELF))
                 _drawn(params, space)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
             raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
         with index.planning:
             labels = dict.fromkeys(label for label, *_ in trials)
-            studies = {label: index.open(kind.study(name, label), metrics) for label in labels}
+            studies = {label: index.open(kind.study(title, label), metrics) for label in labels}
             for study in studies.values():
                 index.recover(study)
             known = {label: index.states(study) for label, study in studies.items()}

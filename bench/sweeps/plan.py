@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -14,7 +13,6 @@ from rich import box
 from rich.table import Table
 
 from bench.analysis.frames import DEFAULTS, frame, statuses
-from bench.core.errors import UserError
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
@@ -22,7 +20,7 @@ from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
-from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
+from .definition import Ablation, Search, Space, StudyArguments
 from .index import Index, Study, Trial, TrialState
 from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 
@@ -37,11 +35,17 @@ class Cell(NamedTuple):
     params: dict[str, Any]
     configs: list[AnyConfig]
     runs: list[Run]
+    role: str = ""  # of one that confirms a search: whose settings it has
 
     @property
     def run(self) -> Run:
         """The first run, by whose id the index knows the trial."""
         return self.runs[0]
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What its rows in the study's file say besides its parameters."""
+        return {"role": self.role} if self.role else {}
 
 
 class Part(NamedTuple):
@@ -52,7 +56,8 @@ class Part(NamedTuple):
     label: str  # the backbone, or the prior
     steps: int  # of training, per run
     metrics: tuple[str, ...]
-    cells: list[Cell]  # an ablation's; a search makes its own as it goes
+    shelf: str  # the part of the study's file that its runs are in
+    cells: list[Cell]  # known beforehand; a search makes its own as it goes
 
     def open(self, index: Index) -> Study:
         """Its Optuna study, made if need be."""
@@ -61,7 +66,7 @@ class Part(NamedTuple):
     def rows(self, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         """Runs of ``cells`` as the study's file has them."""
         return {
-            run.folder.name: {self.kind.key: self.label, **cell.params, "seed": config.seed}
+            run.folder.name: {self.kind.key: self.label, **cell.params, "seed": config.seed} | cell.told
             for cell in cells
             for config, run in zip(cell.configs, cell.runs, strict=True)
         }
@@ -78,6 +83,7 @@ class Plan:
         self.study, self.options, self.space, self.store = study, options, space, Store(options.results)
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
+        self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
 
     @cached_property
@@ -120,9 +126,10 @@ class Plan:
         """A part per backbone."""
         return [self._part(TOKENIZERS, name, self.options.steps, cells) for name, cells in self.cells.items()]
 
-    def priors(self) -> list[Part]:
-        """A part per prior, with a cell for every tokenizer that is finished; a search has none."""
-        return []
+    def followers(self) -> list[Part]:
+        """What waits for the tokenizers: a part per prior, with a cell for every tokenizer that is finished, or what
+        confirms a search."""
+        raise NotImplementedError
 
     def fill(self, part: Part, index: Index) -> int:
         """Enqueues what is missing of ``part`` and records what ended elsewhere. Returns how many trials are to be run,
@@ -132,85 +139,9 @@ class Plan:
             index.recover(study)
             return self._fill(part, index, study)
 
-    def allows(self, index: Index, study: Study) -> bool:
-        """Whether another trial may begin: in a search, neither are all begun nor is the time over."""
-        return True
-
-    def prunes(self, trial: Trial) -> bool:
-        """Whether a trial of a search is to be given up for its curve."""
-        return False
-
-    def table(self) -> Table:
-        """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
-        known = frame(self.store.runs())
-        table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
-            table.add_column(heading, justify="left" if heading == "backbone" else "right")
-        total = 0.0
-        for backbone in self.backbones:
-            cells, status, configs = self._row(backbone)
-            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
-            seconds = sum(estimates(configs, known))
-            total += seconds
-            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
-        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
-        return table
-
-    def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell]) -> Part:
-        return Part(kind.study(self.name, label), kind, label, steps, kind.ranked or self.options.metric, cells)
-
-    def _cell(self, params: dict[str, Any], configs: list[AnyConfig]) -> Cell:
-        return Cell(params, configs, [self.store.run(config) for config in configs])
-
-    def _words(self) -> list[str]:
-        """What the name says besides settings."""
-        return [f"match={self.options.match}"] if self.options.match else []
-
-
-class AblationPlan(Plan):
-    """The plan of an Ablation: cells × seeds, and priors over those that are finished."""
-
-    kind = "ablation"
-
-    def __init__(self, study: Ablation, options: StudyArguments):
-        self.final = {"finished"} if options.retry_failed else self.final - {"pruned"}  # which says nothing of a cell
-        self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
-        self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
-        super().__init__(study, options, {name: vars(options)[name] for name in study.sweep})
-
-    def _cells(self, backbone: str) -> list[Cell]:
-        """All cells of one seed before those of the next."""
-        cells = []
-        for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
-            params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
-            (config,) = self.configs(backbone, params)
-            config.check()
-            cells.append(self._cell(params, [config]))
-            for prior in self._prior_names:
-                self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
-        return cells
-
-    def priors(self) -> list[Part]:
-        status = ending(self.tokenizers())
-        done = [(name, one) for name, cells in self.cells.items() for one in cells if status[one.run] == "finished"]
-        parts = []
-        for prior in self._prior_names if done else ():
-            cells = [
-                # timm's models go by one name: Optuna has to know all values beforehand
-                self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
-                for name, one in done
-            ]
-            parts.append(self._part(PRIORS, prior, self.options.prior_steps, cells))
-        return parts
-
-    def _prior(self, prior: str, cell: Cell) -> PriorConfig:
-        given = {field: vars(self.options)[flag] for flag, field in PRIOR_SETTINGS.items()}
-        given |= {"precision": self.options.precision, "device": self.options.device, "seed": cell.params["seed"]}
-        return PriorConfig(tokenizer=cell.run.folder.name, prior=prior, **given)
-
     def _fill(self, part: Part, index: Index, study: Study) -> int:
         rows = part.rows(part.cells)
-        self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
+        self.store.extend_study(self.name, self.header(), rows, part.shelf)
         states = index.states(study)
         ended: list[tuple[dict[str, Any], list[Run]]] = []
         status = ending([part])  # after the states: what ends in between is known to one of them
@@ -233,7 +164,83 @@ class AblationPlan(Plan):
 
     def failed(self) -> bool:
         """Whether a planned run has no scores."""
-        return {*ending([*self.tokenizers(), *self.priors()]).values()} != {"finished"}
+        return {*ending([*self.tokenizers(), *self.followers()]).values()} != {"finished"}
+
+    def allows(self, part: Part, index: Index, study: Study) -> bool:
+        """Whether another trial may begin: in a search, neither are all begun nor is the time over."""
+        return True
+
+    def prunes(self, part: Part, trial: Trial) -> bool:
+        """Whether a trial of a search is to be given up for its curve."""
+        return False
+
+    def table(self) -> Table:
+        """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
+        known = frame(self.store.runs())
+        table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
+            table.add_column(heading, justify="left" if heading == "backbone" else "right")
+        total = 0.0
+        for backbone in self.backbones:
+            cells, status, configs = self._row(backbone)
+            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
+            seconds = sum(estimates(configs, known))
+            total += seconds
+            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
+        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
+        return table
+
+    def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell], suffix: str = "", shelf: str = "") -> Part:
+        name, metrics = kind.study(self.name + suffix, label), kind.ranked or self.options.metric
+        return Part(name, kind, label, steps, metrics, shelf or kind.config.SHELF, cells)
+
+    def _cell(self, params: dict[str, Any], configs: list[AnyConfig], role: str = "") -> Cell:
+        return Cell(params, configs, [self.store.run(config) for config in configs], role)
+
+    def _words(self) -> list[str]:
+        """What the name says besides settings."""
+        return [f"match={self.options.match}"] if self.options.match else []
+
+
+class AblationPlan(Plan):
+    """The plan of an Ablation: cells × seeds, and priors over those that are finished."""
+
+    kind = "ablation"
+
+    def __init__(self, study: Ablation, options: StudyArguments):
+        self.final = {"finished"} if options.retry_failed else self.final - {"pruned"}  # which says nothing of a cell
+        self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
+        super().__init__(study, options, {name: vars(options)[name] for name in study.sweep})
+
+    def _cells(self, backbone: str) -> list[Cell]:
+        """All cells of one seed before those of the next."""
+        cells = []
+        for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
+            params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
+            (config,) = self.configs(backbone, params)
+            config.check()
+            cells.append(self._cell(params, [config]))
+            for prior in self._prior_names:
+                self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
+        return cells
+
+    def followers(self) -> list[Part]:
+        status = ending(self.tokenizers())
+        done = [(name, one) for name, cells in self.cells.items() for one in cells if status[one.run] == "finished"]
+        parts = []
+        for prior in self._prior_names if done else ():
+            cells = [
+                # timm's models go by one name: Optuna has to know all values beforehand
+                self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
+                for name, one in done
+            ]
+            parts.append(self._part(PRIORS, prior, self.options.prior_steps, cells))
+        return parts
+
+    def _prior(self, prior: str, cell: Cell) -> PriorConfig:
+        given = {field: vars(self.options)[flag] for flag, field in PRIOR_SETTINGS.items()}
+        given |= {"precision": self.options.precision, "device": self.options.device, "seed": cell.params["seed"]}
+        return PriorConfig(tokenizer=cell.run.folder.name, prior=prior, **given)
 
     def _words(self) -> list[str]:
         given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS if self._prior_names}
@@ -251,84 +258,9 @@ class AblationPlan(Plan):
         table = super().table()
         if self._prior_names:
             planned = len(self._prior_names) * sum(map(len, self.cells.values()))
-            finished = Counter(ending(self.priors()).values())["finished"]
+            finished = Counter(ending(self.followers()).values())["finished"]
             table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
         return table
-
-
-class SearchPlan(Plan):
-    """The plan of a Search: so many trials, whose values are drawn when they are taken."""
-
-    kind = "search"
-
-    def __init__(self, study: Search, options: StudyArguments):
-        if options.timed:
-            words = "would give each trial of a search other steps; match params or flops"
-            raise UserError(f"--match {options.match} {words}")
-        super().__init__(study, options, study.space)
-
-    def _cells(self, backbone: str) -> list[Cell]:
-        self.example(backbone).check()
-        return []
-
-    def header(self) -> dict[str, Any]:
-        stored = {name: one._asdict() if isinstance(one, Range) else one for name, one in self.space.items()}
-        return {**super().header(), "space": stored}
-
-    def _check_space(self) -> None:
-        """Raises UserError where the study was begun with another space, whose trials have other distributions."""
-        begun = self.store.study(self.name).get("space") if self.name in self.store.studies() else None
-        before, now = (
-            {name: json.dumps(choice) for name, choice in space.items()}  # in which 4 and 4.0 differ
-            for space in (begun or {}, self.header()["space"])
-        )
-        for name in {**before, **now} if before else ():
-            old, new = before.get(name, "no value"), now.get(name, "no value")
-            if old != new:
-                fix = "undo the change, or start again with another --results"
-                raise UserError(f"study {self.name} began with {name} from {old} and now draws it from {new}; {fix}")
-
-    def _fill(self, part: Part, index: Index, study: Study) -> int:
-        self._check_space()
-        self.store.extend_study(self.name, self.header(), {})
-        left = self.options.trials - index.ended(study)
-        for _ in range(left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))):
-            index.enqueue(study, {})
-        return max(0, left)
-
-    def allows(self, index: Index, study: Study) -> bool:
-        if self.options.timeout is not None and index.seconds(study) >= self.options.timeout:
-            return False
-        return index.ended(study) + len(index.trials(study, TrialState.RUNNING)) < self.options.trials
-
-    def prunes(self, trial: Trial) -> bool:
-        return trial.should_prune()
-
-    def claimed(self, part: Part, trial: Trial) -> Cell:
-        """Draws the values of a trial that was taken, and records its runs."""
-        params = suggest(trial, self.space)
-        cell = self._cell(params, self.configs(part.label, params))
-        self.store.extend_study(self.name, self.header(), part.rows([cell]))
-        return cell
-
-    def failed(self) -> bool:
-        """Whether a run failed, which a pruned one has not."""
-        found = statuses(map(self.store.named, self.store.study(self.name)["runs"]))
-        return bool({*found} & {*FAILURES} - {"pruned"})
-
-    def _words(self) -> list[str]:
-        # a trial's value is the mean over its seeds
-        seeds = [f"seeds={'+'.join(map(str, self.seeds))}"] if self.seeds != self.study.seeds else []
-        return seeds + super()._words()
-
-    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
-        """Trials, how runs ended, and a config for each that is left of the budget."""
-        runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
-        ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
-        status = Counter(statuses(ours))
-        ended = sum(status[name] for name in ("finished", *FAILURES))
-        left = max(0, self.options.trials * len(self.seeds) - ended)
-        return self.options.trials, status, [self.example(backbone)] * left
 
 
 def ending(parts: list[Part]) -> dict[Run, str]:
@@ -343,11 +275,6 @@ def ending(parts: list[Part]) -> dict[Run, str]:
 def shown(value: Any) -> str:
     """``value`` of a setting, in few characters."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def make_plan(study: Ablation | Search, options: StudyArguments) -> AblationPlan | SearchPlan:
-    """The plan of ``study``. Raises UserError when one of its configs cannot work."""
-    return (AblationPlan if isinstance(study, Ablation) else SearchPlan)(study, options)
 
 
 def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:

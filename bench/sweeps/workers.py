@@ -23,7 +23,8 @@ from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState, report
 from .kinds import AnyConfig, Row
-from .plan import Cell, Part, Plan, make_plan, shown
+from .plan import Cell, Part, Plan, shown
+from .search import make_plan
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
@@ -46,7 +47,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
         prepare(plan.example(backbone), plan.store, plan.options.fid_weights)
     index = Index(url, plan.store.root / "studies")
     idle = True
-    for parts in (plan.tokenizers, plan.priors):  # a prior waits for its tokenizer
+    for parts in (plan.tokenizers, plan.followers):  # which wait for tokenizers
         for _ in range(2):  # the second finds what was lost with workers that died, if anything
             idle &= not run_missing(plan, parts(), index)
     if idle:
@@ -68,12 +69,13 @@ def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
 
 def conclude(plan: Plan, index: Index) -> None:
     """Counts how tokenizers ended, writes the report, attaches its plots."""
-    runs = [plan.store.named(run_id) for run_id in plan.store.study(plan.name)["runs"]]
+    record = plan.store.study(plan.name)
+    runs = [plan.store.named(run_id) for run_id in {**record["runs"], **record.get("confirmed", {})}]
     status = Counter(statuses(runs))
     say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
-        for part in (*plan.tokenizers(), *plan.priors()):
+        for part in (*plan.tokenizers(), *plan.followers()):
             text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`"
             pictures = [(chart.title, chart.path) for chart in written.charts]
             index.attach(part.open(index), text, pictures)
@@ -138,7 +140,7 @@ class Workers:
 
     def _take(self, part: Part, study: Study) -> bool:
         """Runs one waiting trial of ``part``, if there is one and the budget allows it."""
-        if not self.plan.allows(self.index, study) or (trial := self.index.claim(study, self.planned)) is None:
+        if not self.plan.allows(part, self.index, study) or (trial := self.index.claim(study, self.planned)) is None:
             return False
         self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
@@ -147,7 +149,7 @@ class Workers:
         with self.index.heartbeat(trial):
             for config in cell.configs:
                 watched = trial if config is cell.configs[0] and len(part.metrics) == 1 else None
-                outcome = self._attempt(config, label, watched)
+                outcome = self._attempt(config, label, part, watched)
                 if outcome.status != "finished":
                     break
             if outcome.status == "interrupted":
@@ -157,7 +159,7 @@ class Workers:
                 self._say(label, outcome, part, cell, time.monotonic() - began)
         return True
 
-    def _attempt(self, config: AnyConfig, label: str, watched: Trial | None) -> Outcome:
+    def _attempt(self, config: AnyConfig, label: str, part: Part, watched: Trial | None) -> Outcome:
         """Runs a config in a child process, again where that makes sense, or adopts how it ended before; its curve goes
         to ``watched``."""
         run, attempts, reported = self.plan.store.run(config), 0, 0
@@ -174,7 +176,7 @@ class Workers:
             if not rows or watched is None:
                 return None
             reported = report(watched, rows, config, reported)
-            return "pruned" if self.plan.prunes(watched) else None
+            return "pruned" if self.plan.prunes(part, watched) else None
 
         threads = max(1, (os.cpu_count() or 1) // self.options.workers) if self.options.workers > 1 else None
         options = (self.plan.store, self.options.fid_weights, threads, watch, self.options.trial_timeout)

@@ -20,7 +20,8 @@ from bench.priors.models import PRIORS
 from bench.sweeps import plan
 from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_space
 from bench.sweeps.index import Index
-from bench.sweeps.plan import AblationPlan, Plan, SearchPlan, estimates, make_plan
+from bench.sweeps.plan import AblationPlan, Plan, estimates
+from bench.sweeps.search import SearchPlan, make_plan
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import least
 
@@ -35,7 +36,7 @@ def planned(study, folder, *arguments: str) -> Plan:
 
 def priors_of(found: Plan) -> list[PriorConfig]:
     """Of all kinds, kind after kind."""
-    return [config for part in found.priors() for cell in part.cells for config in cell.configs]
+    return [config for part in found.followers() for cell in part.cells for config in cell.configs]
 
 
 def ended(plan: Plan, config: Config | PriorConfig, status: str) -> None:
@@ -192,7 +193,7 @@ def test_both_plans_have_the_same_methods():
 
     ablation, search = face(AblationPlan), face(SearchPlan)
     assert ablation == search
-    asked = ("tokenizers", "priors", "fill", "wants", "allows", "prunes", "claimed", "failed", "example", "header")
+    asked = ("tokenizers", "followers", "fill", "wants", "allows", "prunes", "claimed", "failed", "example", "header")
     assert {*asked, "table"} <= {*ablation}
     assert (AblationPlan.kind, SearchPlan.kind) == ("ablation", "search")
 
@@ -201,7 +202,7 @@ def test_a_plan_is_chosen_by_what_the_study_is(tmp_path):
     search = Search("search", SPACE, backbones=("cnn",))
     assert type(planned(SWEEP, tmp_path)) is AblationPlan
     assert type(planned(search, tmp_path)) is SearchPlan
-    assert planned(search, tmp_path).priors() == planned(SWEEP, tmp_path).priors() == []
+    assert planned(search, tmp_path).followers() == planned(SWEEP, tmp_path).followers() == []
 
 
 def test_an_example_is_a_config_of_the_study(tmp_path):
@@ -337,7 +338,7 @@ def test_the_search_is_over_what_its_docstring_says():
         "code_dim": (4, 8, 16, 32, 64),
         "lr": Range(2e-4, 1e-2, log=True),
     }
-    assert (study.settings, study.backbones, study.seeds) == ({}, ALL, (0,))
+    assert (study.settings, study.backbones, study.seeds) == ({"split": "val"}, ALL, (0,))
     for field, choice in study.space.items():  # the preset's own value can be found
         own = getattr(make_config("cnn", "cpu"), field)
         assert choice.low <= own <= choice.high if isinstance(choice, Range) else own in choice
@@ -352,9 +353,14 @@ PRIORS_TOO = Ablation("p", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), pr
 def test_what_a_study_takes_unless_told_otherwise():
     """A prior's sizes are those of bench.prior."""
     options = parse_study(SEARCH, "", [])
-    assert (options.metric, options.workers, options.storage, options.plan) == (("lpips_vgg",), 1, None, False)
+    front = ("lpips_vgg", "bits_per_image")
+    assert (options.metric, options.workers, options.storage, options.plan) == (front, 1, None, False)
+    assert parse_study(SEARCH, "", ["--bits-per-image", "576"]).metric == ("lpips_vgg",)
+    assert parse_study(SEARCH, "", ["--metric", "psnr"]).metric == ("psnr",)
+    assert (options.bits_per_image, options.confirm) == (None, 0)
     assert (options.trials, options.timeout, options.trial_timeout) == (30, None, None)
     options = parse_study(PRIORS_TOO, "", [])
+    assert options.metric == ("lpips_vgg",)
     sizes = (options.prior_parameters, options.prior_steps, options.samples)
     assert sizes == (PriorConfig.parameters, PriorConfig.steps, PriorConfig.samples)
     assert (options.prior, options.retry_failed) == (("rnn",), False)
@@ -401,6 +407,7 @@ def test_a_studys_name_says_what_is_unusual_about_it():
     assert name(PRIORS_TOO, "--prior", "independent") == "p-cpu"
     assert name(PRIORS_TOO, "--match", "params:1M", "--samples", "64") == "p-cpu-match=params_1M-samples=64"
     assert name(SEARCH, "--seeds", "1", "2", "--match", "params:1M") == "search-cpu-seeds=1_2-match=params_1M"
+    assert name(SEARCH, "--bits-per-image", "576") == "search-cpu-bits_per_image=576"
     assert name(replace(SWEEP, settings={"steps": 77})) == "beta-cpu"
 
 
@@ -412,7 +419,7 @@ def test_a_part_is_what_one_study_of_the_dashboard_has(tmp_path):
     study = replace(PRIORS_TOO, backbones=("cnn", "vit"))
     found = planned(study, tmp_path, "--metric", "psnr", "ssim", "--prior-steps", "77", "--steps", "60")
     ended(found, found.configs("cnn", found.cells["cnn"][0].params)[0], "finished")
-    parts = [(part.name, part.label, part.steps, part.metrics) for part in (*found.tokenizers(), *found.priors())]
+    parts = [(part.name, part.label, part.steps, part.metrics) for part in (*found.tokenizers(), *found.followers())]
     metrics = ("psnr", "ssim")
     name = "p-smoke-steps=60-prior_steps=77"
     assert parts == [
@@ -473,10 +480,14 @@ def test_a_search_begins_no_trial_beyond_its_budget_or_its_time(tmp_path, second
         ended=lambda study: ended,
         trials=lambda study, *states, of=(): [None] * running * (states == (TrialState.RUNNING,)),
     )
-    assert planned(SEARCH, tmp_path, "--trials", "5", "--timeout", "25").allows(index, None) == allowed
+    hurried = planned(SEARCH, tmp_path, "--trials", "5", "--timeout", "25")
+    (part,) = hurried.tokenizers()
+    assert hurried.allows(part, index, None) == allowed
     unhurried = planned(SEARCH, tmp_path, "--trials", "5")
-    assert unhurried.allows(index, None) == (ended + running < 5)
-    assert planned(SWEEP, tmp_path).allows(index, None)
+    assert unhurried.allows(part, index, None) == (ended + running < 5)
+    assert hurried.allows(part._replace(cells=["one that confirms"]), index, None)
+    ablation = planned(SWEEP, tmp_path)
+    assert all(ablation.allows(part, index, None) for part in ablation.tokenizers())
 
 
 def test_an_ablation_begins_with_the_first_values_of_the_command_line(tmp_path):

@@ -28,7 +28,8 @@ from bench.sweeps.child import Outcome
 from bench.sweeps.definition import Ablation, Range, Search, parse_study
 from bench.sweeps.index import Index
 from bench.sweeps.kinds import KINDS
-from bench.sweeps.plan import Plan, make_plan
+from bench.sweeps.plan import Plan
+from bench.sweeps.search import make_plan
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 

@@ -1,0 +1,198 @@
+"""The plan of a search: trials whose values are drawn as they are taken, and the runs that confirm what it found."""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from bench.analysis import searches
+from bench.analysis.frames import frame, statuses
+from bench.core.errors import UserError
+from bench.core.runs import FAILURES
+from bench.tokenizers.config import Config
+
+from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
+from .index import Index, Study, Trial, TrialState
+from .kinds import TOKENIZERS
+from .plan import AblationPlan, Cell, Part, Plan
+
+LARGEST_POWER = 24  # K is at most 2 to this power
+
+
+def make_plan(study: Ablation | Search, options: StudyArguments) -> "AblationPlan | SearchPlan":
+    """The plan of ``study``. Raises UserError when one of its configs cannot work."""
+    return (AblationPlan if isinstance(study, Ablation) else SearchPlan)(study, options)
+
+
+class SearchPlan(Plan):
+    """The plan of a Search: so many trials, whose values are drawn when they are taken."""
+
+    kind = "search"
+
+    def __init__(self, study: Search, options: StudyArguments):
+        if options.timed:
+            words = "would give each trial of a search other steps; match params or flops"
+            raise UserError(f"--match {options.match} {words}")
+        super().__init__(study, options, tied(study.space, options))
+        self.metric = searches.goal(options.metric)
+
+    def _cells(self, backbone: str) -> list[Cell]:
+        self.example(backbone).check()
+        return []
+
+    def header(self) -> dict[str, Any]:
+        stored = {name: one._asdict() if isinstance(one, Range) else one for name, one in self.space.items()}
+        return {**super().header(), "sweep": self.fields, "space": stored}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a trial sets: what is drawn, and the K that its rate then asks for."""
+        return (*self.space, *(("codebook_size",) if self.options.bits_per_image else ()))
+
+    def configs(self, backbone: str, params: dict[str, Any]) -> list[Config]:
+        if rate := self.options.bits_per_image:
+            side = params.get("grid_size") or self.options.config(backbone, 0).grid_size
+            params = {**params, "codebook_size": 2 ** (rate // side**2)}
+        return super().configs(backbone, params)
+
+    def _check_space(self) -> None:
+        """Raises UserError where the study was begun with another space, whose trials have other distributions."""
+        begun = self.store.study(self.name).get("space") if self.name in self.store.studies() else None
+        before, now = (
+            {name: json.dumps(choice) for name, choice in space.items()}  # in which 4 and 4.0 differ
+            for space in (begun or {}, self.header()["space"])
+        )
+        for name in {**before, **now} if before else ():
+            old, new = before.get(name, "no value"), now.get(name, "no value")
+            if old != new:
+                fix = "undo the change, or start again with another --results"
+                raise UserError(f"study {self.name} began with {name} from {old} and now draws it from {new}; {fix}")
+
+    def _fill(self, part: Part, index: Index, study: Study) -> int:
+        if part.cells:
+            return super()._fill(part, index, study)
+        self._check_space()
+        self.store.extend_study(self.name, self.header(), {})
+        left = self.options.trials - index.ended(study)
+        new = left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))
+        for number in range(new):
+            first = number == 0 and not index.trials(study)
+            index.enqueue(study, self._default(part.label) if first else {}, space=self.space)
+        return max(0, left)
+
+    def _default(self, backbone: str) -> dict[str, Any]:
+        """The preset's own values of what is searched, which are tried first; none where they are not in the space."""
+        preset = vars(self._preset(backbone, self.seeds[0]))
+        values = {name: preset[name] for name in self.space}
+        inside = all(
+            one.low <= values[name] <= one.high if isinstance(one, Range) else values[name] in one
+            for name, one in self.space.items()
+        )
+        return values if inside else {}
+
+    def _preset(self, backbone: str, seed: int, **settings: Any) -> Config:
+        """The config that a search has to beat: the preset's, with its grid, or else the first, and the K that a rate
+        asks for."""
+        config = self.options.config(backbone, seed, **settings)
+        if rate := self.options.bits_per_image:
+            grids = self.space.get("grid_size", (config.grid_size,))
+            side = config.grid_size if config.grid_size in grids else grids[0]
+            codes = {"grid_size": side, "codebook_size": 2 ** (rate // side**2)}
+            config = self.options.config(backbone, seed, **settings, **codes)
+        return config.resolved()
+
+    def followers(self) -> list[Part]:
+        """Per backbone the best trial at the preset's rate and the preset itself, on seeds that the search has not
+        seen, scored on the test. Raises UserError where no trial has that rate."""
+        if not self.options.confirm:
+            return []
+        known = self.store.study(self.name)["runs"]
+        found = searches.trials(frame(map(self.store.named, known)), self.fields)
+        return [self._confirming(name, found[found.backbone == name]) for name in self.backbones]
+
+    def _confirming(self, backbone: str, found: pd.DataFrame) -> Part:
+        preset = self._preset(backbone, self.seeds[0])
+        bits = preset.tokens * math.log2(preset.codebook_size)
+        best = searches.winners(found[found[searches.RATE] == bits], self.metric)
+        if best.empty:
+            fix = f"search on, or at that rate alone with --bits-per-image {bits:.0f}"
+            raise UserError(f"no trial of {backbone} has the preset's {bits:.0f} bits per image to be confirmed; {fix}")
+        winner = {name: kind(best.iloc[0][name]) for name, kind in self._kinds(preset).items()}
+        default = {name: getattr(preset, name) for name in self.fields}
+        roles = {searches.WINNER: winner, searches.DEFAULT: default}
+        if winner == default:
+            roles = {searches.BOTH: winner}
+        first = max(self.seeds) + 1
+        cells = [
+            self._cell({**values, "seed": seed}, [self._fresh(backbone, seed, values)], role)
+            for seed in range(first, first + self.options.confirm)
+            for role, values in roles.items()
+        ]
+        return self._part(TOKENIZERS, backbone, self.options.steps, cells, "-confirm", "confirmed")
+
+    def _kinds(self, preset: Config) -> dict[str, type]:
+        """Types of the values of ``fields``, which a frame may hold as others."""
+        return {name: type(getattr(preset, name)) for name in self.fields}
+
+    def _fresh(self, backbone: str, seed: int, values: dict[str, Any]) -> Config:
+        return self.options.config(backbone, seed, **values, split="test").resolved()
+
+    def allows(self, part: Part, index: Index, study: Study) -> bool:
+        if part.cells:
+            return True
+        if self.options.timeout is not None and index.seconds(study) >= self.options.timeout:
+            return False
+        return index.ended(study) + len(index.trials(study, TrialState.RUNNING)) < self.options.trials
+
+    def prunes(self, part: Part, trial: Trial) -> bool:
+        return not part.cells and trial.should_prune()
+
+    def claimed(self, part: Part, trial: Trial) -> Cell:
+        """Draws the values of a trial that was taken, and records its runs."""
+        if part.cells:
+            return super().claimed(part, trial)
+        params = suggest(trial, self.space)
+        cell = self._cell(params, self.configs(part.label, params))
+        self.store.extend_study(self.name, self.header(), part.rows([cell]))
+        return cell
+
+    def failed(self) -> bool:
+        """Whether a run failed, which a pruned one has not."""
+        record = self.store.study(self.name)
+        found = statuses(map(self.store.named, {**record["runs"], **record.get("confirmed", {})}))
+        return bool({*found} & {*FAILURES} - {"pruned"})
+
+    def _words(self) -> list[str]:
+        # a trial's value is the mean over its seeds
+        seeds = [f"seeds={'+'.join(map(str, self.seeds))}"] if self.seeds != self.study.seeds else []
+        rate = [f"bits_per_image={self.options.bits_per_image}"] if self.options.bits_per_image else []
+        return seeds + rate + super()._words()
+
+    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
+        """Trials, how runs ended, and a config for each that is left of the budget."""
+        runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
+        ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
+        status = Counter(statuses(ours))
+        ended = sum(status[name] for name in ("finished", *FAILURES))
+        left = max(0, self.options.trials * len(self.seeds) - ended)
+        return self.options.trials, status, [self.example(backbone)] * left
+
+
+def tied(space: Space, options: StudyArguments) -> Space:
+    """``space``, or of one rate those grids with which a K that is a power of two has it; K then follows. Raises
+    UserError where no grid has."""
+    rate = options.bits_per_image
+    if rate is None:
+        return space
+    grids = space.get("grid_size", (options.grid_size,))
+    fitting = tuple(side for side in grids if rate % side**2 == 0 and 1 <= rate // side**2 <= LARGEST_POWER)
+    if not fitting:
+        sides, tokens = ", ".join(map(str, grids)), " or ".join(str(side**2) for side in grids)
+        raise UserError(
+            f"bits_per_image is {rate}, which no grid of side {sides} has with K a power of two up to "
+            f"2^{LARGEST_POWER}; give a multiple of {tokens}"
+        )
+    free = {name: choice for name, choice in space.items() if name not in ("grid_size", "codebook_size")}
+    return free | ({"grid_size": fitting} if "grid_size" in space else {})
