@@ -18,6 +18,7 @@ from bench.core.progress import Bar
 from bench.core.runs import Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
+from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
 
 ENCODE_BATCH = 64
@@ -42,8 +43,12 @@ class Codes(NamedTuple):
 
 
 def digest(folder: Path) -> str:
-    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one."""
+    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one, and
+    where its latents are no codes."""
     check_finished(Run(folder))
+    if not (config := Run(folder).settings(Config)).discrete:
+        words = f"quantizer {config.quantizer!r} of {folder} makes no codes to encode or to train a prior on"
+        raise UserError(f"{words}; train a tokenizer with another, such as ema")
     return sha256_file(folder / "tokenizer.safetensors")[:16]
 
 
