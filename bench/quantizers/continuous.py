@@ -31,7 +31,7 @@ class NoQuantizer(ContinuousQuantizer):
     def forward(self, z: Tensor) -> Quantized:
         """Passes ``z`` (B, d, h, w), any float dtype, in float32."""
         z, nothing = z.float(), torch.zeros((), device=z.device)
-        return Quantized(z, z, nothing, nothing)
+        return Quantized(z, z.detach(), nothing, nothing)
 
 
 class KLQuantizer(ContinuousQuantizer):

@@ -26,23 +26,25 @@ from bench.metrics import from_uint8, to_uint8
 from .config import PROTOCOL_VERSION
 from .evaluate import REFERENCE_VERSION, protocol, score
 
-LOWEST, AHEAD = 2, 2  # qualities: files grow with them but for small steps back, at the lower end above all
+AHEAD = 8  # qualities: files grow with them but for small steps back
 KEPT = ("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "bits_per_image", "bits_per_pixel")
 
 
 class Format(NamedTuple):
-    """An image format: its name, its qualities in ascending order, how it is written otherwise, and its library."""
+    """An image format: its name, its qualities in ascending order, among how many of the lowest ones its smallest file
+    is, how it is written otherwise, and its library."""
 
     label: str
     qualities: Sequence[int]
+    lowest: int
     options: dict[str, Any]
     library: str  # as PIL.features calls it
 
 
 FORMATS: dict[str, Format] = {
-    "webp": Format("WebP", range(101), {}, "webp"),
-    "avif": Format("AVIF", (0, *range(3, 101)), {"max_threads": 1}, "avif"),  # 1 and 2 are written as 0 is
-    "jpeg": Format("JPEG", range(1, 101), {"optimize": True}, "libjpeg_turbo"),
+    "webp": Format("WebP", range(101), 8, {}, "webp"),
+    "avif": Format("AVIF", (0, *range(3, 101)), 2, {"max_threads": 1}, "avif"),  # 1 and 2 are written as 0 is
+    "jpeg": Format("JPEG", range(1, 101), 8, {"optimize": True}, "libjpeg_turbo"),
 }
 
 
@@ -60,9 +62,9 @@ def write(pixels: np.ndarray, name: str, quality: int) -> bytes:
 
 def compress(pixels: np.ndarray, name: str, bits: float) -> bytes:
     """The file of an image (H, W, 3) uint8 of the highest quality that has at most ``bits``; where none has, the
-    smallest. By bisection, as files grow with quality, and a look at the next qualities and the lowest, as they do so
-    almost but not quite."""
-    qualities = FORMATS[name].qualities
+    smallest. By bisection, as files grow with quality, and a look at the next qualities and the lowest ones, as they do
+    so almost but not quite."""
+    _, qualities, lowest, *_ = FORMATS[name]
 
     @cache
     def file(place: int) -> bytes:
@@ -71,15 +73,14 @@ def compress(pixels: np.ndarray, name: str, bits: float) -> bytes:
     def fits(place: int) -> bool:
         return 8 * len(file(place)) <= bits
 
-    low = next(filter(fits, reversed(range(LOWEST))), None)
+    low = next(filter(fits, range(lowest)), None)
     if low is None:
-        return min(map(file, range(LOWEST)), key=len)
+        return min(map(file, range(lowest)), key=len)
     high = len(qualities)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    ahead = range(low, min(low + AHEAD, len(qualities) - 1) + 1)
-    return file(max(filter(fits, ahead)))
+    return file(max(filter(fits, range(low, min(low + AHEAD + 1, len(qualities))))))
 
 
 class FormatCodec:

@@ -208,6 +208,7 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
     **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
     **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
+    "kl_weight": 0.5,
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
     **{"gan_ramp": 0.25, "gan_warmup": 0.25, "gan_loss": "nonsaturating", "gan_adaptive": False, "gan_lr": 0.5},
     **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},
