@@ -10,6 +10,7 @@ interrupted goes on where it stopped.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,13 +134,14 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
 
 def references(metrics: dict[str, float]) -> list[tuple[str, float, dict[str, float]]]:
     """Rows of a table, from the ``metrics`` of a run: k-means and image formats, with the bits that these took."""
+    from bench.analysis.references import KMEANS, with_bits
     from bench.analysis.tables import with_suffix
     from bench.tokenizers.codecs import FORMATS
 
-    rows = [("k-means on patches", 0, with_suffix(metrics, "_kmeans"))]
+    rows = [(KMEANS, 0, with_suffix(metrics, "_kmeans"))]
     for name, one in FORMATS.items():
         scores = with_suffix(metrics, f"_{name}")
-        rows.append((f"{one.label}, {scores.get('bits_per_image', 0):.0f} bits", 0, scores))
+        rows.append((with_bits(one.label, scores.get("bits_per_image", math.nan)), 0, scores))
     return [row for row in rows if row[2]]
 
 

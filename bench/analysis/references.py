@@ -5,6 +5,7 @@ lose can be told from what the backbone does. It is shown beside those that were
 budget: everything but the quantizer, its settings, the seed and the device is equal.
 """
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -43,15 +44,22 @@ def reference_cells(block: pd.DataFrame, latents: pd.DataFrame, keys: list[str])
         known = {"backbone": KMEANS, **first[["grid_size", "codebook_size", "bits_per_image"]]}
         rows.append([cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys])
     for name in formats_in(block):
-        known = {"backbone": FORMATS[name].label, **block.dropna(subset=f"psnr_{name}").iloc[0]}
-        rows.append([cell(key, known.get(key if key == "backbone" else f"{key}_{name}")) for key in keys])
+        first = block.dropna(subset=f"psnr_{name}").iloc[0]
+        known = {"backbone": with_bits(FORMATS[name].label, first[f"bits_per_image_{name}"])}
+        rows.append([cell(key, known.get(key, first.get(f"{key}_{name}"))) for key in keys])
     own = beside(block, latents)
     by = ["backbone", "quantizer", *(key for key in keys if key in BUDGET and key != "backbone")]
     for values, group in own.groupby(by, dropna=False):
         known = dict(zip(by, values, strict=True))
-        known |= {"backbone": f"{known['backbone']}, {WORDS[known['quantizer']]}", "n": len(group)}
+        label = f"{known['backbone']}, {WORDS[known['quantizer']]}"
+        known |= {"backbone": with_bits(label, group.bits_per_image.mean()), "n": len(group)}
         rows.append([_mean(group, key) if key in METRICS else cell(key, known.get(key)) for key in keys])
     return rows
+
+
+def with_bits(label: str, bits: float) -> str:
+    """The label of a row of other bits than those that are ranked; as it is where it has no rate."""
+    return label if math.isnan(bits) else f"{label}, {bits:.0f} bits"
 
 
 def _mean(group: pd.DataFrame, key: str) -> Cell:
