@@ -27,13 +27,14 @@ GENERATED = (
 )
 
 
-def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame) -> Sheet:
+def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | None = None) -> Sheet:
     """Mean ± standard deviation over seeds per backbone and setting of ``block``, the best in its main metric first.
 
     Marked is the best of a column, as shown; not in columns without a better or where all are equal, and in clocked
     ones only when all rows were measured on one machine. ``failed``: runs to be counted beside the scored ones.
     ``latents``: scored ones that are continuous, of which those of the same budget are references.
     """
+    latents = block.iloc[:0] if latents is None else latents
     main = frames.main_metric(block)
     table = best_first(frames.summary(block, failed), main)
     by = list(table.loc[:, :"failed"])

@@ -235,6 +235,19 @@ def test_the_protocol_version_is_part_of_the_identity(config, monkeypatch):
     assert config.run_id() != before
 
 
+def test_several_quantizers_are_run_in_turn():
+    """Each with every backbone and seed; a preset's own is one; none is a mistake."""
+    words = ("--backbone", "cnn", "vit", "--quantizer", "ema", "none", "--seeds", "0", "1", "--preset", "smoke")
+    found = [(config.backbone, config.quantizer, config.seed) for config in command_line(*words)]
+    assert found == [(a, b, c) for a in ("cnn", "vit") for b in ("ema", "none") for c in (0, 1)]
+    assert [config.quantizer for config in command_line("--backbone", "cnn")] == ["ema"]
+    assert [config.quantizer for config in command_line("--backbone", "cnn", "--preset", "vqgan64")] == [
+        PRESETS["vqgan64"].get("quantizer", "ema")
+    ]
+    with pytest.raises(UserError, match="--quantizer needs at least one value"):
+        command_line("--quantizer", "--preset", "smoke")
+
+
 def test_an_id_is_a_folder_name_that_says_what_ran(config):
     assert config.run_id().startswith("convnext-ema-")
     assert replace(config, backbone="timm:resnet18").run_id().startswith("timm-resnet18-ema-")
