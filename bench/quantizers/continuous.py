@@ -45,7 +45,7 @@ class KLQuantizer(ContinuousQuantizer):
 
     settings = ("kl_weight",)
 
-    def __init__(self, codebook_size: int, code_dim: int, *, kl_weight: float = 1e-3, **shared: Any):
+    def __init__(self, codebook_size: int, code_dim: int, *, kl_weight: float = 1e-2, **shared: Any):
         super().__init__(codebook_size, code_dim, **shared)
         self.kl_weight = kl_weight
         self.posterior = nn.Linear(code_dim, 2 * code_dim)

@@ -88,7 +88,7 @@ class Config:
     """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
     temperature: Positive = 1.0
     """gumbel: temperature of the soft choice of a code in training"""
-    kl_weight: Weight = 1e-3
+    kl_weight: Weight = 1e-2
     """kl: weight of the divergence from the unit Gaussian, in nats per component of the latent"""
     revive_after: Natural = 50
     """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
