@@ -20,7 +20,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.tables import Group, score_table
+from bench.analysis.tables import Group, score_table, with_suffix
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
@@ -92,7 +92,9 @@ def result_table(runs: list[Run]) -> Table:
     for tokenizer, own in itertools.groupby(runs, lambda run: run.config()["tokenizer"]):
         rows = [(f"{run.config()['prior']} {run.config()['seed']}", run.metrics()) for run in own]
         rows = [(label, metrics["params_prior"], metrics) for label, metrics in rows]
-        groups.append(Group(rows, [("real codes", "_real"), ("shuffled codes", "_shuffled")], title=tokenizer))
+        bounds = (("real codes", "_real"), ("shuffled codes", "_shuffled"))
+        references = [(label, 0, with_suffix(rows[-1][2], suffix)) for label, suffix in bounds]
+        groups.append(Group(rows, references, title=tokenizer))
     if len(groups) == 1:
         groups = [groups[0]._replace(title="")]
     return score_table("prior, seed", COLUMNS, groups)

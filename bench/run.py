@@ -9,34 +9,57 @@ Every setting below is a column of the results. A run that the store already hol
 interrupted goes on where it stopped.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+import tyro
 from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
+from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
 from bench.metrics import weights
+from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
+
+QUANTIZER = f"{', '.join(QUANTIZERS)}; several are run in turn and compared, none and kl as references without codes"
 
 
 @dataclass(frozen=True)
 class RunArguments(Arguments):
     """What the command line takes."""
 
+    quantizer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=QUANTIZER)] = (
+        Config.quantizer,
+    )
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
     list: bool = False
     """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.quantizer, str):  # a preset has one
+            object.__setattr__(self, "quantizer", (self.quantizer,))
+
+    def configs(self) -> Sequence[Config]:
+        """One Config per backbone, quantizer and seed. Raises UserError where one of these is empty."""
+        for flag, values in (("--backbone", self.backbone), ("--quantizer", self.quantizer), ("--seeds", self.seeds)):
+            if not values:
+                raise UserError(f"{flag} needs at least one value")
+        each = itertools.product(self.backbone, self.quantizer, self.seeds)
+        return [self.config(backbone, seed, quantizer=quantizer) for backbone, quantizer, seed in each]
 
 
 # Metrics that the table shows, those of them that all of the runs have.
@@ -82,27 +105,44 @@ def compare(options: RunArguments) -> int:
 
 
 def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
-    """One row per run, per run that diverged, and for k-means at the same bits; the best of a column is bold."""
-    from bench.analysis.frames import UNMATCHED, frame, unmatched
+    """One row per run and per run that diverged, the best of a column bold; in grey what k-means and image formats make
+    of the same bits, and runs whose latents are no codes."""
+    from bench.analysis.frames import UNMATCHED, coded, continuous, frame, unmatched
+    from bench.analysis.references import notes
     from bench.analysis.tables import Group, score_table
 
-    rows = [(run.config(), run.metrics()) for run in runs]
-    off = unmatched(frame(runs))
-    marks = [f" {UNMATCHED}" if marked else "" for marked in off]
-    group = Group(
-        rows=[
-            (f"{config['backbone']} {config['quantizer']} {config['seed']}{mark}", metrics["params"], metrics)
-            for (config, metrics), mark in zip(rows, marks, strict=True)
-        ],
-        references=[("k-means on patches", "_kmeans")],
-        diverged=list(diverged),
-    )
-    config, metrics = rows[0]
-    bits = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {config['codebook_size']}"
-    table = score_table("tokenizer, seed", COLUMNS, [group], bits)
-    if off.any():
-        table.caption = f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"
+    known = frame(runs)
+    off = unmatched(known)
+    rows = []
+    for run, marked in zip(runs, off, strict=True):
+        config, metrics = run.config(), run.metrics()
+        label = f"{config['backbone']} {config['quantizer']} {config['seed']}"
+        rows.append((f"{label} {UNMATCHED}" if marked else label, metrics["params"], metrics))
+    ranked = [rows[place] for place in coded(known).index]
+    latents = [rows[place] for place in continuous(known).index]
+    group = Group(ranked, [*references(ranked[-1][2] if ranked else {}), *latents], list(diverged))
+    table = score_table("tokenizer, seed", COLUMNS, [group], "no codes")
+    caption = [f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"]
+    caption = caption if off.any() else []
+    if ranked:
+        metrics, codes = ranked[-1][2], known.codebook_size[coded(known).index[0]]
+        table.title = f"{metrics['bits_per_image']:.0f} bits per image: {metrics['tokens']} codes of K = {codes}"
+        caption += notes(coded(known), continuous(known))
+    table.caption = "\n".join(caption) or None
     return table
+
+
+def references(metrics: dict[str, float]) -> list[tuple[str, float, dict[str, float]]]:
+    """Rows of a table, from the ``metrics`` of a run: k-means and image formats, with the bits that these took."""
+    from bench.analysis.references import KMEANS, with_bits
+    from bench.analysis.tables import with_suffix
+    from bench.tokenizers.codecs import FORMATS
+
+    rows = [(KMEANS, 0, with_suffix(metrics, "_kmeans"))]
+    for name, one in FORMATS.items():
+        scores = with_suffix(metrics, f"_{name}")
+        rows.append((with_bits(one.label, scores.get("bits_per_image", math.nan)), 0, scores))
+    return [row for row in rows if row[2]]
 
 
 def protocol_line(run: Run) -> str:

@@ -184,7 +184,7 @@ def live(root: Path, images: Data) -> Iterator[World]:
         for module in (trial, prior_trial):
             patch.setattr(module, "peak_memory", lambda device: nullcontext(lambda: 1.0))
         patch.setattr(trial, "score", scored)
-        for name in ("kmeans_reference", "score_untrained", "throughput", "static_costs"):
+        for name in ("kmeans_reference", "format_references", "score_untrained", "throughput", "static_costs"):
             patch.setattr(trial, name, lambda *given: {})
         patch.setattr(weights, "trunk_state", lambda net: None)
         patch.setattr(weights, "inception", lambda path: None)

@@ -10,6 +10,7 @@ from PIL import Image
 from bench.core.runs import NUMBERS, SCORED, TOLD, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
+from bench.tokenizers.codecs import FORMATS
 from bench.tokenizers.config import Config, make_config
 
 SIDE = 8  # pixels of a fabricated sample picture
@@ -63,7 +64,6 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
         | {"codes_used": config.codebook_size // 2, "seconds": float(step) / 10}
         for step in steps
     ]
-    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokens = config.grid_size**2
     bits = tokens * float(np.log2(config.codebook_size))
     scores = {name: float(row.mean(dtype=np.float64)) for name, row in per_image.items()}
@@ -84,8 +84,14 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     protocol["scored_on"] = config.split
     protocol |= {"image_size": config.image_size, "resizer": "none", "rounding": "uint8", "precision": "fp32"}
     protocol |= {"extractor_vgg16": "v", "extractor_alex": "a", "extractor_inception": None, "device": "cpu"}
+    if not config.discrete:
+        codes = {"perplexity", "usage", "dead_codes", "tokens", "codes_used"}
+        codes |= {"bits_per_image", "bits_per_pixel"} if config.quantizer == "none" else set()
+        metrics = {name: value for name, value in metrics.items() if name not in codes and "_kmeans" not in name}
+        rows = [{name: value for name, value in row.items() if name not in codes} for row in rows]
+    (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, value in changes.items():
-        (metrics if name in metrics else protocol)[name] = value
+        (metrics if name in metrics or name.endswith(tuple(FORMATS)) else protocol)[name] = value
     run.write("metrics.json", {"metrics": metrics, "protocol": protocol})
     return run
 

@@ -60,7 +60,8 @@ def tokenizer(config: Config) -> Values:
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = train(config.resolved(), images(64), Path(folder))
         logged = history(folder)
-    scores, _ = score(trained, config.codebook_size, images(16)[8:], "cpu", None, "golden")
+    codes = config.codebook_size if config.discrete else None
+    scores, _ = score(trained, codes, images(16)[8:], "cpu", None, "golden")
     return {**logged, **{f"{name} scored": value for name, value in scores.items()}}
 
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from bench.core.files import atomic_path
 from bench.core.runs import HELD_OUT
 
-from . import looks
+from . import looks, references
 from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
 from .galleries import learning_curves, reconstructions, samples
 from .looks import BITS, Drawing, brief, is_number, label_of, look_of
@@ -188,43 +188,58 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
 
 
 def rate_distortion(scope: Scope) -> Iterator[Drawing]:
-    """``rate_distortion``: metrics against bits per pixel; where K is swept, one line per grid size."""
+    """``rate_distortion``: metrics against bits per pixel, beside image formats and latents without codes; where K is
+    swept, one line per grid size."""
     rows, fixed = controlled(scope.rows, list(BITS))
     coded = rows.dropna(subset="coded_bits_per_pixel") if "coded_bits_per_pixel" in rows else rows.iloc[:0]
-    if rows.bits_per_pixel.nunique() < 2 and coded.empty:
+    latents = scope.rows.iloc[:0] if scope.latents is None else scope.latents
+    others = bool(references.formats_in(rows)) or len(references.beside(rows, latents)) > 0
+    if rows.bits_per_pixel.nunique() < 2 and coded.empty and not others:
         return
     per_grid = rows.groupby("grid_size").codebook_size.nunique().max() > 1
     lines = [line for _, line in rows.groupby("grid_size")] if per_grid else [rows]
     metrics = [metric for metric in key_metrics(rows) if metric != "perplexity"]
     hollow = {"marker": "o", "color": "0.4", "markerfacecolor": "white", "linestyle": ":", "linewidth": 0.8}
     more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else {}
+    if others:
+        more |= references.entries(rows, latents)
     figure = _against("bits_per_pixel", lines, metrics, True, more)
-    if len(coded):
-        _entropy_coded(figure, rows, coded, metrics)
+    panels = dict(zip(metrics, figure.axes, strict=True))
+    rates = [_entropy_coded(panels, coded)] if len(coded) else []
+    if others:
+        rates.append(references.draw(panels, rows, latents))
+    _widen(panels, rows.bits_per_pixel, pd.concat([pd.Series(dtype=float), *rates]))
     joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
     caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
     if len(coded):
         caption += " Hollow: the same at the rate of an entropy coder with the best prior trained over those codes."
+    caption += references.caption(rows, latents)
     yield Drawing("rate_distortion", "Rate and distortion", caption, figure)
 
 
-def _entropy_coded(figure: Figure, rows: pd.DataFrame, coded: pd.DataFrame, metrics: list[str]) -> None:
+def _entropy_coded(panels: dict[str, Axes], coded: pd.DataFrame) -> pd.Series:
     """Adds to ``rate_distortion`` where each mean of ``coded`` moves when codes are sent at the rate of their best
-    prior."""
-    names = ["coded_bits_per_pixel", *metrics]
+    prior. Returns those rates."""
+    names = ["coded_bits_per_pixel", *panels]
     means = coded.groupby(["backbone", "bits_per_pixel"])[names].mean().reset_index()
     means = means[means.coded_bits_per_pixel > 0]  # one code in all takes none, and the axis is logarithmic
-    if means.empty:
-        return
-    for axes, metric in zip(figure.axes, metrics, strict=True):
+    for metric, axes in panels.items():
         for _, row in means.iterrows():
             look = look_of(row.backbone)
             at = [row.coded_bits_per_pixel, row.bits_per_pixel], [row[metric], row[metric]]
             axes.plot(*at, color=look["color"], linewidth=0.8, linestyle=":", zorder=1)
             axes.plot(*(ends[:1] for ends in at), linestyle="none", markersize=5, markerfacecolor="white", **look)
-        rates = pd.concat([rows.bits_per_pixel, means.coded_bits_per_pixel.nsmallest(1)], ignore_index=True)
-        looks.scale_x(axes, rates, "bits_per_pixel")
-        low, high = rates.min(), max(rates.max(), means.coded_bits_per_pixel.max())
+    return means.coded_bits_per_pixel
+
+
+def _widen(panels: dict[str, Axes], rates: pd.Series, further: pd.Series) -> None:
+    """Makes room for ``further`` rates on the axes of ``rates``, and ticks at the ends of all."""
+    if further.empty:
+        return
+    low, high = min(rates.min(), further.min()), max(rates.max(), further.max())
+    ticks = pd.concat([rates, further.nsmallest(1), further.nlargest(1)], ignore_index=True)
+    for axes in panels.values():
+        looks.scale_x(axes, ticks, "bits_per_pixel")
         axes.set_xlim(low / (high / low) ** 0.1 / 1.05, high * (high / low) ** 0.1 * 1.05)
 
 

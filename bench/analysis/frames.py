@@ -21,7 +21,9 @@ from bench.core.store import Store
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
+from bench.quantizers import QUANTIZERS
 from bench.tokenizers import costs
+from bench.tokenizers.codecs import FORMATS
 from bench.tokenizers.config import Config
 
 # In the order of tables. Described where they are computed: scores of reconstructions, and costs
@@ -29,9 +31,15 @@ METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for 
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
 CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
-REFERENCES = ("_kmeans", "_real", "_shuffled")  # suffixes of scores that something else has, for comparison
+REFERENCES = (
+    "_kmeans",
+    *(f"_{name}" for name in FORMATS),
+    "_real",
+    "_shuffled",
+)  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
+CONTINUOUS = tuple(name for name, quantizer in QUANTIZERS.items() if not quantizer.discrete)  # never ranked
 
 CONFIG = tuple(field.name for field in fields(Config))
 PRIOR_CONFIG = tuple(field.name for field in fields(PriorConfig))
@@ -54,9 +62,11 @@ class Kind(NamedTuple):
 
 def _tokenizer_row(run: Run) -> dict[str, Any]:
     config = {**run.config(), **vars(run.settings(Config))}
+    config = {name: config[name] for name in config if name not in METRICS}  # a later version may have set one
+    if config["quantizer"] in CONTINUOUS:
+        return config
     tokens = config["grid_size"] ** 2
     bits = tokens * math.log2(config["codebook_size"])
-    config = {name: config[name] for name in config if name not in METRICS}  # a later version may have set one
     return {**config, "tokens": tokens, "bits_per_image": bits, "bits_per_pixel": bits / config["image_size"] ** 2}
 
 
@@ -192,6 +202,16 @@ def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:
     return table.join(least, on="run_id")
 
 
+def coded(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose latents are codes."""
+    return table[~table.quantizer.isin(CONTINUOUS)]
+
+
+def continuous(table: pd.DataFrame) -> pd.DataFrame:
+    """The finished rows whose latents are none."""
+    return table[table.quantizer.isin(CONTINUOUS) & (table.status == "finished")]
+
+
 def protocols(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Finished rows of ``table``, split into groups that were measured the same way, largest group first."""
     finished = table[table.status == "finished"]
@@ -203,8 +223,8 @@ def protocols(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 def blocks(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Groups of finished rows with equal protocol *and* equal bits per image, ascending in bits: the only rows that
-    may be ranked against each other."""
-    for group in protocols(table):
+    may be ranked against each other. Continuous latents are in none: they are references."""
+    for group in protocols(coded(table)):
         for _, block in group.groupby("bits_per_image", sort=True):
             yield block
 

@@ -10,7 +10,7 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 from bench.metrics import EVALUATORS
 
-from . import frames
+from . import frames, references
 from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, text_of
@@ -28,12 +28,14 @@ GENERATED = (
 )
 
 
-def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
+def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | None = None) -> Sheet:
     """Mean ± standard deviation over seeds per backbone and setting of ``block``, the best in its main metric first.
 
     Marked is the best of a column, as shown; not in columns without a better or where all are equal, and in clocked
     ones only when all rows were measured on one machine. ``failed``: runs to be counted beside the scored ones.
+    ``latents``: scored ones that are continuous, of which those of the same budget are references.
     """
+    latents = block.iloc[:0] if latents is None else latents
     main = frames.main_metric(block)
     table = best_first(frames.summary(block, failed), main)
     by = list(table.loc[:, :"failed"])
@@ -42,6 +44,7 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
     notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
+    notes += references.notes(block, latents)
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
         notes.append(f"Measured on {machines(block)} different machines and therefore not ranked: {labels}.")
@@ -51,12 +54,8 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame) -> Sheet:
     if nets := trained_on(block):
         notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
     keys = [*by, *names]
-    references = []
-    for _, group in block.groupby(["grid_size", "codebook_size"]):
-        first = group.iloc[0]
-        known = {"backbone": "k-means on patches", **first[["grid_size", "codebook_size", "bits_per_image"]]}
-        references.append([cell(key, known.get(key, first.get(f"{key}_kmeans"))) for key in keys])
-    return Sheet(keys, _ranked(table, by, names, unequal), references, notes, main)
+    grey = references.reference_cells(block, latents, keys)
+    return Sheet(keys, _ranked(table, by, names, unequal), grey, notes, main)
 
 
 def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Sequence[str]) -> list[list[Cell]]:
@@ -91,11 +90,11 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     by = list(table.loc[:, :"n"])
     names = [name for name in GENERATED if name in table]
     rows = _ranked(table, by, names, CLOCKED if machines(block) > 1 else ())
-    references = []
+    bounds = []
     for suffix, label in (("_real", "real codes"), ("_shuffled", "shuffled codes")):
         for backbone, own in block.groupby("backbone"):
             known, means = {"backbone": backbone, "prior": label}, own.filter(like=suffix).mean()
-            references.append([cell(key, known.get(key, means.get(f"{key}{suffix}"))) for key in (*by, *names)])
+            bounds.append([cell(key, known.get(key, means.get(f"{key}{suffix}"))) for key in (*by, *names)])
     first, floor = block.iloc[0], block.coded_bits_per_token_independent
     images = f"{HELD_OUT[first.protocol_scored_on]} images of {first.data} at {first.image_size}×{first.image_size}"
     notes = [
@@ -106,7 +105,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
         "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
         "reconstructed held-out images are; 0.05 is innocent.",
     ]
-    return Sheet([*by, *names], rows, references, [*notes, *_cut(len(table))], main)
+    return Sheet([*by, *names], rows, bounds, [*notes, *_cut(len(table))], main)
 
 
 def _sampling(prior: pd.Series) -> str:

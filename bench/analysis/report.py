@@ -104,7 +104,7 @@ def write_report(
     figures = []
     if report.blocks:
         say("drawing charts")
-        most = frames.protocols(table)[0]  # scores of several protocols do not mix
+        most = frames.protocols(frames.coded(table))[0]  # scores of several protocols do not mix
         shares = importances(most, main_metric(most)) if importances else None
         figures = charts.draw(table, folder / "plots", shares, priors)
     for old in (folder / "plots").glob("*.*"):
@@ -186,10 +186,11 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
     runs in neither. Reads the runs' per-image scores for the verdicts."""
     parts = list(frames.blocks(table))
     unscored = table[table.status != "finished"]
+    latents = frames.continuous(table)
     found = []
     for number, block in enumerate(_watched("comparing", parts), 1):
         head = f"{number}. " if len(parts) > 1 else ""
-        found.append(_block(head + _title(block), block, unscored))
+        found.append(_block(head + _title(block), block, unscored, latents))
     return Report(
         title={"all": "All runs", "selection": "Selected runs"}.get(selection.name, f"Study {selection.name}"),
         facts=_facts(selection, table, len(damaged)),
@@ -218,7 +219,7 @@ def _search(study: dict[str, Any], table: pd.DataFrame) -> Iterator[tuple[str, S
         yield "Confirmed on fresh seeds", searches.confirmed_sheet(group, found, fields, metric)
 
 
-def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame) -> Block:
+def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
     main = main_metric(block)
     metrics = tuple(dict.fromkeys([main, *COMPARED]))
     backbones, swept = backbone_verdicts(block, metrics), setting_verdicts(block, metrics)
@@ -229,7 +230,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame) -> Block:
     failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
     return Block(
         title=title,
-        ranking=rankings.ranking(block, failed),
+        ranking=rankings.ranking(block, failed, latents),
         protocol=rankings.protocol_of(block),
         equal=_equal(block),
         within=within,
@@ -274,7 +275,7 @@ def write_data(table: pd.DataFrame, folder: Path) -> None:
     """runs.csv is ``table`` as it is; runs.parquet is long: a row per run and metric that it has, with its Config."""
     with atomic_path(folder / "runs.csv") as temporary:
         table.to_csv(temporary, index=False)
-    names = sorted(name for name in table if name in METRICS or name.endswith("_kmeans"))
+    names = sorted(name for name in table if name in METRICS or name.endswith(frames.REFERENCES))
     table = table.sort_values("run_id", ignore_index=True)
     keys = ["run_id", *CONFIG, "status"]
     schema = pyarrow.Schema.from_pandas(table[keys].assign(metric="", value=0.0), preserve_index=False)
@@ -335,9 +336,10 @@ def show(report: Report) -> None:
         for i in shown:
             words = escape(heading(keys[i])).replace(" ", "\n")
             table.add_column(words, justify="right" if block.ranking.numeric[i] else "left", no_wrap=True)
-        for row in (*block.ranking.rows[:BRIEF], *block.ranking.references):
+        grey = [(row, "bright_black") for row in block.ranking.references]
+        for row, style in (*((row, None) for row in block.ranking.rows[:BRIEF]), *grey):
             cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in shown]
-            table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells))
+            table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells), style=style)
         stdout.print(table)
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)

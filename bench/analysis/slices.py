@@ -7,7 +7,7 @@ import pandas as pd
 
 from bench.core.runs import HELD_OUT
 
-from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, main_metric, protocols, settings
+from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, coded, continuous, main_metric, protocols, settings
 from .looks import BITS, at_words, brief
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first
@@ -22,10 +22,12 @@ class Scope(NamedTuple):
     suffix: str  # appended to names where there are several scopes
     title: str  # what sets this scope apart from the others
     note: str  # protocol in brief, and which scopes are not drawn
+    latents: pd.DataFrame | None = None  # finished ones that are no codes; None in a block
 
 
 def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
     """One scope per protocol of finished and scored rows, the largest PROTOCOLS of them."""
+    latents, table = continuous(table), coded(table)
     scored = [rows.dropna(subset=main_metric(rows)) for rows in protocols(table)]
     groups = [rows for rows in scored if len(rows)]
     shown = groups[:PROTOCOLS]
@@ -42,7 +44,7 @@ def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
         title = ", ".join(f"{name.removeprefix('protocol_')} {brief(first[name])}" for name in telling)
         swept = [name for name in BITS if name in settings(rows)]
         alike = unscored.merge(rows[["data", "image_size"]].drop_duplicates())
-        scopes.append(Scope(rows, alike, swept, suffix, title, note))
+        scopes.append(Scope(rows, alike, swept, suffix, title, note, latents))
     return scopes
 
 

@@ -88,20 +88,21 @@ def heading(key: str) -> str:
 
 class Group(NamedTuple):
     """Rows of a table of scores that compete, each with its label, number of parameters and scores; labels of those
-    that diverged; and below them references: label, and the suffix of their scores among those of the last row."""
+    that diverged; and below them in grey references, alike."""
 
     rows: Sequence[tuple[str, float, dict[str, Any]]]
-    references: Sequence[tuple[str, str]]
+    references: Sequence[tuple[str, float, dict[str, Any]]]
     diverged: Sequence[str] = ()
     title: str = ""
 
 
 def score_table(first: str, columns: Sequence[str], groups: Sequence[Group], title: str | None = None) -> Table:
-    """For the terminal: a row per run under ``first``, and those of ``columns`` that all runs have.
+    """For the terminal: a row per run under ``first``, and those of ``columns`` that all runs have, or where there are
+    none all references.
 
     The best of a column within a group is bold, where there is more than one row to choose from.
     """
-    known = [scores for group in groups for _, _, scores in group.rows]
+    known = [scores for group in groups for _, _, scores in group.rows or group.references]
     shown = {name: LABELS[name] for name in columns if all(name in scores for scores in known)}
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column(first, no_wrap=True)
@@ -113,7 +114,7 @@ def score_table(first: str, columns: Sequence[str], groups: Sequence[Group], tit
         if group.title:
             table.add_row(f"[italic]{group.title}[/]")
         for label, parameters, scores in group.rows:
-            cells = [f"{parameters / 1e6:.2f}" if parameters else NONE]
+            cells = [_millions(parameters)]
             for name, metric in shown.items():
                 values = [others[name] for _, _, others in group.rows]
                 best = {"lower": min(values), "higher": max(values), "": None}[metric.better]
@@ -123,9 +124,18 @@ def score_table(first: str, columns: Sequence[str], groups: Sequence[Group], tit
         for label in group.diverged:
             table.add_row(label, "[red]diverged[/]")
         table.add_section()
-        for label, suffix in group.references:
-            values = [group.rows[-1][2].get(f"{name}{suffix}") for name in shown]
+        for label, parameters, scores in group.references:
+            values = [scores.get(name) for name in shown]
             texts = (NONE if v is None else f"{v:{m.form}}" for v, m in zip(values, shown.values(), strict=True))
-            table.add_row(label, NONE, *texts)
+            table.add_row(label, _millions(parameters), *texts, style="bright_black")
         table.add_section()
     return table
+
+
+def with_suffix(scores: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """Those of ``scores`` whose names end in ``suffix``, without it."""
+    return {name.removesuffix(suffix): value for name, value in scores.items() if name.endswith(suffix)}
+
+
+def _millions(parameters: float) -> str:
+    return f"{parameters / 1e6:.2f}" if parameters else NONE

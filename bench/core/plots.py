@@ -45,20 +45,26 @@ def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) ->
     _picture(path, [x, x_hat, difference], ["original", "reconstruction", "|difference|"], title, width=12)
 
 
-def curves(path: Path, history: list[dict[str, float]], codebook_size: int, title: str) -> None:
-    """Saves training losses (logarithmic) and codebook perplexity against steps, from a run's history."""
+def curves(path: Path, history: list[dict[str, float]], codebook_size: int | None, title: str) -> None:
+    """Saves training losses (logarithmic) against steps, from a run's history, and beside them perplexity; of a latent
+    that has no ``codebook_size`` its rate, if it has one."""
     steps = [row["step"] for row in history]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    beside = "perplexity" if codebook_size else "bits_per_image"
+    count = 1 + all(beside in row for row in history)
+    figure = Figure(figsize=(5 * count, 3.6), layout="constrained")
+    left, *others = figure.subplots(1, count, squeeze=False)[0]
     for name in ("reconstruction", "quantizer", "lpips"):
         if all(row.get(name, 0) > 0 for row in history):
             sns.lineplot(x=steps, y=[row[name] for row in history], ax=left, label=name)
     left.set(xlabel="step", ylabel="training loss, unweighted", yscale="log", title=title)
-    sns.lineplot(x=steps, y=[row["perplexity"] for row in history], ax=right, label="perplexity")
-    sns.lineplot(x=steps, y=[row["codes_used"] for row in history], ax=right, label="codes in use")
-    right.axhline(codebook_size, color="0.5", linestyle=":", label=f"K = {codebook_size}")
-    right.set(xlabel="step", ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
-    right.legend(loc="lower right")
+    for right in others:
+        sns.lineplot(x=steps, y=[row[beside] for row in history], ax=right, label=beside.replace("_", " "))
+        if codebook_size:
+            sns.lineplot(x=steps, y=[row["codes_used"] for row in history], ax=right, label="codes in use")
+            right.axhline(codebook_size, color="0.5", linestyle=":", label=f"K = {codebook_size}")
+            right.set(ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
+        right.set(xlabel="step")
+        right.legend(loc="lower right")
     _save(figure, path)
 
 

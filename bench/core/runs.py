@@ -47,6 +47,8 @@ SCORED = {
         *("gfid_vgg16", "nearest_train_psnr", "nearest_val_psnr", "sampling_speedup", "params_prior", "train_seconds"),
     ),
 }
+# Of them, by quantizer, what latents that are no codes cannot have.
+UNDEFINED = {"none": ("tokens", "bits_per_image", "perplexity"), "kl": ("tokens", "perplexity")}
 NUMBERS = {
     "runs": ("count", "image_size", "skipped"),
     "priors": ("count", "image_size", "samples", "temperature", "top_k"),
@@ -218,7 +220,9 @@ class Run:
             if type(value) not in (int, float) or abs(value) > HUGE:
                 raise Damaged(path, f"{name} is {value!r}, which is no number of use")
         if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
-            raise Damaged(path, f"it has no {missing[0]}")
+            undefined = UNDEFINED.get(str(self.config().get("quantizer")), ()) if shelf == "runs" else ()
+            if missing := [name for name in missing if name not in undefined]:
+                raise Damaged(path, f"it has no {missing[0]}")
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
         if protocol["scored_on"] not in HELD_OUT:

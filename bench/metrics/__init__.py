@@ -16,6 +16,7 @@ gfid …, gkid …            the same between generated and real images
 precision, recall         Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric", eq. 2; k = 3, on VGG16
 sharpness                 how steep the reconstructions are beside the originals; 1 is as steep, less is blurred
 perplexity, usage         exp(entropy) and support of the codes over the whole evaluation set
+bits_per_image            log2 K per code; of a latent without codes, and of files, the mean that was measured
 ========================  ==========================================================================================
 """
 

@@ -49,19 +49,27 @@ class CodeScores(Evaluator):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.histogram = CodeHistogram(setup.codebook_size)
+        self.histogram = CodeHistogram(setup.codebook_size or 0)
 
     def update(self, batch: Batch) -> None:
-        self.histogram.update(batch.codes)
-        self.tokens, self.pixels = batch.codes[0].numel(), batch.x[0, 0].numel()
+        self.pixels = batch.x[0, 0].numel()
+        if batch.bits is not None:
+            self.keep(bits_per_image=batch.bits)
+        if self.setup.codebook_size is not None:
+            self.histogram.update(batch.codes)
+            self.tokens = batch.codes[0].numel()
 
     def result(self) -> dict[str, float]:
-        bits = self.tokens * math.log2(self.setup.codebook_size)
-        return {
-            "perplexity": self.histogram.perplexity(),
-            "usage": self.histogram.usage(),
-            "dead_codes": self.histogram.dead_codes(),
-            "tokens": self.tokens,
-            "bits_per_image": bits,
-            "bits_per_pixel": bits / self.pixels,
-        }
+        """All of it; where there are no codes the measured bits alone, or nothing."""
+        scores = super().result()
+        if self.setup.codebook_size is not None:
+            scores = {
+                "perplexity": self.histogram.perplexity(),
+                "usage": self.histogram.usage(),
+                "dead_codes": self.histogram.dead_codes(),
+                "tokens": self.tokens,
+                "bits_per_image": self.tokens * math.log2(self.setup.codebook_size),
+            }
+        if "bits_per_image" in scores:
+            scores["bits_per_pixel"] = scores["bits_per_image"] / self.pixels
+        return scores

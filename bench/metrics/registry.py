@@ -22,20 +22,23 @@ class Metric(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What is known before the first batch. fid_weights: as ``weights.inception`` takes it."""
+    """What is known before the first batch. codebook_size: K, or None where there are no codes. fid_weights: as
+    ``weights.inception`` takes it."""
 
-    codebook_size: int
+    codebook_size: int | None
     device: torch.device
     fid_weights: Path | None = None
 
 
 class Batch(NamedTuple):
     """Originals ``x`` and their reconstructions ``x_hat``, (B, 3, H, W) uint8 each, and the codes between them,
-    (B, h, w) int64 in [0, codebook_size): all on the device of ``Setup``."""
+    (B, h, w) int64 in [0, codebook_size), or latents (B, d, h, w): all on the device of ``Setup``. ``bits``: of each
+    image, (B,), where its rate is measured rather than log2 K per code."""
 
     x: Tensor
     x_hat: Tensor
     codes: Tensor
+    bits: Tensor | None = None
 
 
 class Evaluator:

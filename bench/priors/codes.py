@@ -15,7 +15,7 @@ from filelock import FileLock
 from bench.core.errors import Damaged, UserError
 from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
 from bench.core.progress import Bar
-from bench.core.runs import Changed, Run, check_finished
+from bench.core.runs import UNDEFINED, Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
@@ -42,8 +42,12 @@ class Codes(NamedTuple):
 
 
 def digest(folder: Path) -> str:
-    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one."""
+    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one, and
+    where its latents are no codes."""
     check_finished(Run(folder))
+    if (quantizer := str(Run(folder).config().get("quantizer"))) in UNDEFINED:
+        words = f"quantizer {quantizer!r} of {folder} makes no codes to encode or to train a prior on"
+        raise UserError(f"{words}; train a tokenizer with another, such as ema")
     return sha256_file(folder / "tokenizer.safetensors")[:16]
 
 

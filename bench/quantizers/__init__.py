@@ -13,9 +13,12 @@ fsq        each of a few projected components rounded to its own levels (Mentzer
 lfq        the signs of log2 K projected components (Yu et al. 2024, MAGVIT-2)
 simvq      frozen codes, moved by one learned linear layer (Zhu et al. 2024)
 residual   two small codebooks, the second for what the first leaves over (Lee et al. 2022; Zeghidour et al. 2021)
+none       z as it is, without codes: what they cost shows beside it
+kl         a Gaussian per component, without codes; its rate is a divergence (Kingma & Welling 2014)
 ========== ============================================================================================
 
-The last four stand on the optional package vector-quantize-pytorch (``packaged``).
+fsq, lfq, simvq and residual stand on the optional package vector-quantize-pytorch (``packaged``). none and kl have
+``discrete = False``: they are references, never ranked against codes.
 
 Tricks that suit several of them are arguments: k-means for the first codes, an entropy penalty, the rotation trick.
 ViT-VQGAN's factorised codes need none: encoders end in a linear layer to ``code_dim`` channels and decoders start with
@@ -25,6 +28,7 @@ All arithmetic is float32 whatever the autocast: distances of nearby codes diffe
 """
 
 from .codebook import GRADIENTS, Quantized, Quantizer, nearest
+from .continuous import KLQuantizer, NoQuantizer
 from .learned import EMAL2Quantizer, EMAQuantizer, GumbelQuantizer, L2Quantizer, StandardQuantizer
 from .packaged import FSQQuantizer, LFQQuantizer, ResidualQuantizer, SimVQQuantizer
 
@@ -38,6 +42,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "lfq": LFQQuantizer,
     "simvq": SimVQQuantizer,
     "residual": ResidualQuantizer,
+    "none": NoQuantizer,
+    "kl": KLQuantizer,
 }
 
 # Of the entropy penalty, where Config leaves it open. Without it lfq falls to a handful of codes, and simvq, which

@@ -20,9 +20,10 @@ class Quantized(NamedTuple):
     """What every quantizer returns."""
 
     z_q: Tensor  # (B, d, h, w) float32, the chosen codes; a gradient estimator leads from it back to ``z``
-    codes: Tensor  # (B, h, w) int64 in [0, K)
+    codes: Tensor  # (B, h, w) int64 in [0, K); of continuous latents z_q, without a gradient
     loss: Tensor  # scalar, what the quantizer adds to the training loss (weights such as β applied)
     distortion: Tensor  # scalar, mean squared distance of tokens to their codes, for the log (no gradient)
+    rate: Tensor | None = None  # (B,) bits of each image, where it is measured: not of codes, whose bits follow from K
 
 
 class Quantizer(nn.Module):
@@ -35,6 +36,7 @@ class Quantizer(nn.Module):
     """
 
     settings: tuple[str, ...] = ()
+    discrete = True  # whether there are codes at all: siblings in ``continuous`` have none
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Quantizer(nn.Module):
         """Quantizes ``z`` (B, d, h, w), any float dtype. The codebook's statistics move in training mode only."""
         with torch.autocast(z.device.type, enabled=False):
             grid = z.float().movedim(1, -1)
-            z_q, codes, loss, distortion = self.quantize(grid.reshape(-1, self.code_dim))
+            z_q, codes, loss, distortion, _ = self.quantize(grid.reshape(-1, self.code_dim))
             return Quantized(z_q.reshape(grid.shape).movedim(-1, 1), codes.reshape(grid.shape[:-1]), loss, distortion)
 
     def lookup(self, codes: Tensor) -> Tensor:

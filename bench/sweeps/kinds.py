@@ -55,7 +55,8 @@ TOKENIZERS = Kind(
     picture="reconstructions.png",
     loss=lambda config, row: row.get("reconstruction", math.nan) + config.lpips_weight * row.get("lpips", 0.0),
     figures=lambda row: (
-        f"loss {row.get('reconstruction', math.nan):.4f} perplexity {row.get('perplexity', math.nan):.0f}"
+        f"loss {row.get('reconstruction', math.nan):.4f}"
+        + (f" perplexity {row['perplexity']:.0f}" if "perplexity" in row else "")
     ),
 )
 PRIORS = Kind(

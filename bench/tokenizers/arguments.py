@@ -63,13 +63,6 @@ class Arguments(Config):
         config.check()  # before a model of it is built
         return match(config, self.match)
 
-    def configs(self) -> list[Config]:
-        """One Config per backbone and seed. Raises UserError where one of these is empty."""
-        for flag, values in (("--backbone", self.backbone), ("--seeds", self.seeds)):
-            if not values:
-                raise UserError(f"{flag} needs at least one value")
-        return [self.config(backbone, seed) for backbone in self.backbone for seed in self.seeds]
-
 
 _FIELDS = tuple(field.name for field in fields(Config))
 Parsed = TypeVar("Parsed", bound=Arguments)

@@ -64,7 +64,8 @@ class Config:
     """timm:MODEL: start the encoder from timm's weights"""
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "ema"
     """how the codebook learns: standard (codebook loss), ema (moving average), l2 or ema_l2 (unit sphere), gumbel
-    (sampled codes); or fsq, lfq, simvq, residual, of an optional package"""
+    (sampled codes); fsq, lfq, simvq, residual, of an optional package; or, as references without codes, none (the
+    latent as it is) and kl (a Gaussian latent), which have no use for codebook_size"""
     data: str = "photos"
     """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
     train_images: Natural = 0
@@ -92,6 +93,8 @@ class Config:
     """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
     temperature: Positive = 1.0
     """gumbel: temperature of the soft choice of a code in training"""
+    kl_weight: Weight = 1e-2
+    """kl: weight of the divergence from the unit Gaussian, in nats per component of the latent"""
     revive_after: Natural = 50
     """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
     reconstruction: Literal["l1", "l2"] = "l2"
@@ -167,6 +170,11 @@ class Config:
     def tokens(self) -> int:
         """Codes per image."""
         return self.grid_size**2
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the latent is of codes; otherwise it is continuous, and K means nothing."""
+        return QUANTIZERS[self.quantizer].discrete
 
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""

@@ -24,7 +24,8 @@ REFERENCE_VERSION = 2  # of the cached scores of k-means; raise it when score() 
 
 
 class Codec(Protocol):
-    """Anything that turns images into codes and back."""
+    """Anything that turns images into codes, or another latent, and back. One whose rate does not follow from its codes
+    has ``encode_with_bits`` as well, which gives the bits of each image, (B,), beside them."""
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
@@ -36,27 +37,32 @@ class Codec(Protocol):
 @torch.no_grad()
 def score(
     codec: Codec,
-    codebook_size: int,
+    codebook_size: int | None,
     images: np.ndarray,
     device: str = "cpu",
     fid_weights: Path | None = None,
     label: str = "scoring",
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
-    Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured."""
+    Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured. Where
+    ``codebook_size`` is None there are no codes, and no metrics of them; bits are those that ``codec`` measures."""
     setup = Setup(codebook_size, torch.device(device), fid_weights)
     evaluators = [evaluator(setup) for evaluator in EVALUATORS]
     with Bar(label, len(images)) as bar:
         for x in eval_batches(images, EVAL_BATCH):
             x = x.to(device)
             with full_precision(x.device):
-                codes = codec.encode(from_uint8(x))
+                codes, bits = _encode(codec, from_uint8(x))
                 x_hat = to_uint8(codec.decode(codes))
             for evaluator in evaluators:
-                evaluator.update(Batch(x, x_hat, codes))
+                evaluator.update(Batch(x, x_hat, codes, bits))
             bar.advance(len(x))
     metrics = {name: value for evaluator in evaluators for name, value in evaluator.result().items()}
     return metrics, {name: values for evaluator in evaluators for name, values in evaluator.per_image.items()}
+
+
+def _encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return codec.encode_with_bits(x) if hasattr(codec, "encode_with_bits") else (codec.encode(x), None)
 
 
 @torch.no_grad()

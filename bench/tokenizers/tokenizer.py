@@ -38,11 +38,17 @@ class Tokenizer(nn.Module):
         return self.decoder(quantized.z_q), quantized
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64. Call in eval mode: training mode moves the codebook."""
+        """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64, or where the quantizer has none latents (B, d, h, w)
+        float32. Call in eval mode: training mode moves the codebook."""
         return self.quantizer(self.encoder(x)).codes
 
+    def encode_with_bits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``encode``, and of latents with a rate of their own the bits of each image, (B,)."""
+        quantized = self.quantizer(self.encoder(x))
+        return quantized.codes, quantized.rate
+
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) int64 in [0, K) → images (B, 3, H, W), clamped to [-1, 1]."""
+        """What ``encode`` gives, codes (B, h, w) int64 in [0, K) or latents → images (B, 3, H, W) in [-1, 1]."""
         return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
 
     @classmethod

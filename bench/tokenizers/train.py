@@ -80,11 +80,16 @@ class TokenizerLearner:
             its_rate, total = adversary.learning_rate(step, rate), adversary.total(terms)
             descend(self.discriminator_optimizer, adversary, total, its_rate, config.grad_clip)
             losses |= terms
-        self.hits = self.hits + torch.bincount(quantized.codes.flatten(), minlength=config.codebook_size)
+        if quantized.rate is not None:
+            losses["bits_per_image"] = quantized.rate.mean()
+        if config.discrete:
+            self.hits = self.hits + torch.bincount(quantized.codes.flatten(), minlength=config.codebook_size)
         return {**losses, "distortion": quantized.distortion}
 
     def row(self, means: dict[str, float]) -> dict[str, float]:
-        """The means, and perplexity and codes in use over all codes together."""
+        """The means, and perplexity and codes in use over all codes together, where there are codes."""
+        if not self.config.discrete:
+            return means
         histogram = CodeHistogram(self.config.codebook_size)
         histogram.counts += self.hits.cpu()
         self.hits = 0
@@ -92,10 +97,15 @@ class TokenizerLearner:
         return {**means, "perplexity": histogram.perplexity(), "codes_used": used}
 
     def figures(self, row: dict[str, float]) -> str:
-        """Loss, LPIPS, perplexity and codes in use."""
-        lpips = f"  lpips {row['lpips']:.3f}" if "lpips" in row else ""
-        codes = f"perplexity {row['perplexity']:.0f}  codes {row['codes_used']}/{self.config.codebook_size}"
-        return f"loss {row['reconstruction']:.4f}{lpips}  {codes}"
+        """Loss, LPIPS, and perplexity and codes in use, or the rate of a continuous latent."""
+        words = [f"loss {row['reconstruction']:.4f}"]
+        if "lpips" in row:
+            words.append(f"lpips {row['lpips']:.3f}")
+        if "perplexity" in row:
+            words.append(f"perplexity {row['perplexity']:.0f}  codes {row['codes_used']}/{self.config.codebook_size}")
+        if "bits_per_image" in row:
+            words.append(f"bits per image {row['bits_per_image']:.0f}")
+        return "  ".join(words)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
 from bench.training.trial import begun, complete, tidy, write_weights
 
+from .codecs import format_references
 from .config import Config
 from .costs import static_costs, throughput
 from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
@@ -70,7 +71,7 @@ def run_trial(
 
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
-        reference = kmeans_reference(config, data, fid_weights)
+        reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
         untrained = score_untrained(config, data.images(config.split))
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
@@ -92,22 +93,26 @@ def finish(
     config, images = tokenizer.config, data.images(tokenizer.config.split)
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
-    metrics, per_image = score(tokenizer, config.codebook_size, images, config.device, fid_weights, label)
+    codes = config.codebook_size if config.discrete else None
+    metrics, per_image = score(tokenizer, codes, images, config.device, fid_weights, label)
     measured = {**measured, "score_seconds": max(0.0, time.monotonic() - began)}
+    references = {f"{name}_kmeans": value for name, value in reference.items()}
+    if "bits_per_image" in metrics:
+        references |= format_references(config, data, metrics["bits_per_image"], fid_weights)
     write_weights(run, "tokenizer.safetensors", tokenizer)
     with atomic_path(run.folder / "per_image.npz") as temporary:
         np.savez_compressed(temporary, **per_image)
-    title = f"{config.backbone}, {config.quantizer}, K = {config.codebook_size}, {config.grid_size}×{config.grid_size}"
+    size = f"{f'K = {codes}' if codes else f'd = {config.code_dim}'}, {config.grid_size}×{config.grid_size}"
+    title = f"{config.backbone}, {config.quantizer}, {size}"
     x, x_hat = sample_reconstructions(tokenizer, images)
     with atomic_path(run.folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
-    plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
-    if config.grid_size == 1:
+    plots.curves(run.folder / "curves.png", run.history(), codes, title)
+    if codes and config.grid_size == 1:
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
-    references = {f"{name}_kmeans": value for name, value in reference.items()}
     complete(run, {**metrics, **costs, **references}, protocol(data, config.split, config.device, fid_weights))
 
 

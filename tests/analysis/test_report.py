@@ -1124,16 +1124,17 @@ def test_settings_that_differ_between_backbones_are_named_with_whose_they_are():
 
 def test_a_table_of_scores_names_its_groups_and_those_that_diverged(capsys):
     scores = {"psnr": 20.0, "psnr_real": 25.0}
+    real = ("real", 0, tables.with_suffix(scores, "_real"))
     groups = [
-        tables.Group([("a", 2.5e6, scores), ("b", 0, {**scores, "psnr": 21.0})], [("real", "_real")], ["c"], "first"),
-        tables.Group([("d", 1e6, {"psnr": 19.0, "psnr_real": 26.0})], [("real", "_real")]),
+        tables.Group([("a", 2.5e6, scores), ("b", 0, {**scores, "psnr": 21.0})], [real], ["c"], "first"),
+        tables.Group([("d", 1e6, {"psnr": 19.0})], [("none", 3e6, {"psnr": 26.0})]),
     ]
     table = tables.score_table("run", ["psnr", "ssim"], groups, "a title")
     assert [column.header for column in table.columns] == ["run", "M\npar.", "PSNR\ndB\n↑"]
     assert table.title == "a title"
     names, sizes, scored = (list(column.cells) for column in table.columns)
-    assert names == ["[italic]first[/]", "a", "b", "c", "real", "d", "real"]
-    assert sizes == ["", "2.50", NONE, "[red]diverged[/]", NONE, "1.00", NONE]
+    assert names == ["[italic]first[/]", "a", "b", "c", "real", "d", "none"]
+    assert sizes == ["", "2.50", NONE, "[red]diverged[/]", NONE, "1.00", "3.00"]
     assert scored == ["", "20.00", "[bold]21.00[/]", "", "25.00", "19.00", "26.00"]
 
 

@@ -321,3 +321,14 @@ def test_codes_are_written_whole_or_not_at_all(folder, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         encode(folder, Reader(), toy_data())
     assert {path.name for path in (folder / "codes").iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("quantizer", ["none", "kl"])
+def test_a_latent_without_codes_is_refused(folder, quantizer):
+    """In one sentence that says what to do, before anything is written."""
+    (folder / "config.json").write_text(json.dumps({"config": {"quantizer": quantizer}, "environment": {}}))
+    before = {path.name for path in folder.iterdir()}
+    for work in (lambda: digest(folder), lambda: encode(folder, Reader(), toy_data())):
+        with pytest.raises(UserError, match=f"quantizer '{quantizer}' of .* makes no codes .*; train a tokenizer with"):
+            work()
+    assert {path.name for path in folder.iterdir()} - {"codes"} == before

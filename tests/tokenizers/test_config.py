@@ -208,6 +208,7 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
     **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
     **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
+    "kl_weight": 0.5,
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
     **{"gan_ramp": 0.25, "gan_warmup": 0.25, "gan_loss": "nonsaturating", "gan_adaptive": False, "gan_lr": 0.5},
     **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},
@@ -232,6 +233,19 @@ def test_the_protocol_version_is_part_of_the_identity(config, monkeypatch):
     before = config.run_id()
     monkeypatch.setattr("bench.tokenizers.config.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
     assert config.run_id() != before
+
+
+def test_several_quantizers_are_run_in_turn():
+    """Each with every backbone and seed; a preset's own is one; none is a mistake."""
+    words = ("--backbone", "cnn", "vit", "--quantizer", "ema", "none", "--seeds", "0", "1", "--preset", "smoke")
+    found = [(config.backbone, config.quantizer, config.seed) for config in command_line(*words)]
+    assert found == [(a, b, c) for a in ("cnn", "vit") for b in ("ema", "none") for c in (0, 1)]
+    assert [config.quantizer for config in command_line("--backbone", "cnn")] == ["ema"]
+    assert [config.quantizer for config in command_line("--backbone", "cnn", "--preset", "vqgan64")] == [
+        PRESETS["vqgan64"].get("quantizer", "ema")
+    ]
+    with pytest.raises(UserError, match="--quantizer needs at least one value"):
+        command_line("--quantizer", "--preset", "smoke")
 
 
 def test_an_id_is_a_folder_name_that_says_what_ran(config):

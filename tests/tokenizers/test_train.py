@@ -426,6 +426,7 @@ CHANGES = {
     "entropy_weight": 0.1,
     "gradient": "rotation",
     "temperature": 0.5,
+    "kl_weight": 0.5,
     "revive_after": 1,
     "reconstruction": "l1",
     "lpips_weight": 0.5,
@@ -480,6 +481,7 @@ PROPERTIES = {
     "entropy_weight": "tokenizers/test_train.py::test_entropy_weight_scales_the_penalty",
     "gradient": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
     "temperature": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "kl_weight": "quantizers/test_continuous.py::test_kl_weight_scales_the_divergence_alone",
     "revive_after": "tokenizers/test_train.py::test_codes_are_reset_after_revive_after_and_never_with_0",
     "reconstruction": "tokenizers/test_train.py::test_gradients_are_those_of_the_step_s_own_loss",
     "lpips_weight": "tokenizers/test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
@@ -534,6 +536,8 @@ def test_every_setting_changes_the_result(watch, tiny, known, name):
     base = replace(tiny, codebook_size=64 if name == "revive_after" else 16)
     if name == "temperature":
         base = replace(base, quantizer="gumbel")
+    if name == "kl_weight":
+        base = replace(base, quantizer="kl")
     if name == "lpips_net":
         base = replace(base, lpips_weight=0.5, steps=2)
     if name in ("patch_overlap", "final_conv"):

@@ -19,6 +19,7 @@ from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial
+from bench.tokenizers.codecs import KEPT, available
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.evaluate import PatchKMeans, kmeans_reference, protocol, score, score_untrained
 from bench.tokenizers.sizes import parameter_count
@@ -74,13 +75,16 @@ def test_a_finished_run_holds_everything(trained, images):
 
 
 def test_a_run_has_the_metrics_that_reports_list_and_no_others(trained):
-    """And of k-means those that do not depend on a network's size or speed."""
+    """And of k-means those that do not depend on a network's size or speed, of image formats the main ones."""
     found = trained.metrics()
     listed = set(METRICS) - ({"fid"} if weights.inception_missing() else set())
-    assert {name for name in found if not name.endswith("_kmeans")} == listed
+    others = ("_kmeans", *(f"_{name}" for name in available()))
+    assert {name for name in found if not name.endswith(others)} == listed
     own = listed - MEASURED - {"params", "flops", "images_seen", "grid_energy_init", "grid_edges_init"}
     own -= {f"{what}_{side}" for what in ("params", "flops") for side in ("encoder", "decoder", "encode", "decode")}
     assert {name for name in found if name.endswith("_kmeans")} == {f"{name}_kmeans" for name in own}
+    for name in available():
+        assert {key for key in found if key.endswith(f"_{name}")} == {f"{key}_{name}" for key in {*KEPT} & listed}
 
 
 def test_the_scores_are_those_of_decode_encode(trained, images):
@@ -139,7 +143,9 @@ def scored(images, tmp_path_factory):
     data = replace(images, test=images.test[:15])
     run, tokenizer = begun(Store(tmp_path_factory.mktemp("scored")), config), greys(config)
     reference = {"psnr": 1.25, "usage": 0.5}
-    finish(run, tokenizer, data, reference, None, {"train_seconds": 7.5, "grid_edges_init": 0.25})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "format_references", lambda *_: {})
+        finish(run, tokenizer, data, reference, None, {"train_seconds": 7.5, "grid_edges_init": 0.25})
     return run, tokenizer, data
 
 
@@ -279,6 +285,33 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.test)
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "asked"),
+    [("ema", 64.0, ["k-means", 64.0]), ("kl", 333.25, [333.25]), ("none", None, [])],
+)
+def test_references_are_those_that_apply(trial_data, tiny, store, monkeypatch, quantizer, bits, asked):
+    """k-means where there are codes, image formats where there are bits; without codes no K reaches the scores."""
+    found, given = [], []
+    scores = {**LEAST, "psnr": 20.0, "bits_per_image": bits}
+    monkeypatch.setattr(trial, "kmeans_reference", lambda *_: found.append("k-means") or {"psnr": 1.0})
+    monkeypatch.setattr(
+        trial, "format_references", lambda config, data, bits, _: found.append(bits) or {"psnr_webp": 2.0}
+    )
+    monkeypatch.setattr(trial, "score_untrained", lambda *_: {})
+    per_image = {"psnr": np.zeros(24)}
+    kept = {name: value for name, value in scores.items() if value is not None}
+    monkeypatch.setattr(trial, "score", lambda *arguments: given.append(arguments) or (kept, per_image))
+    run = run_trial(replace(tiny, quantizer=quantizer, grid_size=1, steps=2), store)
+    assert found == asked
+    assert run.finished
+    assert run.metrics().get("psnr_kmeans") == (1.0 if quantizer == "ema" else None)
+    assert run.metrics().get("psnr_webp") == (None if quantizer == "none" else 2.0)
+    assert given[0][1] == (tiny.codebook_size if quantizer == "ema" else None)
+    assert (run.folder / "codebook.png").exists() == (quantizer == "ema")
+    row = run.history()[-1]
+    assert ("perplexity" in row, "bits_per_image" in row) == (quantizer == "ema", quantizer == "kl")
 
 
 def test_every_network_that_scores_is_looked_for_before_training(images, tiny, store, monkeypatch, tmp_path):
