@@ -13,20 +13,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
+import tyro
 from rich.markup import escape
 from rich.table import Table
 
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
-from bench.core.progress import stdout
+from bench.core.progress import say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
+from bench.instruments import GROUPS, INSTRUMENTS, choose
 from bench.metrics import weights
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
+
+LOOKS = f"""{", ".join(INSTRUMENTS)}; or all, cheap ({", ".join(GROUPS["cheap"])}), none: instruments that look at each
+run, finished ones too; unless given, the cheap ones look at those that are trained now"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class RunArguments(Arguments):
 
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
+    instruments: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS)] = ()
     list: bool = False
     """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
 
@@ -65,18 +72,21 @@ def compare(options: RunArguments) -> int:
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
     store = Store(options.results)
-    trials = [
-        Trial(
-            f"{config.backbone} {config.quantizer} {config.seed}",
-            store.run(config),
-            partial(run_trial, config, store, options.fid_weights, options.resume),
-        )
-        for config in options.configs()
-    ]
+    choose(options.instruments)  # raises UserError on an unknown one
+
+    def trial(config: Config) -> Trial:
+        run = store.run(config)
+        instruments = options.instruments or (() if run.finished else ("cheap",))
+        work = partial(run_trial, config, store, options.fid_weights, options.resume, instruments)
+        return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
+
+    trials = [trial(config) for config in options.configs()]
     finished, diverged = run_each(trials)
     if finished:
         stdout.print(result_table(finished, diverged))
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
+        for table in instrument_tables(finished):
+            stdout.print(table)
         stdout.print(escape(next_command(options, finished)), soft_wrap=True)
     return 1 if diverged else 0
 
@@ -103,6 +113,19 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     if off.any():
         table.caption = f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"
     return table
+
+
+def instrument_tables(runs: list[Run]) -> list[Table]:
+    """What instruments found, means over seeds, in a table of its own per block of ``runs``; none where none looked."""
+    from bench.analysis.frames import blocks, read
+    from bench.analysis.rankings import instruments
+    from bench.analysis.tables import terminal
+
+    table, damaged = read(runs)
+    for sentence in damaged:
+        say(f"[yellow]left out:[/] {escape(sentence)}")
+    sheets = [instruments(block) for block in blocks(table)]
+    return [terminal(sheet, "instruments") for sheet in sheets if sheet.rows]
 
 
 def protocol_line(run: Run) -> str:

@@ -18,14 +18,17 @@ from bench.core import catalogue
 from bench.core.errors import Damaged
 from bench.core.runs import Run
 from bench.core.store import Store
+from bench.instruments import METRICS as INSTRUMENT_METRICS
+from bench.instruments import readings
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
 from bench.tokenizers import costs
 from bench.tokenizers.config import Config
 
-# In the order of tables. Described where they are computed: scores of reconstructions, and costs
+# In the order of tables. Described where they are computed: scores of reconstructions, costs, and what instruments find
 METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
+METRICS |= INSTRUMENT_METRICS
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
 CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
@@ -118,7 +121,7 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
 
 
 def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, list[str]]:
-    """The ``frame`` of ``runs``, and a sentence on each whose settings cannot be read."""
+    """The ``frame`` of ``runs``, and a sentence on each whose settings, or what instruments found, cannot be read."""
     columns: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}  # one object for equal ones: a large table has few
     count, damaged = 0, []
@@ -126,6 +129,7 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
         if "left_out" in entry:
             damaged.append(entry["left_out"])
             continue
+        damaged.extend(entry.get("lacking", ()))
         row = entry["row"]
         for name in row.keys() - columns.keys():
             columns[name] = [math.nan] * count
@@ -150,8 +154,14 @@ def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> list[str]:
 def _entry(run: Run, kind: Kind) -> dict[str, Any]:
     """How ``run`` ended, with its row or with why it is left out."""
     try:
-        row = _row(run.snapshot(), kind)
-        return {"status": row["status"], "row": row}
+        run = run.snapshot()
+        row, found, lacking = _row(run, kind), {}, []
+        if row["status"] == "finished":
+            try:
+                found = readings(run)
+            except Damaged as error:  # of which the run is the same as before
+                lacking = [str(error)]
+        return {"status": row["status"], "row": {**found, **row}, **({"lacking": lacking} if lacking else {})}
     except Damaged as error:
         return {"status": "damaged", "left_out": str(error)}
     except OSError as error:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .frames import METRICS, PRIOR_METRICS
@@ -84,6 +85,19 @@ def heading(key: str) -> str:
     """What a column is called, with an arrow towards the better values."""
     label, arrow = (LABELS[key].label, LABELS[key].arrow) if key in LABELS else (key, "")
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
+
+
+def terminal(sheet: Sheet, title: str, keys: Sequence[str] | None = None, limit: int | None = None) -> Table:
+    """The columns ``keys``, or all, and the first ``limit`` rows of a sheet, with its references, for the terminal."""
+    shown = [i for i, key in enumerate(sheet.keys) if keys is None or key in keys]
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for i in shown:
+        words = escape(heading(sheet.keys[i])).replace(" ", "\n")
+        table.add_column(words, justify="right" if sheet.numeric[i] else "left", no_wrap=True)
+    for row in (*sheet.rows[:limit], *sheet.references):
+        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in shown]
+        table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells))
+    return table
 
 
 class Group(NamedTuple):

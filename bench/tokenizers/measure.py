@@ -1,0 +1,85 @@
+"""Instruments on a run: which of those that are asked for can look at it, and the file of what they found."""
+
+import time
+from collections.abc import Sequence
+
+from rich.markup import escape
+
+from bench.core.errors import Damaged, UserError
+from bench.core.files import atomic_path, sha256_file
+from bench.core.progress import say
+from bench.core.runs import Run
+from bench.data import Data, load
+from bench.instruments import INSTRUMENTS, Subject, choose
+
+from .config import Config
+from .tokenizer import Tokenizer, to_device
+
+
+def subject_of(tokenizer: Tokenizer, data: Data) -> Subject:
+    """``tokenizer``, on its device, as instruments take it, with the images that it is scored on."""
+    config = tokenizer.config
+    return Subject(
+        codec=tokenizer,
+        lookup=tokenizer.quantizer.lookup,
+        codebook_size=config.codebook_size,
+        images=data.val,
+        train=data.train,
+        labels=data.labels,
+        at=lambda image_size: load(config.data, image_size).val,
+        device=config.device,
+    )
+
+
+def fit(subject: Subject, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Those of the instruments that ``words`` mean which can look at ``subject``, and why the others cannot, by name.
+    UserError where one of these was asked for by its name, and as ``choose`` raises it."""
+    able, reasons = [], {}
+    for name, asked in choose(words).items():
+        reason = INSTRUMENTS[name].unfit(subject)
+        if reason and asked:
+            raise UserError(f"instrument {name}: {reason}")
+        if reason:
+            reasons[name] = reason
+        else:
+            able.append(name)
+    return able, reasons
+
+
+def check_instruments(config: Config, data: Data, words: Sequence[str]) -> None:
+    """Raises UserError where ``measure`` would once ``config`` is trained."""
+    if any(choose(words).values()):
+        fit(subject_of(to_device(Tokenizer(config), config.device).eval(), data), words)
+
+
+def measure(run: Run, data: Data, words: Sequence[str]) -> None:
+    """Has the instruments that ``words`` mean look at a finished ``run``, but for those that have; each takes a line
+    that tells its cost, or why it is left out. Raises UserError as ``fit`` does."""
+    with run.locked():
+        try:
+            found = run.instruments()
+        except Damaged as error:
+            say(f"[yellow]{escape(str(error).partition(';')[0])}; it is made again[/]")
+            found = {}
+        missing = [name for name in choose(words) if found.get(name, {}).get("version") != INSTRUMENTS[name].version]
+        if not missing:
+            return
+        tokenizer = Tokenizer.from_run(run.folder, run.settings(Config).device)
+        subject = subject_of(tokenizer, data)
+        able, reasons = fit(subject, words)
+        for name, reason in reasons.items():
+            say(escape(f"instrument {name} is left out: {reason}"))
+        weights = sha256_file(run.folder / "tokenizer.safetensors")
+        for name in (name for name in able if name in missing):
+            began = time.monotonic()
+            reading = INSTRUMENTS[name].measure(subject)
+            if reading.draw:
+                with atomic_path(run.folder / f"{name}.png") as temporary:
+                    reading.draw(temporary)
+            seconds = max(0.0, time.monotonic() - began)
+            found[name] = {
+                **{"version": INSTRUMENTS[name].version, "seconds": seconds},
+                **{"weights": weights, "metrics": reading.metrics},
+            }
+            run.seal("instruments.json", {"instruments": found})
+            say(f"instrument {name}: {seconds:.1f} s")
