@@ -86,11 +86,11 @@ def blocks(kinds: Sequence[Layer], width: int, depth: int) -> list[nn.Module]:
 
 
 def positions(learned: Tensor, height: int, width: int) -> Tensor:
-    """Positions of a grid of height × width: ``learned`` ones of a square grid, (side², channels), as they are where
-    that is its size, and bicubically interpolated to any other (Dosovitskiy et al. 2021, section 3.2)."""
-    side = math.isqrt(len(learned))
-    if (height, width) == (side, side):
+    """Positions of a grid of height × width, from ``learned`` ones of a square grid, (side², channels): those
+    themselves for a grid of as many cells, else bicubically interpolated (Dosovitskiy et al. 2021, section 3.2)."""
+    if height * width == len(learned):
         return learned
+    side = math.isqrt(len(learned))
     grid = learned.T.unflatten(1, (side, side))[None]
     return F.interpolate(grid, size=(height, width), mode="bicubic")[0].flatten(1).T
 

@@ -1,5 +1,6 @@
 """Every code by itself, beside the patches that chose it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def cells(images: Tensor, grid_size: int) -> Tensor:
 
 def alone(subject: Subject, codes: Tensor, grid_size: int) -> Tensor:
     """What each of ``codes`` (n,) decodes to by itself, (n, 3, c, c) uint8: the middle cell of a grid filled with it,
-    where no other code and no border is near."""
+    where no other code and no border is near. Amid another code, whichever that is, patches show what lies around them:
+    they are 4 dB and more further from those that chose the code."""
     middle = grid_size // 2
     filled = codes.view(-1, 1, 1).expand(-1, grid_size, grid_size)
     return torch.cat([cells(subject.decode(part), grid_size)[:, middle, middle] for part in filled.split(256)])
@@ -46,7 +48,7 @@ def measure(subject: Subject) -> Reading:
         error += (own.float() - picture.float()).square().mean((1, 2, 3)).double().sum().item()
         seen += len(own)
         examples.append(own[torch.linspace(0, len(own) - 1, min(PATCHES, len(own))).long().to(own.device)])
-    metrics = {"alone_psnr": 10 * np.log10(255**2 / max(error / seen, 1e-10 * 255**2))}
+    metrics = {"alone_psnr": 10 * math.log10(255**2 / max(error / seen, 1e-10 * 255**2))}
     title = f"{len(used)} codes by themselves, the most used first; below each, patches that chose it"
     return Reading(metrics, lambda path: draw(path, pictures, examples, title))
 
@@ -69,7 +71,7 @@ def draw(path: Path, pictures: Tensor, examples: list[Tensor], title: str) -> No
 ATLAS = Instrument(
     about="every code decoded by itself beside patches that chose it (atlas.png), and how near it is to them",
     version=1,
-    seconds=0,
+    seconds=3,
     metrics={"alone_psnr": Metric("code alone, PSNR dB", ".2f", "higher")},
     shown=("alone_psnr",),
     measure=measure,

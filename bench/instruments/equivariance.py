@@ -11,7 +11,7 @@ from bench.metrics import Metric
 
 from .instrument import Instrument, Reading, Subject
 
-IMAGES = 128
+IMAGES = 64
 SMALLEST = 4  # cells a side: of fewer, a shift and its margins leave nothing
 ROUNDING = 1 / 12  # squared grey levels, of errors uniform in ±½: no smaller error counts
 
@@ -84,7 +84,7 @@ EQUIVARIANCE = Instrument(
     about="do errors move along with an image that is shifted by a cell or half of one, mirrored, enlarged: 0 dB, "
     "entirely; 3 dB, not at all; and the share of codes that stay",
     version=1,
-    seconds=0,
+    seconds=2,
     metrics={
         "equivariance_cell": Metric("shift dB, cell", ".2f", "lower"),
         "equivariance_half": Metric("shift dB, half", ".2f", "lower"),

@@ -84,7 +84,7 @@ class Instrument(NamedTuple):
 
     about: str  # what it asks, in one line
     version: int
-    seconds: float  # that it takes after the default run (convnext, photos, preset cpu), on two CPU cores
+    seconds: float  # of one CPU core that it takes after the default run: convnext, preset cpu, photos
     metrics: dict[str, Metric]
     shown: tuple[str, ...]  # those of them that tables have
     measure: Callable[[Subject], Reading]

@@ -94,7 +94,7 @@ def unfit(subject: Subject) -> str:
 PROBES = Instrument(
     about="what codes tell of labels: accuracy of a linear and a nearest-neighbour probe, purity, mutual information",
     version=1,
-    seconds=0,
+    seconds=8,
     metrics={
         "probe_linear_codes": Metric("linear probe, codes", ".3f", "higher"),
         "probe_linear_vectors": Metric("linear probe, vectors", ".3f", "higher"),

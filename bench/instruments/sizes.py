@@ -66,7 +66,7 @@ def measure(subject: Subject) -> Reading:
 SIZES = Instrument(
     about="the same weights on images of the data set that are 1.5 and 2 times as large",
     version=1,
-    seconds=0,
+    seconds=50,
     metrics={
         f"{score}_size_{100 * factor:.0f}": Metric(f"{label} at {factor:g}×", form, better)
         for score, label, form, better in (("psnr", "PSNR dB", ".2f", "higher"), ("lpips", "LPIPS", ".3f", "lower"))

@@ -31,46 +31,49 @@ def subject_of(tokenizer: Tokenizer, data: Data) -> Subject:
     )
 
 
-def fit(subject: Subject, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Those of the instruments that ``words`` mean which can look at ``subject``, and why the others cannot, by name.
-    UserError where one of these was asked for by its name, and as ``choose`` raises it."""
-    able, reasons = [], {}
-    for name, asked in choose(words).items():
+def fit(subject: Subject, chosen: dict[str, bool]) -> list[str]:
+    """Those of the ``chosen`` instruments, see ``choose``, that can look at ``subject``; a line tells why each other
+    one is left out. Raises UserError where that one was asked for by its name."""
+    able = []
+    for name, asked in chosen.items():
         reason = INSTRUMENTS[name].unfit(subject)
         if reason and asked:
             raise UserError(f"instrument {name}: {reason}")
         if reason:
-            reasons[name] = reason
+            say(escape(f"instrument {name} is left out: {reason}"))
         else:
             able.append(name)
-    return able, reasons
+    return able
 
 
 def check_instruments(config: Config, data: Data, words: Sequence[str]) -> None:
     """Raises UserError where ``measure`` would once ``config`` is trained."""
-    if any(choose(words).values()):
-        fit(subject_of(to_device(Tokenizer(config), config.device).eval(), data), words)
+    if asked := {name: True for name, asked in choose(words).items() if asked}:
+        fit(subject_of(to_device(Tokenizer(config), config.device).eval(), data), asked)
 
 
 def measure(run: Run, data: Data, words: Sequence[str]) -> None:
     """Has the instruments that ``words`` mean look at a finished ``run``, but for those that have; each takes a line
-    that tells its cost, or why it is left out. Raises UserError as ``fit`` does."""
+    that tells its cost, or why it is left out. Raises UserError as ``choose`` and ``fit`` do."""
+    chosen = choose(words)
+    if not chosen:
+        return
     with run.locked():
         try:
             found = run.instruments()
         except Damaged as error:
             say(f"[yellow]{escape(str(error).partition(';')[0])}; it is made again[/]")
             found = {}
-        missing = [name for name in choose(words) if found.get(name, {}).get("version") != INSTRUMENTS[name].version]
+        missing = {
+            name: asked
+            for name, asked in chosen.items()
+            if found.get(name, {}).get("version") != INSTRUMENTS[name].version
+        }
         if not missing:
             return
-        tokenizer = Tokenizer.from_run(run.folder, run.settings(Config).device)
-        subject = subject_of(tokenizer, data)
-        able, reasons = fit(subject, words)
-        for name, reason in reasons.items():
-            say(escape(f"instrument {name} is left out: {reason}"))
+        subject = subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)
         weights = sha256_file(run.folder / "tokenizer.safetensors")
-        for name in (name for name in able if name in missing):
+        for name in fit(subject, missing):
             began = time.monotonic()
             reading = INSTRUMENTS[name].measure(subject)
             if reading.draw:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from bench.core.errors import UserError
 from bench.instruments import INSTRUMENTS, Subject, atlas, equivariance, probes, robustness, sizes
+from bench.instruments.instrument import spread
 from bench.tokenizers.config import make_config
 from bench.tokenizers.evaluate import PatchKMeans, score
 from bench.tokenizers.tokenizer import Tokenizer
@@ -113,6 +114,19 @@ def test_near_codes_are_the_nearest_others_in_use():
     assert near.tolist() == [[[12, 10], [43, 44]], [[12, 43], [10, 43]]]
     alone = torch.full((2, 2, 2), 7)
     assert robustness.nearest_others(alone, subject()).equal(alone)
+
+
+def test_near_codes_are_the_nearest_others_in_use_of_a_large_codebook():
+    """More of them than are compared with all others at once."""
+    codes = 3 * torch.arange(1500).view(1, 30, 50)
+    near = robustness.nearest_others(codes, subject())
+    assert ((near - codes).abs() == 3).all()
+
+
+def test_a_few_images_are_spread_over_all():
+    assert spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert spread(3, 9).tolist() == [0, 1, 2]
+    assert subject().few(2).permute(0, 2, 3, 1).numpy().tolist() == IMAGES[[0, -1]].tolist()
 
 
 def test_damage_costs_nothing_where_the_decoder_heeds_no_codes():
