@@ -31,8 +31,11 @@ from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
 
-LOOKS = f"""{", ".join(INSTRUMENTS)}; or all, cheap ({", ".join(GROUPS["cheap"])}), none: instruments that look at each
-run, finished ones too; unless given, the cheap ones look at those that are trained now"""
+LOOKS = (
+    f"what looks at each run, finished ones too: {', '.join(INSTRUMENTS)}; or all, "
+    f"cheap ({', '.join(GROUPS['cheap'])}), none"
+)
+UNASKED = "(default: cheap, for runs that are trained now)"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class RunArguments(Arguments):
 
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
-    instruments: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS)] = ()
+    instruments: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS, help_behavior_hint=UNASKED)
+    ] = ()
     list: bool = False
     """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
 
@@ -51,6 +56,8 @@ COLUMNS = (
     *("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
 )
+
+BESIDE = 8  # rows of that table which have room side by side
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,16 +123,16 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
 
 
 def instrument_tables(runs: list[Run]) -> list[Table]:
-    """What instruments found, means over seeds, in a table of its own per block of ``runs``; none where none looked."""
+    """What instruments found, means over seeds, in a table per block of ``runs``; none where none looked."""
     from bench.analysis.frames import blocks, read
     from bench.analysis.rankings import instruments
-    from bench.analysis.tables import terminal
+    from bench.analysis.tables import upright
 
     table, damaged = read(runs)
     for sentence in damaged:
         say(f"[yellow]left out:[/] {escape(sentence)}")
     sheets = [instruments(block) for block in blocks(table)]
-    return [terminal(sheet, "instruments") for sheet in sheets if sheet.rows]
+    return [upright(sheet, "What instruments found", BESIDE) for sheet in sheets if sheet.rows]
 
 
 def protocol_line(run: Run) -> str:

@@ -258,7 +258,7 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kin
     names = [name for name in kind.metrics if name in block and block[name].notna().any()]
     groups = block.groupby(by, dropna=False)
     table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)
-    table = table[[column for name in names for column in (name, f"{name}_std")]]
+    table = table[[column for name in names for column in (name, f"{name}_std")]].copy()  # as one piece again
     sizes = [groups.size(), failed.groupby(by, dropna=False).size()]
     counts = pd.concat(sizes, axis=1, keys=["n", "failed"], sort=False)  # values may be of several types
     return counts.fillna(0).astype(int).join(table).reset_index()

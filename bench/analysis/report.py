@@ -13,7 +13,9 @@ import pandas as pd
 import pyarrow
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pyarrow import parquet
+from rich import box
 from rich.markup import escape
+from rich.table import Table
 
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
@@ -24,7 +26,7 @@ from bench.core.store import Store
 from . import charts, frames, rankings
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
 from .statistics import COMPARED, backbone_verdicts, setting_verdicts
-from .tables import LABELS, Sheet, heading, terminal, text_of
+from .tables import LABELS, Sheet, heading, text_of
 
 ROWS = 2000  # runs that runs.parquet is written of at a time
 BRIEF = 8  # rows, sentences or names where there is little room
@@ -312,8 +314,15 @@ def show(report: Report) -> None:
     """Prints the best rows of each block, what it says about its backbones, and what has no scores."""
     for block in report.blocks[:BRIEF]:
         keys, kept = block.ranking.keys, (block.ranking.order, "psnr", "perplexity")
-        shown = [key for key in keys if key in kept or key not in (*rankings.RANKED, "failed")]
-        stdout.print(terminal(block.ranking, block.title, shown, BRIEF))
+        shown = [i for i, key in enumerate(keys) if key in kept or key not in (*rankings.RANKED, "failed")]
+        table = Table(title=escape(block.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        for i in shown:
+            words = escape(heading(keys[i])).replace(" ", "\n")
+            table.add_column(words, justify="right" if block.ranking.numeric[i] else "left", no_wrap=True)
+        for row in (*block.ranking.rows[:BRIEF], *block.ranking.references):
+            cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in shown]
+            table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells))
+        stdout.print(table)
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
     for title, sheet in report.generation:

@@ -87,16 +87,16 @@ def heading(key: str) -> str:
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
 
 
-def terminal(sheet: Sheet, title: str, keys: Sequence[str] | None = None, limit: int | None = None) -> Table:
-    """The columns ``keys``, or all, and the first ``limit`` rows of a sheet, with its references, for the terminal."""
-    shown = [i for i, key in enumerate(sheet.keys) if keys is None or key in keys]
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for i in shown:
-        words = escape(heading(sheet.keys[i])).replace(" ", "\n")
-        table.add_column(words, justify="right" if sheet.numeric[i] else "left", no_wrap=True)
-    for row in (*sheet.rows[:limit], *sheet.references):
-        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in shown]
-        table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells))
+def upright(sheet: Sheet, title: str, limit: int) -> Table:
+    """For the terminal: the first ``limit`` rows of a sheet as columns under their first cells, and its columns as
+    rows, so that there is room for what they are called."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for row in sheet.rows[:limit]:
+        table.add_column(escape(row[0].text), justify="right", no_wrap=True)
+    for i, key in enumerate(sheet.keys[1:], 1):
+        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for row in sheet.rows[:limit]]
+        table.add_row(heading(key), *(f"[bold]{text}[/]" if best else text for text, best in cells))
     return table
 
 

@@ -72,8 +72,8 @@ ATLAS = Instrument(
     about="every code decoded by itself beside patches that chose it (atlas.png), and how near it is to them",
     version=1,
     seconds=3,
-    metrics={"alone_psnr": Metric("code alone, PSNR dB", ".2f", "higher")},
+    metrics={"alone_psnr": Metric("PSNR of codes alone, dB", ".2f", "higher")},
     shown=("alone_psnr",),
     measure=measure,
-    unfit=Subject.codeless,
+    fails=Subject.codeless,
 )

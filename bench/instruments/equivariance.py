@@ -86,12 +86,12 @@ EQUIVARIANCE = Instrument(
     version=1,
     seconds=2,
     metrics={
-        "equivariance_cell": Metric("shift dB, cell", ".2f", "lower"),
-        "equivariance_half": Metric("shift dB, half", ".2f", "lower"),
-        "equivariance_flip": Metric("flip dB", ".2f", "lower"),
-        "equivariance_zoom": Metric("zoom dB", ".2f", "lower"),
-        "codes_kept_cell": Metric("codes kept, shifted", ".2f", "higher"),
-        "codes_kept_flip": Metric("codes kept, mirrored", ".2f", ""),
+        "equivariance_cell": Metric("shifted by a cell, dB", ".2f", "lower"),
+        "equivariance_half": Metric("shifted by half a cell, dB", ".2f", "lower"),
+        "equivariance_flip": Metric("mirrored, dB", ".2f", "lower"),
+        "equivariance_zoom": Metric("enlarged, dB", ".2f", "lower"),
+        "codes_kept_cell": Metric("codes kept when shifted", ".2f", "higher"),
+        "codes_kept_flip": Metric("codes kept when mirrored", ".2f", ""),
     },
     shown=(
         *("equivariance_cell", "equivariance_half", "equivariance_flip", "equivariance_zoom"),

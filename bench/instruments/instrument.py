@@ -88,5 +88,11 @@ class Instrument(NamedTuple):
     metrics: dict[str, Metric]
     shown: tuple[str, ...]  # those of them that tables have
     measure: Callable[[Subject], Reading]
-    unfit: Callable[[Subject], str] = lambda subject: ""  # why it cannot look at a subject, in one sentence
+    fails: Callable[[Subject], str] = lambda subject: ""  # why it cannot look at a subject, where it can at others
     labelled: bool = False  # whether it needs labels
+
+    def unfit(self, subject: Subject) -> str:
+        """Why it cannot look at ``subject``, in one sentence; empty where it can."""
+        if self.labelled and subject.labels is None:
+            return "the data have no labels; give images in a folder per class, or leave it out"
+        return self.fails(subject)

@@ -84,25 +84,18 @@ def measure(subject: Subject) -> Reading:
     return Reading(metrics | information(tokens.ravel(), truth.repeat(tokens.shape[1])))
 
 
-def unfit(subject: Subject) -> str:
-    """Why codes cannot be compared with labels; empty where they can."""
-    if subject.labels is None:
-        return "the data have no labels; give images in a folder per class, or leave it out"
-    return subject.codeless()
-
-
 PROBES = Instrument(
     about="what codes tell of labels: accuracy of a linear and a nearest-neighbour probe, purity, mutual information",
     version=1,
     seconds=8,
     metrics={
-        "probe_linear_codes": Metric("linear probe, codes", ".3f", "higher"),
-        "probe_linear_vectors": Metric("linear probe, vectors", ".3f", "higher"),
-        "probe_knn_codes": Metric("k-NN probe, codes", ".3f", "higher"),
-        "probe_knn_vectors": Metric("k-NN probe, vectors", ".3f", "higher"),
-        "probe_chance": Metric("probe by chance", ".3f", ""),
-        "purity": Metric("purity", ".3f", "higher"),
-        "code_label_bits": Metric("code–label bits", ".2f", "higher"),
+        "probe_linear_codes": Metric("linear probe of code histograms", ".3f", "higher"),
+        "probe_linear_vectors": Metric("linear probe of mean vectors", ".3f", "higher"),
+        "probe_knn_codes": Metric("k-NN probe of code histograms", ".3f", "higher"),
+        "probe_knn_vectors": Metric("k-NN probe of mean vectors", ".3f", "higher"),
+        "probe_chance": Metric("probes by chance", ".3f", ""),
+        "purity": Metric("purity of codes", ".3f", "higher"),
+        "code_label_bits": Metric("bits of the label in a code", ".2f", "higher"),
     },
     shown=(
         "probe_linear_codes",
@@ -113,6 +106,6 @@ PROBES = Instrument(
         "code_label_bits",
     ),
     measure=measure,
-    unfit=unfit,
+    fails=Subject.codeless,
     labelled=True,
 )

@@ -105,8 +105,8 @@ ROBUSTNESS = Instrument(
     version=1,
     seconds=5,
     metrics={
-        "loss_random": Metric("dB lost to 5 % random codes", ".2f", "lower"),
-        "loss_near": Metric("dB lost to 5 % near codes", ".2f", "lower"),
+        "loss_random": Metric("lost to 5 % random codes, dB", ".2f", "lower"),
+        "loss_near": Metric("lost to 5 % near codes, dB", ".2f", "lower"),
         **{
             f"{score}_{kind}_{100 * share:.0f}": Metric(f"{label}, {share:.0%} {kind}", form, better)
             for score, label, form, better in (("psnr", "PSNR dB", ".2f", "higher"), ("lpips", "LPIPS", ".3f", "lower"))
@@ -116,5 +116,5 @@ ROBUSTNESS = Instrument(
     },
     shown=("loss_random", "loss_near"),
     measure=measure,
-    unfit=Subject.codeless,
+    fails=Subject.codeless,
 )

@@ -35,7 +35,7 @@ def side(subject: Subject, factor: float) -> int:
     return round(factor * subject.images.shape[1])
 
 
-def unfit(subject: Subject) -> str:
+def fails(subject: Subject) -> str:
     """Why images of one of FACTORS cannot be had, or not be taken by the backbone; empty where all can."""
     for factor in FACTORS[1:]:
         size = side(subject, factor)
@@ -74,5 +74,5 @@ SIZES = Instrument(
     },
     shown=tuple(f"{score}_size_{100 * factor:.0f}" for score in ("psnr", "lpips") for factor in FACTORS),
     measure=measure,
-    unfit=unfit,
+    fails=fails,
 )

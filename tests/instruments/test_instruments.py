@@ -248,8 +248,8 @@ def test_histograms_know_only_codes_of_training_images():
 
 
 def test_probes_need_labels():
-    assert "have no labels" in probes.unfit(subject())
-    assert not probes.unfit(labelled()[0])
+    assert "have no labels" in INSTRUMENTS["probes"].unfit(subject())
+    assert not INSTRUMENTS["probes"].unfit(labelled()[0])
 
 
 def test_cells_are_those_of_the_grid():

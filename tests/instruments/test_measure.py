@@ -192,12 +192,25 @@ def test_the_command_line_shows_them_and_refuses_others(trial_data, tmp_path, ca
     assert command.main([*arguments, "--instruments", "equivariance"]) == 0
     printed = capsys.readouterr()
     assert "instrument equivariance: " in printed.err
-    assert "codes\nkept," in printed.out or "kept," in printed.out
+    assert "What instruments found" in printed.out
+    for metric in INSTRUMENTS["equivariance"].metrics.values():
+        assert metric.label in printed.out
     monkeypatch.setattr(trial, "measure", lambda run, data, words: asked.append(tuple(words)))
     asked: list[tuple] = []
     for more in ((), ("--instruments", "all"), ("--seeds", "1")):
         assert command.main([*arguments, *more]) == 0
     assert asked == [(), ("all",), ("cheap",)]
+
+
+def test_the_command_line_shows_each_metric_in_its_row(store):
+    for backbone, loss in {"cnn": 1.0, "vit": 4.0}.items():
+        fake(fabricate(store, make_config(backbone, "smoke")), loss_random=loss, loss_near=0.5)
+    (table,) = command.instrument_tables(store.runs())
+    cells = [list(column.cells) for column in table.columns]
+    assert [column.header for column in table.columns] == ["", "cnn", "vit"]
+    label = METRICS["loss_random"].label + "\u00a0↓"
+    assert cells[0][:2] == ["seeds", label]
+    assert [column[1] for column in cells[1:]] == ["[bold]1.00[/]", "4.00"]
 
 
 def test_reports_have_means_over_seeds(store):
@@ -218,8 +231,11 @@ def test_reports_have_means_over_seeds(store):
     assert sheet_of(block.assign(loss_random=np.nan, loss_near=np.nan)).rows == []
 
 
-def test_images_of_other_sizes_are_those_of_the_same_data(tiny, images, monkeypatch):
+def test_instruments_look_with_the_images_that_runs_are_scored_on_at_any_size(tiny, images, monkeypatch):
     asked = []
     monkeypatch.setattr(measure, "load", lambda data, size: asked.append((data, size)) or images)
-    assert subject_of(Tokenizer(tiny), images).at(48) is images.val
+    subject = subject_of(Tokenizer(tiny), images)
+    assert subject.images is images.val
+    assert subject.train is images.train
+    assert subject.at(48) is images.val
     assert asked == [(tiny.data, 48)]
