@@ -1,9 +1,11 @@
 """Pieces that two or more backbones share."""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .torchvision_repair import repair
@@ -83,8 +85,19 @@ def blocks(kinds: Sequence[Layer], width: int, depth: int) -> list[nn.Module]:
     return [kinds[i * len(kinds) // depth](width) for i in range(depth)]
 
 
+def positions(learned: Tensor, height: int, width: int) -> Tensor:
+    """Positions of a grid of height × width, from ``learned`` ones of a square grid, (side², channels): those
+    themselves for a grid of as many cells, else bicubically interpolated (Dosovitskiy et al. 2021, section 3.2)."""
+    if height * width == len(learned):
+        return learned
+    side = math.isqrt(len(learned))
+    grid = learned.T.unflatten(1, (side, side))[None]
+    return F.interpolate(grid, size=(height, width), mode="bicubic")[0].flatten(1).T
+
+
 class GridTransformer(nn.Module):
-    """``layers`` transformer blocks, with learned positions, over the pixels of (B, width, grid_size, grid_size)."""
+    """``layers`` transformer blocks, with learned positions, over the pixels of (B, width, grid_size, grid_size), or of
+    a grid of another size, for which ``positions`` are interpolated."""
 
     def __init__(self, width: int, grid_size: int, layers: int):
         super().__init__()
@@ -92,7 +105,7 @@ class GridTransformer(nn.Module):
         self.blocks = nn.Sequential(*blocks([TransformerBlock], width, layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.blocks(x.flatten(2).transpose(1, 2) + self.position)
+        tokens = self.blocks(x.flatten(2).transpose(1, 2) + positions(self.position, *x.shape[-2:]))
         return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -199,7 +212,8 @@ class TokenEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). Each of ``kinds(width)`` builds a
     residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
-    blocks. patch_overlap, errors: see ``patches``.
+    blocks. patch_overlap, errors: see ``patches``. Images of other sizes, multiples of a patch, get interpolated
+    ``positions``.
     """
 
     def __init__(
@@ -221,7 +235,7 @@ class TokenEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patchify(x)
-        tokens = self.head(self.blocks(x.flatten(2).transpose(1, 2) + self.position))
+        tokens = self.head(self.blocks(x.flatten(2).transpose(1, 2) + positions(self.position, *x.shape[-2:])))
         return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -258,7 +272,8 @@ class TokenDecoder(nn.Module):
         return getattr(self.final_conv, "weight", self.unpatchify.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        tokens = self.head(self.blocks(self.embed(z.flatten(2).transpose(1, 2)) + self.position))
+        tokens = self.embed(z.flatten(2).transpose(1, 2)) + positions(self.position, *z.shape[-2:])
+        tokens = self.head(self.blocks(tokens))
         return self.final_conv(self.unpatchify(tokens.transpose(1, 2).unflatten(2, z.shape[-2:])))
 
 

@@ -24,9 +24,10 @@ from rich.table import Table
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
-from bench.core.progress import stdout
+from bench.core.progress import say, stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
+from bench.instruments import GROUPS, INSTRUMENTS, choose
 from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import Arguments, parse
@@ -35,6 +36,11 @@ from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
 
 QUANTIZER = f"{', '.join(QUANTIZERS)}; several are run in turn and compared, none and kl as references without codes"
+LOOKS = (
+    f"what looks at each run, finished ones too: {', '.join(INSTRUMENTS)}; or all, "
+    f"cheap ({', '.join(GROUPS['cheap'])}), none"
+)
+UNASKED = "(default: cheap, for runs that are trained now)"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class RunArguments(Arguments):
     )
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
+    instruments: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS, help_behavior_hint=UNASKED)
+    ] = ()
     list: bool = False
     """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
 
@@ -68,6 +77,8 @@ COLUMNS = (
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
 )
 
+BESIDE = 8  # rows of that table which have room side by side
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
@@ -88,18 +99,21 @@ def compare(options: RunArguments) -> int:
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
     store = Store(options.results)
-    trials = [
-        Trial(
-            f"{config.backbone} {config.quantizer} {config.seed}",
-            store.run(config),
-            partial(run_trial, config, store, options.fid_weights, options.resume),
-        )
-        for config in options.configs()
-    ]
+    choose(options.instruments)  # raises UserError on an unknown one
+
+    def trial(config: Config) -> Trial:
+        run = store.run(config)
+        instruments = options.instruments or (() if run.finished else ("cheap",))
+        work = partial(run_trial, config, store, options.fid_weights, options.resume, instruments)
+        return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
+
+    trials = [trial(config) for config in options.configs()]
     finished, diverged = run_each(trials)
     if finished:
         stdout.print(result_table(finished, diverged))
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
+        for table in instrument_tables(finished):
+            stdout.print(table)
         stdout.print(escape(next_command(options, finished)), soft_wrap=True)
     return 1 if diverged else 0
 
@@ -143,6 +157,19 @@ def references(metrics: dict[str, float]) -> list[tuple[str, float, dict[str, fl
         scores = with_suffix(metrics, f"_{name}")
         rows.append((with_bits(one.label, scores.get("bits_per_image", math.nan)), 0, scores))
     return [row for row in rows if row[2]]
+
+
+def instrument_tables(runs: list[Run]) -> list[Table]:
+    """What instruments found, means over seeds, in a table per block of ``runs``; none where none looked."""
+    from bench.analysis.frames import blocks, read
+    from bench.analysis.rankings import instruments
+    from bench.analysis.tables import upright
+
+    table, damaged = read(runs)
+    for sentence in damaged:
+        say(f"[yellow]left out:[/] {escape(sentence)}")
+    sheets = [instruments(block) for block in blocks(table)]
+    return [upright(sheet, "What instruments found", BESIDE) for sheet in sheets if sheet.rows]
 
 
 def protocol_line(run: Run) -> str:

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A room imports from itself and from those before it; commands import from all rooms, and from no other command.
-ROOMS = ("core", "data", "metrics", "quantizers", "training", "tokenizers", "priors", "analysis", "sweeps")
+ROOMS = (
+    *("core", "data", "metrics", "quantizers", "instruments", "training", "tokenizers"),
+    *("priors", "analysis", "sweeps"),
+)
 MODULES = sorted((ROOT / "bench").glob("**/*.py")) + sorted((ROOT / "backbones").glob("*.py"))
 
 

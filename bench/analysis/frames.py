@@ -18,6 +18,8 @@ from bench.core import catalogue
 from bench.core.errors import Damaged
 from bench.core.runs import Run
 from bench.core.store import Store
+from bench.instruments import METRICS as INSTRUMENT_METRICS
+from bench.instruments import readings
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
@@ -26,8 +28,9 @@ from bench.tokenizers import costs
 from bench.tokenizers.codecs import FORMATS
 from bench.tokenizers.config import Config
 
-# In the order of tables. Described where they are computed: scores of reconstructions, and costs
+# In the order of tables. Described where they are computed: scores of reconstructions, costs, and what instruments find
 METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
+METRICS |= INSTRUMENT_METRICS
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
 CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
@@ -128,7 +131,7 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
 
 
 def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, list[str]]:
-    """The ``frame`` of ``runs``, and a sentence on each whose settings cannot be read."""
+    """The ``frame`` of ``runs``, and a sentence on each whose settings, or what instruments found, cannot be read."""
     columns: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}  # one object for equal ones: a large table has few
     count, damaged = 0, []
@@ -136,6 +139,7 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
         if "left_out" in entry:
             damaged.append(entry["left_out"])
             continue
+        damaged.extend(entry.get("lacking", ()))
         row = entry["row"]
         for name in row.keys() - columns.keys():
             columns[name] = [math.nan] * count
@@ -160,8 +164,14 @@ def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> list[str]:
 def _entry(run: Run, kind: Kind) -> dict[str, Any]:
     """How ``run`` ended, with its row or with why it is left out."""
     try:
-        row = _row(run.snapshot(), kind)
-        return {"status": row["status"], "row": row}
+        run = run.snapshot()
+        row, found, lacking = _row(run, kind), {}, []
+        if row["status"] == "finished":
+            try:
+                found = readings(run)
+            except Damaged as error:  # of which the run is the same as before
+                lacking = [str(error)]
+        return {"status": row["status"], "row": {**found, **row}, **({"lacking": lacking} if lacking else {})}
     except Damaged as error:
         return {"status": "damaged", "left_out": str(error)}
     except OSError as error:
@@ -268,7 +278,7 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kin
     names = [name for name in kind.metrics if name in block and block[name].notna().any()]
     groups = block.groupby(by, dropna=False)
     table = pd.concat([groups[names].mean(), groups[names].std().add_suffix("_std")], axis=1)
-    table = table[[column for name in names for column in (name, f"{name}_std")]]
+    table = table[[column for name in names for column in (name, f"{name}_std")]].copy()  # as one piece again
     sizes = [groups.size(), failed.groupby(by, dropna=False).size()]
     counts = pd.concat(sizes, axis=1, keys=["n", "failed"], sort=False)  # values may be of several types
     return counts.fillna(0).astype(int).join(table).reset_index()

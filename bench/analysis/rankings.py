@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bench.core.runs import HELD_OUT
+from bench.instruments import INSTRUMENTS, SHOWN
 from bench.metrics import EVALUATORS
 
 from . import frames, references
@@ -67,6 +68,17 @@ def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Seque
         + [cell(name, row[name], None if name in FIXED else row[f"{name}_std"], best.get(name)) for name in names]
         for row in table.head(LIMIT).to_dict("records")
     ]
+
+
+def instruments(block: pd.DataFrame) -> Sheet:
+    """What instruments found, mean ± standard deviation over seeds per backbone and setting of ``block``, the best in
+    its main metric first; no rows where none has looked at any."""
+    names = [name for name in SHOWN if block[name].notna().any()]
+    table = best_first(frames.summary(block), frames.main_metric(block))
+    by = [name for name in table.loc[:, :"failed"] if name != "failed"]
+    looked = table[table[names].notna().any(axis=1)]
+    used = [f"{name}: {each.about}" for name, each in INSTRUMENTS.items() if {*each.shown} & {*names}]
+    return Sheet([*by, *names], _ranked(looked, by, names, ()), notes=[*used, *_cut(len(looked))])
 
 
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:

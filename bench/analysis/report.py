@@ -47,6 +47,7 @@ class Block(NamedTuple):
 
     title: str
     ranking: Sheet
+    instruments: Sheet
     protocol: dict[str, str]
     equal: dict[str, str]
     within: str
@@ -231,6 +232,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     return Block(
         title=title,
         ranking=rankings.ranking(block, failed, latents),
+        instruments=rankings.instruments(block),
         protocol=rankings.protocol_of(block),
         equal=_equal(block),
         within=within,
@@ -301,6 +303,7 @@ def markdown(report: Report) -> str:
     parts = [f"# {_inline(report.title)}", facts]
     for block in report.blocks:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
+        parts += ["### Instruments", _markdown(block.instruments)] if block.instruments.rows else []
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
     for title, sheet in report.search:

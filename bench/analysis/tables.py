@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from .frames import METRICS, PRIOR_METRICS
@@ -84,6 +85,19 @@ def heading(key: str) -> str:
     """What a column is called, with an arrow towards the better values."""
     label, arrow = (LABELS[key].label, LABELS[key].arrow) if key in LABELS else (key, "")
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
+
+
+def upright(sheet: Sheet, title: str, limit: int) -> Table:
+    """For the terminal: the first ``limit`` rows of a sheet as columns under their first cells, and its columns as
+    rows, so that there is room for what they are called."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for row in sheet.rows[:limit]:
+        table.add_column(escape(row[0].text), justify="right", no_wrap=True)
+    for i, key in enumerate(sheet.keys[1:], 1):
+        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for row in sheet.rows[:limit]]
+        table.add_row(heading(key), *(f"[bold]{text}[/]" if best else text for text, best in cells))
+    return table
 
 
 class Group(NamedTuple):

@@ -31,7 +31,8 @@ Entry = dict[str, Any]
 
 
 def entries(runs: Iterable[Run], read: Callable[[Run], Entry]) -> Iterator[Entry]:
-    """``read`` of each of ``runs``: JSON with a ``status``, made from nothing but the run's JSON files."""
+    """``read`` of each of ``runs``: JSON with a ``status``, and ``lacking`` where a file beside the scores is damaged,
+    made from nothing but the run's JSON files."""
     return _remembered(runs, read, _Shelf.entries)
 
 
@@ -56,7 +57,8 @@ def _remembered(runs: Iterable[Run], read: Callable[[Run], Entry], look_up: Call
                     entry = known.get(name)
                     if entry is None:
                         entry = read(run)
-                        if stamps[name] and entry["status"] != "damaged":  # which may pass, if the disk is to blame
+                        damaged = entry["status"] == "damaged" or "lacking" in entry  # may pass: the disk's fault
+                        if stamps[name] and not damaged:
                             new[name] = stamps[name], entry
                     yield entry
                 copy.keep(new)
@@ -132,7 +134,7 @@ def _stamp(run: Run) -> str:
     """What tells whether the JSON files of ``run`` are still the same; empty when they may change without its
     telling."""
     seen, youngest = [_code()], 0.0
-    for name in ("config.json", "metrics.json", "failure.json"):
+    for name in ("config.json", "instruments.json", "metrics.json", "failure.json"):
         try:
             file = os.stat(f"{run.folder}/{name}")
         except OSError:

@@ -42,7 +42,7 @@ def label_rows(axes: Axes, height: int, words: list[str], **style: Any) -> None:
 def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) -> None:
     """Saves originals, reconstructions and their absolute difference, a row each; x and x_hat (N, H, W, 3) uint8."""
     difference = np.abs(x.astype(np.int16) - x_hat.astype(np.int16)).astype(np.uint8)
-    _picture(path, [x, x_hat, difference], ["original", "reconstruction", "|difference|"], title, width=12)
+    picture(path, [x, x_hat, difference], ["original", "reconstruction", "|difference|"], title, width=12)
 
 
 def curves(path: Path, history: list[dict[str, float]], codebook_size: int | None, title: str) -> None:
@@ -65,18 +65,18 @@ def curves(path: Path, history: list[dict[str, float]], codebook_size: int | Non
             right.set(ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
         right.set(xlabel="step")
         right.legend(loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def samples(path: Path, images: np.ndarray, title: str) -> None:
     """Saves generated images (N, H, W, 3) uint8 as a square of tiles."""
     side = int(len(images) ** 0.5)
-    _picture(path, [images[i * side : (i + 1) * side] for i in range(side)], [], title, width=8)
+    picture(path, [images[i * side : (i + 1) * side] for i in range(side)], [], title, width=8)
 
 
 def neighbours(path: Path, images: np.ndarray, nearest: np.ndarray, title: str) -> None:
     """Saves the first generated images and, below each, the training image nearest to it; (N, H, W, 3) uint8."""
-    _picture(path, [images[:PAIRS], nearest[:PAIRS]], ["sample", "nearest\ntraining image"], title, width=12)
+    picture(path, [images[:PAIRS], nearest[:PAIRS]], ["sample", "nearest\ntraining image"], title, width=12)
 
 
 def codebook(path: Path, images: np.ndarray, title: str) -> None:
@@ -84,7 +84,7 @@ def codebook(path: Path, images: np.ndarray, title: str) -> None:
     columns = int(np.ceil(len(images) ** 0.5))
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, dtype=np.uint8)
     rows = np.split(np.concatenate([images, blank]), -(-len(images) // columns))
-    _picture(path, rows, [], title, width=10)
+    picture(path, rows, [], title, width=10)
 
 
 def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, float], title: str) -> None:
@@ -98,19 +98,25 @@ def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, 
     axes.axhline(rate, color="0.2", linestyle="--", label=f"held out: {rate:.2f}")
     axes.set(xlabel="step", ylabel="bits per token", title=title)
     axes.legend(loc="upper right")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _picture(path: Path, rows: list[np.ndarray], words: list[str], title: str, width: float) -> None:
+def picture(path: Path, rows: list[np.ndarray], words: list[str], title: str, width: float) -> None:
+    """Saves rows of images, each (N, H, W, 3) uint8, with ``words`` beside them; ``width`` in inches."""
     sheet = tile(rows, scale=max(1, 128 // rows[0].shape[1]))
     figure = Figure(figsize=(width, 0.95 * width * sheet.height / sheet.width + 0.4), layout="constrained")
-    axes = figure.subplots()
+    show(figure.subplots(), sheet, words, title)
+    save(figure, path)
+
+
+def show(axes: Axes, sheet: Image.Image, words: list[str], title: str) -> None:
+    """Puts what ``tile`` made into ``axes``."""
     axes.imshow(sheet, interpolation="none")
     axes.set_title(title, loc="left")
     label_rows(axes, sheet.height, words)
-    _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Saves a figure as PNG, the same bytes each time."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})

@@ -2,8 +2,9 @@
 
 A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
 presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
-images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
-failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
+images and their reconstructions, uint8) and two pictures; what instruments found in instruments.json, with their
+pictures; log.txt if a study ran it; while it trains a checkpoint; failure.json if it failed. A prior's,
+``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
 """
 
 import json
@@ -235,6 +236,22 @@ class Run:
             if first in metrics and second in metrics:
                 metrics[both] = metrics[first] + metrics[second]
         return metrics, protocol
+
+    def instruments(self) -> dict[str, dict[str, Any]]:
+        """What instruments found with the weights that the run was scored with: by name ``version``, ``seconds``,
+        ``weights`` (their digest) and ``metrics``; none where no instrument has looked at it."""
+        path = self.folder / "instruments.json"
+        if not os.path.lexists(path):
+            return {}
+        found = self._read("instruments.json", "instruments")["instruments"]
+        for name, reading in found.items():
+            metrics = reading.get("metrics") if isinstance(reading, dict) else None
+            if not isinstance(metrics, dict) or not isinstance(reading.get("weights"), str):
+                raise Damaged(path, f"what {name} found is not there")
+            if wrong := [key for key, read in metrics.items() if type(read) not in (int, float) or abs(read) > HUGE]:
+                raise Damaged(path, f"{wrong[0]} is {metrics[wrong[0]]!r}, which is no number of use")
+        scored = set(self.weights().values())  # older runs have no digest
+        return {name: reading for name, reading in found.items() if not scored or reading["weights"] in scored}
 
     def history(self) -> list[dict[str, float]]:
         """One row of numbers per logged step; none before the first. A damaged line is left out."""

@@ -28,7 +28,7 @@ from .codes import CodeHistogram, CodeScores
 from .distances import FrechetStatistics, kernel_distance
 from .images import PixelScores, full_precision, psnr, ssim, to_uint8
 from .lpips import MINIMUM_SIZE, LPIPSScores, Perceptual, perceptual
-from .registry import Batch, Evaluator, Metric, Setup
+from .registry import Batch, Codec, Evaluator, Metric, Setup
 from .sets import EXTRACTORS, PRECISION_NEIGHBOURS, ImageSet, InceptionScores, digests
 
 # Every score of reconstructions, in the order of tables. Each network runs in one of them.

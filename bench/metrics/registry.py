@@ -1,7 +1,7 @@
 """What every metric has to say about itself, and what every evaluator has to do."""
 
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,17 @@ class Metric(NamedTuple):
     def arrow(self) -> str:
         """↓ where lower is better, ↑ where higher is, else nothing."""
         return {"lower": "↓", "higher": "↑", "": ""}[self.better]
+
+
+class Codec(Protocol):
+    """Anything that turns images into codes, or another latent, and back. One whose rate does not follow from its codes
+    has ``encode_with_bits`` as well, which gives the bits of each image, (B,), beside them."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, h, w) int64 → (B, 3, H, W) in [-1, 1]."""
 
 
 class Setup(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,18 @@ from torch import Tensor
 from bench.core.files import cache_dir, cached, seal, unseal_numbers
 from bench.core.progress import Bar
 from bench.data import Data, batch_indices, eval_batches
-from bench.metrics import EVALUATORS, EXTRACTORS, Artefacts, Batch, Setup, from_uint8, full_precision, to_uint8, weights
+from bench.metrics import (
+    EVALUATORS,
+    EXTRACTORS,
+    Artefacts,
+    Batch,
+    Codec,
+    Setup,
+    from_uint8,
+    full_precision,
+    to_uint8,
+    weights,
+)
 from bench.quantizers import nearest
 
 from .config import PROTOCOL_VERSION, Config
@@ -21,17 +32,6 @@ EVAL_BATCH = 32  # VGG16 is fastest on CPUs with so many
 UNTRAINED_IMAGES = 64  # scored before training
 KMEANS_PATCHES, KMEANS_ITERATIONS = 131072, 25
 REFERENCE_VERSION = 2  # of the cached scores of k-means; raise it when score() gives more
-
-
-class Codec(Protocol):
-    """Anything that turns images into codes, or another latent, and back. One whose rate does not follow from its codes
-    has ``encode_with_bits`` as well, which gives the bits of each image, (B,), beside them."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] → (B, h, w) int64."""
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """(B, h, w) int64 → (B, 3, H, W) in [-1, 1]."""
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One config in, one finished run folder out."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .codecs import format_references
 from .config import Config
 from .costs import static_costs, throughput
 from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
+from .measure import check_instruments, measure
 from .sizes import check_size, parameter_count
 from .tokenizer import Tokenizer
 from .train import train
@@ -50,9 +52,15 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
 
 
 def run_trial(
-    config: Config, store: Store | str | Path = "results", fid_weights: Path | None = None, resume: bool = True
+    config: Config,
+    store: Store | str | Path = "results",
+    fid_weights: Path | None = None,
+    resume: bool = True,
+    instruments: Sequence[str] = (),
 ) -> Run:
-    """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished.
+    """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished. Then
+    ``instruments``, names or groups of them (see ``bench.instruments``), look at it, but for those that have.
+
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
     failure.json) when the loss was not finite."""
     config = config.resolved()
@@ -67,8 +75,10 @@ def run_trial(
         if run.protocol().get("fingerprint") != data.fingerprint:
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
         tidy(run)
+        measure(run, data, instruments)
         return run
 
+    check_instruments(config, data, instruments)
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
         reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
@@ -77,6 +87,7 @@ def run_trial(
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured)
+    measure(run, data, instruments)
     return run
 
 

@@ -89,6 +89,9 @@ class Known:
     def protocol(self) -> dict[str, Any]:
         return dict(self.measured)
 
+    def instruments(self) -> dict[str, Any]:
+        return {}
+
 
 def smoke(backbone="cnn", **changes) -> Config:
     return make_config(backbone, "smoke", device="cpu", precision="fp32", **changes)
@@ -110,6 +113,15 @@ BETTER = {
     "higher": "psnr ssim perplexity usage images_per_second_encode images_per_second_decode",
     "": "sharpness grid_energy_init grid_edges_init tokens images_seen score_seconds",
 }
+CURVES = [f"{kind}_{share}" for kind in ("random", "near") for share in (0, 1, 5, 10, 20)]
+CURVES += [f"size_{percent}" for percent in (100, 150, 200)]
+INSTRUMENTS_BETTER = {
+    "lower": "loss_random loss_near equivariance_cell equivariance_half equivariance_flip equivariance_zoom "
+    + " ".join(f"lpips_{name}" for name in CURVES),
+    "higher": "codes_kept_cell alone_psnr purity code_label_bits probe_linear_codes probe_linear_vectors"
+    " probe_knn_codes probe_knn_vectors " + " ".join(f"psnr_{name}" for name in CURVES),
+    "": "codes_kept_flip probe_chance",
+}
 PRIOR_BETTER = {
     "lower": "coded_bits_per_token coded_bits_per_image coded_bits_per_pixel gfid gfid_vgg16 gkid_vgg16 params_prior"
     " flops_prior peak_memory_mb train_seconds",
@@ -119,7 +131,12 @@ PRIOR_BETTER = {
 }
 
 
-@pytest.mark.parametrize(("metrics", "better"), [(METRICS, BETTER), (PRIOR_METRICS, PRIOR_BETTER)], ids=["", "prior"])
+TOKENIZER_BETTER = {direction: f"{BETTER[direction]} {INSTRUMENTS_BETTER[direction]}" for direction in BETTER}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "better"), [(METRICS, TOKENIZER_BETTER), (PRIOR_METRICS, PRIOR_BETTER)], ids=["", "prior"]
+)
 def test_every_metric_is_better_in_the_direction_that_its_meaning_gives(metrics, better):
     known = {name: direction for direction, names in better.items() for name in names.split()}
     assert {name: metric.better for name, metric in metrics.items()} == known

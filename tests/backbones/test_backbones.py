@@ -25,6 +25,7 @@ from backbones.layers import (
     mlp,
     orthogonal,
     patches,
+    positions,
     pyramid,
     token_head,
 )
@@ -412,6 +413,28 @@ def test_a_grid_transformer_is_one_block_after_another_on_its_pixels():
     tokens = torch.stack([x[:, :, i // 4, i % 4] + layer.position[i] for i in range(16)], 1)
     expected = transformer_block(layer.blocks[1], transformer_block(layer.blocks[0], tokens))
     torch.testing.assert_close(layer(x).flatten(2).mT, expected, **CLOSE)
+
+
+def test_positions_of_another_grid_are_interpolated_row_by_row():
+    """What grows evenly along the rows, the columns or not at all does so at any size, away from the border."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    learned = torch.stack([rows, columns, torch.ones(8, 8)]).flatten(1).T
+    assert positions(learned, 8, 8) is learned
+    found = positions(learned, 16, 24).T.unflatten(1, (16, 24))[:, 4:-4, 6:-6]
+    even = (torch.arange(16) + 0.5) / 2 - 0.5, (torch.arange(24) + 0.5) / 3 - 0.5
+    torch.testing.assert_close(found[0], even[0][4:-4, None].expand(8, 12), atol=0.06, rtol=0)  # bicubic ripples
+    torch.testing.assert_close(found[1], even[1][None, 6:-6].expand(8, 12), atol=0.06, rtol=0)
+    torch.testing.assert_close(found[2], torch.ones(8, 12), **CLOSE)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_takes_images_of_one_and_a_half_and_twice_its_size(name):
+    """Also with attention, whose positions are those of a grid."""
+    encoder, decoder = build(name, 8, attention=1)
+    for size in (SIZE * 3 // 2, 2 * SIZE):
+        z = encoder(torch.zeros(1, 3, size, size))
+        assert z.shape == (1, D, 8 * size // SIZE, 8 * size // SIZE)
+        assert decoder(z).shape == (1, 3, size, size)
 
 
 @pytest.mark.parametrize("name", [*TOKENS, "cnn"])

@@ -100,7 +100,7 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
     """All asked for with what the command line gave; one that diverges is shown, and the others go on."""
     asked = []
 
-    def run_trial(config, results, fid_weights, resume):
+    def run_trial(config, results, fid_weights, resume, instruments):
         asked.append((config.backbone, config.seed, config.steps, fid_weights, resume))
         if (config.backbone, config.seed) == ("cnn", 3):
             raise Diverged("loss or gradient not finite by step 1; try --lr below 0.1")
@@ -125,7 +125,7 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
 
 
 def test_a_run_that_was_only_begun_is_not_said_to_be_finished_already(command, monkeypatch):
-    def run_trial(config, results, fid_weights, resume):
+    def run_trial(config, results, fid_weights, resume, instruments):
         begun = results.run(config).folder
         if not begun.is_dir():
             begun.mkdir(parents=True)

@@ -14,6 +14,7 @@ from bench.core.runs import Run
 from bench.core.store import Store
 
 COUNT = 7
+READ = ("config.json", "instruments.json", "metrics.json", "failure.json")
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ class Reader:
 
     def __call__(self, run: Run) -> dict:
         self.asked.append(run.folder.name)
-        names = [name for name in ("config.json", "metrics.json", "failure.json") if (run.folder / name).exists()]
+        names = [name for name in READ if (run.folder / name).exists()]
         return {
             "status": [*"-", *names][-1],
             "found": [(run.folder / name).read_text() for name in names],
@@ -79,7 +80,7 @@ def test_statuses_alone_fill_it_too(shelf):
     assert look(shelf)[0] == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "failure.json"])
+@pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("how", ["replaced", "in place", "appeared", "gone"])
 def test_a_run_whose_files_changed_is_read_again(shelf, name, how):
     run = shelf[4]
@@ -189,11 +190,12 @@ def test_entries_come_as_they_are_read(shelf):
     assert reader.asked == ["run-0"]
 
 
-def test_damage_is_looked_at_every_time(shelf):
+@pytest.mark.parametrize("entry", [{"status": "damaged"}, {"status": "finished", "lacking": ["what is damaged"]}])
+def test_damage_is_looked_at_every_time(shelf, entry):
     """A disk may answer again, or a file be readable again, without a trace in its times."""
 
     def failing(run: Run) -> dict:
-        return {"status": "damaged"} if run == shelf[3] else Reader()(run)
+        return entry if run == shelf[3] else Reader()(run)
 
     list(entries(shelf, failing))
     assert look(shelf)[0] == ["run-3"]

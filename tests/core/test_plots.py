@@ -12,7 +12,7 @@ from bench.core import plots
 def figures(monkeypatch):
     """Figures that would have been saved."""
     made = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: made.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: made.append(figure))
     return made
 
 
@@ -20,7 +20,7 @@ def figures(monkeypatch):
 def pictures(monkeypatch):
     """Rows of images, and the words beside them, that would have been drawn."""
     made = []
-    monkeypatch.setattr(plots, "_picture", lambda path, rows, words, *rest, **_: made.append((rows, words)))
+    monkeypatch.setattr(plots, "picture", lambda path, rows, words, *rest, **_: made.append((rows, words)))
     return made
 
 
@@ -126,7 +126,7 @@ def test_a_priors_curve_has_the_floor_and_the_held_out_rate(figures):
 
 def test_a_picture_is_named_from_top_to_bottom(figures):
     rows = [shades(3)] * 2
-    plots._picture(None, rows, ["upper", "lower"], "a title", width=5)
+    plots.picture(None, rows, ["upper", "lower"], "a title", width=5)
     (axes,) = figures[0].axes
     sheet = axes.images[0].get_array()
     assert sheet.shape == ((2 * 4 + plots.GAP) * 32, (3 * 4 + 2 * plots.GAP) * 32, 3)  # small images are enlarged
@@ -145,7 +145,7 @@ def test_every_picture_has_its_title(figures, pictures, monkeypatch):
     plots.prior_curve(None, history, rates, "of a prior")
     assert [figure.axes[0].get_title() for figure in figures] == ["of a run", "of a prior"]
     titles = []
-    monkeypatch.setattr(plots, "_picture", lambda path, rows, words, title, width: titles.append(title))
+    monkeypatch.setattr(plots, "picture", lambda path, rows, words, title, width: titles.append(title))
     plots.reconstructions(None, shades(2), shades(2), "a")
     plots.samples(None, shades(4), "b")
     plots.neighbours(None, shades(2), shades(2), "c")
@@ -168,7 +168,7 @@ def test_axes_of_curves_are_named_and_hold_what_is_drawn(figures):
 
 
 def test_large_images_are_shown_as_they_are_on_a_figure_of_their_shape(figures):
-    plots._picture(None, [np.zeros((2, 200, 200, 3), dtype=np.uint8)], [], "", width=8)
+    plots.picture(None, [np.zeros((2, 200, 200, 3), dtype=np.uint8)], [], "", width=8)
     (figure,) = figures
     assert figure.axes[0].images[0].get_array().shape[:2] == (200, 400 + plots.GAP)
     width, height = figure.get_size_inches()
@@ -178,7 +178,7 @@ def test_large_images_are_shown_as_they_are_on_a_figure_of_their_shape(figures):
 def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     """The one of an earlier run stays until then; its file says nothing of the program, so equal runs are equal."""
     path = tmp_path / "new" / "curve.png"
-    plots._save(Figure(figsize=(4, 2)), path)
+    plots.save(Figure(figsize=(4, 2)), path)
     with Image.open(path) as picture:
         assert picture.size == (440, 220)
         assert "Software" not in picture.info
@@ -190,14 +190,14 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        plots._save(Figure(), path)
+        plots.save(Figure(), path)
     assert [*path.parent.iterdir()] == [path]
     assert path.read_bytes() == before
 
 
 def test_pictures_have_no_marks_and_lines_are_told_apart(figures, monkeypatch):
     """No ticks below a picture, no grid across it; K is dotted, the held-out rate dashed; sizes by what is shown."""
-    plots._picture(None, [shades(3)], ["only"], "", width=5)
+    plots.picture(None, [shades(3)], ["only"], "", width=5)
     axes = figures[0].axes[0]
     assert list(axes.get_xticks()) == []
     assert not any(line.get_visible() for line in axes.get_ygridlines())
@@ -212,7 +212,7 @@ def test_pictures_have_no_marks_and_lines_are_told_apart(figures, monkeypatch):
     assert [line.get_linestyle() for line in right.lines] == ["-", "-", ":"]
     assert [line.get_linestyle() for line in only.lines] == ["-", ":", "--"]
     widths = []
-    monkeypatch.setattr(plots, "_picture", lambda *rest, width: widths.append(width))
+    monkeypatch.setattr(plots, "picture", lambda *rest, width: widths.append(width))
     plots.reconstructions(None, shades(2), shades(2), "")
     plots.samples(None, shades(4), "")
     plots.neighbours(None, shades(2), shades(2), "")

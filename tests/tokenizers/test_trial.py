@@ -17,6 +17,7 @@ from bench.core.files import cache_dir
 from bench.core.runs import SCORED, Busy, Run
 from bench.core.store import Store
 from bench.data import Data
+from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
 from bench.tokenizers import evaluate, trial
 from bench.tokenizers.codecs import KEPT, available
@@ -77,7 +78,7 @@ def test_a_finished_run_holds_everything(trained, images):
 def test_a_run_has_the_metrics_that_reports_list_and_no_others(trained):
     """And of k-means those that do not depend on a network's size or speed, of image formats the main ones."""
     found = trained.metrics()
-    listed = set(METRICS) - ({"fid"} if weights.inception_missing() else set())
+    listed = set(METRICS) - set(INSTRUMENT_METRICS) - ({"fid"} if weights.inception_missing() else set())
     others = ("_kmeans", *(f"_{name}" for name in available()))
     assert {name for name in found if not name.endswith(others)} == listed
     own = listed - MEASURED - {"params", "flops", "images_seen", "grid_energy_init", "grid_edges_init"}

@@ -1,0 +1,88 @@
+"""Instruments on a run: which of those that are asked for can look at it, and the file of what they found."""
+
+import time
+from collections.abc import Sequence
+
+from rich.markup import escape
+
+from bench.core.errors import Damaged, UserError
+from bench.core.files import atomic_path, sha256_file
+from bench.core.progress import say
+from bench.core.runs import Run
+from bench.data import Data, load
+from bench.instruments import INSTRUMENTS, Subject, choose
+
+from .config import Config
+from .tokenizer import Tokenizer, to_device
+
+
+def subject_of(tokenizer: Tokenizer, data: Data) -> Subject:
+    """``tokenizer``, on its device, as instruments take it, with the images that it is scored on."""
+    config = tokenizer.config
+    return Subject(
+        codec=tokenizer,
+        lookup=tokenizer.quantizer.lookup,
+        codebook_size=config.codebook_size,
+        images=data.images(config.split),
+        train=data.train,
+        labels=data.labels and (data.labels_of("train"), data.labels_of(config.split)),
+        at=lambda image_size: load(config.data, image_size).images(config.split),
+        device=config.device,
+    )
+
+
+def fit(subject: Subject, chosen: dict[str, bool]) -> list[str]:
+    """Those of the ``chosen`` instruments, see ``choose``, that can look at ``subject``; a line tells why each other
+    one is left out. Raises UserError where that one was asked for by its name."""
+    able = []
+    for name, asked in chosen.items():
+        reason = INSTRUMENTS[name].unfit(subject)
+        if reason and asked:
+            raise UserError(f"instrument {name}: {reason}")
+        if reason:
+            say(escape(f"instrument {name} is left out: {reason}"))
+        else:
+            able.append(name)
+    return able
+
+
+def check_instruments(config: Config, data: Data, words: Sequence[str]) -> None:
+    """Raises UserError where ``measure`` would once ``config`` is trained."""
+    if asked := {name: True for name, asked in choose(words).items() if asked}:
+        fit(subject_of(to_device(Tokenizer(config), config.device).eval(), data), asked)
+
+
+def measure(run: Run, data: Data, words: Sequence[str]) -> None:
+    """Has the instruments that ``words`` mean look at a finished ``run``, but for those that have; each takes a line
+    that tells its cost, or why it is left out. Raises UserError as ``choose`` and ``fit`` do."""
+    chosen = choose(words)
+    if not chosen:
+        return
+    with run.locked():
+        try:
+            found = run.instruments()
+        except Damaged as error:
+            say(f"[yellow]{escape(str(error).partition(';')[0])}; it is made again[/]")
+            found = {}
+        missing = {
+            name: asked
+            for name, asked in chosen.items()
+            if found.get(name, {}).get("version") != INSTRUMENTS[name].version
+        }
+        if not missing:
+            return
+        subject = subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)
+        weights = sha256_file(run.folder / "tokenizer.safetensors")
+        for name in fit(subject, missing):
+            began = time.monotonic()
+            reading = INSTRUMENTS[name].measure(subject)
+            if reading.draw:
+                with atomic_path(run.folder / f"{name}.png") as temporary:
+                    reading.draw(temporary)
+            seconds = max(0.0, time.monotonic() - began)
+            found[name] = {
+                **{"version": INSTRUMENTS[name].version, "seconds": seconds},
+                **{"weights": weights, "metrics": reading.metrics},
+            }
+            run.seal("instruments.json", {"instruments": found})
+            say(f"instrument {name}: {seconds:.1f} s")
