@@ -21,11 +21,12 @@ from bench.core.store import Store
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
-from bench.tokenizers import costs
+from bench.tokenizers import costs, curves
 from bench.tokenizers.config import Config
 
-# In the order of tables. Described where they are computed: scores of reconstructions, and costs
-METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
+# In the order of tables. Described where they are computed: scores of reconstructions, of learning curves, and costs
+PARTS = (*EVALUATORS, curves, costs)
+METRICS: dict[str, Metric] = {name: metric for part in PARTS for name, metric in part.METRICS.items()}
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.
 CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")

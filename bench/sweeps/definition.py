@@ -13,6 +13,7 @@ from bench.core.errors import UserError
 from bench.core.settings import OneOf
 from bench.metrics import weights
 from bench.priors.config import PriorConfig
+from bench.tokenizers import curves
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
@@ -168,7 +169,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
-    known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
+    unsought = {"peak_memory_mb", *curves.METRICS}  # a codebook that collapses settles soonest
+    known = [name for name, shown in METRICS.items() if shown.better and name not in unsought]
     for metric in options.metric:
         if metric not in known:
             raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")

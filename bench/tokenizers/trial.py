@@ -19,6 +19,7 @@ from bench.training.trial import begun, complete, tidy, write_weights
 
 from .config import Config
 from .costs import static_costs, throughput
+from .curves import curve_metrics
 from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
 from .sizes import check_size, parameter_count
 from .tokenizer import Tokenizer
@@ -102,13 +103,15 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
-    plots.curves(run.folder / "curves.png", run.history(), config.codebook_size, title)
+    history = run.history()
+    plots.curves(run.folder / "curves.png", history, config.codebook_size, title)
     if config.grid_size == 1:
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
     references = {f"{name}_kmeans": value for name, value in reference.items()}
-    complete(run, {**metrics, **costs, **references}, protocol(data, config.device, fid_weights))
+    learned = curve_metrics(history, config.warmup)
+    complete(run, {**metrics, **learned, **costs, **references}, protocol(data, config.device, fid_weights))
 
 
 @torch.no_grad()
