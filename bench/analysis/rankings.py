@@ -23,8 +23,8 @@ SCORES = tuple(name for evaluator in EVALUATORS for name in evaluator.METRICS if
 RANKED = (*SCORES, *curves.METRICS, *FIXED, *(name for name in CLOCKED if name in METRICS))
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate", "params_prior", "flops_prior"),
-    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+    *("gfd_dinov2", "precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate"),
+    *("params_prior", "flops_prior", "images_per_second_sample", "sampling_speedup", "train_seconds"),
 )
 
 

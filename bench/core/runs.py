@@ -2,8 +2,9 @@
 
 A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
 presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
-images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
-failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
+images and their reconstructions, uint8), untrained.npz (those of the weights that training starts from) and two
+pictures; log.txt if a study ran it; while it trains a checkpoint; failure.json if it failed. A prior's,
+``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
 """
 
 import json

@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What is known before the first batch. fid_weights: as ``weights.inception`` takes it."""
+    """What is known before the first batch. fid_weights: as ``weights.given`` takes it."""
 
     codebook_size: int
     device: torch.device

@@ -20,13 +20,12 @@ from bench.training.trial import begun, complete, tidy, write_weights
 from .config import Config
 from .costs import static_costs, throughput
 from .curves import curve_metrics
-from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
+from .evaluate import EVAL_BATCH, PICTURES, evenly_spaced, kmeans_reference, protocol, score, score_untrained
 from .sizes import check_size, parameter_count
 from .tokenizer import Tokenizer
 from .train import train
 
 COPIES = 5  # of a model's parameters in training: weights, gradients, their moments, average
-PICTURES = 12  # images in the reconstruction picture
 CODES = 1024  # of them, at most, in the picture of a codebook
 
 
@@ -46,6 +45,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     weights.inception(fid_weights)
+    weights.dinov2(fid_weights)
     return load(config.data, config.image_size)
 
 
@@ -72,7 +72,9 @@ def run_trial(
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
-        untrained = score_untrained(config, data.val)
+        untrained, pictures = score_untrained(config, data.val)
+        with atomic_path(run.folder / "untrained.npz") as temporary:
+            np.savez_compressed(temporary, x_hat=pictures)
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
@@ -117,7 +119,7 @@ def finish(
 @torch.no_grad()
 def sample_reconstructions(tokenizer: Tokenizer, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spaced ``images`` and what the tokenizer makes of them, both (PICTURES, H, W, 3) uint8."""
-    x = np.ascontiguousarray(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images)), dtype=int)])
+    x = evenly_spaced(images, PICTURES)
     device = next(tokenizer.parameters()).device
     x_hat = tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
     return x, to_uint8(x_hat).permute(0, 2, 3, 1).cpu().numpy()
