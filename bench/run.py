@@ -73,7 +73,7 @@ class RunArguments(Arguments):
 
 # Metrics that the table shows, those of them that all of the runs have.
 COLUMNS = (
-    *("fid", "fid_vgg16", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
+    *("fid", "fid_vgg16", "fd_dinov2", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
 )
 
@@ -175,13 +175,14 @@ def instrument_tables(runs: list[Run]) -> list[Table]:
 def protocol_line(run: Run) -> str:
     """How the table's numbers were measured, in one line."""
     protocol = run.protocol()
-    fid = "" if protocol["extractor_inception"] else f" No FID: {weights.inception_missing()}"
+    missing = "" if protocol["extractor_inception"] else f" No FID: {weights.inception_missing()}"
+    missing += "" if protocol.get("extractor_dinov2") else f" No FD-DINOv2: {weights.dinov2_missing()}"
     skipped = f" ({protocol['skipped']} unreadable files skipped)" if protocol["skipped"] else ""
     return (
         f"Protocol {protocol['version']}: {protocol['split']}{skipped}; scored on all {protocol['count']} "
         f"{HELD_OUT[protocol['scored_on']]} images at {protocol['image_size']}×{protocol['image_size']}, "
         f"decode(encode(x)) in {protocol['precision']}, {protocol['rounding']}; "
-        f"FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{fid}"
+        f"FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{missing}"
     )
 
 

@@ -184,10 +184,12 @@ def live(root: Path, images: Data) -> Iterator[World]:
         for module in (trial, prior_trial):
             patch.setattr(module, "peak_memory", lambda device: nullcontext(lambda: 1.0))
         patch.setattr(trial, "score", scored)
-        for name in ("kmeans_reference", "format_references", "score_untrained", "throughput", "static_costs"):
+        for name in ("kmeans_reference", "format_references", "throughput", "static_costs"):
             patch.setattr(trial, name, lambda *given: {})
+        patch.setattr(trial, "score_untrained", lambda config, images: ({}, images[:1]))
         patch.setattr(weights, "trunk_state", lambda net: None)
-        patch.setattr(weights, "inception", lambda path: None)
+        for name in ("inception", "dinov2"):
+            patch.setattr(weights, name, lambda path: None)
         for module in (prior_trial, prior_training):
             patch.setattr(module, "build", small)
         patch.setattr(prior_trial, "score_prior", generated)

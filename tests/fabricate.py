@@ -12,6 +12,7 @@ from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.tokenizers.codecs import FORMATS
 from bench.tokenizers.config import Config, make_config
+from bench.tokenizers.curves import curve_metrics
 
 SIDE = 8  # pixels of a fabricated sample picture
 MACHINE = {"commit": "abc", "processor": "x", "threads": 2}
@@ -78,6 +79,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
         **{"images_per_second_encode": 500.0 - config.width, "images_per_second_decode": 400.0 - config.width},
         **{"train_seconds": 30.0 + config.width / 10, "score_seconds": 5.0, "peak_memory_mb": 900.0},
         "images_seen": config.steps * config.batch_size,
+        **curve_metrics(rows, config.warmup),
         **{f"{name}_kmeans": value * 0.9 for name, value in scores.items()},
     }
     protocol = {"version": 1, "data": "photos", "fingerprint": "f" * 64, "split": "a / b", "count": count, "skipped": 0}

@@ -24,12 +24,14 @@ from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers import costs
+from bench.tokenizers import costs, curves
 from bench.tokenizers.codecs import FORMATS
 from bench.tokenizers.config import Config
 
-# In the order of tables. Described where they are computed: scores of reconstructions, costs, and what instruments find
-METRICS: dict[str, Metric] = {name: metric for part in (*EVALUATORS, costs) for name, metric in part.METRICS.items()}
+# In the order of tables. Described where they are computed: scores of reconstructions, of learning curves, costs, and
+# what instruments find
+PARTS = (*EVALUATORS, curves, costs)
+METRICS: dict[str, Metric] = {name: metric for part in PARTS for name, metric in part.METRICS.items()}
 METRICS |= INSTRUMENT_METRICS
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
 # True of one machine only.

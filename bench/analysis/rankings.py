@@ -10,6 +10,7 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 from bench.instruments import INSTRUMENTS, SHOWN
 from bench.metrics import EVALUATORS
+from bench.tokenizers import curves
 
 from . import frames, references
 from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
@@ -21,11 +22,11 @@ FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not t
 # What evaluators measure, but for what says the same again, follows from the settings, or is of untrained weights.
 UNSHOWN = ("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
 SCORES = tuple(name for evaluator in EVALUATORS for name in evaluator.METRICS if name not in UNSHOWN)
-RANKED = (*SCORES, *FIXED, *(name for name in CLOCKED if name in METRICS))
+RANKED = (*SCORES, *curves.METRICS, *FIXED, *(name for name in CLOCKED if name in METRICS))
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
-    *("precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate", "params_prior", "flops_prior"),
-    *("images_per_second_sample", "sampling_speedup", "train_seconds"),
+    *("gfd_dinov2", "precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate"),
+    *("params_prior", "flops_prior", "images_per_second_sample", "sampling_speedup", "train_seconds"),
 )
 
 

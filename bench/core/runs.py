@@ -1,10 +1,11 @@
 """One run: a folder whose files are the truth.
 
 A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
-presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
-images and their reconstructions, uint8) and two pictures; what instruments found in instruments.json, with their
-pictures; log.txt if a study ran it; while it trains a checkpoint; failure.json if it failed. A prior's,
-``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
+presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every image that was scored), samples.npz (a
+few images and their reconstructions, uint8), untrained.npz (those of the weights that training starts from) and two
+pictures; what instruments found in instruments.json, with their pictures; log.txt if a study ran it; while it trains a
+checkpoint; failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest
+beside it.
 """
 
 import json

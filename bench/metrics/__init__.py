@@ -9,10 +9,11 @@ has been clamped and rounded, or float in [-1, 1] inside networks. ``to_uint8`` 
 ========================  ==========================================================================================
 lpips_alex, lpips_vgg     Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"
 fid                       Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6; Inception alone
+fd_dinov2                 the same distance on DINOv2's features (1024-d): Stein et al. 2023, "Exposing flaws of ..."
 fid_vgg16, kid_vgg16      the same distance, and Bińkowski et al. 2018's, on mean-pooled VGG16 relu5_3 features (512-d)
 psnr, ssim                decibels; Wang et al. 2004, "Image Quality Assessment: From Error Visibility to ...", eq. 13
 grid_energy, grid_edges   how far a grid of patches shows in what was reconstructed wrongly; 0 dB is not at all
-gfid …, gkid …            the same between generated and real images
+gfid …, gfd …, gkid …     the same between generated and real images
 precision, recall         Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric", eq. 2; k = 3, on VGG16
 sharpness                 how steep the reconstructions are beside the originals; 1 is as steep, less is blurred
 perplexity, usage         exp(entropy) and support of the codes over the whole evaluation set
@@ -29,7 +30,10 @@ from .distances import FrechetStatistics, kernel_distance
 from .images import PixelScores, full_precision, psnr, ssim, to_uint8
 from .lpips import MINIMUM_SIZE, LPIPSScores, Perceptual, perceptual
 from .registry import Batch, Codec, Evaluator, Metric, Setup
-from .sets import EXTRACTORS, PRECISION_NEIGHBOURS, ImageSet, InceptionScores, digests
+from .sets import EXTRACTORS, PRECISION_NEIGHBOURS, DinoV2Scores, ImageSet, InceptionScores, digests
 
 # Every score of reconstructions, in the order of tables. Each network runs in one of them.
-EVALUATORS: tuple[type[Evaluator], ...] = (InceptionScores, LPIPSScores, PixelScores, ArtefactScores, CodeScores)
+EVALUATORS: tuple[type[Evaluator], ...] = (
+    *(InceptionScores, LPIPSScores, DinoV2Scores),
+    *(PixelScores, ArtefactScores, CodeScores),
+)

@@ -34,7 +34,7 @@ class Codec(Protocol):
 
 class Setup(NamedTuple):
     """What is known before the first batch. codebook_size: K, or None where there are no codes. fid_weights: as
-    ``weights.inception`` takes it."""
+    ``weights.given`` takes it."""
 
     codebook_size: int | None
     device: torch.device

@@ -27,7 +27,7 @@ Features = Callable[[Tensor], Tensor]  # (B, 3, H, W) uint8 → (B, dimension) f
 class Extractor(NamedTuple):
     """A network that turns images into feature vectors, with weights from a given file or of its own."""
 
-    suffix: str  # of the metrics on it
+    metric: str  # Fréchet distance on it; between generated and real images the same after a g
     weights: str  # their name in ``weights.DIGESTS`` and in files of features
     about: str  # what a protocol says of it besides their digest
     dimension: int
@@ -50,9 +50,14 @@ def _inception(device: torch.device, path: Path | None) -> Features | None:
     return None if network is None else lambda x: network.to(device)(x)[0]  # which takes uint8
 
 
+def _dinov2(device: torch.device, path: Path | None) -> Features | None:
+    network = weights.dinov2(path)
+    return None if network is None else network.to(device)
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "vgg16": Extractor(
-        suffix="_vgg16",
+        metric="fid_vgg16",
         weights="vgg",
         about="LPIPS VGG16 relu5_3, mean-pooled, ",
         dimension=512,
@@ -60,12 +65,20 @@ EXTRACTORS: dict[str, Extractor] = {
         digest=lambda path: weights.weights_digest("vgg"),
     ),
     "inception": Extractor(
-        suffix="",  # ``fid`` and ``gfid`` are Inception's alone
+        metric="fid",  # Inception's alone, as is ``gfid``
         weights="inception",
         about="",
         dimension=2048,
         load=_inception,
         digest=lambda path: weights.inception_digest(path),
+    ),
+    "dinov2": Extractor(
+        metric="fd_dinov2",
+        weights="dinov2",
+        about="DINOv2 ViT-L/14 class token, bilinear to 224, ",
+        dimension=1024,
+        load=_dinov2,
+        digest=lambda path: weights.dinov2_digest(path),
     ),
 }
 
@@ -75,17 +88,15 @@ def digests(path: Path | None) -> str:
     return "-".join(extractor.digest(path) or "none" for extractor in EXTRACTORS.values())
 
 
-class InceptionScores(Evaluator):
-    """FID where Inception's weights are at hand, nothing elsewhere; UserError for a damaged file of them.
+class FrechetScores(Evaluator):
+    """The Fréchet distance on one of EXTRACTORS where its weights are at hand, nothing elsewhere; UserError for a
+    damaged file of them."""
 
-    Its 11.4 GFLOP per image bound the time of scoring.
-    """
-
-    METRICS: ClassVar[dict[str, Metric]] = {"fid": Metric("FID", ".1f", "lower")}
+    EXTRACTOR: ClassVar[str]
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        extractor = EXTRACTORS["inception"]
+        extractor = EXTRACTORS[self.EXTRACTOR]
         self.features = extractor.load(setup.device, setup.fid_weights)
         self.statistics = [FrechetStatistics(extractor.dimension) for _ in ("reconstructions", "originals")]
 
@@ -98,9 +109,22 @@ class InceptionScores(Evaluator):
                 statistics.update(self.features(images))
 
     def result(self) -> dict[str, float]:
-        """``fid``, or nothing. ValueError for fewer than 2 images."""
+        """The distance, or nothing. ValueError for fewer than 2 images."""
         reconstructions, originals = self.statistics
-        return {} if self.features is None else {"fid": reconstructions.distance(originals)}
+        (name,) = self.METRICS
+        return {} if self.features is None else {name: reconstructions.distance(originals)}
+
+
+class InceptionScores(FrechetScores):
+    """FID. Its 11.4 GFLOP per image bound the time of scoring."""
+
+    EXTRACTOR, METRICS = "inception", {"fid": Metric("FID", ".1f", "lower")}
+
+
+class DinoV2Scores(FrechetScores):
+    """FD on DINOv2. Where its weights are, its 155 GFLOP per image bound the time of scoring: minutes on a CPU."""
+
+    EXTRACTOR, METRICS = "dinov2", {"fd_dinov2": Metric("FD DINOv2", ".1f", "lower")}
 
 
 class ImageSet(NamedTuple):
@@ -111,11 +135,11 @@ class ImageSet(NamedTuple):
     @classmethod
     @torch.inference_mode()
     def of(
-        cls, batches: Iterable[Tensor], device: torch.device | str = "cpu", inception_path: Path | None = None
+        cls, batches: Iterable[Tensor], device: torch.device | str = "cpu", fid_weights: Path | None = None
     ) -> "ImageSet":
         """The features of uint8 (B, 3, H, W) ``batches``, each network run once per image, in float32."""
         device = torch.device(device)
-        networks = {name: extractor.load(device, inception_path) for name, extractor in EXTRACTORS.items()}
+        networks = {name: extractor.load(device, fid_weights) for name, extractor in EXTRACTORS.items()}
         found = {name: [torch.zeros(0, extractor.dimension)] for name, extractor in EXTRACTORS.items()}
         for x in batches:
             x = x.to(device)
@@ -126,8 +150,8 @@ class ImageSet(NamedTuple):
         return cls({name: torch.cat(parts) for name, parts in found.items()})
 
     def distances(self, real: "ImageSet") -> dict[str, float]:
-        """How far this set, of generated images, is from a ``real`` one: ``gfid`` with the suffix of each extractor of
-        which both have features, and on VGG16 ``gkid_vgg16``, ``precision_vgg16`` (share of these images that lie
+        """How far this set, of generated images, is from a ``real`` one: ``gfid``, ``gfid_vgg16`` and ``gfd_dinov2``
+        where both have such features, and on VGG16 ``gkid_vgg16``, ``precision_vgg16`` (share of these images that lie
         within the real ones' neighbourhoods) and ``recall_vgg16`` (the reverse). ValueError for sets of fewer than 4
         images."""
         repair()
@@ -141,7 +165,7 @@ class ImageSet(NamedTuple):
             own, others = self.features[name], real.features[name]
             if len(own) and len(others):
                 statistics = FrechetStatistics.of(own)
-                distances[f"gfid{extractor.suffix}"] = statistics.distance(FrechetStatistics.of(others))
+                distances[f"g{extractor.metric}"] = statistics.distance(FrechetStatistics.of(others))
         options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
         covered = prc_features_to_metric(*pair, **options)
         return {

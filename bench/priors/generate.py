@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "coded_bits_per_token_independent": Metric("bits per token, independent", ".3f", ""),
     "gfid": Metric("gFID", ".1f", "lower"),
     "gfid_vgg16": Metric("gFID vgg16", ".1f", "lower"),
+    "gfd_dinov2": Metric("gFD DINOv2", ".1f", "lower"),
     "gkid_vgg16": Metric("gKID vgg16", ".3f", "lower"),
     "precision_vgg16": Metric("precision vgg16", ".2f", "higher"),
     "recall_vgg16": Metric("recall vgg16", ".2f", "higher"),

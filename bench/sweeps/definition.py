@@ -11,8 +11,9 @@ from backbones import BACKBONES
 from bench.analysis.frames import DEFAULTS, METRICS
 from bench.core.errors import UserError
 from bench.core.settings import OneOf
-from bench.metrics import weights
+from bench.metrics import EXTRACTORS, weights
 from bench.priors.config import PriorConfig
+from bench.tokenizers import curves
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
@@ -183,12 +184,15 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     if options.metric == () and isinstance(study, Search):
         metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
         options = replace(options, metric=metric)
-    known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
+    unsought = {"peak_memory_mb", *curves.METRICS}  # a codebook that collapses settles soonest
+    known = [name for name, shown in METRICS.items() if shown.better and name not in unsought]
     for metric in options.metric:
         if metric not in known:
             raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
-    if "fid" in options.metric and options.fid_weights is None and (missing := weights.inception_missing()):
-        raise UserError(f"metric 'fid' cannot be had: {missing}; --metric fid_vgg16 can")
+    for extractor, missing in (("inception", weights.inception_missing), ("dinov2", weights.dinov2_missing)):
+        name = EXTRACTORS[extractor].metric
+        if name in options.metric and EXTRACTORS[extractor].digest(options.fid_weights) is None:
+            raise UserError(f"metric {name!r} cannot be had: {missing()}; --metric fid_vgg16 can")
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if value == ():

@@ -37,7 +37,8 @@ class Arguments(Config):
     match: str | None = None
     """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps"""
     fid_weights: Path | None = None
-    """file with torch-fidelity's Inception weights, where they cannot be downloaded"""
+    """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
+    both, under their published names"""
     given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Score a tokenizer on a whole split, and the reference that it has to beat at the same bits."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench.metrics import (
     Batch,
     Codec,
     Setup,
+    digests,
     from_uint8,
     full_precision,
     to_uint8,
@@ -30,6 +32,7 @@ from .tokenizer import Tokenizer, to_device
 
 EVAL_BATCH = 32  # VGG16 is fastest on CPUs with so many
 UNTRAINED_IMAGES = 64  # scored before training
+PICTURES = 12  # images that a run keeps its reconstructions of
 KMEANS_PATCHES, KMEANS_ITERATIONS = 131072, 25
 REFERENCE_VERSION = 2  # of the cached scores of k-means; raise it when score() gives more
 
@@ -66,19 +69,32 @@ def _encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def score_untrained(config: Config, images: np.ndarray) -> dict[str, float]:
-    """``grid_energy_init`` and ``grid_edges_init``: the grid that ``config`` starts with, before any training, on 64
-    evenly spaced ``images`` (N, H, W, 3) uint8. The quantizer is left out: a codebook that has seen nothing says
-    nothing about the backbone. Leaves the random generators as they were."""
-    artefacts = Artefacts()
-    rows = np.linspace(0, len(images) - 1, min(UNTRAINED_IMAGES, len(images)), dtype=int)
+def score_untrained(config: Config, images: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """The grid that ``config`` starts with, before any training: ``grid_energy_init`` and ``grid_edges_init`` over 64
+    evenly spaced ``images`` (N, H, W, 3) uint8, and what it makes of PICTURES of them, uint8 alike.
+
+    The quantizer is left out: a codebook that has seen nothing says nothing about the backbone. Leaves the random
+    generators as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # as train() does: the weights that the run starts from
         tokenizer = to_device(Tokenizer(config), config.device).eval()
-    for x in eval_batches(images[rows], EVAL_BATCH):
-        x = x.to(config.device)
-        artefacts.update(x, to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x)))))
-    return {f"{name}_init": artefacts.result(config.grid_size)[name] for name in ("grid_energy", "grid_edges")}
+
+    def reconstructed(chosen: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for x in eval_batches(chosen, EVAL_BATCH):
+            x = x.to(config.device)
+            yield x, to_uint8(tokenizer.decoder(tokenizer.encoder(from_uint8(x))))
+
+    artefacts = Artefacts()
+    for x, x_hat in reconstructed(evenly_spaced(images, UNTRAINED_IMAGES)):
+        artefacts.update(x, x_hat)
+    scores = {f"{name}_init": artefacts.result(config.grid_size)[name] for name in ("grid_energy", "grid_edges")}
+    pictures = torch.cat([x_hat for _, x_hat in reconstructed(evenly_spaced(images, PICTURES))])
+    return scores, pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def evenly_spaced(images: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``images`` (N, H, W, 3), from the first to the last."""
+    return np.ascontiguousarray(images[np.linspace(0, len(images) - 1, min(count, len(images)), dtype=int)])
 
 
 def protocol(data: Data, split: str, device: str, fid_weights: Path | None) -> dict[str, Any]:
@@ -145,11 +161,9 @@ def kmeans_reference(config: Config, data: Data, fid_weights: Path | None) -> di
     """Scores of PatchKMeans on ``data`` with the images, the grid and K of ``config``, named as any scores. Computed
     once, then cached."""
     grid_size, codebook_size, device = config.grid_size, config.codebook_size, config.device
-    conditions = protocol(data, config.split, device, fid_weights)
-    fid = conditions["extractor_inception"] or "none"
-    version = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}"
+    version, extractors = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}", digests(fid_weights)
     images = f"{data.fingerprint[:16]}-{config.split}-n{len(data.train)}"
-    key = f"{images}-g{grid_size}-k{codebook_size}-{version}-fid-{fid}-{conditions['device']}"
+    key = f"{images}-g{grid_size}-k{codebook_size}-{version}-{extractors}-{device.partition(':')[0]}"
 
     def make(path: Path) -> None:
         codec = PatchKMeans(data.train, grid_size, codebook_size, device)

@@ -21,14 +21,14 @@ from bench.training.trial import begun, complete, tidy, write_weights
 from .codecs import format_references
 from .config import Config
 from .costs import static_costs, throughput
-from .evaluate import EVAL_BATCH, kmeans_reference, protocol, score, score_untrained
+from .curves import curve_metrics
+from .evaluate import EVAL_BATCH, PICTURES, evenly_spaced, kmeans_reference, protocol, score, score_untrained
 from .measure import check_instruments, measure
 from .sizes import check_size, parameter_count
 from .tokenizer import Tokenizer
 from .train import train
 
 COPIES = 5  # of a model's parameters in training: weights, gradients, their moments, average
-PICTURES = 12  # images in the reconstruction picture
 CODES = 1024  # of them, at most, in the picture of a codebook
 
 
@@ -48,6 +48,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     weights.inception(fid_weights)
+    weights.dinov2(fid_weights)
     return load(config.data, config.image_size).with_train(config.train_images)
 
 
@@ -82,7 +83,9 @@ def run_trial(
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
         reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
-        untrained = score_untrained(config, data.images(config.split))
+        untrained, pictures = score_untrained(config, data.images(config.split))
+        with atomic_path(run.folder / "untrained.npz") as temporary:
+            np.savez_compressed(temporary, x_hat=pictures)
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
@@ -119,18 +122,21 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, x=x, x_hat=x_hat)
     plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
-    plots.curves(run.folder / "curves.png", run.history(), codes, title)
+    history = run.history()
+    plots.curves(run.folder / "curves.png", history, codes, title)
     if codes and config.grid_size == 1:
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
-    complete(run, {**metrics, **costs, **references}, protocol(data, config.split, config.device, fid_weights))
+    learned = curve_metrics(history, config.warmup)
+    conditions = protocol(data, config.split, config.device, fid_weights)
+    complete(run, {**metrics, **learned, **costs, **references}, conditions)
 
 
 @torch.no_grad()
 def sample_reconstructions(tokenizer: Tokenizer, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spaced ``images`` and what the tokenizer makes of them, both (PICTURES, H, W, 3) uint8."""
-    x = np.ascontiguousarray(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images)), dtype=int)])
+    x = evenly_spaced(images, PICTURES)
     device = next(tokenizer.parameters()).device
     x_hat = tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
     return x, to_uint8(x_hat).permute(0, 2, 3, 1).cpu().numpy()

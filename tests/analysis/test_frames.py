@@ -109,7 +109,8 @@ def scored(config: Config, psnr: float = 20.0, **changes) -> Known:
 # Written down from what the metrics mean, not from the table under test.
 BETTER = {
     "lower": "fid fid_vgg16 kid_vgg16 lpips_alex lpips_vgg grid_energy grid_edges dead_codes bits_per_image"
-    " bits_per_pixel params params_encoder params_decoder flops flops_encode flops_decode peak_memory_mb train_seconds",
+    " bits_per_pixel params params_encoder params_decoder flops flops_encode flops_decode peak_memory_mb train_seconds"
+    " steps_to_perplexity steps_to_loss codebook_roughness fd_dinov2",
     "higher": "psnr ssim perplexity usage images_per_second_encode images_per_second_decode",
     "": "sharpness grid_energy_init grid_edges_init tokens images_seen score_seconds",
 }
@@ -124,7 +125,7 @@ INSTRUMENTS_BETTER = {
 }
 PRIOR_BETTER = {
     "lower": "coded_bits_per_token coded_bits_per_image coded_bits_per_pixel gfid gfid_vgg16 gkid_vgg16 params_prior"
-    " flops_prior peak_memory_mb train_seconds",
+    " flops_prior peak_memory_mb train_seconds gfd_dinov2",
     "higher": "precision_vgg16 recall_vgg16 images_per_second_sample",
     "": "coded_bits_per_token_train coded_bits_per_token_independent nearest_train_psnr nearest_val_psnr copy_rate"
     " sampling_speedup grids_seen",

@@ -277,12 +277,13 @@ def checked(tmp_path, monkeypatch, *rows: weights.Status, free: float = 50) -> d
 def test_doctor_tells_what_is_needed_from_what_is_not(tmp_path, monkeypatch):
     """Sound is good; damaged is broken, needed or not; what a run would fetch, or can do without, is a note."""
     path = tmp_path / "file"
-    for name in ("alex", "vgg", "inception"):
+    for name in ("alex", "vgg", "inception", "dinov2"):
         for cached, ok, good in ((True, True, True), (True, False, False), (False, False, None)):
             row = weights.Status(name, cached, path, "abc", ok)
             check = checked(tmp_path, monkeypatch, row)[f"weights {name}"]
             assert check.good is good
             assert bool(check.fix) is not bool(good)
+            assert name != "dinov2" or "fetch" not in check.fix  # nobody does
     assert (
         "next run fetches"
         in checked(tmp_path, monkeypatch, weights.Status("alex", False, path, "", False))["weights alex"].fix
@@ -500,19 +501,20 @@ def test_rows_at_another_budget_carry_a_mark_and_a_caption(tmp_path):
 
 
 def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
+    monkeypatch.setattr(weights, "inception_missing", lambda: "no network.")
+    monkeypatch.setattr(weights, "dinov2_missing", lambda: "no file.")
     config = make_config("cnn", "smoke", device="cpu")
     protocol = {"version": 7, "split": "these / those", "count": 321, "skipped": 0, "image_size": 48}
     protocol |= {"extractor_vgg16": "layer digest", "rounding": "rounded", "precision": "fp64"}
     line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
     for words in ("Protocol 7: these / those; scored on all 321 test", "48×48", "layer digest", "fp64, rounded"):
         assert words in line
-    assert line.endswith("No FID: no network")
+    assert line.endswith("No FID: no network. No FD-DINOv2: no file.")
     assert "unreadable" not in line
-    protocol |= {"skipped": 4, "extractor_inception": "abc"}
+    protocol |= {"skipped": 4, "extractor_inception": "abc", "extractor_dinov2": "def"}
     line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
     assert "these / those (4 unreadable files skipped);" in line
-    assert "No FID" not in line
+    assert "No F" not in line
 
 
 def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def trunk(net):
         return metrics.perceptual(net, CPU)
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def no_dinov2(monkeypatch):
+    """Minutes of computing where this machine happens to have its weights."""
+    monkeypatch.setattr(weights, "dinov2", lambda path: None)
+    monkeypatch.setattr(weights, "dinov2_missing", lambda: "no file")
 
 
 @pytest.fixture
@@ -379,7 +387,7 @@ def test_kernel_distance_draws_as_torch_fidelity_does_by_default():
 
 def image_set(vgg, inception=None):
     inception = torch.zeros(0, 4) if inception is None else torch.as_tensor(inception)
-    return ImageSet({"vgg16": torch.as_tensor(vgg).float(), "inception": inception})
+    return ImageSet({"vgg16": torch.as_tensor(vgg).float(), "inception": inception, "dinov2": torch.zeros(0, 4)})
 
 
 def test_precision_asks_of_the_made_and_recall_of_the_real():
@@ -468,7 +476,7 @@ def test_an_extractor_is_one_entry(monkeypatch):
     trunk("vgg")
     monkeypatch.setattr(weights, "inception", lambda path: None)
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
-    corner = Extractor("_corner", "corner", "top left, ", 3, lambda *_: lambda x: x[:, :, 0, 0].float(), str)
+    corner = Extractor("fid_corner", "corner", "top left, ", 3, lambda *_: lambda x: x[:, :, 0, 0].float(), str)
     monkeypatch.setitem(EXTRACTORS, "corner", corner)
     x, x_hat = photographs(5, 12)
     made, real = (ImageSet.of(images.split(2)) for images in (x_hat, x))
@@ -476,9 +484,10 @@ def test_an_extractor_is_one_entry(monkeypatch):
     assert made.features["inception"].shape == (0, 2048)
     expected = statistics(made.features["corner"]).distance(statistics(real.features["corner"]))
     assert made.distances(real)["gfid_corner"] == pytest.approx(expected)
-    assert digests("file") == f"{weights.weights_digest('vgg')}-{weights.weights_digest('inception')}-file"
-    assert digests(None) == f"{weights.weights_digest('vgg')}-none-None"
-    assert corner.identity("file") == "top left, file"
+    file = Path("file")
+    assert digests(file) == f"{weights.weights_digest('vgg')}-{weights.weights_digest('inception')}-none-file"
+    assert digests(None) == f"{weights.weights_digest('vgg')}-none-none-None"
+    assert corner.identity(file) == "top left, file"
 
 
 class Scores:
@@ -667,6 +676,7 @@ def test_metrics_are_shown_under_their_names_with_the_digits_that_tell_runs_apar
     known = {
         "fid": ("FID", ".1f"),
         "fid_vgg16": ("FID vgg16", ".1f"),
+        "fd_dinov2": ("FD DINOv2", ".1f"),
         "kid_vgg16": ("KID vgg16", ".4f"),
         "lpips_alex": ("LPIPS alex", ".3f"),
         "lpips_vgg": ("LPIPS vgg", ".3f"),

@@ -30,6 +30,7 @@ from bench.metrics import weights
 def folder(tmp_path, monkeypatch):
     """An empty cache's weights folder."""
     monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "weights").mkdir()
     return tmp_path / "weights"
 
@@ -114,13 +115,13 @@ def test_digest_tells_names_shapes_and_types_apart():
 
 def test_a_digest_in_a_protocol_is_that_of_its_own_file(tmp_path, monkeypatch):
     """Inception's is known where a file is given or at hand, and None where it cannot be had."""
-    for name in ("alex", "vgg", "inception"):
+    for name in ("alex", "vgg", "inception", "dinov2"):
         assert weights.DIGESTS[name].startswith(weights.weights_digest(name))
     assert weights.weights_digest("alex") == "6c06f4bef5f7"  # as stored runs have it
-    assert len({weights.weights_digest(name) for name in weights.DIGESTS}) == 3
+    assert len({weights.weights_digest(name) for name in weights.DIGESTS}) == 4
     monkeypatch.setattr(weights, "inception_missing", lambda: "no network")
     assert weights.inception_digest(None) is None
-    assert weights.inception_digest(tmp_path) == weights.weights_digest("inception")
+    assert weights.inception_digest(tmp_path / "any.pth") == weights.weights_digest("inception")
     monkeypatch.setattr(weights, "inception_missing", lambda: "")
     assert weights.inception_digest(None) == weights.weights_digest("inception")
 
@@ -163,6 +164,7 @@ def test_truncated_file_is_refused(state, folder):
         "alex": (True, False),
         "vgg": (False, False),
         "inception": (False, False),
+        "dinov2": (False, False),
     }
 
 
@@ -400,8 +402,8 @@ def test_inception_download_is_kept_only_with_the_right_digest(folder, monkeypat
     monkeypatch.setitem(weights.DIGESTS, "inception", prefix(b"a portal's login page"))
     assert weights.inception_missing() == ""
     assert [path.name for path in folder.iterdir()] == ["weights-inception-2015-12-05-6726825d.pth"]
-    assert weights.status()[-1][:2] == ("inception", True)
-    assert weights.status()[-1].ok
+    (row,) = (row for row in weights.status() if row.name == "inception")
+    assert (row.cached, row.ok) == (True, True)
     weights._download_inception.cache_clear()
     monkeypatch.delattr(weights, "urlopen")  # from now on the cached file is used
     assert weights.inception_missing() == ""

@@ -88,10 +88,10 @@ class Features:
         self.features = features
 
     @classmethod
-    def of(cls, batches, device="cpu", inception_path=None):
+    def of(cls, batches, device="cpu", fid_weights=None):
         images = torch.cat([x.float().flatten(1) for x in batches])
         cls.made.append(images.numpy())
-        return cls({"vgg16": images, "inception": torch.zeros(0, 2048)})
+        return cls({"vgg16": images, "inception": torch.zeros(0, 2048), "dinov2": torch.zeros(0, 1024)})
 
     def distances(self, real):
         """Both sets show, and which is which."""
@@ -517,15 +517,15 @@ def test_features_of_held_out_images_are_computed_once_for_a_data_set(features, 
     assert len(features.made) == 5
 
 
-def test_cached_features_keep_both_networks(features, monkeypatch, tmp_path):
+def test_cached_features_keep_every_network(features, monkeypatch, tmp_path):
     _, data = toy(random_codes(5, 1), random_codes(5, 2))
-    made = features({"vgg16": torch.ones(1, 2), "inception": torch.zeros(3, 4)})
+    made = features({"vgg16": torch.ones(1, 2), "inception": torch.zeros(3, 4), "dinov2": torch.zeros(0, 5)})
     monkeypatch.setattr(features, "of", lambda *arguments: made)
     for _ in range(2):
         found = real_features(data, "test", "cpu", None).features
         assert (found["vgg16"].tolist(), found["inception"].shape) == ([[1, 1]], (3, 4))
     (path,) = (tmp_path / "cache" / "references").iterdir()
-    assert set(np.load(path)) == {"vgg", "inception"}  # as files that are there already have it
+    assert set(np.load(path)) == {"vgg", "inception", "dinov2"}
 
 
 def test_references_are_written_as_they_are_returned(tmp_path):

@@ -386,9 +386,21 @@ def test_fid_is_refused_only_where_its_weights_cannot_be_had(monkeypatch, tmp_pa
     with pytest.raises(UserError, match="metric 'fid' cannot be had: no file, no network; --metric fid_vgg16 can"):
         parse_study(SEARCH, "", ["--metric", "psnr", "fid"])
     assert parse_study(SEARCH, "", ["--metric", "fid_vgg16"]).metric == ("fid_vgg16",)
-    assert parse_study(SEARCH, "", ["--metric", "fid", "--fid-weights", str(tmp_path)]).metric == ("fid",)
+    assert parse_study(SEARCH, "", ["--metric", "fid", "--fid-weights", str(tmp_path / "any")]).metric == ("fid",)
     monkeypatch.setattr("bench.metrics.weights.inception_missing", lambda: "")
     assert parse_study(SEARCH, "", ["--metric", "fid"]).metric == ("fid",)
+    monkeypatch.setattr("bench.metrics.weights.dinov2_missing", lambda: "no file")
+    with pytest.raises(UserError, match="metric 'fd_dinov2' cannot be had: no file; --metric fid_vgg16 can"):
+        parse_study(SEARCH, "", ["--metric", "fd_dinov2"])
+    (tmp_path / "dinov2_vitl14_pretrain.pth").touch()
+    both = ["--metric", "fid", "fd_dinov2", "--fid-weights", str(tmp_path)]
+    assert parse_study(SEARCH, "", both).metric == ("fid", "fd_dinov2")
+
+
+@pytest.mark.parametrize("metric", ["peak_memory_mb", "steps_to_perplexity", "steps_to_loss", "codebook_roughness"])
+def test_what_is_best_where_nothing_is_learned_is_not_searched_for(metric):
+    with pytest.raises(UserError, match=f"metric '{metric}' cannot be optimised"):
+        parse_study(SEARCH, "", ["--metric", metric])
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

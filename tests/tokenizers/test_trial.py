@@ -19,7 +19,7 @@ from bench.core.store import Store
 from bench.data import Data
 from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.metrics import Artefacts, from_uint8, full_precision, psnr, to_uint8, weights
-from bench.tokenizers import evaluate, trial
+from bench.tokenizers import curves, evaluate, trial
 from bench.tokenizers.codecs import KEPT, available
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.evaluate import PatchKMeans, kmeans_reference, protocol, score, score_untrained
@@ -34,6 +34,7 @@ MEASURED = {
     *("images_per_second_encode", "images_per_second_decode", "peak_memory_mb", "train_seconds", "score_seconds")
 }
 FILES = {"config.json", "history.jsonl", "metrics.json", "tokenizer.safetensors", "per_image.npz", "samples.npz"}
+FILES |= {"untrained.npz"}
 PICTURES = {"reconstructions.png", "curves.png"}
 LEAST = dict.fromkeys(SCORED["runs"], 1.0)  # what a finished run has
 
@@ -78,10 +79,12 @@ def test_a_finished_run_holds_everything(trained, images):
 def test_a_run_has_the_metrics_that_reports_list_and_no_others(trained):
     """And of k-means those that do not depend on a network's size or speed, of image formats the main ones."""
     found = trained.metrics()
-    listed = set(METRICS) - set(INSTRUMENT_METRICS) - ({"fid"} if weights.inception_missing() else set())
+    absent = {"fid": weights.inception_missing(), "fd_dinov2": weights.dinov2_missing()}
+    listed = set(METRICS) - set(INSTRUMENT_METRICS) - {name for name, reason in absent.items() if reason}
     others = ("_kmeans", *(f"_{name}" for name in available()))
     assert {name for name in found if not name.endswith(others)} == listed
-    own = listed - MEASURED - {"params", "flops", "images_seen", "grid_energy_init", "grid_edges_init"}
+    own = listed - MEASURED - set(curves.METRICS)
+    own -= {"params", "flops", "images_seen", "grid_energy_init", "grid_edges_init"}
     own -= {f"{what}_{side}" for what in ("params", "flops") for side in ("encoder", "decoder", "encode", "decode")}
     assert {name for name in found if name.endswith("_kmeans")} == {f"{name}_kmeans" for name in own}
     for name in available():
@@ -185,7 +188,7 @@ def test_pictures_show_what_is_scored(scored):
 
 def test_a_run_that_finished_keeps_no_checkpoint(scored):
     assert scored[0].finished
-    assert {path.name for path in scored[0].folder.iterdir()} == FILES | PICTURES
+    assert {path.name for path in scored[0].folder.iterdir()} == FILES - {"untrained.npz"} | PICTURES
 
 
 WRITERS = ("write_weights", "np.savez_compressed", "plots.reconstructions", "plots.curves")
@@ -274,7 +277,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
 
     monkeypatch.setattr(trial, "train", train)
     monkeypatch.setattr(trial, "kmeans_reference", lambda *arguments: {"psnr": arguments})
-    monkeypatch.setattr(trial, "score_untrained", lambda *arguments: {"grid_edges_init": arguments})
+    monkeypatch.setattr(trial, "score_untrained", lambda *arguments: ({"grid_edges_init": arguments}, np.ones(3)))
     monkeypatch.setattr(trial, "finish", lambda *arguments: seen.update(finish=arguments))
     monkeypatch.setattr(trial, "peak_memory", lambda device: nullcontext(lambda: 12.5 if device == "cpu" else 0))
     monkeypatch.setattr(trial, "prepare", lambda *arguments: seen.update(prepare=arguments) or trial_data)
@@ -285,6 +288,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert given == [run, "tokenizer", trial_data, {"psnr": (config, trial_data, tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.test)
+    assert np.load(run.folder / "untrained.npz")["x_hat"].tolist() == [1, 1, 1]
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
@@ -300,7 +304,7 @@ def test_references_are_those_that_apply(trial_data, tiny, store, monkeypatch, q
     monkeypatch.setattr(
         trial, "format_references", lambda config, data, bits, _: found.append(bits) or {"psnr_webp": 2.0}
     )
-    monkeypatch.setattr(trial, "score_untrained", lambda *_: {})
+    monkeypatch.setattr(trial, "score_untrained", lambda *_: ({}, np.zeros(1)))
     per_image = {"psnr": np.zeros(24)}
     kept = {name: value for name, value in scores.items() if value is not None}
     monkeypatch.setattr(trial, "score", lambda *arguments: given.append(arguments) or (kept, per_image))
@@ -316,13 +320,14 @@ def test_references_are_those_that_apply(trial_data, tiny, store, monkeypatch, q
 
 
 def test_every_network_that_scores_is_looked_for_before_training(images, tiny, store, monkeypatch, tmp_path):
-    """Also Inception's where the user has its file: one that is absent or damaged is told before hours are spent."""
+    """Also those whose files the user has: one that is absent or damaged is told before hours are spent."""
     asked = []
     monkeypatch.setattr(weights, "trunk_state", asked.append)
     monkeypatch.setattr(weights, "inception", lambda path: asked.append(path))
+    monkeypatch.setattr(weights, "dinov2", lambda path: asked.append(("dinov2", path)))
     monkeypatch.setattr(trial, "load", lambda data, image_size: images)
     assert trial.prepare(tiny.resolved(), store, tmp_path / "inception.pth") is images
-    assert asked == ["alex", "vgg", tmp_path / "inception.pth"]
+    assert asked == ["alex", "vgg", tmp_path / "inception.pth", ("dinov2", tmp_path / "inception.pth")]
 
 
 def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny):
@@ -437,11 +442,11 @@ def test_one_process_per_run_folder(trial_data, tiny, store):
 def test_the_untrained_score_sees_the_starting_weights_and_draws_nothing(tiny, images):
     config = replace(tiny, seed=3)
     before = torch.get_rng_state()
-    found = score_untrained(config, images.test)
+    found, pictures = score_untrained(config, images.test)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert score_untrained(config, images.test) == found
-    assert score_untrained(tiny, images.test) != found  # another seed, another start
+    assert score_untrained(config, images.test)[0] == found
+    assert score_untrained(tiny, images.test)[0] != found  # another seed, another start
     torch.manual_seed(3)
     tokenizer = Tokenizer(config).eval()
     x = torch.from_numpy(images.test).permute(0, 3, 1, 2)
@@ -451,12 +456,15 @@ def test_the_untrained_score_sees_the_starting_weights_and_draws_nothing(tiny, i
     artefacts.update(x, x_hat)
     assert found["grid_energy_init"] == pytest.approx(artefacts.grid_energy(4), abs=1e-3)
     assert found["grid_edges_init"] == pytest.approx(artefacts.grid_edges(4), abs=1e-3)
+    shown = x_hat[np.linspace(0, 23, 12, dtype=int)].permute(0, 2, 3, 1).numpy()
+    assert (pictures.shape, pictures.dtype) == ((12, 32, 32, 3), np.uint8)
+    assert np.abs(pictures.astype(int) - shown).max() <= 1  # batches may round otherwise
 
 
 def test_the_untrained_score_is_of_images_spread_over_the_set(tiny, images, monkeypatch):
     monkeypatch.setattr(evaluate, "UNTRAINED_IMAGES", 5)
-    found = score_untrained(tiny, images.test)
-    assert found == score_untrained(tiny, images.test[[0, 5, 11, 17, 23]])
+    found = score_untrained(tiny, images.test)[0]
+    assert found == score_untrained(tiny, images.test[[0, 5, 11, 17, 23]])[0]
     assert found.keys() == {"grid_energy_init", "grid_edges_init"}
 
 
@@ -465,7 +473,7 @@ def test_the_untrained_score_knows_nothing_of_batches(tiny, images, monkeypatch)
     config, found = replace(tiny, backbone="timm:test_resnet"), []
     for size in (3, 24):
         monkeypatch.setattr(evaluate, "EVAL_BATCH", size)
-        found.append(score_untrained(config, images.test))
+        found.append(score_untrained(config, images.test)[0])
     assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
@@ -474,7 +482,7 @@ def test_a_vit_starts_with_a_grid_and_both_cures_lower_it(images):
 
     def energy(backbone: str, **options) -> float:
         config = make_config(backbone, "smoke", grid_size=8, device="cpu", **options)
-        return np.mean([score_untrained(replace(config, seed=k), images.test)["grid_energy_init"] for k in range(6)])
+        return np.mean([score_untrained(replace(config, seed=k), images.test)[0]["grid_energy_init"] for k in range(6)])
 
     plain = energy("vit")
     assert plain > energy("cnn") + 3
@@ -660,11 +668,12 @@ def test_scores_are_of_the_whole_set_and_not_of_its_batches(images, monkeypatch)
     assert found["grid_edges"] != pytest.approx(artefacts.grid_edges(8), abs=0.1)
 
 
-def test_inceptions_weights_are_looked_for_where_they_are_said_to_be(monkeypatch, tmp_path):
+def test_weights_are_looked_for_where_they_are_said_to_be(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(weights, "inception", lambda path: asked.append(path))
+    monkeypatch.setattr(weights, "dinov2", lambda path: asked.append(path))
     score(Greys(4, 3), 3, flat(0, 255), "cpu", tmp_path, "")
-    assert asked == [tmp_path]
+    assert asked == [tmp_path, tmp_path]
 
 
 def test_scoring_is_in_float32_whatever_surrounds_it(images):
@@ -739,9 +748,10 @@ def test_what_makes_scores_incomparable_changes_the_protocol_and_nothing_else_do
     assert changed(replace(images, skipped=("a", "b"))) == {"skipped"}
     assert changed(replace(images, train=images.train[:7])) == set()  # the fingerprint covers all splits
     assert changed(device="cuda:1") == {"device"}
-    assert changed(fid=tmp_path) == {"extractor_inception"}
+    assert changed(fid=tmp_path / "any.pth") == {"extractor_inception"}
+    assert changed(fid=tmp_path / "dinov2_vitl14_pretrain.pth") == {"extractor_dinov2"}
     assert (before["skipped"], before["extractor_inception"], before["version"]) == (0, None, evaluate.PROTOCOL_VERSION)
-    for net, field in (("vgg", "extractor_vgg16"), ("alex", "extractor_alex"), ("inception", None)):
+    for net, field in (("vgg", "extractor_vgg16"), ("alex", "extractor_alex"), ("inception", None), ("dinov2", None)):
         with monkeypatch.context() as patch:
             patch.setitem(weights.DIGESTS, net, "f" * 64)
             assert changed() == ({field} if field else set())
@@ -873,7 +883,7 @@ def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
 
         return looking
 
-    given = {"kmeans_reference": {}, "score_untrained": {}, "train": ("tokenizer", 5.0), "finish": None}
+    given = {"kmeans_reference": {}, "score_untrained": ({}, np.ones(1)), "train": ("tokenizer", 5.0), "finish": None}
     for name, result in given.items():
         monkeypatch.setattr(trial, name, look(result))
     run_trial(config, store)
