@@ -1,7 +1,7 @@
 """One run: a folder whose files are the truth.
 
 A tokenizer's folder, ``results/runs/<run_id>/``, holds config.json, history.jsonl, metrics.json (written last: its
-presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every validation image), samples.npz (a few
+presence *means* finished), tokenizer.safetensors, per_image.npz (scores of every scored image), samples.npz (a few
 images and their reconstructions, uint8) and two pictures; log.txt if a study ran it; while it trains a checkpoint;
 failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest beside it.
 """
@@ -237,7 +237,7 @@ class Run:
         return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """Of a finished run the scores of every validation image, (N,) each; none when the file is missing, damaged
+        """Of a finished run the scores of every scored image, (N,) each; none when the file is missing, damaged
         or of another number of images than the run was scored on."""
         try:
             scores = read_arrays(self.folder / "per_image.npz")
