@@ -2,7 +2,7 @@
 
     python -m bench.encode results/runs/RUN
 
-Into RUN/codes/ go train.npy and val.npy, (N, h, w) unsigned integers, and meta.json.
+Into RUN/codes/ go train.npy and held_out.npy, (N, h, w) unsigned integers, and meta.json.
 """
 
 import sys

@@ -259,7 +259,7 @@ class Run:
         return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """Of a finished run the scores of every validation image, (N,) each; none when the file is missing, damaged
+        """Of a finished run the scores of every scored image, (N,) each; none when the file is missing, damaged
         or of another number of images than the run was scored on."""
         try:
             scores = read_arrays(self.folder / "per_image.npz")

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -46,7 +47,7 @@ from bench.data import (
     to_pixels,
     to_rgb,
 )
-from bench.data.decoding import decoded
+from bench.data.decoding import Subset, decoded
 from bench.data.photos import Box, Photograph
 
 
@@ -1016,6 +1017,88 @@ def test_a_batch_may_be_written_to_whatever_it_was_read_from():
 def test_a_batch_is_made_on_its_device(augment):
     x = batch(IMAGES, 0, 0, 20, augment, "meta")
     assert (x.device.type, x.shape, x.dtype) == ("meta", (20, 3, 16, 16), torch.float32)
+
+
+# --- a subset to train on -------------------------------------------------------------------------------------------
+
+
+def numbered(count: int = 90) -> Data:
+    """Images whose grey is their number, of the classes even and odd."""
+    images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 4, 4, 3))
+    labels = tuple(np.arange(size) % 2 for size in (count, 6, 7))
+    return Data("toy", images, images[:6], images[:7], "f" * 64, "toy", (), ("even", "odd"), labels)
+
+
+def numbers_of(images: np.ndarray | Subset) -> list[int]:
+    return images[:][:, 0, 0, 0].tolist()
+
+
+@given(st.integers(1, 90), st.integers(1, 90))
+def test_a_subset_has_those_of_every_smaller_one_and_their_labels(one, two):
+    whole = numbered()
+    few, many = (whole.with_train(count) for count in sorted((one, two)))
+    for data, count in zip((few, many), sorted((one, two)), strict=True):
+        chosen = numbers_of(data.train)
+        assert len(data.train) == len(set(chosen)) == count
+        assert data.train.shape == (count, 4, 4, 3)
+        assert data.labels_of("train").tolist() == [number % 2 for number in chosen]
+        for split in ("val", "test"):
+            assert data.images(split) is whole.images(split)
+            assert data.labels_of(split) is whole.labels_of(split)
+        assert (data.fingerprint, data.split, data.classes) == (whole.fingerprint, whole.split, whole.classes)
+    assert set(numbers_of(few.train)) <= set(numbers_of(many.train))
+
+
+def test_splits_and_their_labels_are_told_by_name():
+    data = numbered()
+    assert data.images("val") is data.val
+    assert data.images("test") is data.test
+    assert [len(data.labels_of(split)) for split in SPLITS] == [90, 6, 7]
+    assert replace(data, labels=None).labels_of("test") is None
+
+
+def test_a_subset_is_drawn_once_for_all_and_the_same_on_every_machine():
+    """A golden value, which stored runs depend on; neither the first images nor those of a seed."""
+    assert numbers_of(numbered().with_train(6).train) == [5, 13, 20, 27, 73, 81]
+
+
+def test_no_number_takes_all_images_and_too_large_a_one_is_told():
+    data = numbered()
+    assert data.with_train(0) is data
+    assert numbers_of(data.with_train(90).train) == list(range(90))
+    with pytest.raises(UserError, match=r"^train_images is 91 and toy has 90 to train on; 0 takes all$"):
+        data.with_train(91)
+    assert replace(data, labels=None).with_train(5).labels is None
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_batches_of_a_subset_see_no_other_image(augment):
+    data = numbered().with_train(7)
+    seen = [batch(data.train, 3, step, 5, augment, "cpu") for step in range(14)]
+    levels = ((torch.cat(seen) + 1) * 127.5).round().flatten(1)
+    assert (levels == levels[:, :1]).all()
+    assert sorted(levels[:, 0].tolist()) == sorted(numbers_of(data.train) * 10)  # each once an epoch
+    assert torch.equal(
+        torch.cat(seen), torch.cat([batch(data.train[:], 3, step, 5, augment, "cpu") for step in range(14)])
+    )
+    assert numbers_of(torch.cat(list(eval_batches(data.train, 3))).permute(0, 2, 3, 1)) == numbers_of(data.train)
+
+
+def test_a_subset_copies_no_more_than_is_asked_for():
+    """Of a set that is mapped and larger than memory."""
+
+    class Mapped(np.ndarray):
+        asked = []  # noqa: RUF012
+
+        def __getitem__(self, rows):
+            self.asked.append(len(rows))
+            return np.asarray(super().__getitem__(rows))
+
+    data = numbered()
+    data = replace(data, train=data.train.view(Mapped)).with_train(40)
+    batch(data.train, 0, 0, 8, "none", "cpu")
+    assert len(data.train) == 40
+    assert Mapped.asked == [8]
 
 
 # --- augmentations --------------------------------------------------------------------------------------------------

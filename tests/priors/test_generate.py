@@ -27,9 +27,9 @@ K, SIDE, SIZE = 6, 2, 8
 class Painter(torch.nn.Module):
     """A tokenizer whose code is the grey level of its cell: 0, 51, 102, …"""
 
-    def __init__(self):
+    def __init__(self, split: str = "test"):
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE, split="test")
+        self.config = SimpleNamespace(image_size=SIZE, split=split)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -379,6 +379,18 @@ def test_samples_are_compared_with_held_out_images_in_that_order(features):
     metrics = scored(Recorder(np.full((5, SIDE, SIDE), 5)), codes, data).metrics
     assert (metrics["gfid_vgg16"], metrics["recall_vgg16"]) == (255, 51)
     assert [len(made) for made in features.made] == [9, 40]
+
+
+def test_samples_and_references_are_compared_with_the_split_that_the_tokenizer_was_scored_on(tmp_path):
+    """That to validate is black here."""
+    train = random_codes(30, 1)
+    codes, data = toy(train, random_codes(9, 2, 1, 2))
+    for split, level in (("val", 0), ("test", 51)):
+        known = {"nearest_val_psnr": -9.0, "nearest_val_psnr_95": 30.0}
+        found = score_prior(Recorder(train).eval(), Painter(split), codes, data, config(), known, None)
+        assert found.metrics["recall_vgg16"] == level
+        (tmp_path / split).mkdir()
+        assert references(Painter(split), codes, data, config(), tmp_path / split, None)["recall_vgg16_real"] == level
 
 
 def test_speed_is_counted_from_the_first_code_to_the_last_image(monkeypatch):
