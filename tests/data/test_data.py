@@ -13,6 +13,7 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -719,6 +720,8 @@ def test_whatever_may_change_pixels_or_labels_is_decoded_anew(tmp_path, decodes,
     assert decoded_anew(lambda: os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1)))  # the same size
     longer = image.read_bytes() + b"more"
     assert decoded_anew(lambda: (image.write_bytes(longer), os.utime(image, ns=(0, status.st_mtime_ns + 1))))
+    for split in ("val", "test"):
+        assert decoded_anew(partial(os.utime, folder / split / "ant" / "01.png", ns=(0, 1)))
     assert decoded_anew(lambda: (folder / "train" / "bee").rename(folder / "train" / "cat"))  # in the same order
     assert decoded_anew(lambda: image.rename(folder / "train" / "ant" / "99.png"))
     assert decoded_anew(lambda: (folder / "train" / "ant" / "99.png").rename(folder / "train" / "cat" / "99.png"))
