@@ -154,8 +154,7 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
     order += sorted(columns.keys() - set(order))
     table = pd.DataFrame(columns, index=range(count), columns=order)
     numeric = [name for name in table if name in kind.metrics or name.endswith(REFERENCES)]
-    table[numeric] = table[numeric].astype(float)
-    return table, damaged
+    return table.astype(dict.fromkeys(numeric, float)).copy(), damaged  # in one piece, which has room for more columns
 
 
 def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> list[str]:

@@ -204,7 +204,7 @@ def test_the_command_line_shows_them_and_refuses_others(trial_data, tmp_path, ca
 
 def test_the_command_line_shows_each_metric_in_its_row(store):
     for backbone, loss in {"cnn": 1.0, "vit": 4.0}.items():
-        fake(fabricate(store, make_config(backbone, "smoke")), loss_random=loss, loss_near=0.5)
+        fake(fabricate(store, make_config(backbone, "smoke"), -loss), loss_random=loss, loss_near=0.5)
     (table,) = command.instrument_tables(store.runs())
     cells = [list(column.cells) for column in table.columns]
     assert [column.header for column in table.columns] == ["", "cnn", "vit"]
