@@ -74,7 +74,7 @@ def run_trial(
         reference = kmeans_reference(data, config.grid_size, config.codebook_size, config.device, fid_weights)
         untrained, pictures = score_untrained(config, data.val)
         with atomic_path(run.folder / "untrained.npz") as temporary:
-            np.savez_compressed(temporary, x_hat=pictures)
+            np.savez_compressed(temporary, untrained=pictures)
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}

@@ -285,7 +285,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert given == [run, "tokenizer", trial_data, {"psnr": (trial_data, 8, 32, "cpu", tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.val)
-    assert np.load(run.folder / "untrained.npz")["x_hat"].tolist() == [1, 1, 1]
+    assert np.load(run.folder / "untrained.npz")["untrained"].tolist() == [1, 1, 1]
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
