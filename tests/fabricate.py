@@ -57,6 +57,7 @@ def fabricate(store: Store, config: Config, quality: float = 0.0, noise: float =
     )
     pixels = np.random.default_rng(0).integers(0, 256, (6, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez_compressed(run.folder / "samples.npz", x=pixels, x_hat=pixels // 2 + 64)
+    np.savez_compressed(run.folder / "untrained.npz", untrained=pixels // 8 + 112)
     Image.fromarray(pixels[0]).save(run.folder / "reconstructions.png")
     steps = np.arange(10, config.steps + 1, max(1, config.steps // 20))
     rows = [

@@ -23,9 +23,9 @@ from bench.core.runs import HELD_OUT
 
 from . import looks, references
 from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
-from .galleries import learning_curves, reconstructions, samples
+from .galleries import codebook_loss, learning_curves, reconstructions, samples, untrained
 from .looks import BITS, Drawing, brief, is_number, label_of, look_of
-from .slices import Scope, block_scopes, controlled, counted, key_metrics, protocol_scopes, usual
+from .slices import Scope, block_scopes, controlled, counted, key_metrics, listed, protocol_scopes, usual, usual_words
 
 STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in a folder's name is no formula
     "svg.hashsalt": "vqbench",
@@ -68,8 +68,8 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.
                 caption = f"{drawing.caption} {scope.note}"
                 yield Drawing(f"{drawing.name}{scope.suffix}", title, caption, drawing.figure)
     for group in protocols(priors)[:1] if priors is not None else ():
-        yield from generation(usual(group), len(group))
-        yield from samples(usual(group))
+        yield from generation(usual(group), len(group), usual_words(group))
+        yield from samples(usual(group), usual_words(group))
     if importances is not None and len(importances):
         yield importance(importances)
 
@@ -142,7 +142,8 @@ def sweeps(scope: Scope) -> Iterator[Drawing]:
             shape = "Line and band" if is_number(rows[field]) else "Marker and bar"
             caption = f"{shape}: mean ± standard deviation over seeds. {counted(scope, rows, [field], fixed)}"
         else:
-            caption = f"All {len(rows)} scored runs. The other settings vary too: this one's own effect does not show."
+            others = listed([name for name in settings(rows) if name != field])
+            caption = f"All {len(rows)} scored runs, whatever their {others}: this one's own effect does not show."
         if field in BITS:
             caption += " The bits of an image differ along the axis."
         yield Drawing(f"sweep_{field}", f"Effect of {label_of(field)}", caption, figure)
@@ -243,9 +244,10 @@ def _widen(panels: dict[str, Axes], rates: pd.Series, further: pd.Series) -> Non
         axes.set_xlim(low / (high / low) ** 0.1 / 1.05, high * (high / low) ** 0.1 * 1.05)
 
 
-def generation(rows: pd.DataFrame, known: int) -> Iterator[Drawing]:
+def generation(rows: pd.DataFrame, known: int, words: str = "") -> Iterator[Drawing]:
     """``generation``: how far samples are from real images against what the prior makes of the codes, per backbone and
-    prior; where the grid is swept, its sizes are joined."""
+    prior; where the grid is swept, its sizes are joined. ``rows``: of ``known`` priors those of equal settings, and in
+    ``words`` which."""
     metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
     names = ["coded_bits_per_pixel", *metrics, *(f"{metric}_real" for metric in metrics)]
     means = rows.groupby(["backbone", "prior", "grid_size", "codebook_size"])[names].mean().reset_index()
@@ -267,7 +269,11 @@ def generation(rows: pd.DataFrame, known: int) -> Iterator[Drawing]:
     entries["real codes"] = {"color": "0.4", "linestyle": ":", "linewidth": 0.8}
     looks.add_legend(figure, [], entries)
     first = rows.iloc[0]
-    count = f"{len(rows)} priors" if len(rows) == known else f"{len(rows)} of {known} priors, those with equal settings"
+    count = (
+        f"{len(rows)} priors"
+        if len(rows) == known
+        else f"{len(rows)} of {known} priors, those with equal settings{words}"
+    )
     caption = (
         f"{count}, means over seeds; {first.samples} samples each, at temperature {first.temperature:g}, against all "
         f"{first.protocol_count:.0f} {HELD_OUT[first.protocol_scored_on]} images of {brief(first.data)} at "
@@ -307,6 +313,8 @@ def cost(scope: Scope) -> Iterator[Drawing]:
             _name_front(axes, front.head(NAMED), name, metric, varied[0])
     looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
     caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
+    if len(varied) > 1:
+        caption += f"Each combination of {listed(varied)} is a point of its own. "
     if len(varied) == 1:
         caption += f"Beside the {f'{NAMED} cheapest ' if longest > NAMED else ''}rings: {label_of(varied[0])}. "
     if len(names) < len(scored):
@@ -358,7 +366,8 @@ def importance(importances: pd.DataFrame) -> Drawing:
     axes.grid(False, axis="y")
     axes.set_xlabel("importance (share within a backbone)")
     looks.add_legend(figure, list(shares), {})
-    caption = "How much of the variation between runs each setting, or the seed, explains: shares within a backbone."
+    caption = "How much of the variation between runs each setting, or the seed, explains: shares within a backbone. "
+    caption += f"The effect of each is averaged over what was run of the others: {listed(list(shares.index))}."
     return Drawing("importance", "Which settings matter", caption, figure)
 
 
@@ -371,5 +380,7 @@ CHARTS: list[tuple[Callable[[Scope], Iterator[Drawing]], str]] = [
     (rate_distortion, "protocol"),
     (cost, "block"),
     (learning_curves, "protocol"),
+    (codebook_loss, "protocol"),
+    (untrained, "protocol"),
     (reconstructions, "protocol"),
 ]

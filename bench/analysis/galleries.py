@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,15 @@ from .slices import Scope, first_sweep, representative
 
 HUES = 8  # values of one setting among learning curves and pictures
 CURVE_SEEDS, CURVES, CURVE_POINTS = 5, 150, 60  # seeds of one setting; runs in all; points of one run
+FINE_POINTS = 300  # of a curve whose roughness is to be seen
+STRETCH = 1, 99  # percentiles of the pixels that become black and white
 PICTURES = 8  # images side by side
+SCORED = "scores are means over the whole validation set."
+UNTRAINED = (
+    "encoder and decoder with the weights that training starts from, without the quantizer. The contrast of each row "
+    f"is stretched: percentiles {STRETCH[0]} and {STRETCH[1]} of its pixels are black and white. The grids were "
+    "measured before that, on 64 images."
+)
 QUANTITIES = {"reconstruction": "reconstruction loss ↓", "lpips": "LPIPS loss ↓", "perplexity": "perplexity ↑"}
 
 
@@ -64,10 +72,10 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
     yield Drawing("learning_curves", title, caption, figure)
 
 
-def _history(folder: str) -> pd.DataFrame:
-    """A run's history as means over at most CURVE_POINTS windows; no rows where it has none."""
+def _history(folder: str, points: int = CURVE_POINTS) -> pd.DataFrame:
+    """A run's history as means over at most ``points`` windows; no rows where it has none."""
     history = pd.DataFrame(Run(Path(folder)).history())
-    return history.groupby(np.arange(len(history)) // math.ceil(max(1, len(history) / CURVE_POINTS))).mean()
+    return history.groupby(np.arange(len(history)) // math.ceil(max(1, len(history) / points))).mean()
 
 
 def _curve_axes(quantities: list[str], names: list[str]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
@@ -113,36 +121,98 @@ def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], qua
         axes.plot(mean.index, mean, color=colour, linewidth=1.4)
 
 
+def codebook_loss(scope: Scope) -> Iterator[Drawing]:
+    """``codebook_loss``: the codebook's loss against steps, of all backbones on one axes, and how rough each is."""
+    rows, words = representative(scope.rows)
+    rows = rows.sort_values("seed", kind="stable").groupby("backbone").head(CURVE_SEEDS)
+    figure, entries = looks.new_figure(3.4), {}
+    axes = figure.subplots()
+    for backbone, own in rows.groupby("backbone"):
+        curves = [_history(folder, FINE_POINTS) for folder in own.folder]
+        lines = [curve.set_index("step").quantizer for curve in curves if "quantizer" in curve]
+        losses = pd.concat(lines, axis=1) if lines else pd.DataFrame()
+        losses = losses.where(losses > 0).dropna(how="all")
+        if losses.empty:
+            continue  # no loss of its own, as of fixed codes
+        colour = look_of(backbone)["color"]
+        axes.plot(losses.index, np.exp(np.log(losses).mean(axis=1)), color=colour, linewidth=1.2)
+        axes.fill_between(losses.index, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+        entries[f"{backbone}{_roughness(own)}"] = {"color": colour}
+    if len(entries) < 2:
+        return
+    axes.set(xlabel="step", ylabel="codebook loss", yscale="log")
+    looks.plain_log(axes.yaxis)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    looks.add_legend(figure, [], entries, title="roughness", columns=3)
+    seeds = rows.groupby("backbone").size()
+    few, many = int(seeds.min()), int(seeds.max())
+    count = f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
+    caption = (
+        f"Line: geometric mean over {count} of a backbone{words}; band: from the lowest to the highest. Roughness: "
+        "mean |second difference| of the loss's logarithm from one logged row to the next, after the warm-up; 0 is an "
+        "exponential, 0.05 a slope that changes by five per cent of the loss from row to row."
+    )
+    yield Drawing("codebook_loss", "Codebook loss", caption, figure)
+
+
+def _roughness(rows: pd.DataFrame) -> str:
+    """Mean ± standard deviation over seeds, after a space; nothing where no run has one."""
+    known, form = rows.codebook_roughness.dropna(), METRICS["codebook_roughness"].form
+    spread = f" ± {known.std():{form}}" if len(known) > 1 else ""
+    return f" {known.mean():{form}}{spread}" if len(known) else ""
+
+
+class Shown(NamedTuple):
+    """What a gallery shows of each run."""
+
+    array: str  # that runs keep, see KEPT
+    metrics: tuple[str, ...]  # beside each row
+    stretched: bool  # to full contrast, row by row
+    told: str  # the rest of the caption, after which runs are shown
+
+
+KEPT = {"untrained": "untrained.npz"}  # the file that runs keep an array in, where it is not samples.npz
+
+
 def reconstructions(scope: Scope) -> Iterator[Drawing]:
     """``reconstructions``: the same images by every backbone; ``reconstructions_FIELD``: by the first swept setting's
     values, in the backbone that is best there."""
-    yield from _gallery(*representative(scope.rows), "backbone", "reconstructions", "Reconstructions")
+    shown = Shown("x_hat", (main_metric(scope.rows), "psnr"), False, SCORED)
+    yield from _gallery(*representative(scope.rows), "backbone", "reconstructions", "Reconstructions", shown)
     field, rows, words = first_sweep(scope.rows)
     if field:
         metric = main_metric(rows)
         best = best_first(rows.groupby("backbone")[[metric]].mean(), metric).index[0]
         rows = rows[(rows.backbone == best) & rows[field].isin(looks.levels_of(rows[field], HUES))]
-        title = f"Reconstructions by {label_of(field)}, {best}"
-        yield from _gallery(rows, words, field, f"reconstructions_{field}", title)
+        title, words = f"Reconstructions by {label_of(field)}, {best}", f"{words}, of the backbone that is best there"
+        yield from _gallery(rows, words, field, f"reconstructions_{field}", title, shown)
 
 
-def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> Iterator[Drawing]:
-    """Originals, then a row of reconstructions per value of ``by``: of its lowest seed that kept samples of them."""
+def untrained(scope: Scope) -> Iterator[Drawing]:
+    """``untrained``: what every backbone makes of the same images before it is trained, where grids of patches show."""
+    shown = Shown("untrained", ("grid_energy_init", "grid_edges_init"), True, UNTRAINED)
+    yield from _gallery(*representative(scope.rows), "backbone", "untrained", "Before training", shown)
+
+
+def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str, shown: Shown) -> Iterator[Drawing]:
+    """Originals, then a row of what is ``shown`` per value of ``by``: of its lowest seed that kept such pictures."""
     kept, damaged = [], []
     for _, own in rows.sort_values("seed", kind="stable").groupby(by):
-        found = ((row, *pair) for row, pair in _kept(own, damaged, "x", "x_hat"))
+        found = ((row, *pair) for row, pair in _kept(own, damaged, "x", shown.array))
         kept += itertools.islice(found, 1)
     same = [found for found in kept if np.array_equal(found[1], kept[0][1])]
     if not same:
         yield from _nothing(name, title, damaged)
         return
-    metrics = dict.fromkeys([main_metric(rows), "psnr"])
-    labels = ["original"]
-    for row, _, _ in same:
-        scores = [f"{METRICS[metric].label} {row[metric]:{METRICS[metric].form}}" for metric in metrics]
+    labels, images = ["original"], [same[0][1]]
+    for row, _, pictures in same:
+        scores = [_score(row, metric) for metric in dict.fromkeys(shown.metrics)]
+        contrast, pictures = stretched(pictures) if shown.stretched else (1, pictures)
+        scores += [f"contrast ×{contrast:.1f}"] if shown.stretched else []
         labels.append("\n".join([row.backbone if by == "backbone" else f"{label_of(by)} = {brief(row[by])}", *scores]))
-    figure = looks.picture_rows([same[0][1], *(x_hat for _, _, x_hat in same)], labels)
-    caption = f"One run per row, the lowest seed{words}; scores are means over all images that were scored."
+        images.append(pictures)
+    figure = looks.picture_rows(images, labels)
+    caption = f"One run per row, the lowest seed{words}; {shown.told}"
     if by in BITS:
         caption += " The bits of an image differ between rows."
     if len(same) < len(kept):
@@ -150,8 +220,22 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str) -> 
     yield Drawing(name, title, caption + _note(damaged), figure)
 
 
-def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
-    """``samples``: a row of samples per prior and backbone, of the largest grid's lowest seed."""
+def _score(row: pd.Series, metric: str) -> str:
+    """A metric of a run in a few words; that the weights are untrained is said elsewhere."""
+    return f"{METRICS[metric].label.removesuffix(', untrained')} {row[metric]:{METRICS[metric].form}}"
+
+
+def stretched(images: np.ndarray) -> tuple[float, np.ndarray]:
+    """``images`` (N, H, W, 3) uint8 with one contrast for all of them and their colours: what lies beyond the STRETCH
+    percentiles of all pixels becomes black or white. And how many times as large differences are."""
+    low, high = np.percentile(images, STRETCH)
+    contrast = 255 / max(1, high - low)
+    return contrast, ((images - low) * contrast).clip(0, 255).round().astype(np.uint8)
+
+
+def samples(rows: pd.DataFrame, words: str = "") -> Iterator[Drawing]:
+    """``samples``: a row of samples per prior and backbone, of the largest grid's lowest seed. ``words``: at which
+    settings all ``rows`` are."""
     rows = rows[rows.grid_size == rows.grid_size.max()].sort_values(["backbone", "prior", "seed"], kind="stable")
     rows = rows.groupby(["backbone", "prior"]).head(1).sort_values("coded_bits_per_pixel").head(HUES)
     damaged: list[str] = []
@@ -162,27 +246,29 @@ def samples(rows: pd.DataFrame) -> Iterator[Drawing]:
     labels = [f"{row.prior}\nover {row.backbone}\n{row.coded_bits_per_token:.2f} bits" for row, _ in kept]
     figure = looks.picture_rows([images for _, (images,) in kept], labels)
     seed, grid = kept[0][0][["seed", "grid_size"]]
-    caption = (
-        f"One prior per row, of seed {seed}, at the grid of {grid}×{grid} codes, lowest rate first; bits per token."
-    )
-    yield Drawing("samples", "Samples", f"{caption} Samples are not chosen.{_note(damaged)}", figure)
+    caption = f"One prior per row, of seed {seed}, at the grid of {grid}×{grid} codes{words}, lowest rate first; "
+    caption += f"bits per token. Samples are not chosen.{_note(damaged)}"
+    yield Drawing("samples", "Samples", caption, figure)
 
 
 def _kept(rows: pd.DataFrame, damaged: list[str], *names: str) -> Iterator[tuple[pd.Series, list[np.ndarray]]]:
-    """Of each of ``rows`` that kept them, up to PICTURES images of each of ``names``, (N, H, W, 3) uint8; adds what to
-    say of damaged files to ``damaged``."""
+    """Of each of ``rows`` that kept them, PICTURES images at most of each of ``names``, (N, H, W, 3) uint8; adds what
+    to say of damaged files to ``damaged``."""
     for _, row in rows.iterrows():
-        path = Path(row.folder) / "samples.npz"
         try:
-            arrays = read_arrays(path)
-            kept = [arrays[name][:PICTURES] for name in names if name in arrays]
-            if len(kept) < len(names) or any(x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8 for x in kept):
-                raise Damaged(path, f"it has no images {' and '.join(names)}")
-            yield row, kept
+            yield row, [_images(Path(row.folder, KEPT.get(name, "samples.npz")), name) for name in names]
         except FileNotFoundError:
             continue  # older runs kept none
         except Damaged as error:
             damaged.append(str(error))
+
+
+def _images(path: Path, name: str) -> np.ndarray:
+    """The first images of the array ``name`` in ``path``."""
+    images = read_arrays(path).get(name)
+    if images is None or images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise Damaged(path, f"it has no images {name}")
+    return images[:PICTURES]
 
 
 def _nothing(name: str, title: str, damaged: list[str]) -> Iterator[Drawing]:

@@ -86,12 +86,14 @@ def look_of(backbone: str) -> dict[str, Any]:
     return {"color": PALETTE.get(backbone, "0.25"), "marker": MARKERS.get(backbone, "p")}
 
 
-def add_legend(figure: Figure, backbones: list[str], lines: Entries, title: str | None = None) -> None:
-    """Markers of ``backbones`` and ``lines`` by their label, below the axes."""
+def add_legend(
+    figure: Figure, backbones: list[str], lines: Entries, title: str | None = None, columns: int = 6
+) -> None:
+    """Markers of ``backbones`` and ``lines`` by their label, below the axes; at most so many ``columns``."""
     looks = {name: {"linestyle": "none", "markersize": 5, **look_of(name)} for name in sorted(backbones)}
     handles = [Line2D([], [], label=label, **look) for label, look in {**looks, **lines}.items()]
     style = {"fontsize": TEXT + 0.5, "title_fontsize": TEXT + 0.5}
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), title=title, **style)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), title=title, **style)
 
 
 def places_of(values: pd.Series) -> pd.Series:

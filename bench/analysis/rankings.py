@@ -14,6 +14,7 @@ from bench.tokenizers import curves
 
 from . import frames, references
 from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
+from .slices import listed
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, text_of
 
@@ -45,7 +46,8 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
     off = frames.unmatched(table)
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
-    notes = [_protocol_line(protocol_of(block)), *_uneven(block), *_cut(len(table))]
+    swept = [name for name in by if name not in ("backbone", "n", "failed")]
+    notes = [_protocol_line(protocol_of(block)), *_every_row(swept), *_uneven(block), *_cut(len(table))]
     notes += references.notes(block, latents)
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
@@ -118,6 +120,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
         "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
         "reconstructed held-out images are; 0.05 is innocent.",
     ]
+    notes += _every_row([name for name in by if name not in (*frames.PRIOR.models, "n")])
     return Sheet([*by, *names], rows, bounds, [*notes, *_cut(len(table))], main)
 
 
@@ -174,7 +177,9 @@ def verdict_list(verdicts: Sequence[Verdict]) -> Sheet:
         rows[-1] += [Cell(_signed(ends, form), order=ends and ends[0]) for ends in (one.interval, one.image_interval)]
         rows[-1] += [Cell(NONE if one.p is None else f"{one.p:.2g}", order=one.p), Cell(words, "", words, one.better)]
     keys = ["metric", "a", "b", "within", "n", "a − b", "95 % over seeds", "95 % over images", "p", "verdict"]
-    return Sheet(keys, rows, notes=_cut(len(verdicts)))
+    paired = "Where further settings were swept, both sides are paired at equal values of them, as within says, and "
+    notes = [f"{paired}averaged."] if any("over " in one.within for one in verdicts) else []
+    return Sheet(keys, rows, notes=[*notes, *_cut(len(verdicts))])
 
 
 def failures(unscored: pd.DataFrame) -> Sheet:
@@ -195,7 +200,8 @@ def run_list(table: pd.DataFrame, parts: list[pd.DataFrame]) -> Sheet:
 
 def _listing(table: pd.DataFrame, keys: list[str]) -> Sheet:
     rows = [[cell(key, row[key]) for key in keys] for row in table[keys].head(LIMIT).to_dict("records")]
-    return Sheet(keys, rows, notes=[f"{note} All are in runs.csv." for note in _cut(len(table))])
+    notes = _every_row([name for name in settings(table) if name in keys], "and so is each seed: nothing is averaged")
+    return Sheet(keys, rows, notes=notes + [f"{note} All are in runs.csv." for note in _cut(len(table))])
 
 
 def _signed(values: Sequence[float] | None, form: str) -> str:
@@ -208,6 +214,11 @@ def _signed(values: Sequence[float] | None, form: str) -> str:
 def _short(value: Any) -> str:
     """A value with long digests cut."""
     return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{10,}\b", r"\1…", text_of(value))
+
+
+def _every_row(swept: list[str], averaged: str = "averaged over seeds alone") -> list[str]:
+    """How rows of several ``swept`` settings came about."""
+    return [f"Each combination of {listed(swept)} that was run is a row of its own, {averaged}."] if swept else []
 
 
 def _cut(count: int) -> list[str]:

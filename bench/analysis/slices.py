@@ -8,7 +8,7 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 
 from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, coded, continuous, main_metric, protocols, settings
-from .looks import BITS, at_words, brief
+from .looks import BITS, at_words, brief, label_of
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first
 
@@ -118,7 +118,13 @@ def representative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     block = max(blocks(rows), key=len)
     metric = main_metric(block)
     best = best_first(block, metric).groupby("backbone").head(1)
-    return best, f", each backbone's best by {METRICS[metric].label} (settings differ)"
+    return best, f", each backbone's best by {METRICS[metric].label} ({listed(settings(block))} differ)"
+
+
+def listed(names: list[str]) -> str:
+    """Settings by name, as axes call them: "β, K and d"."""
+    *first, last = map(label_of, names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def usual(priors: pd.DataFrame) -> pd.DataFrame:
@@ -128,6 +134,14 @@ def usual(priors: pd.DataFrame) -> pd.DataFrame:
         return priors
     settings_of = priors[names].astype(str).agg(" ".join, axis=1)
     return priors[settings_of == settings_of.groupby(priors.prior).transform(lambda own: own.mode().iloc[0])]
+
+
+def usual_words(priors: pd.DataFrame) -> str:
+    """At which values ``usual`` leaves the settings that it fixes, after a comma."""
+    names, shown = [name for name in settings(priors, PRIOR) if name not in BITS], usual(priors)
+    fixed = {name: shown[name].iloc[0] for name in names if shown[name].nunique(dropna=False) == 1}
+    others = [name for name in names if name not in fixed]
+    return at_words(fixed) + (f", each prior at its most common {listed(others)}" if others else "")
 
 
 def counted(scope: Scope, rows: pd.DataFrame, by: list[str], fixed: dict[str, Any]) -> str:

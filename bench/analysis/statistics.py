@@ -37,7 +37,7 @@ Reader = Callable[[str], dict[str, np.ndarray]]  # of a run folder's per-image s
 class Verdict:
     """What the runs say about ``a`` against ``b``: two backbones, or two values of a setting such as ``beta=0.25``.
 
-    ``within`` says where: the backbone whose setting is compared, or the swept settings that two backbones share
+    ``within`` says where: the backbone whose setting is compared, and the other swept settings that both sides share
     ("over beta 0.25, 1"), which are averaged. ``n`` counts paired seeds, ``difference`` is the mean over them of a - b
     in the metric's unit (nan without a pair), ``interval`` its 95 % t interval, ``image_interval`` its 95 % percentile
     interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image), ``p`` the
@@ -96,7 +96,8 @@ class Verdict:
 class _Pair(NamedTuple):
     """Two sides by name and by cells: mean scores and run folders per (seed, setting).
 
-    ``within`` is where they are compared; "" when ``settings``, number → values, are to say it.
+    ``within`` is the backbone in which they are compared, "" for two backbones; ``settings``, number → values, say the
+    rest.
     """
 
     a: str
@@ -214,7 +215,7 @@ def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
         better = None
         if p is not None and p < LEVEL and witnessed:
             better = pair.a if (difference < 0) == (METRICS[metric].better == "lower") else pair.b
-        within = pair.within or _described(pair.settings.loc[table.columns])
+        within = ", ".join(filter(None, [pair.within, _described(pair.settings.loc[table.columns])]))
         numbers = len(table), difference, interval, image_interval, p
         yield Verdict(metric, pair.a, pair.b, within, *numbers, better)
 

@@ -85,7 +85,7 @@ def run_trial(
         reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
         untrained, pictures = score_untrained(config, data.images(config.split))
         with atomic_path(run.folder / "untrained.npz") as temporary:
-            np.savez_compressed(temporary, x_hat=pictures)
+            np.savez_compressed(temporary, untrained=pictures)
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}

@@ -86,6 +86,8 @@ def test_a_study_gives_these_charts_in_reading_order(drawn):
         "cost_96bits",
         "cost_112bits",
         "learning_curves",
+        "codebook_loss",
+        "untrained",
         "reconstructions",
         "reconstructions_codebook_size",
         "importance",
@@ -239,7 +241,7 @@ def test_equal_tables_give_equal_bytes(store, tmp_path):
     for folder in ("a", "b"):
         draw(table, tmp_path / folder)
     names = [path.name for path in (tmp_path / "a").iterdir()]
-    assert len(names) == 12
+    assert len(names) == 16
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -350,7 +352,8 @@ def test_without_scores_nothing_is_drawn(tmp_path):
 
 def test_one_run_gives_its_curves_and_its_pictures(tmp_path):
     run = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
-    assert [chart.name for chart in draw(frame([run]), tmp_path / "c")] == ["learning_curves", "reconstructions"]
+    names = ["learning_curves", "untrained", "reconstructions"]
+    assert [chart.name for chart in draw(frame([run]), tmp_path / "c")] == names
 
 
 def test_ranks_by_an_lpips_that_no_run_was_trained_on(tmp_path):
@@ -419,13 +422,11 @@ def test_a_random_search_shows_points_and_each_backbones_best_run(tmp_path):
             beta, lr = np.exp(generator.uniform(-3, 0, 2))
             fabricate(store, make_config(backbone, "smoke", beta=float(beta), lr=float(lr)), quality)
     table = frame(store.runs())
-    for drawing in charts.sweeps(scope(table, "beta", "lr")):
-        assert drawing.caption == (
-            "All 6 scored runs. The other settings vary too: this one's own effect does not show."
-        )
+    for drawing, other in zip(charts.sweeps(scope(table, "beta", "lr")), ("learning rate", "β"), strict=True):
+        assert drawing.caption == (f"All 6 scored runs, whatever their {other}: this one's own effect does not show.")
         assert not drawing.figure.axes[0].get_lines()
     (drawing,) = galleries.reconstructions(scope(table))
-    assert "each backbone's best by LPIPS vgg (settings differ)" in drawing.caption
+    assert "each backbone's best by LPIPS vgg (β and learning rate differ)" in drawing.caption
     labels = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
     best = table.groupby("backbone").lpips_vgg.min()
     assert labels[0] == "original"
@@ -934,7 +935,7 @@ def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
     shown = {row.backbone: (row.codebook_size, row.psnr) for row in chosen.itertuples()}
     assert shown == {"cnn": (64, 21.0), "vit": (64, 20.0), "mamba": (64, 22.0)}
     assert len(chosen) == 3
-    assert words == ", each backbone's best by PSNR dB (settings differ)"
+    assert words == ", each backbone's best by PSNR dB (β differ)"
     chosen, words = slices.representative(made(*few, *rows[:4]))
     assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
 
@@ -982,7 +983,9 @@ def test_samples_are_of_the_usual_settings(tmp_path):
     rows = [{"folder": str(tmp_path), "steps": steps, "seed": seed} for steps, seed in ((9, 0), (1, 1), (1, 2))]
     drawings = {drawing.name: drawing for drawing in charts._drawings(made(), None, made_priors(*rows))}
     assert drawings["samples"].caption.startswith("One prior per row, of seed 1,")
-    assert drawings["generation"].caption.startswith("2 of 3 priors, those with equal settings, means over seeds;")
+    assert drawings["generation"].caption.startswith(
+        "2 of 3 priors, those with equal settings, at steps = 1, means over"
+    )
 
 
 def test_blocks_of_several_protocols_have_names_and_titles_of_their_own():
@@ -1095,7 +1098,7 @@ def test_pictures_that_cannot_be_read_are_none(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     assert list(galleries._kept(rows, damaged, "x")) == []
     assert [str(path) in sentence for sentence in damaged] == [True] * 4
-    assert damaged[0].startswith(f"{path} is damaged: it has no images x and x_hat; move it away")
+    assert damaged[0].startswith(f"{path} is damaged: it has no images x_hat; move it away")
 
 
 def test_a_gallery_names_the_damaged_files_that_it_leaves_out(tmp_path):
@@ -1197,3 +1200,90 @@ def test_the_best_backbone_of_a_swept_gallery_is_so_on_average(tmp_path, seed):
             fabricate(store, make_config(who, "smoke", beta=beta), quality)
     _, drawing = galleries.reconstructions(scope(frame(store.runs())))
     assert drawing.title == "Reconstructions by β, cnn"
+
+
+# -- before and while a codebook is learned ---------------------------------------------------------------------------
+
+
+def codebook_store(path, curves: dict[str, list[list[float]]]) -> Store:
+    """Runs of each backbone, a seed per curve, whose codebook loss it is at steps 10, 20, …"""
+    store = Store(path)
+    for name, seeds in curves.items():
+        for seed, losses in enumerate(seeds):
+            run = fabricate(store, make_config(name, "smoke", seed=seed), codebook_roughness=0.1 * (1 + seed))
+            rows = [{"step": 10 * (i + 1), "quantizer": loss, "perplexity": 3.0} for i, loss in enumerate(losses)]
+            (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return store
+
+
+def test_codebook_losses_of_all_backbones_share_an_axes(tmp_path):
+    """A line per backbone, the geometric mean of its seeds, in a band from lowest to highest; beside it its roughness,
+    mean ± standard deviation."""
+    store = codebook_store(tmp_path, {"cnn": [[1.0, 0.1, 0.01], [4.0, 0.9, 0.01]], "vit": [[3.0, 2.0, 1.0]]})
+    (drawing,) = galleries.codebook_loss(scope(frame(store.runs())))
+    (axes,) = drawing.figure.axes
+    assert axes.get_yscale() == "log"
+    drawn = {line.get_color(): line for line in axes.get_lines()}
+    np.testing.assert_allclose(drawn[looks.PALETTE["cnn"]].get_ydata(), [2.0, 0.3, 0.01])
+    np.testing.assert_allclose(drawn[looks.PALETTE["vit"]].get_ydata(), [3, 2, 1])
+    assert list(drawn[looks.PALETTE["cnn"]].get_xdata()) == [10, 20, 30]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(10, 1), (10, 4), (20, 0.1), (20, 0.9)} <= {(x, y) for x, y in band.tolist()}
+    assert list(entries(drawing.figure)) == ["cnn 0.150 ± 0.071", "vit 0.100"]
+    assert "geometric mean over 1 to 2 seeds of a backbone" in drawing.caption
+
+
+def test_a_backbone_without_a_codebook_loss_has_no_line(tmp_path):
+    """Fixed codes have none, or one of 0; a single backbone is no comparison."""
+    losses = {"cnn": [[0.0, 0.0]], "vit": [[1.0, 0.5]], "mamba": [[1.0, 0.0, 0.5]]}
+    table = frame(codebook_store(tmp_path, losses).runs())
+    (drawing,) = galleries.codebook_loss(scope(table))
+    assert [name.split()[0] for name in entries(drawing.figure)] == ["mamba", "vit"]
+    assert list(drawing.figure.axes[0].get_lines()[0].get_xdata()) == [10, 30]
+    assert not list(galleries.codebook_loss(scope(table[table.backbone != "mamba"])))
+
+
+def test_before_training_shows_each_backbones_own_pictures_stretched(tmp_path):
+    """Beside the same originals, with the grid that was measured; each row has a contrast of its own."""
+    store = Store(tmp_path)
+    for name, high in (("cnn", 110), ("vit", 150)):
+        run = fabricate(store, make_config(name, "smoke"), grid_energy_init=high / 10)
+        pixels = np.full((2, 128, 2, 3), 100, dtype=np.uint8)
+        pixels[:, 64:] = high
+        np.savez(run.folder / "samples.npz", x=np.full_like(pixels, 7), x_hat=pixels)
+        np.savez(run.folder / "untrained.npz", untrained=pixels)
+    (drawing,) = galleries.untrained(scope(frame(store.runs())))
+    (axes,) = drawing.figure.axes
+    labels = [label.get_text().split("\n") for label in axes.get_yticklabels()]
+    assert labels[0] == ["original"]
+    assert labels[1] == ["cnn", "grid energy dB 11.0", "grid edges dB 3.0", "contrast ×25.5"]
+    assert labels[2] == ["vit", "grid energy dB 15.0", "grid edges dB 3.0", "contrast ×5.1"]
+    picture = np.asarray(axes.images[0].get_array())[:, :2]
+    assert set(picture[:128].ravel()) == {7}
+    for top in (130, 260):
+        assert set(picture[top : top + 64].ravel()) == {0}
+        assert set(picture[top + 64 : top + 128].ravel()) == {255}
+    assert "percentiles 1 and 99" in drawing.caption
+
+
+def test_contrast_is_one_for_all_images_and_colours_of_a_row():
+    """Their order stays; two in a hundred pixels may be lost; an even grey is left in peace."""
+    images = np.random.default_rng(0).integers(90, 130, (3, 8, 8, 3), dtype=np.uint8)
+    contrast, found = galleries.stretched(images)
+    low, high = np.percentile(images, (1, 99))
+    assert contrast == pytest.approx(255 / (high - low))
+    inside = (images > low) & (images < high)
+    np.testing.assert_allclose(found[inside], (images[inside] - low) * contrast, atol=0.5)
+    assert (found[images <= low] == 0).all()
+    assert (found[images >= high] == 255).all()
+    assert galleries.stretched(np.full((1, 2, 2, 3), 9, dtype=np.uint8))[0] == 255
+
+
+def test_older_runs_that_kept_no_untrained_pictures_have_no_such_gallery(tmp_path):
+    store = Store(tmp_path)
+    run = fabricate(store, make_config("cnn", "smoke"))
+    (run.folder / "untrained.npz").unlink()
+    assert not list(galleries.untrained(scope(frame(store.runs()))))
+    (run.folder / "untrained.npz").write_bytes(b"no")
+    (drawing,) = galleries.untrained(scope(frame(store.runs())))
+    assert "untrained.npz is damaged" in drawing.caption

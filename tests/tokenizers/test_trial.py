@@ -288,7 +288,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert given == [run, "tokenizer", trial_data, {"psnr": (config, trial_data, tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.test)
-    assert np.load(run.folder / "untrained.npz")["x_hat"].tolist() == [1, 1, 1]
+    assert np.load(run.folder / "untrained.npz")["untrained"].tolist() == [1, 1, 1]
     assert (measured["train_seconds"], measured["peak_memory_mb"]) == (5.0, 12.5)
 
 
