@@ -1,5 +1,6 @@
 """What a study file says, and its command line: an Ablation or a Search, the values of a field, and the flags."""
 
+import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ from bench.tokenizers.config import Config
 
 TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
+MOST = {"workers": 256, "trials": 10**6}  # beyond all use: each worker is a thread with a process of its own
 
 
 class Range(NamedTuple):
@@ -178,6 +180,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         flag = f"--{name.replace('_', '-')}"
         if value == ():
             raise UserError(f"{flag} needs at least one value")
-        if name in POSITIVE and value is not None and value <= 0:
-            raise UserError(f"{flag} is {value}; it must be above 0")
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value}; it must be a number above 0")
+        if name in MOST and value > MOST[name]:
+            raise UserError(f"{flag} is {value}; it must be at most {MOST[name]}")
     return options

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
 SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision")  # what the time of a step depends on
+PACED = 20  # runs of a shape that its time is estimated by
 
 
 class Cell(NamedTuple):
@@ -65,6 +67,16 @@ class Part(NamedTuple):
             for cell in cells
             for config, run in zip(cell.configs, cell.runs, strict=True)
         }
+
+
+class Row(NamedTuple):
+    """A line of a plan's table: cells per seed or trials, how runs ended, a config for each that is missing, and what
+    of an ablation is finished."""
+
+    cells: int
+    status: Counter[str]
+    missing: list[Config]
+    done: Sequence[Cell] = ()
 
 
 class Plan:
@@ -142,19 +154,30 @@ class Plan:
 
     def table(self) -> Table:
         """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
-        known = frame(self.store.runs())
+        rows = {backbone: self._row(backbone) for backbone in self.backbones}
+        known = self._known(rows.values())
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
             table.add_column(heading, justify="left" if heading == "backbone" else "right")
         total = 0.0
-        for backbone in self.backbones:
-            cells, status, configs = self._row(backbone)
-            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
-            seconds = sum(estimates(configs, known))
+        for backbone, (cells, status, missing, _) in rows.items():
+            counts = status["finished"], sum(status[name] for name in FAILURES), len(missing)
+            seconds = sum(estimates(missing, known))
             total += seconds
             table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
         table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
         return table
+
+    def _known(self, rows: Iterable[Row]) -> pd.DataFrame:
+        """Runs by which the time of those that are missing can be told: a few of this study of each shape, or all that
+        the store has where a shape is none of theirs."""
+        wanted = {shape_of(config) for row in rows for config in row.missing}
+        alike: dict[tuple, list[Run]] = {}
+        for cell in (cell for row in rows for cell in row.done):
+            alike.setdefault(shape_of(cell.configs[0]), []).append(cell.run)
+        if wanted <= alike.keys():
+            return frame(run for shape in wanted for run in alike[shape][:PACED])
+        return frame(self.store.runs())
 
     def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell]) -> Part:
         return Part(kind.study(self.name, label), kind, label, steps, kind.ranked or self.options.metric, cells)
@@ -184,9 +207,11 @@ class AblationPlan(Plan):
         for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
             params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
             (config,) = self.configs(backbone, params)
-            config.check()
+            new = seed == self.seeds[0] or seed != cells[-1].params["seed"]  # all values once, and all seeds
+            if new:
+                config.check()
             cells.append(self._cell(params, [config]))
-            for prior in self._prior_names:
+            for prior in self._prior_names if new else ():
                 self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
         return cells
 
@@ -240,12 +265,13 @@ class AblationPlan(Plan):
         usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
         return super()._words() + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
 
-    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
-        """Cells per seed, how runs ended, and the configs to run."""
+    def _row(self, backbone: str) -> Row:
         cells = self.cells[backbone]
         status = statuses(cell.run for cell in cells)
-        configs = [cell.configs[0] for cell, how in zip(cells, status, strict=True) if how not in self.final]
-        return len(cells) // len(self.seeds), Counter(status), configs
+        ended = list(zip(cells, status, strict=True))
+        missing = [cell.configs[0] for cell, how in ended if how not in self.final]
+        done = [cell for cell, how in ended if how == "finished"]
+        return Row(len(cells) // len(self.seeds), Counter(status), missing, done)
 
     def table(self) -> Table:
         table = super().table()
@@ -321,14 +347,13 @@ class SearchPlan(Plan):
         seeds = [f"seeds={'+'.join(map(str, self.seeds))}"] if self.seeds != self.study.seeds else []
         return seeds + super()._words()
 
-    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
-        """Trials, how runs ended, and a config for each that is left of the budget."""
+    def _row(self, backbone: str) -> Row:
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
         ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
         status = Counter(statuses(ours))
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
-        return self.options.trials, status, [self.example(backbone)] * left
+        return Row(self.options.trials, status, [self.example(backbone)] * left)
 
 
 def ending(parts: list[Part]) -> dict[Run, str]:
@@ -338,6 +363,11 @@ def ending(parts: list[Part]) -> dict[Run, str]:
         runs = [cell.run for cell in part.cells]
         found |= zip(runs, statuses(runs, part.kind.frame), strict=True)
     return found
+
+
+def shape_of(config: Config) -> tuple:
+    """What the time of a step of ``config`` depends on."""
+    return tuple(getattr(config, name) for name in SHAPE)
 
 
 def shown(value: Any) -> str:
@@ -358,7 +388,7 @@ def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
     per_step = rates.groupby([finished[name] for name in SHAPE]).median().to_dict()
     found = []
     for config in configs:
-        shape = tuple(getattr(config, name) for name in SHAPE)
+        shape = shape_of(config)
         if shape not in per_step:
             per_step[shape] = step_seconds(config)
         found.append(config.steps * per_step[shape])
