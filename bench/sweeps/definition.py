@@ -17,9 +17,11 @@ from bench.priors.config import PriorConfig
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
+from .address import hide_misplaced
+
 TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout")
-MOST = {"workers": 256, "trials": 10**6}  # beyond all use: each worker is a thread with a process of its own
+MOST = {"workers": 256, "trials": 10**5}  # beyond all use: each worker is a thread with a process of its own
 
 
 class Range(NamedTuple):
@@ -169,7 +171,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         values |= study.sweep | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
-    options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
+    options = parse(options_type, hide_misplaced(arguments), f"python -m studies.{study.name}", description, **values)
     known = [name for name, shown in METRICS.items() if shown.better and name != "peak_memory_mb"]
     for metric in options.metric:
         if metric not in known:

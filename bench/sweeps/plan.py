@@ -237,6 +237,7 @@ class AblationPlan(Plan):
         rows = part.rows(part.cells)
         self.store.extend_study(self.name, self.header(), rows, part.kind.config.SHELF)
         states = index.states(study)
+        missing: list[tuple[dict[str, Any], str]] = []
         ended: list[tuple[dict[str, Any], list[Run]]] = []
         status = ending([part])  # after the states: what ends in between is known to one of them
         for cell in part.cells:
@@ -246,9 +247,10 @@ class AblationPlan(Plan):
                 continue  # whoever takes it, or has it, will look into the store
             if how not in self.final and not failed_again:
                 self._enqueued.add(run_id)
-                index.enqueue(study, cell.params, run_id)
+                missing.append((cell.params, run_id))
             elif not known & ({"COMPLETE"} if how == "finished" else {"FAIL", "PRUNED"}):
                 ended.append((cell.params, cell.runs))
+        index.enqueue(study, missing)
         index.add(study, ended, part.metrics, {})
         return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
@@ -318,8 +320,8 @@ class SearchPlan(Plan):
         self._check_space()
         self.store.extend_study(self.name, self.header(), {})
         left = self.options.trials - index.ended(study)
-        for _ in range(left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))):
-            index.enqueue(study, {})
+        known = len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))
+        index.enqueue(study, [({}, None)] * (left - known))
         return max(0, left)
 
     def allows(self, index: Index, study: Study) -> bool:
