@@ -24,7 +24,7 @@ from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
 from bench.sweeps import index
-from bench.sweeps.address import storage_url, without_password
+from bench.sweeps.address import hide_misplaced, storage_url, without_password
 from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
 
@@ -75,7 +75,7 @@ def run(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
     known = {"list": show, "rebuild": rebuild}
     options = {"prog": "python -m bench.study", "description": __doc__}
-    return command(lambda words: subcommand_cli_from_dict(known, args=words, **options), arguments)
+    return command(lambda words: subcommand_cli_from_dict(known, args=hide_misplaced(words), **options), arguments)
 
 
 if __name__ == "__main__":

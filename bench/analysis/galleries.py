@@ -27,7 +27,7 @@ CURVE_SEEDS, CURVES, CURVE_POINTS = 5, 150, 60  # seeds of one setting; runs in 
 FINE_POINTS = 300  # of a curve whose roughness is to be seen
 STRETCH = 1, 99  # percentiles of the pixels that become black and white
 PICTURES = 8  # images side by side
-SCORED = "scores are means over the whole validation set."
+SCORED = "scores are means over all images that were scored."
 UNTRAINED = (
     "encoder and decoder with the weights that training starts from, without the quantizer. The contrast of each row "
     f"is stretched: percentiles {STRETCH[0]} and {STRETCH[1]} of its pixels are black and white. The grids were "

@@ -25,7 +25,7 @@ from bench.core.store import Store
 
 from . import charts, frames, rankings, searches
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
-from .statistics import COMPARED, backbone_verdicts, setting_verdicts
+from .statistics import COMPARED, Images, backbone_verdicts, setting_verdicts
 from .tables import LABELS, Sheet, heading, text_of
 
 ROWS = 2000  # runs that runs.parquet is written of at a time
@@ -43,7 +43,8 @@ class Selection(NamedTuple):
 
 class Block(NamedTuple):
     """Rows that may be ranked against each other, how they were measured, the settings they share, and verdicts: the
-    main ones as sentences that hold ``within``, the others as sentences, all of them as tables by title."""
+    main ones as sentences that hold ``within``, the others as sentences, all of them as tables by title; and sentences
+    on the damaged scores per image that they do without."""
 
     title: str
     ranking: Sheet
@@ -54,12 +55,13 @@ class Block(NamedTuple):
     headline: list[str]
     others: list[str]
     verdicts: dict[str, Sheet]
+    damaged: list[str]
 
 
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
-    ``damaged``: sentences on runs that cannot be read. ``search``: what a search found and what is left of it on the
-    test; ``generation``: rankings of priors; both with their titles."""
+    ``damaged``: sentences on runs, or scores per image, that cannot be read. ``search``: what a search found and what
+    is left of it on the test; ``generation``: rankings of priors; both with their titles."""
 
     title: str
     facts: dict[str, str]
@@ -198,7 +200,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
         blocks=found,
         refusals=rankings.refusals(parts),
         unscored=rankings.failures(unscored),
-        damaged=list(damaged),
+        damaged=[*damaged, *(sentence for block in found for sentence in block.damaged)],
         runs=rankings.run_list(table, parts),
         trained_on=rankings.trained_on(table),
         search=list(_search(selection.study, table)) if selection.study else [],
@@ -223,7 +225,8 @@ def _search(study: dict[str, Any], table: pd.DataFrame) -> Iterator[tuple[str, S
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
     main = main_metric(block)
     metrics = tuple(dict.fromkeys([main, *COMPARED]))
-    backbones, swept = backbone_verdicts(block, metrics), setting_verdicts(block, metrics)
+    read = Images(block)
+    backbones, swept = backbone_verdicts(block, metrics, read), setting_verdicts(block, metrics, read)
     first = [one for metric in dict.fromkeys([main, "psnr"]) for one in backbones if one.metric == metric]
     others = [one.sentence() for one in backbones + swept if one not in first]
     within = first[0].within if len({one.within for one in first}) == 1 else ""
@@ -239,6 +242,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
         headline=[replace(one, within="" if within else one.within).sentence() for one in first],
         others=others,
         verdicts={name: rankings.verdict_list(ones) for name, ones in verdicts.items() if ones},
+        damaged=read.damaged,
     )
 
 

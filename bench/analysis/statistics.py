@@ -5,10 +5,11 @@ reference value. The unit of evidence is the seed: a paired t test over seeds, H
 of a call, and, as a second witness, a paired bootstrap over the held-out images.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from bench.core.errors import Damaged
 from bench.core.runs import Run
 
 from .frames import DEFAULTS, METRICS, settings
@@ -30,7 +32,6 @@ SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; pre
 LISTED = 6  # values of a setting that a sentence lists; of more it gives the range
 
 Interval = tuple[float, float]
-Reader = Callable[[str], dict[str, np.ndarray]]  # of a run folder's per-image scores
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,39 @@ class _Pair(NamedTuple):
     settings: pd.DataFrame
 
 
-def backbone_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
-    """Every pair of backbones in a block, per metric; ``metrics`` are keys of METRICS that have a direction.
+class Images:
+    """Scores per image of the runs of a block, each file read once. ``damaged``: a sentence on each file that does not
+    hold those of its run."""
+
+    def __init__(self, block: pd.DataFrame):
+        self._block = block
+        self._read: dict[str, dict[str, np.ndarray]] = {}
+        self.damaged: list[str] = []
+
+    @cached_property
+    def _scored(self) -> dict[str, dict[str, float]]:
+        """By folder, of how many images a run was scored on, and the means over them."""
+        rows = self._block.drop_duplicates("folder").set_index("folder")
+        return rows.reindex(columns=["protocol_count", *COMPARED]).to_dict("index")
+
+    def __call__(self, folder: str) -> dict[str, np.ndarray]:
+        """Those of the run in ``folder``; none where the file is missing or damaged."""
+        if folder not in self._read:
+            self._read[folder] = {}
+            known = {name: value for name, value in self._scored[folder].items() if not math.isnan(value)}
+            with suppress(FileNotFoundError):
+                try:
+                    self._read[folder] = Run(Path(folder)).scores_of_images(known.pop("protocol_count", None), known)
+                except Damaged as error:
+                    self.damaged.append(str(error))
+        return self._read[folder]
+
+
+def backbone_verdicts(
+    block: pd.DataFrame, metrics: Sequence[str] = COMPARED, read: Images | None = None
+) -> list[Verdict]:
+    """Every pair of backbones in a block, per metric; ``metrics`` are keys of METRICS that have a direction, and
+    ``read`` is what the block's other verdicts share.
 
     What is paired: runs with equal seed and equal swept settings (``frames.settings``). Width and depth do not mean the
     same in two backbones: where they were swept, models of equal budget are paired, parameters within 10 %. The scores
@@ -131,10 +163,13 @@ def backbone_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) ->
         block = block.assign(**{"M parameters": _budgets(block.params)})
     block, known = _coded(block, by)
     sides = _sides(block, "backbone", metrics)
-    return _verdicts([_Pair(a, b, sides[a], sides[b], "", known) for a, b in combinations(sides, 2)], metrics)
+    pairs = [_Pair(a, b, sides[a], sides[b], "", known) for a, b in combinations(sides, 2)]
+    return _verdicts(pairs, metrics, read or Images(block))
 
 
-def setting_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
+def setting_verdicts(
+    block: pd.DataFrame, metrics: Sequence[str] = COMPARED, read: Images | None = None
+) -> list[Verdict]:
     """Within each backbone, every value of every swept setting against a reference value, per metric.
 
     The reference is the Config field's default where it was run, else the smallest value. Other swept settings are
@@ -150,7 +185,8 @@ def setting_verdicts(block: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> 
                 if value != default:
                     names = f"{name}={_text(value)}", f"{name}={_text(default)}"
                     pairs.append(_Pair(*names, sides[value], sides[default], backbone, known))
-    return _verdicts(sorted(pairs, key=lambda pair: pair.within), metrics)  # stable: one backbone after the other
+    pairs.sort(key=lambda pair: pair.within)  # stable: one backbone after the other
+    return _verdicts(pairs, metrics, read or Images(block))
 
 
 def role_verdicts(rows: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
@@ -188,17 +224,20 @@ def _coded(block: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFra
 def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, pd.DataFrame]:
     """Cells of every value of ``column``, in its order."""
     groups = rows.groupby([column, "seed", "setting"])
-    cells = groups[list(metrics)].mean().assign(folders=groups["folder"].agg(list))
+    cells = groups[list(metrics)].mean()
+    folders: dict[tuple, list[str]] = {}
+    for *cell, folder in zip(rows[column], rows.seed, rows.setting, rows.folder, strict=True):
+        folders.setdefault(tuple(cell), []).append(folder)
+    cells["folders"] = [folders[cell] for cell in cells.index]
     return {value: part.droplevel(column) for value, part in cells.groupby(level=column)}
 
 
-def _verdicts(pairs: list[_Pair], metrics: Sequence[str]) -> list[Verdict]:
-    """One family of verdicts per metric; each file of per-image scores is read at most once."""
-    read = functools.cache(lambda folder: Run(Path(folder)).per_image())
+def _verdicts(pairs: list[_Pair], metrics: Sequence[str], read: Images) -> list[Verdict]:
+    """One family of verdicts per metric."""
     return [verdict for metric in metrics for verdict in _family(pairs, metric, read)]
 
 
-def _family(pairs: list[_Pair], metric: str, read: Reader) -> Iterator[Verdict]:
+def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
     pairs = [pair for pair in pairs if not any(side[metric].isna().all() for side in (pair.cells_a, pair.cells_b))]
     tables = [_shared(pair, metric) for pair in pairs]
     tests = {i: _paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
@@ -255,17 +294,19 @@ def _holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Reader) -> np.ndarray | None:
+def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Images) -> np.ndarray | None:
     """Differences a - b of every image (N,), averaged over the settings and first seeds of ``table``; None when a run
     has no such scores."""
     cells = list(product(table.index[:IMAGE_SEEDS], table.columns))
-    means = []
+    sides, means = [], []
     for side in (pair.cells_a, pair.cells_b):
         of_cell = side["folders"].to_dict()
-        scores = [[read(folder).get(metric) for folder in of_cell[cell]] for cell in cells]
-        if any(row is None for rows in scores for row in rows):
-            return None
-        means.append(np.mean([np.mean(rows, axis=0, dtype=np.float64) for rows in scores], axis=0))
+        sides.append([[read(folder).get(metric) for folder in of_cell[cell]] for cell in cells])
+    if any(row is None for scores in sides for rows in scores for row in rows):
+        return None
+    for scores in sides:
+        each = [rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float64) for rows in scores]
+        means.append(np.mean(each, axis=0, dtype=np.float64))
     return means[0] - means[1]
 
 

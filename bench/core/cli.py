@@ -1,11 +1,12 @@
 """The manners of every command: one sentence for a mistake, an exit code, no traceback."""
 
 import errno
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,19 +35,26 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> in
         for word in words:
             if not word or not is_text(word):
                 raise UserError(f"{word!a} is no text that a file could be called by; name another")
-        return work(words)
+        try:
+            return work(words)
+        finally:
+            sys.stdout.flush()  # what cannot be written is told now
 
     return guarded(checked)
 
 
 def guarded(work: Callable[[], int]) -> int:
     """Exit code of ``work``; 2 for what the user can fix and 130 when stopped by SIGINT or SIGTERM, each told in one
-    sentence."""
+    sentence; 141, as of a program that SIGPIPE ends, when nobody reads the output any more, as after ``| head``."""
     try:
         with _terminable():
             return work()
     except UserError as error:
         return fail(str(error))
+    except BrokenPipeError:
+        with suppress(OSError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSALS + IN_THE_WAY:
             raise

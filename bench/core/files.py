@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 import numpy as np
@@ -148,11 +149,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _content(path: Path) -> bytes:
-    if os.path.lexists(path) and not path.is_file():
-        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     try:
-        return path.read_bytes()
+        if S_ISREG(os.stat(path).st_mode):
+            return path.read_bytes()
+        raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     except FileNotFoundError:
+        if os.path.lexists(path):
+            raise Damaged(path, "it is not a file") from None  # but a link to nothing
         raise
     except OSError as error:
         raise Damaged(path, f"it cannot be read ({error.strerror})") from error

@@ -26,7 +26,12 @@ def is_text(name: str) -> bool:
 
 
 class SafeConsole(Console):
-    """A console that takes no orders from what it shows: a name in a stranger's folder is text and nothing else."""
+    """A console that takes no orders from what it shows: a name in a stranger's folder is text and nothing else. It
+    raises BrokenPipeError where nobody reads it any more, of which commands have an exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """In place of rich's exit code 1."""
+        raise BrokenPipeError
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         """As rich renders it, the text made ``printable``."""

@@ -9,8 +9,9 @@ beside it.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -39,6 +40,7 @@ FAILURES = {
 
 HELD_OUT = {"test": "test", "val": "validation"}  # splits that runs are scored on, and what they are called
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
+ROUNDING = 1e-6  # of a mean, whoever sums
 LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
 # By the folder that a finished run lies in: metrics and parts of its protocol that every version has written.
@@ -96,7 +98,7 @@ class Run:
     @property
     def started(self) -> bool:
         """Whether there is a run: its settings, or what is left of one that has lost them."""
-        return any(os.path.lexists(f"{self.folder}/{name}") for name in ("config.json", "metrics.json"))
+        return any(map(self._has, ("config.json", "metrics.json")))
 
     @property
     def finished(self) -> bool:
@@ -116,14 +118,14 @@ class Run:
     def ending(self) -> tuple[str, str]:
         """``status`` and ``reason``."""
         try:
-            if os.path.lexists(self.folder / "config.json"):
+            if begun := self._has("config.json"):
                 self._read("config.json", "config", "environment")
-            if os.path.lexists(self.folder / "metrics.json"):
+            if self._has("metrics.json"):
                 self._scores()
-                if not os.path.lexists(self.folder / "config.json"):
+                if not begun:
                     raise Damaged(self.folder / "config.json", "it is gone, and its scores are there")
                 return "finished", ""
-            if os.path.lexists(self.folder / "failure.json"):
+            if self._has("failure.json"):
                 failure = self._read("failure.json")
                 told = all(isinstance(failure.get(name), str) for name in ("status", "reason"))
                 if not told or failure["status"] in ("finished", "unfinished"):
@@ -259,15 +261,26 @@ class Run:
         return read_rows(self.folder / "history.jsonl")
 
     def per_image(self) -> dict[str, np.ndarray]:
-        """Of a finished run the scores of every scored image, (N,) each; none when the file is missing, damaged
-        or of another number of images than the run was scored on."""
+        """Of a finished run the scores of every scored image, (N,) each; none when the file is missing, damaged or
+        of another run."""
         try:
-            scores = read_arrays(self.folder / "per_image.npz")
-            of_each = {(self._read("metrics.json", "protocol")["protocol"].get("count"),)}
+            metrics, protocol = self._scores()
+            return self.scores_of_images(protocol.get("count"), metrics)
         except (FileNotFoundError, Damaged):
             return {}
-        alike = {column.shape if column.dtype.kind == "f" else None for column in scores.values()}
-        return scores if alike == of_each else {}
+
+    def scores_of_images(self, count: float, means: Mapping[str, float]) -> dict[str, np.ndarray]:
+        """The same of a run that was scored on ``count`` images, with ``means``. Raises Damaged where the file has
+        others."""
+        path = self.folder / "per_image.npz"
+        scores = read_arrays(path)
+        if {column.shape if column.dtype.kind == "f" else None for column in scores.values()} != {(count,)}:
+            raise Damaged(path, f"it has no scores of {count} images")
+        for name, column in scores.items():
+            mean = float(column.mean(dtype=np.float64))
+            if name in means and not math.isclose(mean, means[name], rel_tol=ROUNDING, abs_tol=ROUNDING):
+                raise Damaged(path, f"its mean {name} is {mean:g} and that of the run {means[name]:g}")
+        return scores
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder, atomically."""
@@ -278,6 +291,9 @@ class Run:
         """The same with the run's id and a digest of it all, by which any other number, or run, is noticed."""
         bound = {**content, "run": self.folder.name}
         self.write(name, {**bound, "sha256": sha256_json(bound)})
+
+    def _has(self, name: str) -> bool:
+        return os.path.lexists(f"{self.folder}/{name}")
 
     def _read(self, name: str, *parts: str) -> dict[str, Any]:
         """The file ``name``, in which each of ``parts`` is an object."""

@@ -1,7 +1,9 @@
 """The URL of a study's database: where it comes from, and how it is printed."""
 
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sqlalchemy
@@ -23,6 +25,19 @@ def storage_url(given: str | None, results: Path) -> str:
 def default_url(results: Path) -> str:
     """$VQBENCH_STORAGE, or else the SQLite database below ``results``."""
     return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
+
+
+def hide_misplaced(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line, the passwords masked in URLs that no --storage takes: what is wrong is shown."""
+    return [
+        word if "://" not in word or before == "--storage" or word.startswith("--storage=") else _masked(word)
+        for before, word in itertools.pairwise(["", *words])
+    ]
+
+
+def _masked(word: str) -> str:
+    flag, _, url = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{flag}={without_password(url)}" if flag else without_password(url)
 
 
 def without_password(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Trials that have ended, added to an Optuna study by the thousand.
+"""Trials that wait or have ended, added to an Optuna study by the thousand.
 
 Optuna itself writes one attribute after the other with two statements each, and a trial has a hundred of them.
 """
@@ -12,7 +12,7 @@ from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import func, insert, select
 
 T = TypeVar("T")
@@ -30,20 +30,23 @@ class Unwritten:
         self.trial.system_attrs[key] = value
 
 
-def add_ended(
+def add_trials(
     storage: RDBStorage,
     study_id: int,
-    ended: Sequence[tuple[FrozenTrial, T]],
+    added: Sequence[tuple[FrozenTrial, T]],
     about: Callable[[FrozenTrial, T], dict[str, Any]],
 ) -> None:
     """Adds trials to a study, all or none of them, as ``Study.add_trials`` would. ``about`` is called with each, and
     what came with it, as soon as the trial has an id; it may still add attributes to that, and gives new ones of the
     study."""
-    trials = [one for one, _ in ended]
+    trials = [one for one, _ in added]
     trial, now = models.TrialModel, datetime.now()
     with _create_scoped_session(storage.scoped_session) as session:
         models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-        rows = [trial(study_id=study_id, state=one.state, datetime_start=now, datetime_complete=now) for one in trials]
+        rows = [trial(study_id=study_id, state=one.state) for one in trials]
+        for row in rows:
+            if row.state != TrialState.WAITING:
+                row.datetime_start = row.datetime_complete = now
         session.add_all(rows)
         session.flush()  # from here on nobody else adds any
         earlier = select(func.count()).where(trial.study_id == study_id, trial.trial_id < rows[0].trial_id)
@@ -51,7 +54,7 @@ def add_ended(
             row.number = number
         session.flush()
         attributes: Row = {}
-        for (one, beside), row in zip(ended, rows, strict=True):
+        for (one, beside), row in zip(added, rows, strict=True):
             one._trial_id, one.number = row.trial_id, row.number
             attributes |= about(one, beside)
         new = [{"study_id": study_id, "key": key, "value_json": json.dumps(attributes[key])} for key in attributes]

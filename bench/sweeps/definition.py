@@ -1,5 +1,6 @@
 """What a study file says, and its command line: an Ablation or a Search, the values of a field, and the flags."""
 
+import math
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -17,8 +18,11 @@ from bench.tokenizers import curves
 from bench.tokenizers.arguments import Arguments, parse
 from bench.tokenizers.config import Config
 
+from .address import hide_misplaced
+
 TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout", "bits_per_image")
+MOST = {"workers": 256, "trials": 10**5}  # beyond all use: each worker is a thread with a process of its own
 
 
 class Range(NamedTuple):
@@ -180,7 +184,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         values |= study.sweep | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
-    options = parse(options_type, arguments, f"python -m studies.{study.name}", description, **values)
+    options = parse(options_type, hide_misplaced(arguments), f"python -m studies.{study.name}", description, **values)
     if options.metric == () and isinstance(study, Search):
         metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
         options = replace(options, metric=metric)
@@ -199,6 +203,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
             raise UserError(f"{flag} needs at least one value")
         if name == "confirm" and value < 0:
             raise UserError(f"{flag} is {value}; it must be 0 or more")
-        if name in POSITIVE and value is not None and value <= 0:
-            raise UserError(f"{flag} is {value}; it must be above 0")
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value}; it must be a number above 0")
+        if name in MOST and value > MOST[name]:
+            raise UserError(f"{flag} is {value}; it must be at most {MOST[name]}")
     return options

@@ -120,11 +120,13 @@ class Index:
         return study
 
     def enqueue(
-        self, study: Study, params: dict[str, Any], run_id: str | None = None, space: Space | None = None
+        self, study: Study, trials: Sequence[tuple[dict[str, Any], str | None]], space: Space | None = None
     ) -> None:
-        """Adds a trial for some worker to take, of ``params`` from the ``space`` of a search. ``params`` empty: its
-        values are sampled when it is taken."""
-        study.add_trial(_drawn(params, space or {}, run_id))
+        """Adds trials, (params, run_id) each, for workers to take, of params from the ``space`` of a search; empty ones
+        are sampled then."""
+        waiting = [(_drawn(params, space or {}, run_id), None) for params, run_id in trials]
+        for start in range(0, len(waiting), AT_ONCE):
+            self.storage.add_trials(study._study_id, waiting[start : start + AT_ONCE], lambda *_: {})
 
     def claim(self, study: Study, run_ids: Collection[str] = ()) -> Trial | None:
         """Takes the first waiting trial of ``run_ids`` (of all runs, if empty), which no other worker then gets; None
@@ -206,7 +208,7 @@ class Index:
             for params, runs in ended[start : start + AT_ONCE]:
                 runs = [run.snapshot() for run in runs]
                 trials.append((_ended(study, params, runs, metrics, space), runs))
-            self.storage.add_ended(study._study_id, trials, partial(self._note_attributes, study))
+            self.storage.add_trials(study._study_id, trials, partial(self._note_attributes, study))
 
     def _note_attributes(self, study: Study, trial: FrozenTrial, runs: list[Run]) -> dict[str, Any]:
         """What ``save_note`` writes of a trial without a note, without reading those of all others."""

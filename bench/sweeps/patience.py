@@ -19,7 +19,7 @@ from sqlalchemy import event, exc
 from bench.core.errors import UserError
 from bench.core.progress import say
 
-from .bulk import add_ended
+from .bulk import add_trials
 
 PATIENCE_SECONDS = 60.0  # until a database that is away is given up
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts; each is twice the one before
@@ -152,4 +152,4 @@ for _name in {
 }:
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 PatientStorage.first_heartbeat = _patient(RDBStorage.record_heartbeat)  # for further ones the next is soon enough
-PatientStorage.add_ended = _patient(add_ended)
+PatientStorage.add_trials = _patient(add_trials)

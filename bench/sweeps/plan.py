@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
 SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision")  # what the time of a step depends on
+PACED = 20  # runs of a shape that its time is estimated by
 
 
 class Cell(NamedTuple):
@@ -70,6 +72,16 @@ class Part(NamedTuple):
             for cell in cells
             for config, run in zip(cell.configs, cell.runs, strict=True)
         }
+
+
+class Row(NamedTuple):
+    """A line of a plan's table: cells per seed or trials, how runs ended, a config for each that is missing, and what
+    of an ablation is finished."""
+
+    cells: int
+    status: Counter[str]
+    missing: list[Config]
+    done: Sequence[Cell] = ()
 
 
 class Plan:
@@ -143,6 +155,7 @@ class Plan:
         rows = part.rows(part.cells)
         self.store.extend_study(self.name, self.header(), rows, part.shelf)
         states = index.states(study)
+        missing: list[tuple[dict[str, Any], str]] = []
         ended: list[tuple[dict[str, Any], list[Run]]] = []
         status = ending([part])  # after the states: what ends in between is known to one of them
         for cell in part.cells:
@@ -152,9 +165,10 @@ class Plan:
                 continue  # whoever takes it, or has it, will look into the store
             if how not in self.final and not failed_again:
                 self._enqueued.add(run_id)
-                index.enqueue(study, cell.params, run_id)
+                missing.append((cell.params, run_id))
             elif not known & ({"COMPLETE"} if how == "finished" else {"FAIL", "PRUNED"}):
                 ended.append((cell.params, cell.runs))
+        index.enqueue(study, missing)
         index.add(study, ended, part.metrics, {})
         return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
 
@@ -176,19 +190,30 @@ class Plan:
 
     def table(self) -> Table:
         """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
-        known = frame(self.store.runs())
+        rows = {backbone: self._row(backbone) for backbone in self.backbones}
+        known = self._known(rows.values())
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
             table.add_column(heading, justify="left" if heading == "backbone" else "right")
         total = 0.0
-        for backbone in self.backbones:
-            cells, status, configs = self._row(backbone)
-            counts = status["finished"], sum(status[name] for name in FAILURES), len(configs)
-            seconds = sum(estimates(configs, known))
+        for backbone, (cells, status, missing, _) in rows.items():
+            counts = status["finished"], sum(status[name] for name in FAILURES), len(missing)
+            seconds = sum(estimates(missing, known))
             total += seconds
             table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
         table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
         return table
+
+    def _known(self, rows: Iterable[Row]) -> pd.DataFrame:
+        """Runs by which the time of those that are missing can be told: a few of this study of each shape, or all that
+        the store has where a shape is none of theirs."""
+        wanted = {shape_of(config) for row in rows for config in row.missing}
+        alike: dict[tuple, list[Run]] = {}
+        for cell in (cell for row in rows for cell in row.done):
+            alike.setdefault(shape_of(cell.configs[0]), []).append(cell.run)
+        if wanted <= alike.keys():
+            return frame(run for shape in wanted for run in alike[shape][:PACED])
+        return frame(self.store.runs())
 
     def _part(self, kind: Kind, label: str, steps: int, cells: list[Cell], suffix: str = "", shelf: str = "") -> Part:
         name, metrics = kind.study(self.name + suffix, label), kind.ranked or self.options.metric
@@ -218,9 +243,11 @@ class AblationPlan(Plan):
         for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
             params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
             (config,) = self.configs(backbone, params)
-            config.check()
+            new = seed == self.seeds[0] or seed != cells[-1].params["seed"]  # all values once, and all seeds
+            if new:
+                config.check()
             cells.append(self._cell(params, [config]))
-            for prior in self._prior_names:
+            for prior in self._prior_names if new else ():
                 self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
         return cells
 
@@ -247,12 +274,13 @@ class AblationPlan(Plan):
         usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
         return super()._words() + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
 
-    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
-        """Cells per seed, how runs ended, and the configs to run."""
+    def _row(self, backbone: str) -> Row:
         cells = self.cells[backbone]
         status = statuses(cell.run for cell in cells)
-        configs = [cell.configs[0] for cell, how in zip(cells, status, strict=True) if how not in self.final]
-        return len(cells) // len(self.seeds), Counter(status), configs
+        ended = list(zip(cells, status, strict=True))
+        missing = [cell.configs[0] for cell, how in ended if how not in self.final]
+        done = [cell for cell, how in ended if how == "finished"]
+        return Row(len(cells) // len(self.seeds), Counter(status), missing, done)
 
     def table(self) -> Table:
         table = super().table()
@@ -277,6 +305,11 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def shape_of(config: Config) -> tuple:
+    """What the time of a step of ``config`` depends on."""
+    return tuple(getattr(config, name) for name in SHAPE)
+
+
 def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
     """Training seconds of ``configs`` on this machine: from finished runs of equal shape in ``known``, else from a few
     steps that are run now."""
@@ -285,7 +318,7 @@ def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
     per_step = rates.groupby([finished[name] for name in SHAPE]).median().to_dict()
     found = []
     for config in configs:
-        shape = tuple(getattr(config, name) for name in SHAPE)
+        shape = shape_of(config)
         if shape not in per_step:
             per_step[shape] = step_seconds(config)
         found.append(config.steps * per_step[shape])

@@ -16,7 +16,7 @@ from bench.tokenizers.config import Config
 from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
 from .index import Index, Study, Trial, TrialState
 from .kinds import TOKENIZERS
-from .plan import AblationPlan, Cell, Part, Plan
+from .plan import AblationPlan, Cell, Part, Plan, Row
 
 LARGEST_POWER = 24  # K is at most 2 to this power
 
@@ -77,9 +77,9 @@ class SearchPlan(Plan):
         self.store.extend_study(self.name, self.header(), {})
         left = self.options.trials - index.ended(study)
         new = left - len(index.trials(study, TrialState.WAITING, TrialState.RUNNING))
-        for number in range(new):
-            first = number == 0 and not index.trials(study)
-            index.enqueue(study, self._default(part.label) if first else {}, space=self.space)
+        first = [] if index.trials(study) else [self._default(part.label)]
+        values = (first + [{}] * new)[: max(0, new)]
+        index.enqueue(study, [(params, None) for params in values], self.space)
         return max(0, left)
 
     def _default(self, backbone: str) -> dict[str, Any]:
@@ -170,14 +170,13 @@ class SearchPlan(Plan):
         rate = [f"bits_per_image={self.options.bits_per_image}"] if self.options.bits_per_image else []
         return seeds + rate + super()._words()
 
-    def _row(self, backbone: str) -> tuple[int, Counter[str], list[Config]]:
-        """Trials, how runs ended, and a config for each that is left of the budget."""
+    def _row(self, backbone: str) -> Row:
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
         ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
         status = Counter(statuses(ours))
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
-        return self.options.trials, status, [self.example(backbone)] * left
+        return Row(self.options.trials, status, [self.example(backbone)] * left)
 
 
 def tied(space: Space, options: StudyArguments) -> Space:

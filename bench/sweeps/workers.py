@@ -155,8 +155,12 @@ class Workers:
             if outcome.status == "interrupted":
                 self.index.give_back(study, trial)
             else:
-                self.index.tell(study, trial, cell.runs, part.metrics)
-                self._say(label, outcome, part, cell, time.monotonic() - began)
+                try:
+                    self.index.tell(study, trial, cell.runs, part.metrics)
+                    self._say(label, outcome, part, cell, time.monotonic() - began)
+                except FileNotFoundError as error:
+                    gone = f"{error.filename} was removed while its trial ended"
+                    raise UserError(f"{gone}; the same command runs it again") from error
         return True
 
     def _attempt(self, config: AnyConfig, label: str, part: Part, watched: Trial | None) -> Outcome:
@@ -164,6 +168,8 @@ class Workers:
         to ``watched``."""
         run, attempts, reported = self.plan.store.run(config), 0, 0
         if not self.plan.wants(run):
+            if watched is not None:
+                report(watched, run.history(), config, 0)
             return Outcome(run.status, run.reason)
 
         def watch(rows: list[Row]) -> str | None:

@@ -159,7 +159,9 @@ class Config:
         if data.startswith("folder:"):
             data = f"folder:{os.path.realpath(os.path.expanduser(data.removeprefix('folder:')))}"
         entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
-        return replace(self, device=device, precision=precision, data=data, entropy_weight=entropy_weight)
+        found = {"device": device, "precision": precision, "data": data, "entropy_weight": entropy_weight}
+        changes = {name: value for name, value in found.items() if value != getattr(self, name)}
+        return replace(self, **changes) if changes else self
 
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the protocol version."""
@@ -197,10 +199,13 @@ class Config:
 
     def _check_quantizer(self) -> None:
         given = self.resolved()
+        known = {name for quantizer in QUANTIZERS.values() for name in quantizer.settings}
         for field in fields(self):
-            choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
+            if field.name not in known or field.name in QUANTIZERS[self.quantizer].settings:
+                continue
             value, default = getattr(given, field.name), field.default or 0.0  # an open entropy_weight is none
-            if choices and self.quantizer not in choices and value != default:
+            if value != default:
+                choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
                 raise _useless(field.name, value, f"quantizer {self.quantizer!r}", choices)
         QUANTIZERS[self.quantizer].check(self.codebook_size)
 

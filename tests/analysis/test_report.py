@@ -1185,6 +1185,22 @@ def test_one_damaged_run_is_named_and_the_others_are_reported(store, sketched, c
     assert (pd.read_parquet(page.parent / "runs.parquet").metric == "psnr").sum() == len(runs) - 1
 
 
+def test_scores_per_image_of_another_run_are_named_and_left_out(store, sketched, capsys):
+    """Two whole files of equal size that were swapped: the verdicts do without them, and the report says so."""
+    runs = sweep(store, EFFECTS, betas=(0.25,))
+    first, second = runs[0].folder / "per_image.npz", runs[-1].folder / "per_image.npz"
+    assert "over images" in markdown(report_of(store))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    page = write_report([], store.root).page
+    assert f"{len(runs)} finished" in (said := capsys.readouterr()).out
+    assert "over images" not in said.out
+    for path in (first, second):
+        assert f"left out: {path} is damaged: its mean lpips_" in said.err
+        assert f"{path} is damaged: its mean lpips_" in unescape(page.read_text())
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

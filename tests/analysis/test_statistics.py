@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 
 from bench.analysis import statistics
 from bench.analysis.frames import METRICS, blocks, frame
-from bench.analysis.statistics import FEWEST, IMAGE_SEEDS, Verdict, backbone_verdicts, setting_verdicts
+from bench.analysis.statistics import COMPARED, FEWEST, IMAGE_SEEDS, Verdict, backbone_verdicts, setting_verdicts
 from bench.core.store import Store
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, sweep
@@ -508,16 +508,16 @@ def test_ten_thousand_rows_take_seconds(tmp_path):
     """5 backbones × 20 betas × 100 seeds, and files of 1000 images for the seeds that are read."""
     table = block((*FOUR, "bimamba"), range(100), np.linspace(0.1, 2, 20))
     generator = np.random.default_rng(0)
-    scores = generator.normal(size=(3, 1000)).astype(np.float32)
+    scores = generator.normal(size=(3, 1000))
+    scores -= scores.mean(axis=1, keepdims=True)
+    table["protocol_count"] = 1000
     folders = []
     for i in range(len(table)):
         folders.append(tmp_path / str(i))
         if table.seed[i] < IMAGE_SEEDS:
             folders[-1].mkdir()
-            np.savez_compressed(
-                folders[-1] / "per_image.npz", lpips_alex=scores[0], lpips_vgg=scores[1], psnr=scores[2]
-            )
-            (folders[-1] / "metrics.json").write_text('{"protocol": {"count": 1000}}')
+            own = {name: one + table[name][i] for name, one in zip(COMPARED, scores, strict=True)}
+            np.savez_compressed(folders[-1] / "per_image.npz", **own)
     table = table.assign(folder=[str(path) for path in folders], lpips_vgg=table.lpips_alex, psnr=table.lpips_alex)
     began = time.monotonic()
     verdicts = backbone_verdicts(table) + setting_verdicts(table)

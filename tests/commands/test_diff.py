@@ -95,8 +95,9 @@ def test_scores_that_are_shown_alike_are_called_equal(store, diff):
 
 
 def test_the_share_of_images_is_counted(store, diff):
-    a, b = fabricate(store, smoke()), fabricate(store, smoke("vit"))
     base = np.linspace(0.2, 0.4, 64)
+    a = fabricate(store, smoke(), lpips_alex=0.3, psnr=0.3)
+    b = fabricate(store, smoke("vit"), lpips_alex=0.275, psnr=1.3)
     np.savez(a.folder / "per_image.npz", lpips_alex=base, psnr=base)
     np.savez(b.folder / "per_image.npz", lpips_alex=base - 0.1 * (np.arange(64) < 16), psnr=base + 1)
     _, out, _ = diff(a, b)

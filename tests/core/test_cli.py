@@ -4,14 +4,17 @@ import errno
 import io
 import os
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from bench.core.cli import command, fail, guarded
 from bench.core.errors import Interrupted, UserError
 
+ROOT = Path(__file__).parents[2]
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO]
 
 
@@ -94,6 +97,23 @@ def test_what_is_in_the_way_is_named(capsys, number):
     move = "" if number == errno.ENAMETOOLONG else "move away what is there, or "
     fix = f"{move}name another place"
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: results/runs/x/codes; {fix}\n"
+
+
+@pytest.mark.parametrize("how", ["print('x' * 10**6)", "print('x')", "stdout.print('x')", "sys.exit(print('x'))"])
+def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
+    """``| head -1`` as SIGPIPE ends programs, and without a word; a full disk with a sentence."""
+    code = "import sys; from bench.core.cli import command; from bench.core.progress import stdout\n"
+    code += f"sys.exit(command(lambda words: {how} or 0, []))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe, open("/dev/full", "wb") as full:
+        unread, refused = (
+            subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            for out in (pipe, full)
+        )
+    assert (unread.returncode, unread.stderr) == (141, "")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith("error: No space left on device")
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):

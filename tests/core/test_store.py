@@ -104,7 +104,7 @@ def test_tokenizers_and_priors_have_folders_of_their_own(store):
 
 def test_scores_per_image_that_are_not_there_are_none(run):
     assert run.per_image() == {}
-    run.write("metrics.json", least(protocol={"count": 100}))
+    run.write("metrics.json", least(protocol={"count": 100}, psnr=49.5))
     path = run.folder / "per_image.npz"
     np.savez_compressed(path, psnr=np.arange(100.0))
     assert list(run.per_image()["psnr"]) == list(range(100))
@@ -528,7 +528,7 @@ def test_a_protocol_without_what_is_told_of_it_is_damage(store, shelf, name):
 
 def test_scores_per_image_of_another_shape_are_none(run):
     """Two lengths, that of another set, two axes, words, a bare array: no two runs could be compared by them."""
-    run.write("metrics.json", least(protocol={"count": 3}))
+    run.write("metrics.json", least(protocol={"count": 3}, psnr=0.0))
     path = run.folder / "per_image.npz"
     np.savez(path, psnr=np.zeros(3), ssim=np.zeros(3))
     assert {*run.per_image()} == {"psnr", "ssim"}
@@ -541,6 +541,16 @@ def test_scores_per_image_of_another_shape_are_none(run):
     assert run.per_image() == {}
     path.unlink()
     os.mkfifo(path)
+    assert run.per_image() == {}
+
+
+def test_scores_per_image_of_another_run_are_none(run):
+    """As many as the run's own, and whole: their mean tells whose they are, however it was rounded."""
+    run.write("metrics.json", least(protocol={"count": 3}, psnr=22.0, ssim=0.5))
+    path = run.folder / "per_image.npz"
+    np.savez(path, psnr=np.array([21.0, 22.0, 23.0 + 1e-6]), ssim=np.array([0.5] * 3), lpips_of_later=np.ones(3))
+    assert {*run.per_image()} == {"psnr", "ssim", "lpips_of_later"}
+    np.savez(path, psnr=np.array([21.0, 22.0, 23.01]), ssim=np.array([0.5] * 3))
     assert run.per_image() == {}
 
 

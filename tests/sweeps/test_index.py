@@ -69,7 +69,7 @@ def made(store: Store, status: str = "finished", rows=(), config: Config | None 
 
 def taken(indexed: Index, study: optuna.Study, params=None, run_id: str | None = None) -> optuna.Trial:
     """A trial that a worker has."""
-    indexed.enqueue(study, params or {"beta": 0.5, "seed": 0}, run_id)
+    indexed.enqueue(study, [(params or {"beta": 0.5, "seed": 0}, run_id)])
     return indexed.claim(study, {run_id} if run_id else set())
 
 
@@ -174,7 +174,7 @@ def test_of_a_prior_the_pruner_sees_bits_per_token():
 def test_waiting_trials_are_taken_once_in_their_order(indexed):
     study = indexed.open("one", ("psnr",))
     for number, run_id in enumerate("abca"):
-        indexed.enqueue(study, {"beta": 0.5, "seed": number}, run_id)
+        indexed.enqueue(study, [({"beta": 0.5, "seed": number}, run_id)])
     assert (waiting(indexed, study, set()), waiting(indexed, study, {"a"}), running(indexed, study, set())) == (4, 2, 0)
     assert indexed.claim(study, {"x"}) is None
     assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
@@ -206,7 +206,7 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
     first = Index(url, folder)
     study = first.open("one", ("psnr",))
     for seed in (0, 1):
-        first.enqueue(study, {"seed": seed})
+        first.enqueue(study, [({"seed": seed}, None)])
     found = []
 
     def work():
@@ -230,7 +230,7 @@ def test_what_a_trial_draws_follows_from_its_study_and_number(tmp_path):
         one = Index("sqlite:///:memory:", tmp_path / folder)
         study = one.open(name, ("psnr",))
         for _ in range(count):
-            one.enqueue(study, {})
+            one.enqueue(study, [({}, None)])
         return [suggest(one.claim(study, set()), space) for _ in range(count)]
 
     first, again, other = drawn("a", "one-cnn", 3), drawn("b", "one-cnn", 3), drawn("c", "one-vit", 3)
@@ -250,7 +250,7 @@ def test_only_trials_that_ran_to_an_end_of_their_own_use_up_the_budget(indexed, 
     study.tell(lost, state=TrialState.FAIL)  # as Optuna does when heartbeats stop
     assert indexed.ended(study) == 1 + len(FAILURES)
     taken(indexed, study, {"seed": 91})
-    indexed.enqueue(study, {"seed": 92})
+    indexed.enqueue(study, [({"seed": 92}, None)])
     assert indexed.ended(study) == 1 + len(FAILURES)
 
 
@@ -353,7 +353,7 @@ def test_trials_that_are_added_at_once_are_those_that_optuna_adds(indexed, sever
         study = optuna.create_study(study_name=name, storage=indexed.storage, directions=ways)
         study.add_trial(several[1][0])
         if name == "ours":
-            indexed.storage.add_ended(study._study_id, several, lambda trial, beside: {f"note {trial.number}": beside})
+            indexed.storage.add_trials(study._study_id, several, lambda trial, beside: {f"note {trial.number}": beside})
             assert (
                 indexed.storage.get_study_system_attrs(study._study_id).items()
                 >= {f"note {n + 1}": f"beside {n}" for n in range(4)}.items()
@@ -368,6 +368,24 @@ def test_trials_that_are_added_at_once_are_those_that_optuna_adds(indexed, sever
             assert getattr(here, name) == getattr(there, name), name
 
 
+def test_trials_that_wait_are_those_that_optuna_adds(indexed, monkeypatch):
+    """By the thousand, and taken in the order of their enqueueing."""
+    monkeypatch.setattr(index, "AT_ONCE", 2)
+    study = indexed.open("one", ("psnr",))
+    indexed.enqueue(study, [({"beta": 0.5, "seed": seed}, f"run {seed}") for seed in range(3)])
+    params = {"beta": 0.5, "seed": 3}
+    space = {name: distribution(name) for name in params}
+    fixed = {"system_attrs": {"fixed_params": params}, "user_attrs": {"run_id": "run 3"}}
+    study.add_trial(create_trial(state=TrialState.WAITING, params=params, distributions=space, **fixed))
+    for seed, trial in enumerate(study.trials):
+        assert (trial.number, trial.state.name, trial.datetime_start) == (seed, "WAITING", None)
+        assert trial.params == trial.system_attrs["fixed_params"] == params | {"seed": seed}
+        assert (trial.user_attrs, trial.distributions) == ({"run_id": f"run {seed}"}, space)
+    taken = indexed.claim(study)
+    assert (taken.number, study.trials[0].datetime_complete) == (0, None)
+    assert study.trials[0].datetime_start is not None
+
+
 def test_all_trials_that_are_added_at_once_are_added_or_none(indexed, several):
     study = indexed.open("one", ("psnr",))
 
@@ -377,7 +395,7 @@ def test_all_trials_that_are_added_at_once_are_added_or_none(indexed, several):
         return {}
 
     with pytest.raises(OSError, match="full"):
-        indexed.storage.add_ended(study._study_id, several, about)
+        indexed.storage.add_trials(study._study_id, several, about)
     assert study.get_trials() == []
 
 
@@ -446,7 +464,7 @@ def test_an_ablations_values_have_one_distribution_each_so_that_it_can_grow(inde
     wanted |= {"gradient": ("rotation", "straight_through"), "kmeans_init": (False, True), "augment": ("none", "blog")}
     for name, values in wanted.items():
         for value in values:
-            indexed.enqueue(study, {name: value})
+            indexed.enqueue(study, [({name: value}, None)])
             assert indexed.claim(study, set()).params == {name: value}
     with pytest.raises(UserError, match="data is text"):
         distribution("data")
@@ -650,7 +668,7 @@ def test_a_worker_s_heart_beats_until_its_trial_has_ended(indexed, monkeypatch, 
 
 def test_the_time_that_trials_took_is_that_of_those_that_have_any(indexed, store):
     study = indexed.open("one", ("psnr",))
-    indexed.enqueue(study, {"seed": 0})
+    indexed.enqueue(study, [({"seed": 0}, None)])
     assert indexed.seconds(study) == 0
     for seed, seconds in ((1, 10.0), (2, 20.5)):
         run = made(store, config=smoke(seed=seed), train_seconds=seconds)
@@ -830,7 +848,7 @@ def test_a_row_of_a_history_that_lacks_its_loss_has_none(config):
     kind = KINDS[config.SHELF]
     assert math.isnan(kind.loss(config, {"step": 1}))
     assert "nan" in kind.figures({"step": 1})
-    assert "nan" in KINDS["runs"].figures({"step": 1, "reconstruction": 0.5})
+    assert KINDS["runs"].figures({"step": 1, "reconstruction": 0.5}) == "loss 0.5000"  # a latent without codes
 
 
 @pytest.mark.parametrize(("last", "value"), [({}, None), ({"reconstruction": 0.5}, -0.5)])

@@ -203,7 +203,7 @@ def test_every_call_that_a_study_makes_has_patience(tmp_path, clock, monkeypatch
         return result
 
     opened = once_away(lambda: index.open("one", ("psnr",), 10))
-    once_away(lambda: index.enqueue(opened, {"beta": 0.5}, "run"))
+    once_away(lambda: index.enqueue(opened, [({"beta": 0.5}, "run")]))
     trial = once_away(lambda: index.claim(opened, {"run"}))
     assert once_away(lambda: index.states(opened)) == {"run": {"RUNNING"}}
     once_away(lambda: index.recover(opened))
@@ -275,7 +275,7 @@ def use(path, store) -> None:
     index = Index(f"sqlite:///{path}", path.parent)
     rebuild(index, store, "one")
     study = index.open("one-cnn", ("psnr",))
-    index.enqueue(study, {"beta": 0.5}, "another")
+    index.enqueue(study, [({"beta": 0.5}, "another")])
     index.tell(study, index.claim(study, {"another"}), [store.runs()[0]], ("psnr",))
     index.ended(study), index.seconds(study)
     index.attach(study, "what was found", [])
@@ -337,7 +337,7 @@ def test_a_study_whose_results_are_removed_is_told_at_once(tmp_path, clock):
     with pytest.raises(
         UserError, match=r"x\.db takes nothing \(.*\); see that it is there, has room and can be written"
     ):
-        index.enqueue(study, {"beta": 0.5}, "run")
+        index.enqueue(study, [({"beta": 0.5}, "run")])
     assert clock.pauses == []
 
 
@@ -347,7 +347,7 @@ def test_a_study_that_is_deleted_while_a_trial_runs_is_told(tmp_path, clock):
 
     def taken():
         study = index.open("one", ("psnr",))
-        index.enqueue(study, {"beta": 0.5}, "run")
+        index.enqueue(study, [({"beta": 0.5}, "run")])
         return study, index.claim(study, {"run"})
 
     study, trial = taken()

@@ -368,8 +368,34 @@ def test_what_a_study_takes_unless_told_otherwise():
 
 @pytest.mark.parametrize("flag", ["--trials", "--timeout", "--workers", "--trial-timeout"])
 def test_a_number_that_leaves_nothing_to_do_is_refused(flag):
-    with pytest.raises(UserError, match=f"{flag} is 0.*; it must be above 0"):
+    with pytest.raises(UserError, match=f"{flag} is 0.*; it must be a number above 0"):
         parse_study(SEARCH, "", [flag, "0"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("flag", ["--timeout", "--trial-timeout"])
+def test_a_time_that_never_comes_is_refused(flag, value):
+    with pytest.raises(UserError, match=f"{flag} is {value}; it must be a number above 0"):
+        parse_study(SEARCH, "", [flag, value])
+
+
+@pytest.mark.parametrize(("flag", "most"), [("--workers", 256), ("--trials", 100_000)])
+def test_more_than_any_machine_can_do_is_refused(flag, most):
+    assert parse_study(SEARCH, "", [flag, str(most)])
+    with pytest.raises(UserError, match=f"{flag} is {most + 1}; it must be at most {most}"):
+        parse_study(SEARCH, "", [flag, str(most + 1)])
+
+
+@pytest.mark.parametrize("words", [["--storge", "{}"], ["--storge={}"], ["{}"], ["--storage", "{}", "{}"]])
+def test_a_url_that_no_flag_takes_is_shown_without_its_password(capsys, words):
+    """Such as after a flag that was mistyped, which is told with what follows it."""
+    url = "postgresql+psycopg://me:hunter2@server/studies"
+    with pytest.raises(SystemExit):
+        parse_study(SEARCH, "", [word.format(url) for word in words])
+    shown = capsys.readouterr()
+    assert "hunter2" not in shown.out + shown.err
+    assert parse_study(SEARCH, "", ["--storage", url]).storage == url
+    assert parse_study(SEARCH, "", [f"--storage={url}"]).storage == url
 
 
 def test_a_searched_field_is_no_flag_and_a_swept_one_takes_several_values(capsys):
