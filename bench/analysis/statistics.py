@@ -205,7 +205,8 @@ def role_verdicts(rows: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list
     between = [
         _Pair(f"winner ({a})", f"winner ({b})", winners[a], winners[b], "", none) for a, b in combinations(winners, 2)
     ]
-    return _verdicts(within, metrics) + _verdicts(between, metrics)
+    read = Images(rows)
+    return _verdicts(within, metrics, read) + _verdicts(between, metrics, read)
 
 
 def _budgets(parameters: pd.Series) -> pd.Series:

@@ -9,6 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 
 from backbones import BACKBONES
+from bench import instruments
 from bench.analysis.frames import DEFAULTS, METRICS
 from bench.core.errors import UserError
 from bench.core.settings import OneOf
@@ -188,7 +189,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     if options.metric == () and isinstance(study, Search):
         metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
         options = replace(options, metric=metric)
-    unsought = {"peak_memory_mb", *curves.METRICS}  # a codebook that collapses settles soonest
+    # not on every machine; of a codebook that collapses the best; not measured by trials
+    unsought = {"peak_memory_mb", *curves.METRICS, *instruments.METRICS}
     known = [name for name, shown in METRICS.items() if shown.better and name not in unsought]
     for metric in options.metric:
         if metric not in known:

@@ -492,7 +492,7 @@ def made(*rows: dict) -> pd.DataFrame:
     usual = {"status": "finished", "backbone": "cnn", "seed": 0, "folder": "nowhere", "processor": "x", "threads": 2}
     usual |= {"data": "photos", "image_size": 32, "grid_size": 4, "codebook_size": 64, "lpips_weight": 0.0}
     usual |= {"beta": 0.25, "protocol_data": "photos", "protocol_count": 64, "psnr": 20.0}
-    usual |= {"protocol_scored_on": "val"}
+    usual |= {"protocol_scored_on": "test"}
     columns = dict.fromkeys([*frame([]).columns, *usual, *(name for row in rows for name in row)])
     table = pd.DataFrame([usual | row for row in rows], columns=list(columns))
     table["bits_per_image"] = table.grid_size**2 * np.log2(table.codebook_size)
@@ -505,7 +505,7 @@ def made_priors(*rows: dict) -> pd.DataFrame:
     usual = {"status": "finished", "backbone": "cnn", "prior": "rnn", "seed": 0, "grid_size": 4, "codebook_size": 64}
     usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_pixel": 0.1, "gfid_vgg16": 80.0, "gfid_vgg16_real": 40.0}
     usual |= {"gkid_vgg16_real": 0.1, "samples": 512, "temperature": 1.0, "protocol_count": 64, "data": "photos"}
-    usual |= {"image_size": 32, "folder": "nowhere", "protocol_data": "photos", "protocol_scored_on": "val"}
+    usual |= {"image_size": 32, "folder": "nowhere", "protocol_data": "photos", "protocol_scored_on": "test"}
     columns = dict.fromkeys([*frame([], PRIOR).columns, *usual, *(name for row in rows for name in row)])
     return pd.DataFrame([usual | row for row in rows], columns=list(columns))
 

@@ -240,6 +240,7 @@ def prior_rows(*rows: dict) -> pd.DataFrame:
     usual = {"status": "finished", "tokenizer": "t", "backbone": "cnn", "grid_size": 4, "codebook_size": 128}
     usual |= {"image_size": 32, "data": "photos", "samples": 512, "temperature": 1.0, "top_k": 0, "seed": 0}
     usual |= {"protocol_count": 64, "protocol_extractor_vgg16": "v", "processor": "x", "threads": 2}
+    usual |= {"protocol_scored_on": "test"}
     usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_token_independent": 6.5, "prior": "rnn"}
     columns = dict.fromkeys([*frame([], PRIOR).columns, *usual, *(name for row in rows for name in row)])
     return pd.DataFrame([usual | row for row in rows], columns=list(columns))
@@ -1014,7 +1015,7 @@ def test_a_setting_keeps_ten_digits():
 
 def test_facts_tell_the_kind_of_a_study_first_and_failures_in_words(tmp_path):
     table = made((smoke(), {"status": "out_of_memory"}), (smoke(seed=1), {"status": "timed_out"}))
-    study = {"kind": "search", "runs": {"a": {}, "b": {}}}
+    study = {"kind": "search", "sweep": ["beta"], "metrics": ["psnr"], "runs": {"a": {}, "b": {}}}
     facts = contents(Selection("beta", [], tmp_path, study), table, frame([], PRIOR)).facts
     assert next(iter(facts.items())) == ("kind", "search")
     assert facts["runs"] == "1 out of memory, 1 timed out"

@@ -33,7 +33,7 @@ def rows(scores, **metrics) -> pd.DataFrame:
     """A block without run folders from (Config, LPIPS) pairs; ``metrics`` are further columns."""
     table = pd.DataFrame([{**asdict(config), "lpips_alex": score} for config, score in scores])
     unscored = dict.fromkeys(METRICS.keys() - {"lpips_alex"}, np.nan)
-    return table.assign(**{**unscored, "folder": "nowhere", "params": 1_000_000.0, **metrics})
+    return table.assign(**{**unscored, "folder": "nowhere", "params": 1_000_000.0, **metrics}).copy()  # in one piece
 
 
 def block(names=("cnn", "vit"), seeds=range(5), betas=(0.25,), effects=None, noise=0.01, draw=0) -> pd.DataFrame:

@@ -399,7 +399,7 @@ def test_a_trial_trains_on_its_share_and_is_scored_on_its_split(trial_data, tiny
     config, seen = replace(tiny, split=split, train_images=20, precision="fp32").resolved(), {}
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda images, *_: seen.update(kmeans=images))
     monkeypatch.setattr(evaluate, "score", lambda *given: seen.update(reference=given[2]) or ({"psnr": 1.0}, {}))
-    monkeypatch.setattr(trial, "score_untrained", lambda _, images: seen.update(untrained=images) or {})
+    monkeypatch.setattr(trial, "score_untrained", lambda _, images: seen.update(untrained=images) or ({}, np.zeros(1)))
     monkeypatch.setattr(trial, "train", lambda _, images, *rest: seen.update(train=images) or (greys(config), 5.0))
     run = run_trial(config, store)
     chosen, scored_on = trial_data.with_train(20), trial_data.images(split)
@@ -596,7 +596,7 @@ def test_a_reference_is_computed_once_for_everything_that_it_depends_on(trial_da
         *((reference(), data, None) for data in (other, fewer)),
         *((reference(**it), trial_data, None) for it in ({"grid_size": 8}, {"codebook_size": 32}, {"split": "val"})),
         (replace(reference(), device="cuda"), trial_data, None),
-        (reference(), trial_data, tmp_path),
+        (reference(), trial_data, tmp_path / "inception.pth"),
     ]
     for config, data, fid_weights in changes:
         count = len(computed)
@@ -807,6 +807,7 @@ def told(monkeypatch) -> dict:
     note("score", ({**LEAST, "psnr": 20.06}, {"psnr": np.zeros(24)}))
     note("static_costs", {})
     note("throughput", {})
+    note("format_references", {})
     note("protocol", least()["protocol"])
     for name in ("reconstructions", "curves", "codebook"):
         note(f"plots.{name}", None)
