@@ -18,7 +18,7 @@ from PIL import Image
 
 from bench import report as command
 from bench.analysis import charts, rankings, report, tables
-from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, settings, with_rates
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
 from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.slices import protocol_scopes
@@ -381,7 +381,6 @@ def test_runs_scored_on_validation_and_on_the_test_never_share_a_ranking(store):
     for block, split in zip(found.blocks, ("test", "val"), strict=True):
         assert f"scored on {split};" in " ".join(block.ranking.notes)
     assert [" (validation), " in block.title for block in found.blocks] == [False, True]
-    assert settings(frame(store.runs())) == []  # what was scored is no setting that was swept
     notes = [scope.note for scope in protocol_scopes(frame(store.runs()))]
     assert [note.partition(".")[0] for note in notes] == [
         "photos, 64 test images of 32×32",
