@@ -276,7 +276,7 @@ def test_codes_that_are_damaged_are_made_again_with_the_same_scores(world, how, 
 def test_no_flipped_bit_of_codes_is_read_as_others(tmp_path):
     """Nor of what tells their type: in the other order of bytes, the same bytes are other codes."""
     grids = np.arange(300, 332, dtype=np.uint16).reshape(2, 4, 4)
-    for split in ("train", "val"):
+    for split in ("train", "held_out"):
         np.save(tmp_path / f"{split}.npy", grids)
     about = {"tokenizer": "x", "mirrored": False, "codebook_size": 512, "digest": files.sha256_arrays(grids, grids)}
     (tmp_path / "meta.json").write_text(files.seal(about))

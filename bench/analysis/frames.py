@@ -268,12 +268,12 @@ def summary(block: pd.DataFrame, unscored: pd.DataFrame | None = None, kind: Kin
     """Mean and spread over seeds: one row per model and setting of a block.
 
     Columns: ``backbone``, the settings, of priors ``prior``, ``n`` (scored seeds), ``failed`` (rows of ``unscored``
-    with the block's data, image size and bits, of settings without a score, too), and per metric ``METRIC`` (mean) and
-    ``METRIC_std`` (sample standard deviation; missing when n is 1).
+    with the block's data, split, image size and bits, of settings without a score, too), and per metric ``METRIC``
+    (mean) and ``METRIC_std`` (sample standard deviation; missing when n is 1).
     """
     failed = block.iloc[:0]
     if unscored is not None and len(unscored):
-        failed = unscored.merge(block[["data", "image_size", "bits_per_image"]].drop_duplicates())
+        failed = unscored.merge(block[["data", "split", "image_size", "bits_per_image"]].drop_duplicates())
     first, *others = kind.models
     by = [first, *settings(pd.concat([block, failed]), kind), *others]
     names = [name for name in kind.metrics if name in block and block[name].notna().any()]

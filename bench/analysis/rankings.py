@@ -91,10 +91,17 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
     for block in blocks(finished.assign(bits_per_image=bits)):
         first = block.iloc[0]
-        what = f"{first.data} {first.image_size}×{first.image_size}, {first.bits_per_image:.0f} bits per image"
-        yield f"{what} before coding, {_sampling(first)}", prior_ranking(block)
+        what = f"{images_of(block)}, {first.bits_per_image:.0f} bits per image before coding, {_sampling(first)}"
+        yield what, prior_ranking(block)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
+
+
+def images_of(block: pd.DataFrame) -> str:
+    """Which images ``block`` was scored on, briefly: those of the test unless it says otherwise."""
+    first = block.iloc[0]
+    images = f"{first.data} {first.image_size}×{first.image_size}"
+    return images if first.protocol_scored_on == "test" else f"{images} ({HELD_OUT[first.protocol_scored_on]})"
 
 
 def prior_ranking(block: pd.DataFrame) -> Sheet:

@@ -248,7 +248,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
 
 def _title(block: pd.DataFrame) -> str:
     first = block.iloc[0]
-    title = f"{first.protocol_data} {first.image_size}×{first.image_size}, {first.bits_per_image:.0f} bits per image"
+    title = f"{rankings.images_of(block)}, {first.bits_per_image:.0f} bits per image"
     codes = f" ({first.grid_size}×{first.grid_size} codes, K = {first.codebook_size})"
     return title if len(block[["grid_size", "codebook_size"]].drop_duplicates()) > 1 else title + codes
 

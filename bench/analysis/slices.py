@@ -11,13 +11,14 @@ from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, coded, continu
 from .looks import BITS, at_words, brief, label_of
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first
+KNOWN = ("protocol_data", "protocol_scored_on", "protocol_image_size")  # parts of a protocol that a reader knows
 
 
 class Scope(NamedTuple):
     """Rows that may share a chart: those of one protocol, or of one block within it."""
 
     rows: pd.DataFrame  # finished
-    unscored: pd.DataFrame  # not finished, on the same data and, in a block, of the same bits
+    unscored: pd.DataFrame  # not finished, on the same images and, in a block, of the same bits
     fields: list[str]  # swept settings that may be an axis here: bits change between blocks, the others within one
     suffix: str  # appended to names where there are several scopes
     title: str  # what sets this scope apart from the others
@@ -43,7 +44,7 @@ def protocol_scopes(table: pd.DataFrame) -> list[Scope]:
         suffix = f"_protocol{index + 1}" if len(groups) > 1 else ""
         title = ", ".join(f"{name.removeprefix('protocol_')} {brief(first[name])}" for name in telling)
         swept = [name for name in BITS if name in settings(rows)]
-        alike = unscored.merge(rows[["data", "image_size"]].drop_duplicates())
+        alike = unscored.merge(rows[["data", "split", "image_size"]].drop_duplicates())
         scopes.append(Scope(rows, alike, swept, suffix, title, note, latents))
     return scopes
 
@@ -52,7 +53,7 @@ def _telling(groups: list[pd.DataFrame]) -> list[str]:
     """Protocol columns that tell the groups apart: those that a reader knows, else the first that does."""
     heads = pd.concat([group.head(1) for group in groups]).astype(str) if groups else pd.DataFrame()
     names = [name for name in heads if name.startswith("protocol_") and heads[name].nunique() > 1]
-    return [name for name in names if name in ("protocol_data", "protocol_image_size")] or names[:1]
+    return [name for name in names if name in KNOWN] or names[:1]
 
 
 def block_scopes(scope: Scope, protocols_drawn: int) -> list[Scope]:

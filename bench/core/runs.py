@@ -230,7 +230,7 @@ class Run:
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
         if protocol["scored_on"] not in HELD_OUT:
-            raise Damaged(path, f"it was scored on {protocol['scored_on']!r}, which is no split")
+            raise Damaged(path, f"its scored_on is {protocol['scored_on']!r}, which is no split")
         if missing := [name for name in TOLD if shelf in SCORED and name not in protocol]:
             raise Damaged(path, f"its protocol has no {missing[0]}")
         if missing := [name for name in NUMBERS.get(shelf, ()) if type(protocol.get(name)) not in (int, float)]:

@@ -28,7 +28,7 @@ from tests.fabricate import fabricate, fabricate_failed, sweep
 # A warning of matplotlib, NumPy or pandas is a failure.
 pytestmark = [pytest.mark.filterwarnings("error::UserWarning"), pytest.mark.filterwarnings("error::RuntimeWarning")]
 
-PRIOR_EXTRA = ("gfid_vgg16_real", "gkid_vgg16_real", "protocol_count")
+PRIOR_EXTRA = ("gfid_vgg16_real", "gkid_vgg16_real", "protocol_count", "protocol_scored_on")
 FIVE = ("cnn", "convnext", "vit", "mamba", "bimamba")
 
 
@@ -224,6 +224,7 @@ def test_generation_is_drawn_at_each_priors_mean_rate_and_distance():
         {"backbone": "cnn", "prior": prior, "grid_size": grid, "codebook_size": 64, "seed": seed, "samples": 512}
         | {"coded_bits_per_pixel": rate + 0.01 * seed, "gfid_vgg16": distance + seed, "gfid_vgg16_real": 40.0 + grid}
         | {"gkid_vgg16_real": 0.1, "temperature": 1.0, "protocol_count": 64, "data": "photos", "image_size": 32}
+        | {"protocol_scored_on": "test"}
         for prior, grid, rate, distance in (("rnn", 4, 0.1, 80.0), ("rnn", 8, 0.4, 60.0), ("mamba", 4, 0.2, 70.0))
         for seed in (0, 1)
     ]
@@ -946,6 +947,8 @@ def test_failures_are_counted_with_those_on_the_same_images():
     table = pd.concat([table, made({"seed": 3, "status": "crashed", "data": "cifar10"})], ignore_index=True)
     (wide,) = slices.protocol_scopes(table)
     assert list(wide.unscored.seed) == [1]
+    (test,) = slices.protocol_scopes(made({"split": "test"}, {"seed": 1, "status": "crashed", "split": "val"}))
+    assert test.unscored.empty
     assert wide.note == "photos, 64 test images of 32×32."
 
 
@@ -961,6 +964,15 @@ def test_titles_name_the_fields_that_tell_protocols_apart():
     assert [scope.title for scope in scopes] == [f"data {data}, image_size {size}" for data, size in groups]
     assert [scope.title for scope in slices.protocol_scopes(made(rows[0]))] == [""]
     assert [scope.suffix for scope in slices.protocol_scopes(made(rows[0]))] == [""]
+
+
+def test_runs_on_validation_have_charts_of_their_own_that_say_so():
+    """Also where a reader would be told of nothing else."""
+    rows = [{"seed": i, "protocol_scored_on": split} for i, split in enumerate(("test", "val"))]
+    rows = [row | {"protocol_count": i, "protocol_fingerprint": str(i)} for i, row in enumerate(rows)]
+    scopes = slices.protocol_scopes(made(*rows))
+    assert [scope.title for scope in scopes] == ["scored_on test", "scored_on val"]
+    assert [scope.note.split()[2] for scope in scopes] == ["test", "validation"]
 
 
 def test_blocks_come_in_the_order_of_their_bits_and_share_the_room_with_other_protocols():
@@ -1045,11 +1057,12 @@ def test_priors_over_codebooks_of_two_sizes_are_two_points():
     np.testing.assert_allclose(line.get_xydata(), [[0.064, 73.6], [0.128, 67.2]])
 
 
-def test_generation_says_against_which_images_samples_are_measured():
-    rows = [{"samples": 100, "temperature": 0.9, "protocol_count": 50, "data": "folder:/a/faces", "image_size": 64}]
-    (drawing,) = charts.generation(made_priors(*rows), 1)
+@pytest.mark.parametrize(("split", "said"), [("test", "test"), ("val", "validation")])
+def test_generation_says_against_which_images_samples_are_measured(split, said):
+    row = {"samples": 100, "temperature": 0.9, "protocol_count": 50, "data": "folder:/a/faces", "image_size": 64}
+    (drawing,) = charts.generation(made_priors(row | {"protocol_scored_on": split}), 1)
     assert drawing.caption.startswith(
-        "1 priors, means over seeds; 100 samples each, at temperature 0.9, against all 50 test images of faces "
+        f"1 priors, means over seeds; 100 samples each, at temperature 0.9, against all 50 {said} images of faces "
         "at 64×64. Lines join grid sizes."
     )
 

@@ -287,6 +287,11 @@ def test_failures_are_counted_that_would_have_been_in_the_block():
     assert list(summary(block).failed) == [0]
     equal_bits = frame([Known(smoke("vit", grid_size=8, codebook_size=4), "crashed")])
     assert summary(frame([scored(smoke(codebook_size=256))]), equal_bits).failed.sum() == 1
+    assert summary(block, frame([Known(smoke(seed=2, split="val"), "diverged")])).failed.sum() == 0
+
+
+def test_what_was_scored_is_no_setting_that_was_swept():
+    assert settings(frame([scored(smoke()), scored(smoke(split="val"))])) == []
 
 
 def test_only_who_is_off_in_every_budget_is_unmatched():

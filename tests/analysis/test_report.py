@@ -18,7 +18,7 @@ from PIL import Image
 
 from bench import report as command
 from bench.analysis import charts, rankings, report, tables
-from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, settings, with_rates
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
 from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.slices import protocol_scopes
@@ -73,7 +73,12 @@ def made(*runs: tuple[Config, dict], status="finished") -> pd.DataFrame:
         row = {"run_id": f"run{number}", "status": status, "reason": "", **asdict(config), "folder": "nowhere"}
         row |= {"processor": "x", "threads": 2, "tokens": config.grid_size**2, "bits_per_image": bits}
         if status == "finished":
-            row |= {"protocol_data": "photos", "protocol_count": 64, "protocol_fingerprint": "f" * 64}
+            row |= {
+                "protocol_data": "photos",
+                "protocol_scored_on": "test",
+                "protocol_count": 64,
+                "protocol_fingerprint": "f" * 64,
+            }
             row |= {"params": 1e6, "flops": 1e8, "train_seconds": 30.0}
         rows.append({**row, "bits_per_pixel": bits / config.image_size**2, **values})
     columns = dict.fromkeys([*frame([]).columns, *(name for row in rows for name in row)])
@@ -370,7 +375,7 @@ def test_runs_scored_on_validation_and_on_the_test_never_share_a_ranking(store):
     assert [tuple(cell.text for cell in row) for row in found.refusals.rows] == [("2", "scored_on", "val", "test")]
     for block, split in zip(found.blocks, ("test", "val"), strict=True):
         assert f"scored on {split};" in " ".join(block.ranking.notes)
-    assert settings(frame(store.runs())) == []  # what was scored is no setting that was swept
+    assert [" (validation), " in block.title for block in found.blocks] == [False, True]
     notes = [scope.note for scope in protocol_scopes(frame(store.runs()))]
     assert [note.partition(".")[0] for note in notes] == [
         "photos, 64 test images of 32×32",
@@ -785,6 +790,13 @@ def test_titles_name_what_is_reported_and_number_several_blocks():
     assert titles == {"all": "All runs", "selection": "Selected runs", "beta": "Study beta"}
 
 
+def test_priors_over_runs_on_validation_say_so():
+    row = {"gfid_vgg16": 80.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.5}
+    ((title, sheet),) = generation(prior_rows(row | {"protocol_scored_on": "val"}))
+    assert title.startswith("photos 32×32 (validation), 112 bits per image before coding, ")
+    assert "against all 64 validation images of photos at 32×32" in sheet.notes[0]
+
+
 def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores_listed():
     rows = [
         {"gfid_vgg16": 80.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.5},
@@ -870,7 +882,10 @@ def test_a_protocol_is_one_line_and_shared_settings_are_those_of_all_rows():
     measured = {"protocol_split": f"a {digest}", "protocol_image_size": 32, "protocol_extractor_vgg16": None}
     table = made((smoke(beta=1.0), measured), (smoke(beta=2.0), measured | {"augment": None}))
     (line,) = [note for note in ranking(table.assign(psnr=1.0), NOBODY).notes if note.startswith("Protocol")]
-    assert line == "Protocol: data photos; split a 0123456789…; count 64; image size 32; extractor vgg16 none."
+    assert (
+        line
+        == "Protocol: data photos; split a 0123456789…; scored on test; count 64; image size 32; extractor vgg16 none."
+    )
     equal = report._equal(table)
     assert (equal["backbone"], equal["codebook_size"]) == ("cnn", "128")
     assert not {"beta", "augment"} & set(equal)

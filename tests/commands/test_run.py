@@ -178,7 +178,7 @@ BAD = {
     "beta is not a number": (["--beta", "nan"], "beta is nan; it must be 0 or more"),
     "no learning rate": (["--lr", "0"], "lr is 0.0; it must be above 0"),
     "images too small": (["--image-size", "16"], "image_size is 16; LPIPS needs at least"),
-    "images too large": (["--image-size", "4096"], "352"),
+    "images too large": (["--image-size", "4096"], "202"),
     "no such device": (["--device", "cuda:77"], "device 'cuda:77' is not available here; use --device cpu"),
     "no such folder": (["--data", "folder:/no/such/folder"], "/no/such/folder"),
     "no such weights": (["--fid-weights", "/no/such/file"], "/no/such/file"),

@@ -336,7 +336,7 @@ def test_what_is_no_file_is_not_read(run, name, make):
             (
                 "metrics.json",
                 {"metrics": METRICS, "protocol": PROTOCOL | {"scored_on": split}},
-                f"it was scored on {split!r}",
+                f"its scored_on is {split!r}",
             )
             for split in ("train", "", None, 1)
         ),
