@@ -109,8 +109,9 @@ def test_no_config_of_a_plan_is_unchecked(tmp_path):
         Ablation("grid", {"grid_size": (4, 3)}, backbones=("cnn",)),
         Search("search", {"grid_size": (3, 4)}, backbones=("cnn",)),
         Ablation("priors", {}, backbones=("cnn",), priors=("rnn", "magic")),
+        Ablation("seeds", {"beta": (0.1, 0.2)}, backbones=("cnn",), seeds=(0, 1, -5)),
     ):
-        with pytest.raises(UserError, match=r"3|magic"):
+        with pytest.raises(UserError, match=r"3|magic|seed is -5"):
             planned(study, tmp_path)
 
 
@@ -260,6 +261,19 @@ def test_an_estimate_is_the_median_second_per_step_of_finished_runs(monkeypatch)
     monkeypatch.setattr(plan, "step_seconds", lambda config: calls.append(config) or 0.5)
     assert estimates([config, longer], table(*failed)) == [50.0, 125.0]
     assert len(calls) == 1  # a shape is timed once
+
+
+def test_a_shape_that_a_study_has_not_finished_is_priced_by_the_rest_of_the_store(tmp_path, monkeypatch):
+    """And one that it has by a few of its own runs, without reading the rest."""
+    monkeypatch.setattr(plan, "step_seconds", lambda config: pytest.fail("there is a run to tell by"))
+    found = planned(SWEEP, tmp_path, "--steps", "60", "--backbone", "cnn")
+    ended(found, replace(found.cells["cnn"][0].configs[0], beta=9.0), "finished")
+    ended(found, replace(found.cells["cnn"][1].configs[0], beta=9.0), "finished")
+    assert found.table().caption.startswith("8 minutes")
+    for cell in found.cells["cnn"][:2]:
+        ended(found, cell.configs[0], "finished")
+    monkeypatch.setattr(found.store, "runs", lambda: pytest.fail("nothing else is needed"))
+    assert found.table().caption.startswith("6 minutes")
 
 
 def counts(found: Plan, monkeypatch) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -255,6 +256,34 @@ def test_what_the_store_has_finished_is_adopted(child, tmp_path):
     start(BETA, tmp_path)
     assert len(child.calls) == 3
     assert states(tmp_path) == {"COMPLETE": 4}
+
+
+def test_an_adopted_run_has_the_curve_that_it_had(child, tmp_path):
+    """In a new database, whose pruner compares by it."""
+    start(BETA, tmp_path)
+    what = planned(tmp_path)
+    watched = Mock(study=Mock(direction=optuna.study.StudyDirection.MINIMIZE))
+    config = what.example("cnn")
+    history = what.store.run(config).folder / "history.jsonl"
+    history.write_text("".join(json.dumps({"step": n, "reconstruction": 1 / n}) + "\n" for n in (50, 100)))
+    assert workers_of(what)._attempt(config, "a", watched).status == "finished"
+    assert [call.args for call in watched.report.call_args_list] == [(1 / 50, 50), (1 / 100, 100)]
+
+
+def test_a_run_that_is_removed_as_its_trial_ends_is_told_in_one_sentence(child, tmp_path, monkeypatch, capsys):
+    attempt = study.Workers._attempt
+
+    def removing(self, config, label, watched):
+        outcome = attempt(self, config, label, watched)
+        shutil.rmtree(self.plan.store.run(config).folder)
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Workers, "_attempt", removing)
+        assert start(BETA, tmp_path) == 2
+    assert "was removed while its trial ended; the same command runs it again" in capsys.readouterr().err
+    assert start(BETA, tmp_path) == 0
+    assert sum(run.finished for run in Store(tmp_path).runs()) == 4
 
 
 def test_files_are_the_truth(child, tmp_path):
