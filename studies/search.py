@@ -1,8 +1,8 @@
-"""A free search per backbone over β, K, grid, code length and learning rate: the best that each can do.
+"""A search per backbone over β, K, grid, code length and learning rate: the best that each can do, on validation.
 
-    python -m studies.search --backbone convnext --trials 30
-    python -m studies.search --backbone cnn vit --timeout 3600 --workers 2
-    python -m studies.search --metric lpips_vgg bits_per_image        quality against rate
+    python -m studies.search --backbone convnext --trials 30                       the front of rate and distortion
+    python -m studies.search --backbone cnn vit --bits-per-image 576 --workers 2   the best at one rate: K and grid tied
+    python -m studies.search --backbone cnn vit --bits-per-image 576 --confirm 3   and what is left of it on the test
 
 Every backbone has a study and a budget of its own. With one metric, a trial is given up when its training loss is worse
 than the median of earlier trials at the same step. The report draws the Pareto fronts of whatever was tried.
