@@ -280,7 +280,7 @@ def test_without_an_effect_a_family_is_wrong_at_the_level_or_less():
 @pytest.mark.slow
 def test_without_an_effect_false_verdicts_stay_below_the_level():
     """The same through tables of four equal backbones with two betas, which are averaged."""
-    draws = 1000
+    draws = 300
     false = sum(found_something(block(FOUR, range(3), (0.25, 1.0), draw=draw)) for draw in range(draws))
     assert 0 < false <= stats.binom.ppf(0.999, draws, 0.05)
 

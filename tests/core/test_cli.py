@@ -104,13 +104,11 @@ def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
     """``| head -1`` as SIGPIPE ends programs, and without a word; a full disk with a sentence."""
     code = "import sys; from bench.core.cli import command; from bench.core.progress import stdout\n"
     code += f"sys.exit(command(lambda words: {how} or 0, []))"
+    options = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as pipe, open("/dev/full", "wb") as full:
-        unread, refused = (
-            subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-            for out in (pipe, full)
-        )
+        unread, refused = (subprocess.run([sys.executable, "-c", code], stdout=out, **options) for out in (pipe, full))
     assert (unread.returncode, unread.stderr) == (141, "")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert refused.stderr.startswith("error: No space left on device")
