@@ -38,9 +38,19 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> in
         try:
             return work(words)
         finally:
-            sys.stdout.flush()  # what cannot be written is told now
+            _flush()
 
     return guarded(checked)
+
+
+def _flush() -> None:
+    """Writes what is left of the output, or has it go nowhere at the exit and raises what the system says."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -52,8 +62,6 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         return fail(str(error))
     except BrokenPipeError:
-        with suppress(OSError):  # a stream that is no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSALS + IN_THE_WAY:

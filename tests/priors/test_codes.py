@@ -240,7 +240,7 @@ def test_the_files_say_what_the_codes_are(folder):
 def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     """Of which a line tells; and afterwards they are read as before."""
     codes = encode(folder, Reader(), toy_data())
-    whole = {split: np.array(getattr(codes, split)) for split in ("train", "val")}
+    whole = {split: np.array(getattr(codes, split)) for split in ("train", "held_out")}
     path = folder / "codes" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
