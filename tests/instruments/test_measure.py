@@ -138,9 +138,9 @@ def test_words_mean_instruments():
 
 
 def test_every_instrument_gives_the_metrics_that_it_lists_and_shows_some_of_them(tiny, images):
-    labels = tuple(np.arange(len(part)) % 3 for part in (images.train, images.val))
+    labels = tuple(np.arange(len(part)) % 3 for part in (images.train, images.val, images.test))
     subject = subject_of(Tokenizer(tiny).eval(), replace(images, labels=labels, classes=("a", "b", "c")))
-    subject = replace(subject, at=lambda size: np.repeat(np.repeat(images.val[:4], 2, 1), 2, 2)[:, :size, :size])
+    subject = replace(subject, at=lambda size: np.repeat(np.repeat(images.test[:4], 2, 1), 2, 2)[:, :size, :size])
     for name, each in INSTRUMENTS.items():
         assert each.unfit(subject) == "", name
         assert {*each.measure(subject).metrics} == {*each.metrics}, name
@@ -179,7 +179,7 @@ def test_a_size_that_the_backbone_cannot_take_is_refused(tiny, images, monkeypat
     def at(size):
         raise UserError(f"no images of {size}")
 
-    subject = replace(subject_of(Tokenizer(replace(tiny, grid_size=1)).eval(), images), at=lambda size: images.val)
+    subject = replace(subject_of(Tokenizer(replace(tiny, grid_size=1)).eval(), images), at=lambda size: images.test)
     assert INSTRUMENTS["sizes"].unfit(subject).startswith("this backbone and grid take no images of 48×48 (")
     subject = replace(subject_of(Tokenizer(tiny).eval(), images), at=at)
     assert INSTRUMENTS["sizes"].unfit(subject) == "no images of 48"
@@ -235,7 +235,7 @@ def test_instruments_look_with_the_images_that_runs_are_scored_on_at_any_size(ti
     asked = []
     monkeypatch.setattr(measure, "load", lambda data, size: asked.append((data, size)) or images)
     subject = subject_of(Tokenizer(tiny), images)
-    assert subject.images is images.val
+    assert subject.images is images.test
     assert subject.train is images.train
-    assert subject.at(48) is images.val
+    assert subject.at(48) is images.test
     assert asked == [(tiny.data, 48)]

@@ -22,6 +22,7 @@ from tests.fabricate import fabricate
 
 SPACE = {"beta": Range(0.1, 4.0, log=True), "codebook_size": (64, 128, 256), "grid_size": (4, 8)}
 SEARCH = Search("search", SPACE, backbones=("cnn",))
+CONCLUDE = workers.conclude
 SMOKE = ("--preset", "smoke")  # whose rate is 16 codes of 7 bits
 
 
@@ -49,6 +50,7 @@ def child(monkeypatch):
     monkeypatch.setattr(workers, "run_in_child", fake)
     monkeypatch.setattr(workers, "prepare", lambda *arguments: None)
     monkeypatch.setattr(workers, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "conclude", lambda plan, index: None)
     return fake
 
 
@@ -164,7 +166,8 @@ def test_a_trial_is_the_mean_of_its_seeds_and_one_without_all_of_them_is_none(tm
 # -- confirmed on the test --------------------------------------------------------------------------------------------
 
 
-def test_a_search_that_overfits_validation_is_exposed_by_the_test(child, tmp_path, capsys):
+def test_a_search_that_overfits_validation_is_exposed_by_the_test(child, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "conclude", CONCLUDE)
     assert start(tmp_path, "--trials", "6", "--bits-per-image", "112", "--confirm", "4", "--seeds", "0", "1") == 0
     trials = [config for config in child.configs if config.split == "val"]
     fresh = [config for config in child.configs if config.split == "test"]

@@ -266,15 +266,15 @@ def test_an_adopted_run_has_the_curve_that_it_had(child, tmp_path):
     config = what.example("cnn")
     history = what.store.run(config).folder / "history.jsonl"
     history.write_text("".join(json.dumps({"step": n, "reconstruction": 1 / n}) + "\n" for n in (50, 100)))
-    assert workers_of(what)._attempt(config, "a", watched).status == "finished"
+    assert workers_of(what)._attempt(config, "a", what.tokenizers()[0], watched).status == "finished"
     assert [call.args for call in watched.report.call_args_list] == [(1 / 50, 50), (1 / 100, 100)]
 
 
 def test_a_run_that_is_removed_as_its_trial_ends_is_told_in_one_sentence(child, tmp_path, monkeypatch, capsys):
     attempt = study.Workers._attempt
 
-    def removing(self, config, label, watched):
-        outcome = attempt(self, config, label, watched)
+    def removing(self, config, *rest):
+        outcome = attempt(self, config, *rest)
         shutil.rmtree(self.plan.store.run(config).folder)
         return outcome
 
@@ -384,7 +384,7 @@ def test_a_hopeless_search_trial_is_pruned_and_stays_pruned(child, tmp_path):
     pruning = Pruning()
     study.run_in_child = pruning  # the fixture puts the real one back
     alone = Search("search", SPACE, backbones=("cnn",))
-    assert start(alone, tmp_path, "--trials", "8") == 0  # pruned is not failed
+    assert start(alone, tmp_path, "--trials", "8", "--metric", "lpips_vgg") == 0  # pruned is not failed
     assert states(tmp_path) == {"COMPLETE": 6, "PRUNED": 2}
     assert Counter(run.status for run in Store(tmp_path).runs()) == {"finished": 6, "pruned": 2}
 
@@ -411,12 +411,12 @@ def test_several_metrics_make_a_search_multi_objective(child, tmp_path):
     (one,) = optuna_studies(tmp_path).values()
     assert one.metric_names == ["lpips_vgg", "bits_per_image"]
     assert all(len(trial.values) == 2 for trial in one.trials)
-    assert start(alone, tmp_path, "--trials", "3") == 2  # the same study with another metric
+    assert start(alone, tmp_path, "--trials", "3", "--metric", "lpips_vgg") == 2  # the same study with another metric
 
 
 def test_a_search_over_several_seeds_takes_their_mean(child, tmp_path):
     alone = Search("search", SPACE, backbones=("cnn",))
-    start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1")
+    start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1", "--metric", "lpips_vgg")
     assert Counter(config.seed for config in child.calls) == {0: 2, 1: 2}
     (one,) = optuna_studies(tmp_path).values()
     table = frame(Store(tmp_path).runs())
@@ -459,7 +459,7 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     with pytest.raises(SystemExit):
         parse_study(module.STUDY, module.__doc__, ["--help"])
     flags = capsys.readouterr().out
-    for field in set(CONFIG) - {"seed"} - (set(swept) if searching else set()):
+    for field in set(CONFIG) - {"seed"} - ({*swept, "split"} if searching else set()):
         assert re.search(rf"--{field.replace('_', '-')}[ ,]", flags), field
     for flag in (
         "--seeds",
@@ -713,7 +713,7 @@ def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, m
     curves = Curves(["diverged", "finished", "finished"])
     monkeypatch.setattr(study, "run_in_child", curves)
     alone = Search("search", SPACE, backbones=("cnn",))
-    assert start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1") == 1
+    assert start(alone, tmp_path, "--trials", "2", "--seeds", "0", "1", "--metric", "lpips_vgg") == 1
     assert [config.seed for config in curves.calls] == [0, 0, 1]
     (one,) = optuna_studies(tmp_path).values()
     assert [trial.state.name for trial in one.trials] == ["FAIL", "COMPLETE"]
@@ -1031,7 +1031,7 @@ def test_a_dead_workers_prior_comes_back(child, tmp_path, monkeypatch):
     assert start(GRIDS, tmp_path, "--prior", "rnn") == 0
     words = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)]
     what, dead = make_plan(GRIDS, parse_study(GRIDS, "", words)), Index(default_url(tmp_path), tmp_path / "studies")
-    (part,) = [part for part in what.priors() if part.label == "independent"]
+    (part,) = [part for part in what.followers() if part.label == "independent"]
     assert what.fill(part, dead) == 2
     assert dead.claim(part.open(dead), set()) is not None
     assert start(GRIDS, tmp_path) == 0
@@ -1140,7 +1140,7 @@ def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
     workers = workers_of(what)
     rows = [{"step": step, "reconstruction": 10 / step, "perplexity": 9.4} for step in (10, 20)]
     monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
-    assert workers._attempt(what.example("cnn"), "a", None).status == "finished"
+    assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
     assert workers.told == ["trial 1/2 | a: 20/50 loss 0.5000 perplexity 9"]
     assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
 
@@ -1149,7 +1149,7 @@ def test_a_child_is_started_with_what_the_command_line_says(tmp_path, monkeypatc
     given = []
     monkeypatch.setattr(study, "run_in_child", lambda *all: given.append(all) or Outcome("finished"))
     what = planned(tmp_path, "--fid-weights", str(tmp_path), "--trial-timeout", "7")
-    workers_of(what)._attempt(what.example("vit"), "a", None)
+    workers_of(what)._attempt(what.example("vit"), "a", what.tokenizers()[0], None)
     ((config, store, weights, threads, _, timeout),) = given
     assert (config, store, weights, threads, timeout) == (what.example("vit"), what.store, tmp_path, None, 7.0)
 
@@ -1158,7 +1158,10 @@ def test_a_run_that_has_ended_is_adopted_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_in_child", None)
     what = planned(tmp_path)
     fabricate_failed(what.store, what.example("cnn"), "diverged")
-    assert workers_of(what)._attempt(what.example("cnn"), "a", None) == ("diverged", "it diverged")
+    assert workers_of(what)._attempt(what.example("cnn"), "a", what.tokenizers()[0], None) == (
+        "diverged",
+        "it diverged",
+    )
 
 
 def test_a_worker_that_fails_stops_the_others(tmp_path):
@@ -1197,7 +1200,7 @@ def test_a_stopped_worker_starts_no_child(tmp_path, monkeypatch):
     what = planned(tmp_path)
     workers = workers_of(what)
     workers.stop.set()
-    assert workers._attempt(what.example("cnn"), "a", None).status == "interrupted"
+    assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "interrupted"
 
 
 def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeypatch):
@@ -1216,7 +1219,7 @@ def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeyp
         return Outcome("interrupted")
 
     monkeypatch.setattr(study, "run_in_child", run)
-    workers._attempt(what.example("cnn"), "a", watched)
+    workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], watched)
     assert answers == [None, "pruned", "pruned", "interrupted"]
     assert asked == [0, 20]  # what was reported is not reported again
 

@@ -22,7 +22,7 @@ from bench.quantizers import QUANTIZERS
 from bench.quantizers.codebook import GRADIENTS
 from bench.run import RunArguments, main
 from bench.sweeps.definition import Ablation, parse_study
-from bench.sweeps.plan import make_plan
+from bench.sweeps.search import make_plan
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config, preset_settings
 from bench.tokenizers.losses import ADVERSARIAL, RECONSTRUCTION

@@ -12,7 +12,7 @@ from backbones import BACKBONES
 from bench import run
 from bench.core.errors import UserError
 from bench.sweeps.definition import Ablation, parse_study
-from bench.sweeps.plan import make_plan
+from bench.sweeps.search import make_plan
 from bench.tokenizers import budgets as module
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.budgets import match, step_seconds
