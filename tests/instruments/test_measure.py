@@ -168,7 +168,7 @@ def test_it_is_refused_before_any_training(tiny, store, trial_data, monkeypatch,
 
 def test_codes_are_needed_where_codes_are_looked_at(tiny, images):
     tokenizer = Tokenizer(tiny).eval()
-    subject = subject_of(tokenizer, replace(images, labels=(np.zeros(48, int), np.zeros(24, int))))
+    subject = subject_of(tokenizer, replace(images, labels=(np.zeros(48, int), np.zeros(24, int), np.zeros(24, int))))
     subject = replace(subject, codec=SimpleNamespace(encode=tokenizer.encoder, decode=tokenizer.decoder))
     for name in ("robustness", "atlas", "probes"):
         assert "numbers and no codes" in INSTRUMENTS[name].unfit(subject)
