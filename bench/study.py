@@ -75,7 +75,9 @@ def run(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
     known = {"list": show, "rebuild": rebuild}
     options = {"prog": "python -m bench.study", "description": __doc__}
-    return command(lambda words: subcommand_cli_from_dict(known, args=hide_misplaced(words), **options), arguments)
+    return command(
+        lambda words: subcommand_cli_from_dict(known, args=hide_misplaced(words), **options), arguments, addresses=True
+    )
 
 
 if __name__ == "__main__":

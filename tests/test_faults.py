@@ -6,6 +6,7 @@ disturbed.
 """
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from bench.sweeps.child import Outcome, _outcome
 from bench.sweeps.definition import Ablation
 from bench.tokenizers import trial
 from bench.tokenizers.config import Config, make_config
+from bench.tokenizers.curves import METRICS as CURVES
 from bench.tokenizers.tokenizer import Tokenizer
 from tests.disturbed import (
     RUNS,
@@ -194,8 +196,8 @@ any_damage = pytest.mark.parametrize("how", [*HOW, "flipped", "a folder"])
 @any_damage
 @both
 def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, name, how, capsys):
-    """A checkpoint is made again, from the first step; a history that has lost rows, which no score is made from, is
-    no reason for that."""
+    """A checkpoint is made again, from the first step; a history that has lost rows, which no score is made from but
+    those of curves, which there are none of then, is no reason for that."""
     for file in ("config.json", "history.jsonl", "checkpoint.pt"):
         run = world.stopped(name)
         damage(run.folder / file, how)
@@ -207,8 +209,11 @@ def test_what_is_damaged_in_the_middle_of_a_run_is_told_or_made_again(world, nam
         if file == "history.jsonl":
             assert found.pop(file).splitlines()[-1] == world.undisturbed(name)[file].splitlines()[-1]
             assert run.history()[-1]["step"] == STEPS
+            metrics = json.loads(found.pop("metrics.json"))["metrics"]
+            whole = json.loads(world.undisturbed(name)["metrics.json"])["metrics"]
+            assert metrics == {key: value for key, value in whole.items() if key not in CURVES}
         assert world.undisturbed(name).items() >= found.items()
-        assert len(found) >= len(world.undisturbed(name)) - 1
+        assert len(found) >= len(world.undisturbed(name)) - 2
 
 
 @any_damage

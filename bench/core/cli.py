@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,10 +24,16 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, 
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> int:
+# An address, which may hold a password: what stands before :// alone may be repeated.
+ADDRESS = re.compile(r"(?!folder:)\b([\w+.-]+://)\S+")
+
+
+def command(work: Callable[[list[str]], int], arguments: list[str] | None, addresses: bool = False) -> int:
     """Exit code of ``work`` on ``arguments``, by default those of the process, as ``guarded`` has it. A word that no
-    file can be called by is refused, and an empty one, which stands for the present folder."""
+    file can be called by is refused, and an empty one, which stands for the present folder. Unless the command takes
+    ``addresses``, one among them is a mistake that will be told, and is hidden."""
     words = sys.argv[1:] if arguments is None else arguments
+    words = words if addresses else [ADDRESS.sub(r"\1***", word) for word in words]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may not have every arrow
@@ -45,6 +52,8 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None) -> in
 
 def _flush() -> None:
     """Writes what is left of the output, or has it go nowhere at the exit and raises what the system says."""
+    if sys.stdout is None:  # closed by whoever started this
+        return
     try:
         sys.stdout.flush()
     except OSError:

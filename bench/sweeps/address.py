@@ -10,7 +10,8 @@ import sqlalchemy
 
 from bench.core.errors import UserError
 
-SECRET = re.compile("pass|pwd|secret|token|key|credential", re.IGNORECASE)  # names of what a URL's query hides
+# What of a URL's query may be printed: a mistyped password has any other name.
+PLAIN = ("user", "host", "port", "dbname", "sslmode", "connect_timeout", "application_name", "timeout")
 IN_MEMORY = re.compile(r"sqlite(\+\w+)?:(//)?/?(:memory:|file:.*memory.*)?(\?.*)?$")
 
 
@@ -49,7 +50,7 @@ def without_password(url: str) -> str:
     local = parsed.drivername.startswith("sqlite")
     if not local and "@" in f"{parsed.username}{parsed.host}{parsed.database}":  # then it may be that of a password
         return f"a {parsed.drivername} URL with an @ too many (write %40 in a password)"
-    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
+    secret = {name: "***" for name in parsed.query if name not in PLAIN}
     if not secret and parsed.password is None:
         return url
     return parsed.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")

@@ -33,7 +33,7 @@ IDLE_SECONDS = 1.0  # between looks at what other workers do
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
     """The command line of a study. Returns the exit code: 0, 1 when a trial failed, 2 for what the user can fix, 130
     when stopped."""
-    return command(partial(work, study, description), arguments)
+    return command(partial(work, study, description), arguments, addresses=True)
 
 
 def work(study: Ablation | Search, description: str, arguments: list[str]) -> int:

@@ -156,7 +156,7 @@ class Config:
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device)
         data = self.data
-        if data.startswith("folder:"):
+        if data.removeprefix("folder:") not in (data, ""):  # no path is not the present folder
             data = f"folder:{os.path.realpath(os.path.expanduser(data.removeprefix('folder:')))}"
         entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
         found = {"device": device, "precision": precision, "data": data, "entropy_weight": entropy_weight}

@@ -16,6 +16,7 @@ from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
+from bench.training.loop import logged
 from bench.training.trial import begun, complete, tidy, write_weights
 
 from .codecs import format_references
@@ -128,7 +129,8 @@ def finish(
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
     costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
     costs["images_seen"] = config.steps * config.batch_size
-    learned = curve_metrics(history, config.warmup)
+    whole = [row["step"] for row in history] == logged(config.steps)  # else it was damaged, and its curves have gaps
+    learned = curve_metrics(history, config.warmup) if whole else {}
     conditions = protocol(data, config.split, config.device, fid_weights)
     complete(run, {**metrics, **learned, **costs, **references}, conditions)
 

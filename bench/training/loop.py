@@ -80,7 +80,7 @@ def fit(
     state = {**learner.parts, "ema": ema}
     checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
     first, seconds = resumed(checkpoint, state, config) if resume else (0, 0.0)
-    log_every = min(50, max(1, config.steps // 200))
+    log_every = logged(config.steps)[0]
     if first:
         rewind(history, first)
         if lost := {*range(log_every, first + 1, log_every)} - {row["step"] for row in read_rows(history)}:
@@ -242,6 +242,12 @@ def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
         return step, float(seconds)
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise refusal from error
+
+
+def logged(steps: int) -> list[int]:
+    """The steps of a training of so many ``steps`` that its history has rows of, the last among them."""
+    every = min(50, max(1, steps // 200))
+    return sorted({*range(every, steps + 1, every), steps})
 
 
 def rewind(history: Path, step: int) -> None:

@@ -122,3 +122,22 @@ def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):
     assert command(lambda words: print("3 × 3") or 0, []) == 0
     streams[0].flush()
     assert streams[0].buffer.getvalue() == b"3 ? 3\n"
+
+
+@pytest.mark.parametrize(
+    "word", ["postgresql://me:secret@host/x", "--storage=mysql+x://me:secret@h", "a://b?pasword=secret"]
+)
+def test_an_address_where_none_belongs_is_hidden(word):
+    """Commands that take none tell which word they do not know, and it may hold a password."""
+    seen = []
+    command(lambda words: seen.extend(words) or 0, [word, "folder:///data/x", "plain"])
+    assert "secret" not in seen[0]
+    assert seen[0].endswith("://***")
+    assert seen[1:] == ["folder:///data/x", "plain"]
+    command(lambda words: seen.extend(words) or 0, [word], addresses=True)
+    assert seen[-1] == word
+
+
+def test_a_command_without_an_output_ends_as_it_would(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command(lambda words: 0, []) == 0

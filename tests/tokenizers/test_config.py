@@ -314,6 +314,7 @@ def test_a_folder_is_known_by_its_real_path(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert replace(config, data="folder:~/images").resolved().data == real
     assert config.resolved().data == "photos"
+    assert replace(config, data="folder:").resolved().data == "folder:"  # no path is not the present folder
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
