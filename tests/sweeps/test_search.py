@@ -236,6 +236,7 @@ def test_roles_are_compared_within_a_backbone_and_winners_between_them(tmp_path)
         ("winner (cnn)", "winner (vit)", 4),
     ]
     assert [one.better for one in found] == ["winner (cnn)", "winner (vit)", "winner (vit)"]
+    assert found[2].difference == pytest.approx(0.04, abs=0.008)  # without the defaults, which would halve it
 
 
 @pytest.mark.parametrize("flags", [("--confirm", "-1"), ("--bits-per-image", "0"), ("--trials", "0")])
