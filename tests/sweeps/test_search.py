@@ -1,6 +1,7 @@
 """Searches: at one rate or over rate and distortion, on validation alone; and what confirms them on the test."""
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -107,6 +108,7 @@ def test_the_presets_own_values_are_tried_first(child, tmp_path):
     assert first not in others
     start(tmp_path, "--trials", "5")  # goes on, and does not try them again
     assert [config.beta for config in child.configs].count(own.beta) == 1
+    assert len(child.configs) == 5  # nor do they take the place of another trial
 
 
 def test_where_the_space_does_not_hold_the_presets_values_all_are_drawn(child, tmp_path):
@@ -201,6 +203,7 @@ def test_what_confirms_a_search_is_run_once_and_comes_back_with_rebuild(child, t
     (tmp_path / "studies" / "optuna.db").unlink()
     built = Index(default_url(tmp_path), tmp_path / "studies")
     assert index.rebuild(built, Store(tmp_path), name) == 7
+    assert optuna.study.get_all_study_names(built.storage) == [f"{name}-cnn", f"{name}-confirm-cnn"]
     assert start(tmp_path, *flags) == 0
     assert len(child.configs) == 7
 
