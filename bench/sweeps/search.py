@@ -84,7 +84,7 @@ class SearchPlan(Plan):
 
     def _default(self, backbone: str) -> dict[str, Any]:
         """The preset's own values of what is searched, which are tried first; none where they are not in the space."""
-        preset = vars(self._preset(backbone, self.seeds[0]))
+        preset = vars(self._preset(backbone))
         values = {name: preset[name] for name in self.space}
         inside = all(
             one.low <= values[name] <= one.high if isinstance(one, Range) else values[name] in one
@@ -92,15 +92,15 @@ class SearchPlan(Plan):
         )
         return values if inside else {}
 
-    def _preset(self, backbone: str, seed: int, **settings: Any) -> Config:
+    def _preset(self, backbone: str) -> Config:
         """The config that a search has to beat: the preset's, with its grid, or else the first, and the K that a rate
         asks for."""
-        config = self.options.config(backbone, seed, **settings)
+        config = self.options.config(backbone, self.seeds[0])
         if rate := self.options.bits_per_image:
             grids = self.space.get("grid_size", (config.grid_size,))
             side = config.grid_size if config.grid_size in grids else grids[0]
             codes = {"grid_size": side, "codebook_size": 2 ** (rate // side**2)}
-            config = self.options.config(backbone, seed, **settings, **codes)
+            config = self.options.config(backbone, self.seeds[0], **codes)
         return config.resolved()
 
     def followers(self) -> list[Part]:
@@ -113,7 +113,7 @@ class SearchPlan(Plan):
         return [self._confirming(name, found[found.backbone == name]) for name in self.backbones]
 
     def _confirming(self, backbone: str, found: pd.DataFrame) -> Part:
-        preset = self._preset(backbone, self.seeds[0])
+        preset = self._preset(backbone)
         bits = preset.tokens * math.log2(preset.codebook_size)
         best = searches.winners(found[found[searches.RATE] == bits], self.metric)
         if best.empty:
