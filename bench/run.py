@@ -27,19 +27,15 @@ from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
-from bench.instruments import GROUPS, INSTRUMENTS, choose
+from bench.instruments import choose
 from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers.arguments import Arguments, parse
+from bench.tokenizers.arguments import LOOKS, Arguments, parse
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
 
 QUANTIZER = f"{', '.join(QUANTIZERS)}; several are run in turn and compared, none and kl as references without codes"
-LOOKS = (
-    f"what looks at each run, finished ones too: {', '.join(INSTRUMENTS)}; or all, "
-    f"cheap ({', '.join(GROUPS['cheap'])}), none"
-)
 UNASKED = "(default: cheap, for runs that are trained now)"
 
 

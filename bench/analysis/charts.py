@@ -23,7 +23,7 @@ from bench.core.runs import HELD_OUT
 
 from . import looks, references
 from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
-from .galleries import codebook_loss, learning_curves, reconstructions, samples, untrained
+from .galleries import codebook_loss, learning_curves, reconstructions, samples, untrained, wrong_codes
 from .looks import BITS, Drawing, brief, is_number, label_of, look_of
 from .slices import Scope, block_scopes, controlled, counted, key_metrics, listed, protocol_scopes, usual, usual_words
 
@@ -383,4 +383,5 @@ CHARTS: list[tuple[Callable[[Scope], Iterator[Drawing]], str]] = [
     (codebook_loss, "protocol"),
     (untrained, "protocol"),
     (reconstructions, "protocol"),
+    (wrong_codes, "block"),
 ]

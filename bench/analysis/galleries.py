@@ -16,11 +16,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from bench.core.errors import Damaged
 from bench.core.files import read_arrays
 from bench.core.runs import FAILURES, Run
+from bench.instruments import robustness
 
 from . import looks
 from .frames import METRICS, best_first, main_metric
 from .looks import BITS, Drawing, brief, is_number, label_of, look_of
-from .slices import Scope, first_sweep, representative
+from .slices import Scope, first_sweep, representative, seeds_of
 
 HUES = 8  # values of one setting among learning curves and pictures
 CURVE_SEEDS, CURVES, CURVE_POINTS = 5, 150, 60  # seeds of one setting; runs in all; points of one run
@@ -33,6 +34,7 @@ UNTRAINED = (
     f"is stretched: percentiles {STRETCH[0]} and {STRETCH[1]} of its pixels are black and white. The grids were "
     "measured before that, on 64 images."
 )
+ROBUST = {"psnr": "PSNR, dB ↑", "lpips": "LPIPS (alex) ↓"}
 QUANTITIES = {"reconstruction": "reconstruction loss ↓", "lpips": "LPIPS loss ↓", "perplexity": "perplexity ↑"}
 
 
@@ -144,13 +146,10 @@ def codebook_loss(scope: Scope) -> Iterator[Drawing]:
     looks.plain_log(axes.yaxis)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     looks.add_legend(figure, [], entries, title="roughness", columns=3)
-    seeds = rows.groupby("backbone").size()
-    few, many = int(seeds.min()), int(seeds.max())
-    count = f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
     caption = (
-        f"Line: geometric mean over {count} of a backbone{words}; band: from the lowest to the highest. Roughness: "
-        "mean |second difference| of the loss's logarithm from one logged row to the next, after the warm-up; 0 is an "
-        "exponential, 0.05 a slope that changes by five per cent of the loss from row to row."
+        f"Line: geometric mean over {seeds_of(rows)} of a backbone{words}; band: from the lowest to the highest. "
+        "Roughness: mean |second difference| of the loss's logarithm from one logged row to the next, after the "
+        "warm-up; 0 is an exponential, 0.05 a slope that changes by five per cent of the loss from row to row."
     )
     yield Drawing("codebook_loss", "Codebook loss", caption, figure)
 
@@ -160,6 +159,33 @@ def _roughness(rows: pd.DataFrame) -> str:
     known, form = rows.codebook_roughness.dropna(), METRICS["codebook_roughness"].form
     spread = f" ± {known.std():{form}}" if len(known) > 1 else ""
     return f" {known.mean():{form}}{spread}" if len(known) else ""
+
+
+def wrong_codes(scope: Scope) -> Iterator[Drawing]:
+    """``wrong_codes``: what is left of images when a share of their codes is replaced, by backbone, where the
+    instrument ``robustness`` has looked at the runs of two at least."""
+    looked = scope.rows.dropna(subset="loss_random")
+    if looked.backbone.nunique() < 2:
+        return
+    rows, others = representative(looked)
+    figure, panels = looks.new_panels(len(ROBUST))
+    shares = [100 * share for share in robustness.SHARES]
+    styles = dict(zip(robustness.KINDS, ("-", "--"), strict=True))
+    for axes, (score, label) in zip(panels, ROBUST.items(), strict=True):
+        for backbone, own in rows.groupby("backbone"):
+            for kind, style in styles.items():
+                names = [f"{score}_{kind}_{share:.0f}" for share in shares]
+                look = {**look_of(backbone), "linestyle": style, "linewidth": 1.2, "markersize": 4}
+                axes.errorbar(shares, own[names].mean(), own[names].std().fillna(0.0), capsize=2, **look)
+        axes.set(xlabel="replaced codes, %", ylabel=label)
+    lines = {words: {"color": "0.3", "linestyle": styles[kind]} for kind, words in robustness.KINDS.items()}
+    looks.add_legend(figure, list(rows.backbone.unique()), lines, title="replaced")
+    caption = (
+        f"Means ± standard deviation over {seeds_of(rows)} of a backbone{others}, each over {robustness.IMAGES} "
+        "images at most: a share of their codes is replaced by any others, or by the nearest others in use, as a prior "
+        "will mistake them. A flat line forgives mistakes."
+    )
+    yield Drawing("wrong_codes", "What wrong codes cost", caption, figure)
 
 
 class Shown(NamedTuple):

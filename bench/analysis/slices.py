@@ -1,5 +1,6 @@
 """Which rows of a frame share a chart, and which of them stand for the others."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,9 +148,14 @@ def usual_words(priors: pd.DataFrame) -> str:
 
 def counted(scope: Scope, rows: pd.DataFrame, by: list[str], fixed: dict[str, Any]) -> str:
     """How many runs and seeds are shown, at which fixed settings, and how many are not."""
-    seeds = rows.groupby(["backbone", *by], dropna=False).size()
-    few, many = int(seeds.min()), int(seeds.max())
-    count = f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
     missing = len(scope.unscored)
     left_out = f" {missing} failed or unfinished run{'s are' if missing > 1 else ' is'} left out." if missing else ""
-    return f"{len(rows)} of {len(scope.rows)} scored runs, {count} a point{at_words(fixed)}.{left_out}"
+    count = f"{seeds_of(rows, by)} a point{at_words(fixed)}"
+    return f"{len(rows)} of {len(scope.rows)} scored runs, {count}.{left_out}"
+
+
+def seeds_of(rows: pd.DataFrame, by: Sequence[str] = ()) -> str:
+    """How many seeds ``rows`` have of each backbone and setting of ``by``."""
+    seeds = rows.groupby(["backbone", *by], dropna=False).size()
+    few, many = int(seeds.min()), int(seeds.max())
+    return f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"

@@ -16,7 +16,7 @@ from bench.core.settings import OneOf
 from bench.metrics import EXTRACTORS, weights
 from bench.priors.config import PriorConfig
 from bench.tokenizers import curves
-from bench.tokenizers.arguments import Arguments, parse
+from bench.tokenizers.arguments import LOOKS, Arguments, parse
 from bench.tokenizers.config import Config
 
 from .address import hide_misplaced
@@ -100,6 +100,7 @@ class StudyArguments(Arguments):
     """show the cells, what is already finished and the estimated cost, and stop"""
     trial_timeout: float | None = None
     """seconds after which a trial is given up and recorded as timed out"""
+    instruments: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS)] = ("none",)
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     if options.metric == () and isinstance(study, Search):
         metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
         options = replace(options, metric=metric)
+    instruments.choose(options.instruments)  # raises UserError on an unknown one
     # not on every machine; of a codebook that collapses the best; not measured by trials
     unsought = {"peak_memory_mb", *curves.METRICS, *instruments.METRICS}
     known = [name for name, shown in METRICS.items() if shown.better and name not in unsought]

@@ -11,6 +11,7 @@ from bench.analysis import searches
 from bench.analysis.frames import frame, statuses
 from bench.core.errors import UserError
 from bench.core.runs import FAILURES
+from bench.instruments import choose
 from bench.tokenizers.config import Config
 
 from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
@@ -35,6 +36,8 @@ class SearchPlan(Plan):
         if options.timed:
             words = "would give each trial of a search other steps; match params or flops"
             raise UserError(f"--match {options.match} {words}")
+        if choose(options.instruments) and not options.confirm:
+            raise UserError("--instruments looks at what confirms a search; add --confirm N, or leave it out")
         super().__init__(study, options, tied(study.space, options))
         self.metric = searches.goal(options.metric)
 

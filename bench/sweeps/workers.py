@@ -14,7 +14,9 @@ from bench.analysis.report import write_report
 from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
-from bench.tokenizers.trial import prepare
+from bench.instruments import choose
+from bench.tokenizers.measure import check_instruments, seen
+from bench.tokenizers.trial import prepare, run_trial
 from bench.training.loop import interruptible
 
 from .address import storage_url, without_password
@@ -22,7 +24,7 @@ from .child import Outcome, run_in_child
 from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState, report
-from .kinds import AnyConfig, Row
+from .kinds import TOKENIZERS, AnyConfig, Row
 from .plan import Cell, Part, Plan, shown
 from .search import make_plan
 
@@ -44,7 +46,9 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
         return 0
     url = storage_url(plan.options.storage, plan.store.root)
     for backbone in plan.backbones:
-        prepare(plan.example(backbone), plan.store, plan.options.fid_weights)
+        example = plan.example(backbone)
+        data = prepare(example, plan.store, plan.options.fid_weights)
+        check_instruments(example, data, plan.options.instruments)
     index = Index(url, plan.store.root / "studies")
     idle = True
     for parts in (plan.tokenizers, plan.followers):  # which wait for tokenizers
@@ -52,6 +56,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
             idle &= not run_missing(plan, parts(), index)
     if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")
+    look(plan)
     conclude(plan, index)
     command = f"optuna-dashboard {without_password(url)} --artifact-dir {plan.store.root / 'studies' / 'artifacts'}"
     say(f"[bold]dashboard:[/] {escape(command)}")
@@ -65,6 +70,25 @@ def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
         say(f"study {plan.name}: {missing} {parts[0].kind.noun} to run, {plan.options.workers} at a time")
         Workers(plan, index, parts, missing).run()
     return missing
+
+
+def look(plan: Plan) -> None:
+    """Has the instruments that were asked for look at the finished tokenizers that they have not seen, of a search at
+    those that confirm it. Says why one cannot be looked at."""
+    words = plan.options.instruments
+    if not choose(words):
+        return
+    parts = (*plan.tokenizers(), *plan.followers())
+    cells = [cell for part in parts if part.kind is TOKENIZERS for cell in part.cells]
+    unseen = [cell for cell in cells if cell.run.finished and not seen(cell.run, words)]
+    with Bar("instruments", len(unseen)) as bar:
+        for cell in unseen:
+            bar.advance(0, cell.run.folder.name)
+            try:
+                run_trial(cell.configs[0], plan.store, plan.options.fid_weights, instruments=words)
+            except UserError as error:  # another worker looks at it, its weights are damaged, it has no codes
+                say(f"[yellow]not looked at:[/] {escape(str(error))}")
+            bar.advance()
 
 
 def conclude(plan: Plan, index: Index) -> None:

@@ -9,11 +9,16 @@ import tyro
 
 from backbones import BACKBONES
 from bench.core.errors import UserError
+from bench.instruments import GROUPS, INSTRUMENTS
 
 from .budgets import match
 from .config import Config, make_config, preset_settings
 
 BACKBONE = f"{', '.join(BACKBONES)} or timm:MODEL; several are run in turn and compared"
+LOOKS = (
+    f"what looks at each run, finished ones too: {', '.join(INSTRUMENTS)}; or all, "
+    f"cheap ({', '.join(GROUPS['cheap'])}), none"
+)
 OPEN = tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the preset's)")
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.markup import escape
 
@@ -52,6 +53,21 @@ def check_instruments(config: Config, data: Data, words: Sequence[str]) -> None:
         fit(subject_of(to_device(Tokenizer(config), config.device).eval(), data), asked)
 
 
+def seen(run: Run, words: Sequence[str]) -> bool:
+    """Whether all instruments that ``words`` mean have looked at a finished ``run``; not where what they found is
+    damaged. Raises UserError as ``choose`` does."""
+    try:
+        found = run.instruments()
+    except Damaged:
+        return False
+    return all(_seen(found, name) for name in choose(words))
+
+
+def _seen(found: dict[str, dict[str, Any]], name: str) -> bool:
+    """Whether the instrument ``name``, as it is now, is among what a run's instruments ``found``."""
+    return found.get(name, {}).get("version") == INSTRUMENTS[name].version
+
+
 def measure(run: Run, data: Data, words: Sequence[str]) -> None:
     """Has the instruments that ``words`` mean look at a finished ``run``, but for those that have; each takes a line
     that tells its cost, or why it is left out. Raises UserError as ``choose`` and ``fit`` do."""
@@ -64,11 +80,7 @@ def measure(run: Run, data: Data, words: Sequence[str]) -> None:
         except Damaged as error:
             say(f"[yellow]{escape(str(error).partition(';')[0])}; it is made again[/]")
             found = {}
-        missing = {
-            name: asked
-            for name, asked in chosen.items()
-            if found.get(name, {}).get("version") != INSTRUMENTS[name].version
-        }
+        missing = {name: asked for name, asked in chosen.items() if not _seen(found, name)}
         if not missing:
             return
         subject = subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)

@@ -22,6 +22,7 @@ from bench.analysis.charts import draw, pareto
 from bench.analysis.frames import METRICS, PRIOR, frame, main_metric
 from bench.analysis.slices import Scope, controlled
 from bench.core.store import Store
+from bench.instruments import INSTRUMENTS
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, sweep
 
@@ -1301,3 +1302,28 @@ def test_older_runs_that_kept_no_untrained_pictures_have_no_such_gallery(tmp_pat
     (run.folder / "untrained.npz").write_bytes(b"no")
     (drawing,) = galleries.untrained(scope(frame(store.runs())))
     assert "untrained.npz is damaged" in drawing.caption
+
+
+def test_wrong_codes_are_drawn_by_backbone_and_kind_where_two_were_looked_at(tmp_path):
+    """Means over seeds with their deviation at every share; solid for random codes, dashed for near ones."""
+    store, names = Store(tmp_path), [name for name in INSTRUMENTS["robustness"].metrics if "_random_" in name]
+    for (backbone, seed), value in {("cnn", 0): 10.0, ("cnn", 1): 14.0, ("vit", 0): 20.0, ("vit", 1): 20.0}.items():
+        run = fabricate(store, make_config(backbone, "smoke", seed=seed))
+        metrics = dict.fromkeys(INSTRUMENTS["robustness"].metrics, 7.0)
+        metrics |= {name: value - i for i, name in enumerate(names)}
+        reading = {"version": INSTRUMENTS["robustness"].version, "seconds": 1.0, "weights": "w", "metrics": metrics}
+        run.seal("instruments.json", {"instruments": {"robustness": reading}})
+    fabricate(store, make_config("mamba", "smoke"))  # which none has looked at
+    table = frame(store.runs())
+    (drawing,) = galleries.wrong_codes(scope(table))
+    axes = drawing.figure.axes[0]
+    lines = {(one[0].get_color(), one[0].get_linestyle()): one for one in axes.containers}
+    assert {*lines} == {(looks.PALETTE[name], style) for name in ("cnn", "vit") for style in ("-", "--")}
+    solid = lines[looks.PALETTE["cnn"], "-"]
+    assert list(solid[0].get_xdata()) == [0, 1, 5, 10, 20]
+    assert list(solid[0].get_ydata()) == [12, 11, 10, 9, 8]
+    (bar,) = solid[2]
+    np.testing.assert_allclose(bar.get_segments()[0], [[0, 12 - 8**0.5], [0, 12 + 8**0.5]])
+    assert set(lines[looks.PALETTE["vit"], "--"][0].get_ydata()) == {7}
+    assert "over 2 seeds of a backbone" in drawing.caption
+    assert not list(galleries.wrong_codes(scope(table[table.backbone != "vit"])))

@@ -21,6 +21,7 @@ from bench import study as study_command
 from bench.analysis.frames import CONFIG, METRICS, frame
 from bench.core.errors import UserError
 from bench.core.store import Store
+from bench.instruments import INSTRUMENTS
 from bench.priors.config import PriorConfig
 from bench.sweeps import definition, importance, index, plan
 from bench.sweeps import workers as study
@@ -1227,3 +1228,67 @@ def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeyp
 def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
     assert study_command.show(tmp_path) == 0
     assert "start one with python -m studies.beta" in " ".join(capsys.readouterr().out.split())
+
+
+class Looks(list):
+    """In place of ``run_trial`` on runs that are finished: notes which are looked at, and ends for one of them in what
+    a stranger's folder may hold."""
+
+    def __call__(self, config, store, fid_weights, instruments):
+        run = store.run(config)
+        assert run.finished
+        self.append((config.backbone, config.seed, run.folder.parent.name, instruments))
+        if config.backbone == "vit":
+            raise UserError("its weights are damaged")
+        run.seal("instruments.json", {"instruments": {"equivariance": EQUIVARIANT}})
+        return run
+
+
+EQUIVARIANT = {"version": INSTRUMENTS["equivariance"].version, "seconds": 1.0, "weights": "w", "metrics": {}}
+
+
+def test_instruments_look_once_at_every_finished_run_and_none_by_default(child, tmp_path, monkeypatch, capsys):
+    looks, checked = Looks(), Mock()
+    monkeypatch.setattr(study, "run_trial", looks)
+    monkeypatch.setattr(study, "check_instruments", checked)
+    child.endings = ["diverged", "finished", "finished", "finished"]
+    assert start(BETA, tmp_path) == 1
+    assert looks == []
+    checked.reset_mock()
+    assert start(BETA, tmp_path, "--instruments", "equivariance") == 1
+    assert [call.args[2] for call in checked.call_args_list] == [("equivariance",)] * 2
+    assert looks == [(name, 0, "runs", ("equivariance",)) for name in ("cnn", "vit", "vit")]
+    assert "not looked at: its weights are damaged" in capsys.readouterr().err
+    looks.clear()
+    start(BETA, tmp_path, "--instruments", "equivariance")
+    assert [name for name, *_ in looks] == ["vit", "vit"]  # the other has been
+
+
+def test_of_a_search_instruments_look_at_what_confirms_it(child, tmp_path, monkeypatch, capsys):
+    looks = Looks()
+    monkeypatch.setattr(study, "run_trial", looks)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    words = ["--trials", "2", "--instruments", "equivariance", "--backbone", "cnn"]
+    assert start(SEARCH, tmp_path, *words) == 2
+    assert "--instruments looks at what confirms a search; add --confirm N" in capsys.readouterr().err
+    assert child.calls == []
+    searched = {**SPACE, "codebook_size": (128, 256)}
+    assert start(Search("search", searched, backbones=("cnn",)), tmp_path, *words, "--confirm", "2") == 0
+    assert {seed for _, seed, *_ in looks} == {1, 2}
+
+
+def test_an_instrument_that_cannot_look_is_told_before_anything_is_trained(child, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "check_instruments", Mock(side_effect=UserError("instrument probes: no labels")))
+    assert start(BETA, tmp_path, "--instruments", "probes") == 2
+    assert "instrument probes: no labels" in capsys.readouterr().err
+    assert child.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("microscope", "unknown instrument 'microscope'"), ("", "--instruments needs at least one value")],
+)
+def test_an_instrument_that_is_none_costs_nothing(child, tmp_path, capsys, words, said):
+    assert start(BETA, tmp_path, "--instruments", *words.split()) == 2
+    assert said in capsys.readouterr().err
+    assert child.calls == []
