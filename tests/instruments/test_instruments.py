@@ -278,3 +278,13 @@ def test_the_same_size_has_the_scores_of_the_run():
     assert found["psnr_size_100"] == scored["psnr"]
     assert found["lpips_size_100"] == scored["lpips_alex"]
     assert {*found} == {*INSTRUMENTS["sizes"].metrics}
+
+
+def test_of_many_images_the_same_few_are_scored_at_every_size(monkeypatch):
+    """Evenly spaced over all: image number i is grey of shade i."""
+    seen = []
+    monkeypatch.setattr(sizes, "IMAGES", 3)
+    monkeypatch.setattr(sizes, "scores", lambda subject, images: seen.append(images[:, 0, 0, 0].tolist()) or {})
+    shades = flat(range(9))
+    sizes.measure(subject(images=shades, at=lambda size: np.repeat(shades, 2, 1)))
+    assert seen == [[0, 4, 8]] * len(sizes.FACTORS)
