@@ -12,10 +12,11 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from backbones import BACKBONES, backbone, timm_encoder, torchvision_repair, users
 from backbones.cnn import ResidualBlock
-from backbones.convnext import NeXtformerBlock
+from backbones.convnext import Depthwise, NeXtformerBlock, _Depthwise
 from backbones.layers import (
     GridTransformer,
     PyramidDecoder,
@@ -1030,3 +1031,60 @@ def test_timm_encoder_trains_and_resumes_to_the_bit(tiny, images, tmp_path, monk
 def test_run_id_of_a_timm_model_is_a_folder_name():
     assert ":" not in make_config("timm:test_vit", "smoke").run_id()
     assert make_config("timm:test_vit", "smoke").run_id().startswith("timm-test_vit-ema-")
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("size", [(2, 3, 5, 8), (1, 4, 9, 3)])
+def test_gradients_of_a_depthwise_convolution_are_those_of_its_definition(size, kernel):
+    """In float64 against finite differences, and all three against autograd's own."""
+    torch.manual_seed(0)
+    layer = Depthwise(size[1], kernel).double()
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *given: _Depthwise.apply(*given), (x, layer.weight, layer.bias))
+    upstream = torch.randn(size, dtype=torch.float64)
+    wanted = [x, layer.weight, layer.bias]
+    plain = F.conv2d(x, layer.weight, layer.bias, padding=kernel // 2, groups=size[1])
+    expected = torch.autograd.grad((plain * upstream).sum(), wanted)
+    for ours, theirs in zip(torch.autograd.grad((layer(x) * upstream).sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_frozen_depthwise_convolution_has_a_gradient_of_its_input_alone():
+    layer = Depthwise(4, 7).requires_grad_(False)
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad.abs().sum() > 0
+
+
+def test_under_autocast_the_gradient_of_depthwise_weights_is_nearer_to_float64_than_autograds():
+    """Products of bfloat16 numbers are summed in float32 and stay there."""
+    torch.manual_seed(0)
+    layer, x, upstream = Depthwise(16, 7), torch.randn(8, 16, 16, 16), torch.randn(8, 16, 16, 16)
+    x, upstream = (t.bfloat16().float() for t in (x, upstream))  # what autocast would make of them is no error here
+    weight = layer.weight.detach().double().requires_grad_()
+    F.conv2d(x.double(), weight, padding=3, groups=16).backward(upstream.double())
+    errors = []
+    for forward in (layer, lambda x: F.conv2d(x, layer.weight, layer.bias, padding=3, groups=16)):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        assert y.dtype == torch.bfloat16
+        y.backward(upstream.bfloat16())
+        assert layer.weight.grad.dtype == torch.float32
+        errors.append((layer.weight.grad - weight.grad).abs().max().item())
+    assert errors[0] < 0.01 * errors[1]
+
+
+@pytest.mark.parametrize(("tokens", "half", "fused"), [(64, True, False), (257, True, True), (64, False, True)])
+def test_attention_of_few_tokens_in_bfloat16_is_two_matrix_products_and_the_same(tokens, half, fused):
+    """On a CPU: the fused one's backward pass is several times slower there. The values are the fused one's."""
+    torch.manual_seed(0)
+    block = TransformerBlock(64)
+    nn.init.normal_(block.attention.proj.weight, std=0.1)
+    x = torch.randn(2, tokens, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        y = block(x)
+    assert block.attention.fused_attn is fused
+    block.double()
+    torch.testing.assert_close(y.double(), block(x.double()), rtol=0.02 if half else 1e-5, atol=0.02 if half else 1e-5)
