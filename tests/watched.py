@@ -167,6 +167,10 @@ class ToyQuantizer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.given: list[Tensor] = []
+        self.annealed: list[float] = []
+
+    def anneal(self, done: float) -> None:
+        self.annealed.append(done)
 
     def initialise(self, z: Tensor) -> None:
         self.given.append(z)

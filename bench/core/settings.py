@@ -30,6 +30,13 @@ class OneOf:
     choices: Collection[str]
 
 
+class Later(NamedTuple):
+    """Marks a field that runs were once made without: at its default it is no part of their identity."""
+
+
+LATER = Later()
+
+
 def at_least(least: int) -> Limit:
     """Numbers from ``least`` on."""
     return Limit(lambda value: value >= least, f"it must be at least {least}")
@@ -43,6 +50,7 @@ def at_most(most: int) -> Limit:
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}  # of what a field accepts
 HUGE = 1e30  # beyond all use: sums and squares of larger numbers are infinite
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more")
+ABOVE_0 = Limit(lambda value: value > 0, "it must be above 0")
 
 
 Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
@@ -50,7 +58,7 @@ Layers = Annotated[int, at_least(1), at_most(1000)]
 Features = Annotated[int, at_least(1), at_most(16384)]
 Natural = Annotated[int, NOT_NEGATIVE, at_most(2**31 - 1)]
 Weight = Annotated[float, NOT_NEGATIVE]
-Positive = Annotated[float, Limit(lambda value: value > 0, "it must be above 0")]
+Positive = Annotated[float, ABOVE_0]
 Fraction = Annotated[float, Limit(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")]
 StepShare = Annotated[float, Limit(lambda value: 0 <= value <= 1, "it is a share of the steps, from 0 to 1")]
 Seed = Annotated[int, NOT_NEGATIVE, Limit(lambda value: value < 2**31, "it must be below 2**31")]
@@ -103,6 +111,7 @@ class _Field(NamedTuple):
     accepted: tuple[type, ...]
     limits: list[Limit]
     choices: Collection[str] | None
+    later: bool = False
 
 
 @cache
@@ -115,14 +124,20 @@ def _read(hint: Any) -> _Field:
     rules = getattr(hint, "__metadata__", ())
     plain = get_args(hint)[0] if rules else hint
     if get_origin(plain) is Literal:
-        return _Field((str,), [], get_args(plain))
+        return _Field((str,), [], get_args(plain), LATER in rules)
     accepted = get_args(plain) or (plain,)  # of a union its members
     accepted += (int,) if float in accepted else ()
     choices = [rule.choices for rule in rules if isinstance(rule, OneOf)]
-    return _Field(accepted, [rule for rule in rules if isinstance(rule, Limit)], choices[0] if choices else None)
+    limits = [rule for rule in rules if isinstance(rule, Limit)]
+    return _Field(accepted, limits, choices[0] if choices else None, LATER in rules)
 
 
 def identity(version: int, config: Any) -> str:
     """64 hexadecimal digits that stand for the resolved dataclass ``config`` under one version of its protocol."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    later = {name for name, field in _types(type(config)).items() if field.later}
+    values = {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default or field.name not in later
+    }
     return hashlib.sha256(json.dumps([version, values], sort_keys=True).encode()).hexdigest()

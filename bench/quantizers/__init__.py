@@ -9,10 +9,13 @@ ema        e follows an exponential moving average of its tokens; commitment onl
 l2         standard, with z and e on the unit sphere (Yu et al. 2022, ViT-VQGAN, section 3.2)
 ema_l2     ema on the unit sphere
 gumbel     a code sampled by nearness in training; no codebook loss (Jang et al. 2017; Ramesh et al. 2021, DALL-E)
+ibq        standard, with a gradient through the choice that reaches all codes (Shi et al. 2024)
+product    ema in several small codebooks, each for its share of the components (Jégou et al. 2011)
+bsq        the signs of log2 K projected components on the unit sphere (Zhao et al. 2024)
 fsq        each of a few projected components rounded to its own levels (Mentzer et al. 2024)
 lfq        the signs of log2 K projected components (Yu et al. 2024, MAGVIT-2)
 simvq      frozen codes, moved by one learned linear layer (Zhu et al. 2024)
-residual   two small codebooks, the second for what the first leaves over (Lee et al. 2022; Zeghidour et al. 2021)
+residual   several small codebooks, each for what is left over before it (Lee et al. 2022; Zeghidour et al. 2021)
 none       z as it is, without codes: what they cost shows beside it
 kl         a Gaussian per component, without codes; its rate is a divergence (Kingma & Welling 2014)
 ========== ============================================================================================
@@ -29,8 +32,17 @@ All arithmetic is float32 whatever the autocast: distances of nearby codes diffe
 
 from .codebook import GRADIENTS, Quantized, Quantizer, nearest
 from .continuous import KLQuantizer, NoQuantizer
-from .learned import EMAL2Quantizer, EMAQuantizer, GumbelQuantizer, L2Quantizer, StandardQuantizer
-from .packaged import FSQQuantizer, LFQQuantizer, ResidualQuantizer, SimVQQuantizer
+from .learned import (
+    EMAL2Quantizer,
+    EMAQuantizer,
+    GumbelQuantizer,
+    IBQQuantizer,
+    L2Quantizer,
+    ProductQuantizer,
+    StandardQuantizer,
+)
+from .packaged import ResidualQuantizer, SimVQQuantizer
+from .rounded import BSQQuantizer, FSQQuantizer, LFQQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "standard": StandardQuantizer,
@@ -38,6 +50,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "l2": L2Quantizer,
     "ema_l2": EMAL2Quantizer,
     "gumbel": GumbelQuantizer,
+    "ibq": IBQQuantizer,
+    "product": ProductQuantizer,
+    "bsq": BSQQuantizer,
     "fsq": FSQQuantizer,
     "lfq": LFQQuantizer,
     "simvq": SimVQQuantizer,
@@ -48,4 +63,4 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 # Of the entropy penalty, where Config leaves it open. Without it lfq falls to a handful of codes, and simvq, which
 # resets none, used half of 512 on the photographs and scored 0.8 dB lower. All others: none.
-ENTROPY_WEIGHT: dict[str, float] = {"lfq": 0.1, "simvq": 0.02}
+ENTROPY_WEIGHT: dict[str, float] = {"bsq": 0.1, "lfq": 0.1, "simvq": 0.02}

@@ -3,14 +3,19 @@
 Pure functions on tokens (N, d) and codebooks (K, d), both float32.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from bench.core.errors import UserError
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # distances held at once: about an L2 + L3 share, or a busy GPU
 ZERO_NORM = 1e-6  # shorter vectors have no direction
@@ -48,14 +53,17 @@ class Quantizer(nn.Module):
         gradient: str = "straight_through",
     ):
         super().__init__()
-        self.check(codebook_size)
         self.codebook_size, self.code_dim = codebook_size, code_dim
         self.beta, self.kmeans_init, self.entropy_weight = beta, kmeans_init, entropy_weight
         self.pass_gradient = GRADIENTS[gradient]
 
     @classmethod
-    def check(cls, codebook_size: int) -> None:
-        """Raises UserError where this quantizer cannot have so many codes, or lacks a package."""
+    def check(cls, codebook_size: int, code_dim: int, **settings: Any) -> None:
+        """Raises UserError where this quantizer, with such of its ``settings``, cannot have so many codes of such a
+        length, or lacks a package."""
+
+    def anneal(self, done: float) -> None:
+        """Tells, before each training step, which share of the training is ``done``, in [0, 1): schedules follow it."""
 
     def quantize(self, tokens: Tensor) -> Quantized:
         """Quantizes (N, d): z_q (N, d) and codes (N,)."""
@@ -141,6 +149,45 @@ def first_codes(
     vectors[len(order) :] += 0.01 * spread * torch.randn_like(vectors[len(order) :])
     vectors = normalise(vectors)
     return kmeans(tokens, vectors, normalise) if by_kmeans and len(tokens) > codebook_size else vectors
+
+
+def need(quantizer: str, rule: str, codebook_size: int, possible: Callable[[int], bool]) -> None:
+    """Raises UserError, naming the nearest K that will do, unless this one is ``possible``."""
+    if not possible(codebook_size):
+        around = (size for step in itertools.count(1) for size in (codebook_size - step, codebook_size + step))
+        fix = next(size for size in around if size > 0 and possible(size))
+        raise UserError(f"codebook_size is {codebook_size}; quantizer {quantizer!r} needs {rule}, such as {fix}")
+
+
+@functools.cache
+def factors(codebook_size: int, count: int) -> tuple[int, ...]:
+    """So many numbers whose product is K, as equal as they can be (by squared logarithm), falling; with 1 among them
+    where K has fewer prime factors."""
+
+    def factorisations(rest: int, least: int, count: int) -> list[tuple[int, ...]]:
+        if count == 1:
+            return [(rest,)]
+        firsts = [size for size in range(least, round(rest ** (1 / count)) + 1) if rest % size == 0]
+        return [(*more, first) for first in firsts for more in factorisations(rest // first, first, count - 1)]
+
+    return min(factorisations(codebook_size, 1, count), key=lambda sizes: sum(math.log(size) ** 2 for size in sizes))
+
+
+def digits(codes: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The indices (N, n) that ``codes`` (N,) stand for in n codebooks of ``sizes``: their digits, the highest first."""
+    found = []
+    for size in reversed(sizes):
+        found.append(codes % size)
+        codes = codes // size
+    return torch.stack(found[::-1], -1)
+
+
+def number(digits: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The inverse of ``digits``: (N, n) → (N,)."""
+    codes = torch.zeros_like(digits[:, 0])
+    for place, size in enumerate(sizes):
+        codes = codes * size + digits[:, place]
+    return codes
 
 
 def straight_through(tokens: Tensor, chosen: Tensor) -> Tensor:

@@ -1,13 +1,26 @@
 """Quantizers whose codes are learned: by gradient, or as moving averages of the tokens that choose them."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Quantized, Quantizer, all_reduce, first_codes, nearest
+from bench.core.errors import UserError
+
+from .codebook import Quantized, Quantizer, all_reduce, digits, factors, first_codes, nearest, need, number
+
+
+class Choice(NamedTuple):
+    """Codes (N,) of tokens (N, d), their vectors (N, d), z_q: these with a gradient; and what choosing adds to the
+    loss."""
+
+    codes: Tensor
+    chosen: Tensor
+    z_q: Tensor
+    cost: Tensor | float = 0.0
 
 
 class CodebookQuantizer(Quantizer):
@@ -30,11 +43,11 @@ class CodebookQuantizer(Quantizer):
         """Where tokens and codes live: everywhere, unless a sibling says otherwise. (N, d) → (N, d)."""
         return vectors
 
-    def choose(self, tokens: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (N,) of tokens (N, d), their vectors (N, d) in ``codebook`` (K, d), and z_q: these with a gradient."""
+    def choose(self, tokens: Tensor, codebook: Tensor) -> Choice:
+        """The code of each of tokens (N, d) in ``codebook`` (K, d)."""
         codes = nearest(tokens.detach(), codebook.detach())
         chosen = F.embedding(codes, codebook)
-        return codes, chosen, self.pass_gradient(tokens, chosen)
+        return Choice(codes, chosen, self.pass_gradient(tokens, chosen))
 
     def learning_loss(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """The term that trains the codebook by gradient, if any. Both (N, d); β must not enter it."""
@@ -54,9 +67,9 @@ class CodebookQuantizer(Quantizer):
         if self.training and self.revive_after:
             self._revive(tokens.detach())  # before the look-up, so that a revived code is used at once
         codebook = self.normalise(self.codebook)
-        codes, chosen, z_q = self.choose(tokens, codebook)
+        codes, chosen, z_q, cost = self.choose(tokens, codebook)
         distortion = F.mse_loss(tokens.detach(), chosen.detach())
-        loss = self.beta * F.mse_loss(tokens, chosen.detach()) + self.learning_loss(tokens, chosen)
+        loss = self.beta * F.mse_loss(tokens, chosen.detach()) + self.learning_loss(tokens, chosen) + cost
         kept = codebook.clone()  # a moving average moves before the backward pass
         loss = loss + self.entropy_loss(tokens, kept, distortion)
         if self.training:
@@ -152,26 +165,120 @@ class GumbelQuantizer(CodebookQuantizer):
     distance, per component, to the nearest code, so the scale of space is indifferent. In training the decoder sees one
     code k = argmax(ln p + Gumbel noise), a sample of p, and the gradient is that of Σ y_k e_k with
     y = softmax((ln p + noise) / ``temperature``): the straight-through Gumbel-softmax (Jang et al. 2017, section 2.2).
-    In eval mode k is the nearest code. There is no codebook loss, and no KL term to the uniform prior: β weighs the
-    commitment to the sampled code, ``entropy_weight`` spreads codes. Training holds several N×K matrices of float32.
+    In eval mode k is the nearest code. There is no codebook loss; β weighs the commitment to the sampled code, and
+    ``uniform_weight`` KL(p ‖ uniform) = ln K − H(p) in nats per token, which keeps choices open, as DALL-E has it. The
+    temperature falls geometrically from ``temperature`` to ``temperature_end`` over the training, where that is given.
+    Training holds several N×K matrices of float32.
     """
 
     settings = ("beta", "revive_after", "kmeans_init", "entropy_weight", "temperature")
+    settings += ("temperature_end", "uniform_weight")
 
-    def __init__(self, codebook_size: int, code_dim: int, *, temperature: float = 1.0, **shared: Any):
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        *,
+        temperature: float = 1.0,
+        temperature_end: float | None = None,
+        uniform_weight: float = 0.0,
+        **shared: Any,
+    ):
         super().__init__(codebook_size, code_dim, **shared)
-        self.temperature = temperature
+        self.temperature, self.uniform_weight = temperature, uniform_weight
+        self.temperatures = temperature, temperature if temperature_end is None else temperature_end
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
-    def choose(self, tokens: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def anneal(self, done: float) -> None:
+        first, last = self.temperatures
+        self.temperature = first * (last / first) ** done
+
+    def noise(self, logits: Tensor) -> Tensor:
+        """What is added to ``logits`` (N, K) before a code is chosen: Gumbel noise."""
+        return -torch.rand_like(logits).log_().neg_().log_()  # exponential_() takes CPUs several times as long
+
+    def choose(self, tokens: Tensor, codebook: Tensor) -> Choice:
         if not self.training:
             return super().choose(tokens, codebook)
         nearness = torch.addmm(codebook.square().sum(1), tokens, codebook.T, beta=-1, alpha=2)  # ‖x‖² − ‖x − e‖²
         with torch.no_grad():
             variance = (tokens.square().sum(1) - nearness.amax(1)).mean() / self.code_dim
         logits = nearness / (2 * variance.clamp_min(1e-12))
-        noisy = logits - torch.rand_like(logits).log_().neg_().log_()  # exponential_() takes CPUs several times as long
+        noisy = logits + self.noise(logits)
         codes = noisy.argmax(1)
         chosen = F.embedding(codes, codebook)
         soft = (noisy / self.temperature).softmax(1) @ codebook.detach()
-        return codes, chosen, chosen + (soft - soft.detach())
+        cost = self.uniform_weight * _from_uniform(logits) if self.uniform_weight else 0.0
+        return Choice(codes, chosen, chosen + (soft - soft.detach()), cost)
+
+
+def _from_uniform(logits: Tensor) -> Tensor:
+    """KL(softmax(logits) ‖ uniform) in nats, mean over the rows of (N, K)."""
+    log_p = logits.log_softmax(1)
+    return (log_p.exp() * log_p).sum(1).mean() + math.log(logits.shape[1])
+
+
+class IBQQuantizer(GumbelQuantizer):
+    """Index backpropagation: the choice itself has a gradient, so that every code learns from every token.
+
+    The decoder sees the nearest code; the gradient is that of Σ p_k e_k with p = softmax(−‖x − e‖² / 2σ²), gumbel's
+    without the noise; losses are those of standard. Shi et al. 2024, "Scalable Image Tokenization with Index
+    Backpropagation Quantization", section 3.2; there nearness is the inner product, by which, of codes that start at
+    tokens, the long ones would take all. Training holds several N×K matrices of float32.
+    """
+
+    settings = ("beta", "revive_after", "kmeans_init", "entropy_weight")
+
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits[:, :1])
+
+    def learning_loss(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        return F.mse_loss(chosen, tokens.detach())
+
+
+class ProductQuantizer(Quantizer):
+    """Several codebooks, of sizes whose product is K: each quantizes its share of the d components by itself.
+
+    A code is the number that their indices write. Each of the ``codebooks`` is a moving average, as in ema; losses are
+    means over components. Jégou et al. 2011, "Product Quantization for Nearest Neighbor Search", section II.
+    """
+
+    settings = ("beta", "revive_after", "kmeans_init", "gradient", "ema_decay", "codebooks")
+
+    def __init__(self, codebook_size: int, code_dim: int, *, codebooks: int = 2, **shared: Any):
+        self.check(codebook_size, code_dim, codebooks=codebooks)
+        super().__init__(codebook_size, code_dim)
+        self.sizes = factors(codebook_size, codebooks)
+        self.widths = [len(part) for part in torch.arange(code_dim).tensor_split(codebooks)]
+        parts = zip(self.sizes, self.widths, strict=True)
+        self.parts = nn.ModuleList(EMAQuantizer(size, width, **shared) for size, width in parts)
+
+    @classmethod
+    def check(cls, codebook_size: int, code_dim: int, *, codebooks: int = 2, **settings: Any) -> None:
+        """Raises UserError unless K is a product of so many numbers above 1, and d has a component for each."""
+        rule = f"a product of {codebooks} numbers above 1"
+        need("product", rule, codebook_size, lambda size: min(factors(size, codebooks)) > 1)
+        if code_dim < codebooks:
+            raise UserError(f"code_dim is {code_dim}; quantizer 'product' needs {codebooks}, a component per codebook")
+
+    def quantize(self, tokens: Tensor) -> Quantized:
+        """Each share by its own part."""
+        found = [part.quantize(share) for part, share in zip(self.parts, tokens.split(self.widths, 1), strict=True)]
+        weights = [width / self.code_dim for width in self.widths]
+        loss, distortion = (
+            sum(weight * value for weight, value in zip(weights, values, strict=True))
+            for values in ([one.loss for one in found], [one.distortion for one in found])
+        )
+        codes = number(torch.stack([one.codes for one in found], 1), self.sizes)
+        return Quantized(torch.cat([one.z_q for one in found], 1), codes, loss, distortion)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """The vectors that its digits stand for, side by side."""
+        indices = digits(codes.flatten(), self.sizes).unbind(1)
+        shares = [part.vectors(index) for part, index in zip(self.parts, indices, strict=True)]
+        return torch.cat(shares, 1).view(*codes.shape, self.code_dim)
+
+    def start(self, tokens: Tensor) -> None:
+        """Each codebook at its share of the tokens."""
+        for part, share in zip(self.parts, tokens.split(self.widths, 1), strict=True):
+            part.start(share)

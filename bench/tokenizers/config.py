@@ -64,8 +64,9 @@ class Config:
     """timm:MODEL: start the encoder from timm's weights"""
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "ema"
     """how the codebook learns: standard (codebook loss), ema (moving average), l2 or ema_l2 (unit sphere), gumbel
-    (sampled codes); fsq, lfq, simvq, residual, of an optional package; or, as references without codes, none (the
-    latent as it is) and kl (a Gaussian latent), which have no use for codebook_size"""
+    (sampled codes), ibq (gradient through the choice), product (several codebooks side by side), bsq (signs on a
+    sphere); fsq, lfq, simvq, residual, of an optional package; or, as references without codes, none (the latent as it
+    is) and kl (a Gaussian latent), which have no use for codebook_size"""
     data: str = "photos"
     """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
     train_images: Natural = 0
@@ -93,12 +94,22 @@ class Config:
     """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
     temperature: Positive = 1.0
     """gumbel: temperature of the soft choice of a code in training"""
+    temperature_end: Annotated[float | None, settings.ABOVE_0, settings.LATER] = None
+    """gumbel: the temperature that training ends with, reached geometrically; unless given, it stays as it is"""
+    uniform_weight: Annotated[Weight, settings.LATER] = 0.0
+    """gumbel: weight of the divergence of soft choices from the uniform, in nats per token (DALL-E's KL term)"""
+    codebooks: Annotated[Count, settings.at_most(16), settings.LATER] = 2
+    """residual, product: how many codebooks there are, the product of whose sizes is codebook_size"""
     kl_weight: Weight = 1e-2
     """kl: weight of the divergence from the unit Gaussian, in nats per component of the latent"""
     revive_after: Natural = 50
     """a code that missed this many times its equal share of tokens is reset to a random token; 0 never resets"""
     reconstruction: Literal["l1", "l2"] = "l2"
     """pixel loss on [-1, 1]: mean absolute or mean squared error"""
+    reconstruction_weight: Annotated[Weight, settings.LATER] = 1.0
+    """weight of the pixel loss"""
+    reconstruction_end: Annotated[float | None, settings.NOT_NEGATIVE, settings.LATER] = None
+    """its weight at the end of training, reached linearly; unless given, it stays as it is"""
     lpips_weight: Weight = 0.05
     """weight of the perceptual loss; 0 leaves it out"""
     lpips_net: Literal["alex", "vgg"] = "alex"
@@ -203,11 +214,13 @@ class Config:
         for field in fields(self):
             if field.name not in known or field.name in QUANTIZERS[self.quantizer].settings:
                 continue
-            value, default = getattr(given, field.name), field.default or 0.0  # an open entropy_weight is none
-            if value != default:
+            value = getattr(given, field.name)
+            if value not in (field.default, field.default or 0.0):  # an open entropy_weight is none
                 choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
                 raise _useless(field.name, value, f"quantizer {self.quantizer!r}", choices)
-        QUANTIZERS[self.quantizer].check(self.codebook_size)
+        quantizer = QUANTIZERS[self.quantizer]
+        own = {name: getattr(given, name) for name in quantizer.settings}
+        quantizer.check(self.codebook_size, self.code_dim, **own)
 
 
 def _useless(name: str, value: Any, chosen: str, users: list[str]) -> UserError:

@@ -54,12 +54,13 @@ class TokenizerLearner:
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """One update of the tokenizer and, on the same batch, one of the discriminator."""
         config, adversary = self.config, self.adversary
+        self.model.quantizer.anneal(step / config.steps)
         x = batch(self.images, config.seed, step, config.batch_size, config.augment, config.device)
         with self.autocast:
             x_hat, quantized = self.model(x)
         x_hat = x_hat.float()
         losses = {"reconstruction": RECONSTRUCTION[config.reconstruction](x_hat, x), "quantizer": quantized.loss}
-        loss = losses["reconstruction"] + losses["quantizer"]
+        loss = reconstruction_weight(config, step) * losses["reconstruction"] + losses["quantizer"]
         if self.lpips is not None:
             with self.autocast:
                 losses["lpips"] = self.lpips(x_hat, x).mean()
@@ -106,6 +107,13 @@ class TokenizerLearner:
         if "bits_per_image" in row:
             words.append(f"bits per image {row['bits_per_image']:.0f}")
         return "  ".join(words)
+
+
+def reconstruction_weight(config: Config, step: int) -> float:
+    """Weight of the pixel loss in training step ``step``, from 0: linear between its first and its last."""
+    first = config.reconstruction_weight
+    last = first if config.reconstruction_end is None else config.reconstruction_end
+    return first + (last - first) * step / max(1, config.steps - 1)
 
 
 @torch.no_grad()

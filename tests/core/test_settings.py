@@ -8,6 +8,7 @@ import pytest
 
 from bench.core.errors import UserError
 from bench.core.settings import (
+    LATER,
     NOT_NEGATIVE,
     Count,
     Features,
@@ -93,6 +94,18 @@ def test_an_identity_is_that_of_version_and_values():
     ids = {identity(1, Toy()), identity(2, Toy()), identity(1, Toy(count=2)), identity(1, Toy(name="other"))}
     assert len(ids) == 4
     assert identity(1, Toy()) == identity(1, Toy(count=1))
+
+
+def test_a_later_field_is_part_of_an_identity_unless_it_stands_at_its_default():
+    """So that runs of before it existed keep the ids that they have."""
+
+    @dataclass(frozen=True)
+    class Grown(Toy):
+        further: Annotated[float | None, NOT_NEGATIVE, LATER] = None
+        kind: Annotated[Literal["a", "b"], LATER] = "a"
+
+    assert identity(1, Grown()) == identity(1, Toy())
+    assert len({identity(1, Grown()), identity(1, Grown(further=0.0)), identity(1, Grown(kind="b"))}) == 3
 
 
 @pytest.mark.parametrize(

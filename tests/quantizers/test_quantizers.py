@@ -1,5 +1,7 @@
 """Properties that every quantizer shares, and the bugs that public quantizers shipped."""
 
+import copy
+import itertools
 import math
 import re
 import sys
@@ -24,15 +26,18 @@ from bench.quantizers import QUANTIZERS
 from bench.quantizers import codebook as parts
 from bench.quantizers.codebook import (
     chunk_rows,
+    digits,
     entropy_penalty,
+    factors,
     first_codes,
     kmeans,
     nearest,
+    number,
     rotate,
     straight_through,
 )
-from bench.quantizers.learned import StandardQuantizer
-from bench.quantizers.packaged import LEVELS, fsq_levels, residual_sizes
+from bench.quantizers.learned import StandardQuantizer, _from_uniform
+from bench.quantizers.rounded import LEVELS, bit_entropy, fsq_levels
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.tokenizer import Tokenizer
 from bench.tokenizers.train import train
@@ -40,12 +45,15 @@ from bench.tokenizers.train import train
 K, D = 16, 5
 UNUSED = {  # settings that cannot apply to all, and why some have no use for them
     "beta": "fsq bounds its components, there is nothing to commit, nor is there without codes",
-    "revive_after": "fsq and lfq have no codebook, simvq's is frozen, residual's two are short",
-    "kmeans_init": "fsq and lfq have no codebook",
-    "entropy_weight": "fsq and residual get by without",
-    "gradient": "gumbel's is the soft choice's; fsq and lfq round, where the direction of a whole vector means nothing",
+    "revive_after": "fsq, lfq and bsq have no codebook, simvq's is frozen, residual's are short",
+    "kmeans_init": "fsq, lfq and bsq have no codebook",
+    "entropy_weight": "fsq, residual and product get by without",
+    "gradient": "gumbel's and ibq's is the soft choice's; fsq, lfq, bsq round: the direction of a vector means nothing",
     "ema_decay": "for moving averages",
+    "codebooks": "for several",
     "temperature": "for the soft choice",
+    "temperature_end": "for the soft choice",
+    "uniform_weight": "for the soft choice",
     "kl_weight": "for the Gaussian latent",
 }
 
@@ -53,10 +61,10 @@ UNUSED = {  # settings that cannot apply to all, and why some have no use for th
 NO_CODES = {"none", "kl"}
 NEEDLESS = {  # by whom, where all others have to heed them
     "beta": {"fsq", *NO_CODES},
-    "revive_after": {"fsq", "lfq", "simvq", "residual", *NO_CODES},
-    "kmeans_init": {"fsq", "lfq", *NO_CODES},
-    "entropy_weight": {"fsq", "residual", *NO_CODES},
-    "gradient": {"gumbel", "fsq", "lfq", *NO_CODES},
+    "revive_after": {"fsq", "lfq", "bsq", "simvq", "residual", *NO_CODES},
+    "kmeans_init": {"fsq", "lfq", "bsq", *NO_CODES},
+    "entropy_weight": {"fsq", "residual", "product", *NO_CODES},
+    "gradient": {"gumbel", "ibq", "fsq", "lfq", "bsq", *NO_CODES},
 }
 
 
@@ -73,7 +81,7 @@ def having(setting: str):
 every = pytest.mark.parametrize("name", QUANTIZERS)
 # What is said of codes says nothing of latents that have none: those are in test_continuous.py.
 every_with_codes = pytest.mark.parametrize("name", [name for name, kind in QUANTIZERS.items() if kind.discrete])
-with_codebook = having("revive_after")
+with_codebook = pytest.mark.parametrize("name", [name for name in users("revive_after") if name != "product"])
 SPHERICAL = ("l2", "ema_l2")
 
 
@@ -528,7 +536,9 @@ def test_entropy_penalty_holds_the_variance():
     assert variance.grad is None
 
 
-@having("entropy_weight")
+@pytest.mark.parametrize(
+    "name", [name for name in users("entropy_weight") if name != "bsq"]
+)  # whose bits have their own
 def test_entropy_penalty_is_of_the_tokens_that_compete_for_the_codes(name):
     """With the variance that they have about their codes; its gradient reaches the encoder. Codes as they were before
     this step."""
@@ -556,7 +566,7 @@ def test_entropy_penalty_is_of_the_tokens_that_compete_for_the_codes(name):
 @every
 def test_entropy_weight_left_open_is_the_quantizer_s_own(name, tiny):
     config = replace(tiny, quantizer=name)
-    assert config.resolved().entropy_weight == {"lfq": 0.1, "simvq": 0.02}.get(name, 0)
+    assert config.resolved().entropy_weight == {"bsq": 0.1, "lfq": 0.1, "simvq": 0.02}.get(name, 0)
     if name in users("entropy_weight"):
         assert Tokenizer(config).quantizer.entropy_weight == config.resolved().entropy_weight
 
@@ -631,8 +641,9 @@ def test_gumbel_samples_its_posterior_and_argmax_is_nearest():
 def test_eval_mode_changes_nothing(name):
     """Statistics that move during evaluation leak the validation set into the codebook (bug 5)."""
     quantizer = make(name, **({"revive_after": 1} if name in users("revive_after") else {})).eval()
-    if name in users("revive_after"):
-        quantizer.idle.fill_(10**6)  # in training all codes would be replaced
+    for part in quantizer.modules():
+        if hasattr(part, "idle"):
+            part.idle.fill_(10**6)  # in training all codes would be replaced
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     for _ in range(3):
         quantizer(grid())
@@ -1066,10 +1077,33 @@ def test_fsq_levels_are_the_nearest_to_six_by_squares_not_by_absolute_values(cod
 
 @given(st.integers(2, 70000))
 def test_products_are_exact(codebook_size):
-    levels, sizes = fsq_levels(codebook_size), residual_sizes(codebook_size)
+    levels = fsq_levels(codebook_size)
     assert not levels or math.prod(levels) == codebook_size
+
+
+@given(st.integers(1, 70000), st.integers(1, 6))
+def test_factors_have_k_as_their_product_and_fall(codebook_size, count):
+    sizes = factors(codebook_size, count)
     assert math.prod(sizes) == codebook_size
-    assert sizes[0] >= sizes[1] >= 1
+    assert len(sizes) == count
+    assert sorted(sizes, reverse=True) == list(sizes)
+    assert min(sizes) >= 1
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "found"),
+    [(512, (32, 16)), (512, (8, 8, 8)), (12, (4, 3)), (1000, (10, 10, 10)), (7, (7, 1)), (2**24, (64,) * 4)],
+)
+def test_factors_are_as_equal_as_they_can_be(codebook_size, found):
+    assert factors(codebook_size, len(found)) == found
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_digits_are_all_combinations_in_their_order_and_number_is_their_inverse(sizes):
+    codes = torch.arange(math.prod(sizes))
+    found = digits(codes, sizes)
+    assert found.tolist() == [list(indices) for indices in itertools.product(*map(range, sizes))]
+    assert torch.equal(number(found, sizes), codes)
 
 
 @pytest.mark.parametrize(
@@ -1081,11 +1115,14 @@ def test_products_are_exact(codebook_size):
         ("lfq", 1, "2"),
         ("residual", 509, "508"),
         ("residual", 2, "4"),
+        ("product", 509, "508"),
+        ("bsq", 500, "512"),
+        ("bsq", 1, "2"),
     ],
 )
 def test_a_codebook_that_cannot_be_is_refused_with_the_nearest_that_can(name, size, fix, tiny):
     levels = f"a product of {min(LEVELS)} to {max(LEVELS)} levels a component"
-    rule = {"fsq": levels, "lfq": "a power of two", "residual": "a product of two numbers above 1"}[name]
+    rule = {"fsq": levels, "lfq": "a power of two", "bsq": "a power of two"}.get(name, "a product of 2 numbers above 1")
     for attempt in (
         lambda: replace(tiny, quantizer=name, codebook_size=size).check(),
         lambda: QUANTIZERS[name](size, D),
@@ -1142,7 +1179,7 @@ def test_weight_decay_spares_simvq_s_matrix():
 @pytest.mark.parametrize("setting", UNUSED)
 @every
 def test_a_setting_without_effect_is_refused(name, setting, tiny):
-    value = {"gradient": "rotation", "kmeans_init": True, "revive_after": 7}.get(setting, 0.5)
+    value = {"gradient": "rotation", "kmeans_init": True, "revive_after": 7, "codebooks": 3}.get(setting, 0.5)
     config = replace(tiny, quantizer=name, **{setting: value})
     if name in users(setting):
         config.check()
@@ -1166,7 +1203,11 @@ def test_a_quantizer_by_itself_has_the_defaults_of_config(name):
     assert quantizer.pass_gradient is parts.GRADIENTS[config["gradient"]]
     assert quantizer.entropy_weight == getattr(quantizer, "revive_after", 0) == 0
     if name in users("ema_decay"):
-        decay = quantizer.codec.layers[0]._codebook.decay if name == "residual" else quantizer.ema_decay
+        parted = {
+            "residual": lambda: quantizer.codec.layers[0]._codebook.decay,
+            "product": lambda: quantizer.parts[1].ema_decay,
+        }
+        decay = parted[name]() if name in parted else quantizer.ema_decay
         assert decay == config["ema_decay"]
 
 
@@ -1218,7 +1259,7 @@ def test_one_token(name):
 
 
 @pytest.mark.parametrize("kmeans_init", [False, True])
-@pytest.mark.parametrize("name", users("kmeans_init"))
+@pytest.mark.parametrize("name", [name for name in users("kmeans_init") if name != "product"])
 def test_one_number_starts_a_codebook(name, kmeans_init):
     """One token of one component has no spread to jitter by."""
     quantizer = QUANTIZERS[name](K, 1, kmeans_init=kmeans_init)
@@ -1226,7 +1267,7 @@ def test_one_number_starts_a_codebook(name, kmeans_init):
     assert quantizer.lookup(torch.arange(K).view(1, 1, K)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*users("revive_after"), "simvq"])
+@pytest.mark.parametrize("name", [*(name for name in users("revive_after") if name != "product"), "simvq"])
 def test_one_code(name):
     quantizer = QUANTIZERS[name](1, D)
     out = quantizer(torch.randn(1, D, 1, 1))
@@ -1398,3 +1439,132 @@ def test_processes_share_their_statistics(tmp_path, name):
     x = torch.randn(2, 30, D, generator=torch.Generator().manual_seed(6)).flatten(0, 1).requires_grad_()
     entropy_penalty(x, z[0].flatten(1).T, torch.tensor(0.5)).backward()
     torch.testing.assert_close(torch.cat(gradients) / 2, x.grad)
+
+
+# ------------------------------------------------------------------------------------------------- choices, bits, parts
+
+
+def test_ibq_sees_the_nearest_code_and_its_gradient_is_that_of_all_of_them_by_nearness():
+    """Value: the code. Gradient: of Σ p_k e_k for the tokens, with the codes' own vectors held, and for the chosen code
+    its own on top; losses as in standard."""
+    quantizer, z, weights = make("ibq", beta=0.3), grid().requires_grad_(), torch.randn(48, D)
+    out = quantizer(z)
+    e, x = quantizer.codebook.detach().double(), flat(z).detach().double().requires_grad_()
+    squares = torch.cdist(x, e).square()
+    assert torch.equal(out.codes.flatten(), squares.argmin(1))
+    variance = squares.amin(1).mean().detach() / D
+    p = (-squares / (2 * variance)).softmax(1)
+    nearest_ones = e[out.codes.flatten()]
+    ((p @ e) * weights.double()).sum().backward()
+    by_choice = torch.autograd.grad((flat(out.z_q) * weights).sum(), z, retain_graph=True)[0]
+    torch.testing.assert_close(flat(by_choice), x.grad.float(), atol=1e-4, rtol=1e-3)
+    loss = (1 + 0.3) * (x.detach() - nearest_ones).square().mean()
+    torch.testing.assert_close(out.loss.double(), loss, check_dtype=False)
+
+
+def test_ibq_s_gradient_reaches_every_code_and_standard_s_does_not():
+    reached = {}
+    for name in ("ibq", "standard"):
+        quantizer = make(name)
+        quantizer.initialise(3 * grid(batch=6))
+        out = quantizer(grid(batch=1, side=2).requires_grad_())  # four tokens
+        out.z_q.square().sum().backward()
+        grads = quantizer.codebook.grad
+        reached[name] = 0 if grads is None else int((grads.abs().sum(1) > 0).sum())
+    assert reached == {"ibq": K, "standard": 0}
+
+
+def test_bsq_s_codes_are_the_sign_patterns_on_the_unit_sphere():
+    quantizer = make("bsq").eval()
+    out = quantizer(grid())
+    signs = quantizer.project_in(flat(grid())).sign()
+    torch.testing.assert_close(flat(out.z_q), quantizer.project_out(signs / 2))  # 1/√4: of length 1
+    bits = (signs > 0).long()
+    assert torch.equal(out.codes.flatten(), (bits * torch.tensor([1, 2, 4, 8])).sum(1))
+
+
+def test_bsq_passes_the_gradient_straight_through_to_the_sphere():
+    quantizer, z, weights = make("bsq"), grid().requires_grad_(), torch.randn(48, D)
+    (flat(quantizer(z).z_q) * weights).sum().backward()
+    x = flat(grid()).requires_grad_()
+    (F.normalize(quantizer.project_in(x), dim=1) * (weights @ quantizer.project_out.weight)).sum().backward()
+    torch.testing.assert_close(flat(z.grad), x.grad)
+
+
+def test_the_entropy_of_bits_is_that_of_all_codes_when_bits_are_independent():
+    """E[H] is exact: the bits of a code, given its token, are independent. Value and gradient in float64; at its least
+    when sure and even, 0 when all tokens are alike."""
+    torch.manual_seed(0)
+    x, level, variance = torch.randn(30, 3, dtype=torch.float64, requires_grad=True), 0.6, torch.tensor(0.4)
+    patterns = torch.cartesian_prod(*[torch.tensor([-level, level], dtype=torch.float64)] * 3)
+    p = (-torch.cdist(x, patterns).square() / (2 * variance.double())).softmax(1)
+    one = (p[:, :, None] * (patterns > 0)).sum(1).mean(0)
+    expected = -(p * p.log()).sum(1).mean() + (one * one.log() + (1 - one) * (1 - one).log()).sum()
+    found = bit_entropy(x, level, variance.double())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in (found, expected)))
+    even = 100 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert bit_entropy(even, 0.5, variance).item() == pytest.approx(-2 * math.log(2), abs=1e-4)
+    assert bit_entropy(torch.ones(4, 2), 0.5, variance).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_product_codes_decode_by_parts():
+    """Each half of z by a quantizer of its own, as ema has it; the code writes both indices."""
+    quantizer = make("product", beta=0.3)
+    quantizer.initialise(grid(batch=6))
+    halves = [copy.deepcopy(part) for part in quantizer.parts]
+    out = quantizer(grid())
+    assert [part.code_dim for part in halves] == [3, 2]
+    first, second = halves[0](grid()[:, :3]), halves[1](grid()[:, 3:])
+    assert torch.equal(out.z_q, torch.cat([first.z_q, second.z_q], 1))
+    assert torch.equal(out.codes, 4 * first.codes + second.codes)
+    torch.testing.assert_close(out.loss, 0.6 * first.loss + 0.4 * second.loss)
+    torch.testing.assert_close(out.distortion, (flat(grid()) - flat(out.z_q)).square().mean())
+    assert all(
+        torch.equal(value, other.state_dict()[key])
+        for part, other in zip(quantizer.parts, halves, strict=True)
+        for key, value in part.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_three_codebooks_write_one_code(name):
+    quantizer = QUANTIZERS[name](8, 6, codebooks=3).eval()
+    assert quantizer.sizes == (2, 2, 2)
+    z = torch.randn(2, 6, 4, 4)
+    quantizer.initialise(z)
+    out = quantizer(z)
+    torch.testing.assert_close(quantizer.lookup(out.codes), out.z_q, atol=1e-6, rtol=1e-6)
+    assert set(out.codes.flatten().tolist()) <= set(range(8))
+    every_code = quantizer.lookup(torch.arange(8).view(1, 1, 8))[0, :, 0].T
+    assert len(every_code.unique(dim=0)) == 8
+
+
+def test_more_codebooks_than_components_are_refused(tiny):
+    with pytest.raises(UserError, match="code_dim is 2; quantizer 'product' needs 3, a component per codebook"):
+        replace(tiny, quantizer="product", code_dim=2, codebooks=3, codebook_size=8).check()
+
+
+def test_gumbel_s_divergence_from_the_uniform_is_in_nats_per_token():
+    outs = []
+    for weight in (0.0, 0.5):
+        quantizer = make("gumbel", uniform_weight=weight)
+        torch.manual_seed(3)
+        outs.append(quantizer(grid()))
+    squares = torch.cdist(flat(grid()).double(), quantizer.codebook.detach().double()).square()
+    p = (-squares / (2 * squares.amin(1).mean() / D)).softmax(1)
+    expected = (p * (p * K).log()).sum(1).mean()
+    torch.testing.assert_close((outs[1].loss - outs[0].loss).double(), 0.5 * expected, atol=1e-4, rtol=1e-4)
+    assert _from_uniform(torch.zeros(3, 7)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gumbel_s_temperature_falls_geometrically_to_its_end(tiny):
+    quantizer = make("gumbel", temperature=2.0, temperature_end=0.5)
+    found = []
+    for done in (0.0, 0.5, 1.0):
+        quantizer.anneal(done)
+        found.append(quantizer.temperature)
+    assert found == pytest.approx([2.0, 1.0, 0.5])
+    steady = make("gumbel", temperature=2.0)
+    steady.anneal(0.7)
+    assert steady.temperature == 2.0

@@ -208,7 +208,8 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
     **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
     **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
-    "kl_weight": 0.5,
+    **{"kl_weight": 0.5, "temperature_end": 0.5, "uniform_weight": 0.5, "codebooks": 3},
+    **{"reconstruction_weight": 0.5, "reconstruction_end": 0.5},
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
     **{"gan_ramp": 0.25, "gan_warmup": 0.25, "gan_loss": "nonsaturating", "gan_adaptive": False, "gan_lr": 0.5},
     **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},
@@ -296,7 +297,7 @@ def test_of_two_presets_the_last_one_counts(word, capsys):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_an_open_entropy_weight_is_the_quantizers_own(config, quantizer):
-    usual = {"lfq": 0.1, "simvq": 0.02}.get(quantizer, 0.0)
+    usual = {"bsq": 0.1, "lfq": 0.1, "simvq": 0.02}.get(quantizer, 0.0)
     opened = replace(config, quantizer=quantizer)
     assert opened.resolved().entropy_weight == usual
     assert replace(opened, entropy_weight=0.7).resolved().entropy_weight == 0.7
@@ -393,7 +394,7 @@ def test_the_choices_of_a_type_are_those_that_there_are(name, variants):
         ({"final_conv": True}, "vit, mamba, bimamba, hybrid"),
         ({"pretrained": True}, "timm:MODEL"),
         ({"temperature": 0.5}, "gumbel"),
-        ({"ema_decay": 0.5, "quantizer": "l2"}, "ema, ema_l2, residual"),
+        ({"ema_decay": 0.5, "quantizer": "l2"}, "ema, ema_l2, product, residual"),
         ({"entropy_weight": 0.5, "quantizer": "fsq"}, "standard, "),
         ({"beta": 0.5, "quantizer": "fsq"}, "standard, "),
         ({"revive_after": 9, "quantizer": "lfq"}, "standard, "),
@@ -555,3 +556,8 @@ def test_a_setting_of_another_kind_is_one_sentence_whichever_it_is(config, chang
 def test_a_command_for_nothing_is_told(flag):
     with pytest.raises(UserError, match=f"^{flag} needs at least one value$"):
         parse(RunArguments, [flag, "--preset", "smoke"], "x", "").configs()
+
+
+def test_runs_of_before_later_fields_existed_keep_their_ids(config):
+    """The id that this config had before there were any."""
+    assert config.run_id() == "convnext-ema-774245e58bfb"

@@ -151,11 +151,11 @@ def test_settings_of_the_quantizer_reach_it(tiny, monkeypatch, quantizer):
 
     monkeypatch.setitem(QUANTIZERS, quantizer, Recorded)
     values = {"beta": 0.7, "ema_decay": 0.8, "kmeans_init": True, "gradient": "rotation", "temperature": 0.4}
-    values["kl_weight"] = 0.3
+    values |= {"kl_weight": 0.3, "temperature_end": 0.1, "uniform_weight": 0.2, "codebooks": 3}
     config = replace(
         tiny, quantizer=quantizer, codebook_size=64, code_dim=5, revive_after=9, entropy_weight=None, **values
     )
-    values |= {"revive_after": 9, "entropy_weight": {"lfq": 0.1, "simvq": 0.02}.get(quantizer, 0.0)}
+    values |= {"revive_after": 9, "entropy_weight": {"bsq": 0.1, "lfq": 0.1, "simvq": 0.02}.get(quantizer, 0.0)}
     Tokenizer(config)
     assert given == {"sizes": (64, 5), **{name: values[name] for name in real.settings}}
 

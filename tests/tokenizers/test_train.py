@@ -108,6 +108,27 @@ def test_terms_are_logged_unweighted(watch, tiny, toys):
             assert row["distortion"] == pytest.approx(float(quantized.distortion), rel=1e-5)
 
 
+def test_the_weight_of_the_pixel_loss_scales_its_gradient_alone(watch, tiny, toys):
+    """Linearly from its first value to its last over the steps; logged unweighted."""
+    config = replace(tiny, steps=3, grad_clip=0.0, lpips_weight=0.0, lr=1e-9)
+    for name, weights in (("constant", (2.0, None)), ("rising", (1.0, 3.0)), ("ending", (1.0, 0.0))):
+        first, last = weights
+        trained = watch.train(replace(config, reconstruction_weight=first, reconstruction_end=last), name)
+        expected = np.linspace(first, first if last is None else last, 3)
+        for weight, step, row, (x, *_) in zip(expected, trained.steps, trained.rows, toys[-1].seen, strict=True):
+            colour = torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1).requires_grad_()
+            loss = F.mse_loss(colour.expand_as(x), x)
+            loss.backward()
+            found = next(gradient for gradient in step.gradients if gradient.shape == (1, 3, 1, 1))
+            torch.testing.assert_close(found, weight * colour.grad, rtol=1e-4, atol=1e-6, check_dtype=False)
+            assert row["reconstruction"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_schedules_follow_the_share_of_the_steps_that_is_done(watch, tiny, toys):
+    watch.train(replace(tiny, steps=4))
+    assert toys[-1].quantizer.annealed == [0.0, 0.25, 0.5, 0.75]
+
+
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_the_perceptual_loss_is_lpips_of_images_in_its_range(watch, tiny, toys, net):
     """Logged as it is and added by its weight: the gradient at the colour is that of the sum, in [-1, 1]."""
@@ -426,9 +447,14 @@ CHANGES = {
     "entropy_weight": 0.1,
     "gradient": "rotation",
     "temperature": 0.5,
+    "temperature_end": 0.1,
+    "uniform_weight": 0.5,
+    "codebooks": 3,
     "kl_weight": 0.5,
     "revive_after": 1,
     "reconstruction": "l1",
+    "reconstruction_weight": 0.5,
+    "reconstruction_end": 0.5,
     "lpips_weight": 0.5,
     "lpips_net": "vgg",
     "gan_weight": 1.0,
@@ -481,9 +507,14 @@ PROPERTIES = {
     "entropy_weight": "tokenizers/test_train.py::test_entropy_weight_scales_the_penalty",
     "gradient": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
     "temperature": "tokenizers/test_train.py::test_gradient_and_temperature_change_the_encoder_s_gradient_alone",
+    "temperature_end": "tokenizers/test_train.py::test_schedules_follow_the_share_of_the_steps_that_is_done",
+    "uniform_weight": "quantizers/test_quantizers.py::test_gumbel_s_divergence_from_the_uniform_is_in_nats_per_token",
+    "codebooks": "quantizers/test_quantizers.py::test_three_codebooks_write_one_code",
     "kl_weight": "quantizers/test_continuous.py::test_kl_weight_scales_the_divergence_alone",
     "revive_after": "tokenizers/test_train.py::test_codes_are_reset_after_revive_after_and_never_with_0",
     "reconstruction": "tokenizers/test_train.py::test_gradients_are_those_of_the_step_s_own_loss",
+    "reconstruction_weight": "tokenizers/test_train.py::test_the_weight_of_the_pixel_loss_scales_its_gradient_alone",
+    "reconstruction_end": "tokenizers/test_train.py::test_the_weight_of_the_pixel_loss_scales_its_gradient_alone",
     "lpips_weight": "tokenizers/test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
     "lpips_net": "tokenizers/test_train.py::test_the_perceptual_loss_is_lpips_of_images_in_its_range",
     "gan_weight": "tokenizers/test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
@@ -534,7 +565,9 @@ def known() -> dict[Config, dict[str, torch.Tensor]]:
 def test_every_setting_changes_the_result(watch, tiny, known, name):
     """Flags that are parsed and never used (bug 16)."""
     base = replace(tiny, codebook_size=64 if name == "revive_after" else 16)
-    if name == "temperature":
+    if name == "codebooks":
+        base = replace(base, quantizer="product")
+    if name in ("temperature", "temperature_end", "uniform_weight"):
         base = replace(base, quantizer="gumbel")
     if name == "kl_weight":
         base = replace(base, quantizer="kl")
