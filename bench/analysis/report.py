@@ -1,6 +1,7 @@
 """One report of many runs: which runs it is about, what it says, and how a page, Markdown and the terminal say it."""
 
 import base64
+import itertools
 import os
 import re
 from collections import Counter
@@ -103,7 +104,10 @@ def write_report(
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors, damaged)
-    report.damaged.extend(further)
+    scored = [folder for rows in (table, priors) for folder in rows[rows.status == "finished"].folder]
+    altered = (Run(Path(folder)).snapshot().altered() for folder in _watched("checking files", scored))
+    others = dict.fromkeys(itertools.chain(further, *altered))
+    report.damaged.extend(sentence for sentence in others if sentence not in report.damaged)
     figures = []
     if report.blocks:
         say("drawing charts")
