@@ -124,6 +124,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_signed(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path`` without its ``sha256``, which older versions have not written. Raises
+    FileNotFoundError, and Damaged also where that is the digest of other content."""
+    content = read_json(path)
+    if content.pop("sha256", None) not in (None, sha256_json(content)):
+        raise Damaged(path, "its digest is that of other content")
+    return content
+
+
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of numbers with a ``step``, from 0 to LAST_STEP, in a file of JSON lines; none where there is no file.
     Left out are damaged lines and one that is still being written."""
@@ -155,7 +164,7 @@ def _content(path: Path) -> bytes:
         raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     except FileNotFoundError:
         if os.path.lexists(path):
-            raise Damaged(path, "it is not a file") from None  # but a link to nothing
+            raise Damaged(path, "it is not a file but a link that leads nowhere") from None
         raise
     except OSError as error:
         raise Damaged(path, f"it cannot be read ({error.strerror})") from error

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_arrays, read_json, read_rows, sha256_file, sha256_json
+from .files import atomic_path, read_arrays, read_rows, read_signed, sha256_file, sha256_json
 from .progress import printable
 from .settings import HUGE, check_values
 
@@ -343,9 +343,7 @@ class Run:
 
     def _content(self, name: str) -> dict[str, Any]:
         """The file ``name``, sealed or of an older version."""
-        content = read_json(self.folder / name)
-        if content.pop("sha256", None) not in (None, sha256_json(content)):
-            raise Damaged(self.folder / name, "its digest is that of other content")
+        content = read_signed(self.folder / name)
         owner = content.pop("run", self.folder.name)
         if owner != self.folder.name and self.folder.parent.name in SCORED:  # elsewhere it may be called anything
             raise Damaged(self.folder / name, f"it is of the run {owner}")

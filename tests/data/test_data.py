@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import urllib.error
 import urllib.request
@@ -1195,6 +1196,17 @@ def test_a_damaged_cache_is_decoded_again_and_says_so(tmp_path, cache, capsys, n
     assert ("is decoded again" in capsys.readouterr().err) == ((name, damage) != ("meta.json", "gone"))
     load(f"folder:{folder}", 8)
     assert "again" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_lies_in_the_place_of_decoded_images_is_replaced(tmp_path, cache, what):
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    (place,) = (path.parent for path in cache.rglob("meta.json"))
+    shutil.rmtree(place)
+    place.symlink_to("nowhere") if what == "link" else place.write_text("")
+    assert load(f"folder:{folder}", 8).fingerprint == first.fingerprint
+    assert place.is_dir()
 
 
 def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
