@@ -231,6 +231,8 @@ def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
         if file == weights:
             with pytest.raises(UserError, match=str(run.folder)):
                 {"ema": Tokenizer, "rnn": Prior}[name].from_run(run.folder)
+            if how != "a folder":
+                assert world.told(run, capsys).startswith(f"error: {run.folder / file} does not hold the weights of ")
         else:
             assert world.told(run, capsys).startswith(f"error: {run.folder / file} is damaged: ")
 

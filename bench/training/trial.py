@@ -73,11 +73,18 @@ def read_weights(run: Run, name: str, model: nn.Module) -> None:
     path = run.folder / name
     try:
         safetensors.torch.load_model(model, path)
-        if run.digests().get(name, found := sha256_file(path)) != found:  # older runs have none
-            raise ValueError("its digest is that of other weights")
     except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder") from error
+    check_weights(run, name)
+
+
+def check_weights(run: Run, name: str) -> None:
+    """Raises UserError where the file ``name`` holds other weights than those that ``run`` was scored with."""
+    path = run.folder / name
+    if path.is_file() and run.digests().get(name, found := sha256_file(path)) != found:  # older runs have none
+        reason = "its digest is that of other weights"
+        raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder")
 
 
 def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> None:
