@@ -154,7 +154,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content)) as file:
             return dict(file)
     except (OSError, *UNREADABLE) as error:
-        raise Damaged(path, str(error).partition("\n")[0]) from error
+        raise Damaged(path, told(error)) from error
+
+
+def told(error: Exception) -> str:
+    """What NumPy said of a file, in one line, but for its advice to trust a stranger's."""
+    line = str(error).partition("\n")[0]
+    return "it holds something else than arrays" if "pickle" in line else line
 
 
 def _content(path: Path) -> bytes:
@@ -180,7 +186,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
                 raise Damaged(path, "it is not a file")
             return read(path)
         except (Damaged, *UNREADABLE) as error:
-            what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
+            what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {told(error)}"
             say(f"[yellow]{escape(what.partition(';')[0])}; it is made again[/]")
     with atomic_path(path) as temporary:
         make(temporary)

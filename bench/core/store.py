@@ -51,8 +51,9 @@ class Store:
         UserError when there is none or several."""
         if (Path(name) / "config.json").is_file():
             return Run(Path(name))
-        runs = [run for run in self.runs() if run.folder.name.startswith(name)]
-        exact = [run for run in runs if run.folder.name == name]
+        head = name.rstrip("/") or name  # as a shell completes the name of a folder
+        runs = [run for run in self.runs() if run.folder.name.startswith(head)]
+        exact = [run for run in runs if run.folder.name == head]
         if len(exact or runs) == 1:
             return (exact or runs)[0]
         if runs:

@@ -13,7 +13,17 @@ import torch
 from filelock import FileLock
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
+from bench.core.files import (
+    UNREADABLE,
+    atomic_path,
+    cached,
+    remove_parts,
+    seal,
+    sha256_arrays,
+    sha256_file,
+    told,
+    unseal,
+)
 from bench.core.progress import Bar
 from bench.core.runs import UNDEFINED, Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
@@ -92,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     try:
         train, held_out = (np.load(split, mmap_mode="r") for split in splits)
     except UNREADABLE as error:
-        raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
+        raise Damaged(path.parent, f"its codes cannot be read ({told(error)})") from error
     if {train.dtype, held_out.dtype} != {
         np.min_scalar_type(meta["codebook_size"] - 1)
     }:  # of which a digest knows nothing

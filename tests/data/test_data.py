@@ -1209,11 +1209,12 @@ def test_what_lies_in_the_place_of_decoded_images_is_replaced(tmp_path, cache, w
     assert place.is_dir()
 
 
-def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
+def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache, capsys):
     """It would be waited for for ever; a link that leads nowhere is an image that cannot be read."""
     folder = write_images(tmp_path / "pets", 6)
     os.mkfifo(folder / "pipe.png")
     assert sizes(load(f"folder:{folder}", 8)) == (4, 1, 1)
+    assert f"left out: {folder / 'pipe.png'} is called an image and is no file" in capsys.readouterr().err
 
 
 def as_older(meta: Path) -> None:

@@ -763,9 +763,8 @@ def test_the_driver_of_another_server_is_asked_for_by_its_own_name(tmp_path):
 @pytest.mark.parametrize("what", ["pipe", "folder", "link"])
 def test_what_is_in_the_place_of_a_database_is_named_with_the_fix(tmp_path, what):
     place = tmp_path / "optuna.db"
-    {"pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to(tmp_path / "no" / "x.db")}[what](
-        place
-    )
+    makes = {"pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to(tmp_path / "no" / "x.db")}
+    makes[what](place)
     with pytest.raises(UserError) as error:
         Index(f"sqlite:///{place}", tmp_path)
     told = f"{place} is not a file, so no database; move it away"
