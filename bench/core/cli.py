@@ -42,9 +42,10 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None, addre
 
     def checked() -> int:
         for before, word in itertools.pairwise(["", *words]):
-            if not word or not is_text(word):
-                flag = f"{before} " if before.startswith("--") and is_text(before) else ""
-                raise UserError(f"{flag}{word!a} is no text that a file could be called by; name another")
+            flag, _, value = word.partition("=") if re.match("--.*=", word) else (before, "", word)
+            if not value or not is_text(value):
+                whose = f"{flag} " if flag.startswith("--") and is_text(flag) else ""
+                raise UserError(f"{whose}{value!a} is no text that a file could be called by; name another")
         try:
             return work(words)
         finally:

@@ -155,6 +155,13 @@ def test_an_address_where_none_belongs_is_hidden(word):
     assert seen[-1] == word
 
 
+@pytest.mark.parametrize("words", [["--results", ""], ["--results="], ["x", "--results", "", "--no-resume"]])
+def test_an_empty_value_is_told_with_its_flag(capsys, words):
+    assert command(lambda words: 0, words) == 2
+    told = "error: --results '' is no text that a file could be called by; name another\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_command_without_an_output_ends_as_it_would(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert command(lambda words: 0, []) == 0
