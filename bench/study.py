@@ -49,7 +49,13 @@ def rebuild(
         raise UserError(f"there are no studies in {results}; name the folder with --results")
     built = index.Index(storage_url(storage, results), results / "studies")
     for name in names or store.studies():
-        added = index.rebuild(built, store, name)
+        try:
+            added = index.rebuild(built, store, name)
+        except Damaged as error:
+            if name in names:
+                raise
+            say(f"[yellow]left out:[/] {escape(str(error))}")
+            continue
         say(f"study {name}: {added} trials added to {without_password(built.url)}")
     return 0
 

@@ -453,7 +453,7 @@ def test_a_link_that_leads_nowhere_is_no_study_and_stays(store):
     assert path.is_symlink()
 
 
-def test_a_damaged_study_is_named_and_the_others_are_listed(store, capsys):
+def test_a_damaged_study_is_named_and_the_others_are_listed_and_rebuilt(store, capsys):
     for name in ("beta", "gamma", "delta"):
         store.extend_study(name, HEADER, {})
     path = store.root / "studies" / "delta.json"
@@ -463,6 +463,9 @@ def test_a_damaged_study_is_named_and_the_others_are_listed(store, capsys):
     assert "beta" in said.out
     assert "gamma" in said.out
     assert said.err.startswith(f"left out: {path} is damaged: ")
+    assert study.run(["rebuild", "--results", str(store.root)]) == 0
+    assert "study gamma: 0 trials added" in capsys.readouterr().err
+    assert study.run(["rebuild", "delta", "--results", str(store.root)]) == 2
 
 
 def test_the_first_study_is_asked_for_by_its_command(store):
