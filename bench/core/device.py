@@ -32,10 +32,10 @@ def check_memory(parameters: int, device: str) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError unless numbers can be computed on ``device``, which is not ``auto``, and which goes by no other
-    name, as the CPU would by a number: a run is known by its device too."""
+    """Raises UserError unless tensors can be made on ``device``, which is not ``auto``, and which goes by one name, as
+    the CPU with a number would not: a run is known by its device too."""
     try:
-        torch.zeros(1, device=device).item()
+        torch.empty(0, device=device)
         if device.startswith("cpu:"):
             raise RuntimeError("there is one CPU")
     except (RuntimeError, AssertionError) as error:
