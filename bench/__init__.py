@@ -10,6 +10,8 @@ The public face, from which nothing is imported before it is used::
     table = bench.load_runs("results")  # a pandas DataFrame, one row per run
 """
 
+import itertools
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +26,18 @@ _HOMES = {
     "score": ("bench.tokenizers.evaluate", "score"),
 }
 __all__ = [*_HOMES]
+
+
+def _say_stopped(kind: type[BaseException], *error: Any) -> None:
+    """In place of the traceback of a command that is stopped while its modules are imported."""
+    if kind is KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, *error)
+
+
+if any(flag == "-m" and name.startswith(("bench.", "studies.")) for flag, name in itertools.pairwise(sys.orig_argv)):
+    sys.excepthook = _say_stopped
 
 
 def __getattr__(name: str) -> Any:

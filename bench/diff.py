@@ -22,7 +22,7 @@ from rich.table import Table
 from bench.analysis.frames import CLOCKED, METRICS, differing, read
 from bench.core.cli import command
 from bench.core.errors import UserError
-from bench.core.progress import stdout
+from bench.core.progress import say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 
@@ -69,8 +69,10 @@ def show(a: Run, b: Run) -> None:
         return
 
     table, damaged = read([a, b])
-    if damaged:
+    if len(table) < 2:
         raise UserError(damaged[0])
+    for sentence in damaged:  # on what instruments found
+        say(f"[yellow]left out:[/] {escape(sentence)}")
     refusals = differing(table[:1], table[1:])
     _show_pairs("Protocol", refusals, "The same protocol and equal bits per image: the two may be ranked.")
     if refusals:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import tyro
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from tyro.extras import subcommand_cli_from_dict
 
 from bench.analysis.frames import statuses
 from bench.core.cli import command
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
@@ -48,7 +49,13 @@ def rebuild(
         raise UserError(f"there are no studies in {results}; name the folder with --results")
     built = index.Index(storage_url(storage, results), results / "studies")
     for name in names or store.studies():
-        added = index.rebuild(built, store, name)
+        try:
+            added = index.rebuild(built, store, name)
+        except Damaged as error:
+            if name in names:
+                raise
+            say(f"[yellow]left out:[/] {escape(str(error))}")
+            continue
         say(f"study {name}: {added} trials added to {without_password(built.url)}")
     return 0
 
@@ -62,7 +69,11 @@ def show(results: Path = Path("results")) -> int:
     store = Store(results)
     table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
-        record = store.study(name)
+        try:
+            record = store.study(name)
+        except Damaged as error:
+            say(f"[yellow]left out:[/] {escape(str(error))}")
+            continue
         status = Counter(statuses(map(store.named, record["runs"])))
         backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
         counts = ", ".join(f"{count} {status}" for status, count in status.items())

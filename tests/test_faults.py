@@ -231,8 +231,26 @@ def test_what_is_damaged_in_a_finished_run_is_named(world, name, how, capsys):
         if file == weights:
             with pytest.raises(UserError, match=str(run.folder)):
                 {"ema": Tokenizer, "rnn": Prior}[name].from_run(run.folder)
+            if how != "a folder":
+                assert world.told(run, capsys).startswith(f"error: {run.folder / file} does not hold the weights of ")
         else:
             assert world.told(run, capsys).startswith(f"error: {run.folder / file} is damaged: ")
+
+
+@any_damage
+@both
+def test_no_file_of_a_finished_run_is_taken_for_what_it_ended_with(world, name, how):
+    """None but pictures, which nothing reads."""
+    run = world.start(name)
+    put(run.folder, world.undisturbed(name))
+    assert run.altered() == []
+    beside = {file for file in world.undisturbed(name) if Path(file).suffix in (".npz", ".jsonl")}
+    assert len(beside) == {"ema": 4, "rnn": 2}[name]
+    for file in beside:
+        damage(run.folder / file, how)
+    assert {sentence.partition(" is damaged: ")[0] for sentence in run.altered()} == {
+        str(run.folder / file) for file in beside
+    }
 
 
 @pytest.mark.slow
@@ -240,7 +258,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
     """At any place of a finished run's JSON, and of the archives around its arrays."""
     run = world.start("ema")
     put(run.folder, world.undisturbed("ema"))
-    known = run.metrics(), run.protocol(), run.config(), run.weights()
+    known = run.metrics(), run.protocol(), run.config(), run.digests()
     arrays = [values.tobytes() for values in run.per_image().values()]
     for file in ("metrics.json", "config.json", "per_image.npz", "samples.npz"):
         path, whole = run.folder / file, world.undisturbed("ema")[file]
@@ -251,7 +269,7 @@ def test_no_flipped_bit_of_scores_is_read_as_others(world):
             scores = [values.tobytes() for values in run.per_image().values()]
             assert scores in (([], arrays) if file in ("per_image.npz", "metrics.json") else (arrays,))
             list(galleries._kept(pd.DataFrame({"folder": [str(run.folder)]}), [], "x"))
-            assert run.status == "damaged" or (run.metrics(), run.protocol(), run.config(), run.weights()) == known
+            assert run.status == "damaged" or (run.metrics(), run.protocol(), run.config(), run.digests()) == known
         path.write_bytes(whole)
 
 

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.errors import Damaged
-from bench.core.files import read_arrays
 from bench.core.runs import FAILURES, Run
 from bench.instruments import robustness
 
@@ -282,18 +281,19 @@ def _kept(rows: pd.DataFrame, damaged: list[str], *names: str) -> Iterator[tuple
     to say of damaged files to ``damaged``."""
     for _, row in rows.iterrows():
         try:
-            yield row, [_images(Path(row.folder, KEPT.get(name, "samples.npz")), name) for name in names]
+            yield row, [_images(Run(Path(row.folder)), name) for name in names]
         except FileNotFoundError:
             continue  # older runs kept none
         except Damaged as error:
             damaged.append(str(error))
 
 
-def _images(path: Path, name: str) -> np.ndarray:
-    """The first images of the array ``name`` in ``path``."""
-    images = read_arrays(path).get(name)
+def _images(run: Run, name: str) -> np.ndarray:
+    """The first images of the array ``name`` that ``run`` kept."""
+    file = KEPT.get(name, "samples.npz")
+    images = run.arrays(file).get(name)
     if images is None or images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise Damaged(path, f"it has no images {name}")
+        raise Damaged(run.folder / file, f"it has no images {name}")
     return images[:PICTURES]
 
 

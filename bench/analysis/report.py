@@ -1,8 +1,10 @@
 """One report of many runs: which runs it is about, what it says, and how a page, Markdown and the terminal say it."""
 
 import base64
+import itertools
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -92,18 +94,28 @@ def write_report(
 
     Into ``out``, RESULTS/reports/NAME by default, go report.html, tables.md, runs.parquet, runs.csv and plots/.
     ``importances`` says how much each setting mattered, from a frame and the name of a metric (see ``bench.sweeps``);
-    without it that chart is left out. Raises UserError as ``select`` does, and when ``out`` is a file.
+    without it that chart is left out. Raises UserError as ``select`` does, and where ``out`` cannot be
+    written.
     """
     selection = select(names, results)
     folder = out or selection.root / "reports" / selection.name
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
     table, damaged = frames.read(_watched("reading runs", selection.runs))
     known = {run.folder.name for run in selection.runs}
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors, damaged)
-    report.damaged.extend(further)
+    scored = [folder for rows in (table, priors) for folder in rows[rows.status == "finished"].folder]
+    altered = (Run(Path(folder)).snapshot().altered() for folder in _watched("checking files", scored))
+    others = dict.fromkeys(itertools.chain(further, *altered))
+    report.damaged.extend(sentence for sentence in others if sentence not in report.damaged)
     figures = []
     if report.blocks:
         say("drawing charts")

@@ -1,6 +1,7 @@
 """The manners of every command: one sentence for a mistake, an exit code, no traceback."""
 
 import errno
+import itertools
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from .runs import Run
 
 # What the system says of a place that takes no more.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+SHELVES = {"runs", "priors", "studies", "reports"}  # folders of a store
 # What it says where something else is than the file or folder that belongs there.
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -39,9 +41,11 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None, addre
             stream.reconfigure(errors="replace")  # a terminal may not have every arrow
 
     def checked() -> int:
-        for word in words:
-            if not word or not is_text(word):
-                raise UserError(f"{word!a} is no text that a file could be called by; name another")
+        for before, word in itertools.pairwise(["", *words]):
+            flag, _, value = word.partition("=") if re.match("--.*=", word) else (before, "", word)
+            if not value or not is_text(value):
+                whose = f"{flag} " if flag.startswith("--") and is_text(flag) else ""
+                raise UserError(f"{whose}{value!a} is no text that a file could be called by; name another")
         try:
             return work(words)
         finally:
@@ -86,11 +90,15 @@ def guarded(work: Callable[[], int]) -> int:
 
 def refusal(error: OSError) -> str:
     """What a place that takes no more, or where something else is, means for the user, in one sentence."""
-    path = Path(error.filename or "results")
+    path = Path(error.filename or "the output")  # all files are named
     if error.errno in IN_THE_WAY:
         move = "" if error.errno == errno.ENAMETOOLONG else "move away what is there, or "
         return f"{error.strerror}: {path}; {move}name another place"
-    other = "set VQBENCH_CACHE to another folder" if cache_dir() in path.parents else "choose another --results"
+    other = "name another place"
+    if cache_dir() in path.parents:
+        other = "set VQBENCH_CACHE to another folder"
+    elif {parent.name for parent in path.parents} & SHELVES:
+        other = "choose another --results"
     return f"{error.strerror} while writing {path}; free or {other}"
 
 

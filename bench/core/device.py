@@ -32,8 +32,11 @@ def check_memory(parameters: int, device: str) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError unless tensors can be made on ``device``, which is not ``auto``."""
+    """Raises UserError unless tensors can be made on ``device``, which is not ``auto``, and which goes by one name, as
+    the CPU with a number would not: a run is known by its device too."""
     try:
         torch.empty(0, device=device)
+        if device.startswith("cpu:"):
+            raise RuntimeError("there is one CPU")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} is not available here; use --device cpu") from error

@@ -124,6 +124,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_signed(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path`` without its ``sha256``, which older versions have not written. Raises
+    FileNotFoundError, and Damaged also where that is the digest of other content."""
+    content = read_json(path)
+    if content.pop("sha256", None) not in (None, sha256_json(content)):
+        raise Damaged(path, "its digest is that of other content")
+    return content
+
+
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of numbers with a ``step``, from 0 to LAST_STEP, in a file of JSON lines; none where there is no file.
     Left out are damaged lines and one that is still being written."""
@@ -145,7 +154,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content)) as file:
             return dict(file)
     except (OSError, *UNREADABLE) as error:
-        raise Damaged(path, str(error).partition("\n")[0]) from error
+        raise Damaged(path, told(error)) from error
+
+
+def told(error: Exception) -> str:
+    """What NumPy said of a file, in one line, but for its advice to trust a stranger's."""
+    line = str(error).partition("\n")[0]
+    return "it holds something else than arrays" if "pickle" in line else line
 
 
 def _content(path: Path) -> bytes:
@@ -155,7 +170,7 @@ def _content(path: Path) -> bytes:
         raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     except FileNotFoundError:
         if os.path.lexists(path):
-            raise Damaged(path, "it is not a file") from None  # but a link to nothing
+            raise Damaged(path, "it is not a file but a link that leads nowhere") from None
         raise
     except OSError as error:
         raise Damaged(path, f"it cannot be read ({error.strerror})") from error
@@ -171,7 +186,7 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
                 raise Damaged(path, "it is not a file")
             return read(path)
         except (Damaged, *UNREADABLE) as error:
-            what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {error}"
+            what = str(error) if isinstance(error, Damaged) else f"{path} is damaged: {told(error)}"
             say(f"[yellow]{escape(what.partition(';')[0])}; it is made again[/]")
     with atomic_path(path) as temporary:
         make(temporary)

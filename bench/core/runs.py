@@ -5,7 +5,7 @@ presence *means* finished), tokenizer.safetensors, per_image.npz (scores of ever
 few images and their reconstructions, uint8), untrained.npz (those of the weights that training starts from) and two
 pictures; what instruments found in instruments.json, with their pictures; log.txt if a study ran it; while it trains a
 checkpoint; failure.json if it failed. A prior's, ``results/priors/<run_id>/``, is laid out alike. JSON has a digest
-beside it.
+beside it, and metrics.json those of the files in KEPT.
 """
 
 import json
@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_arrays, read_json, read_rows, sha256_json
+from .files import atomic_path, read_arrays, read_rows, read_signed, sha256_file, sha256_json
 from .progress import printable
 from .settings import HUGE, check_values
 
@@ -40,6 +40,7 @@ FAILURES = {
 
 HELD_OUT = {"test": "test", "val": "validation"}  # splits that runs are scored on, and what they are called
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
+KEPT = ("*.safetensors", "*.npz", "history.jsonl")  # files of a finished run that are read again
 ROUNDING = 1e-6  # of a mean, whoever sums
 LARGEST = 2**24  # codebook_size, and far beyond any grid_size
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
@@ -210,10 +211,36 @@ class Run:
         """How the scores were measured."""
         return self._scores()[1]
 
-    def weights(self) -> dict[str, str]:
-        """SHA-256 of each file of weights that a finished run was scored with; none of older ones."""
-        stored = self._read("metrics.json").get("weights", {})
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by name of the files that a finished run ended with, see KEPT; of older ones of weights, or none."""
+        stored = self._read("metrics.json") if self._has("metrics.json") else {}
+        stored = stored.get("files", stored.get("weights", {}))
         return stored if isinstance(stored, dict) else {}
+
+    def check_file(self, name: str) -> None:
+        """Raises Damaged where the file ``name``, if it is there, is not the one that the finished run ended with."""
+        path = self.folder / name
+        if not self._has(name) or (known := self.digests().get(name)) is None:
+            return
+        if not path.is_file():
+            raise Damaged(path, "it is not a file")
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise Damaged(path, f"it cannot be read ({error.strerror})") from error
+        if found != known:
+            raise Damaged(path, "its digest is that of another file" if path.stat().st_size else "it is empty")
+
+    def altered(self) -> list[str]:
+        """A sentence on each file, but for weights, that is not the one that the finished run ended with."""
+        sentences = []
+        for name in self.digests():
+            if not name.endswith(".safetensors"):
+                try:
+                    self.check_file(name)
+                except Damaged as error:
+                    sentences.append(str(error))
+        return sentences
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, path = self._read("metrics.json", "metrics", "protocol"), self.folder / "metrics.json"
@@ -253,12 +280,23 @@ class Run:
                 raise Damaged(path, f"what {name} found is not there")
             if wrong := [key for key, read in metrics.items() if type(read) not in (int, float) or abs(read) > HUGE]:
                 raise Damaged(path, f"{wrong[0]} is {metrics[wrong[0]]!r}, which is no number of use")
-        scored = set(self.weights().values())  # older runs have no digest
+        scored = set(self.digests().values())  # older runs have none
         return {name: reading for name, reading in found.items() if not scored or reading["weights"] in scored}
 
     def history(self) -> list[dict[str, float]]:
-        """One row of numbers per logged step; none before the first. A damaged line is left out."""
+        """One row of numbers per logged step; none before the first, and none when the file is not that of the
+        finished run. A damaged line is left out."""
+        try:
+            self.check_file("history.jsonl")
+        except Damaged:
+            return []
         return read_rows(self.folder / "history.jsonl")
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """What the file ``name`` has by name. Raises FileNotFoundError, and Damaged where it is not as it was written
+        or, in a finished run, another."""
+        self.check_file(name)
+        return read_arrays(self.folder / name)
 
     def per_image(self) -> dict[str, np.ndarray]:
         """Of a finished run the scores of every scored image, (N,) each; none when the file is missing, damaged or
@@ -273,7 +311,7 @@ class Run:
         """The same of a run that was scored on ``count`` images, with ``means``. Raises Damaged where the file has
         others."""
         path = self.folder / "per_image.npz"
-        scores = read_arrays(path)
+        scores = self.arrays(path.name)
         if {column.shape if column.dtype.kind == "f" else None for column in scores.values()} != {(count,)}:
             raise Damaged(path, f"it has no scores of {count} images")
         for name, column in scores.items():
@@ -305,9 +343,7 @@ class Run:
 
     def _content(self, name: str) -> dict[str, Any]:
         """The file ``name``, sealed or of an older version."""
-        content = read_json(self.folder / name)
-        if content.pop("sha256", None) not in (None, sha256_json(content)):
-            raise Damaged(self.folder / name, "its digest is that of other content")
+        content = read_signed(self.folder / name)
         owner = content.pop("run", self.folder.name)
         if owner != self.folder.name and self.folder.parent.name in SCORED:  # elsewhere it may be called anything
             raise Damaged(self.folder / name, f"it is of the run {owner}")

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_json
+from .files import atomic_path, read_signed, sha256_json
 from .runs import Changed, Identity, NoSpace, Run, check_whole
 
 LISTED = 8  # run ids that a message names
@@ -51,8 +51,9 @@ class Store:
         UserError when there is none or several."""
         if (Path(name) / "config.json").is_file():
             return Run(Path(name))
-        runs = [run for run in self.runs() if run.folder.name.startswith(name)]
-        exact = [run for run in runs if run.folder.name == name]
+        head = name.rstrip("/") or name  # as a shell completes the name of a folder
+        runs = [run for run in self.runs() if run.folder.name.startswith(head)]
+        exact = [run for run in runs if run.folder.name == head]
         if len(exact or runs) == 1:
             return (exact or runs)[0]
         if runs:
@@ -77,7 +78,7 @@ class Store:
         if name not in self.studies():
             known = ", ".join(self.studies()) or "none yet; start one with python -m studies.beta"
             raise UserError(f"there is no study {name!r} in {self.root}; known studies: {known}")
-        study = read_json(path)
+        study = read_signed(path)
         for part, kind in STUDY.items():
             if type(study.get(part)) is not kind:
                 raise Damaged(path, f"it does not tell the {part} of the study")
@@ -101,10 +102,10 @@ class Store:
         path = self.root / "studies" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            before = self.study(name) if path.exists() else {"runs": {}}
+            before = self.study(name) if os.path.lexists(path) else {"runs": {}}
             content = {**before, "name": name, **header, shelf: {**before.get(shelf, {}), **runs}}
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1))
+                temporary.write_text(json.dumps({**content, "sha256": sha256_json(content)}, indent=1))
 
     def check_images(self, run: Run, data: str, image_size: int, fingerprint: str) -> None:
         """Raises Changed where a study that ``run`` belongs to has begun on ``data`` with another ``fingerprint``:

@@ -5,6 +5,7 @@ Arrays are (N, H, W, 3): what decoders give, and one image is one contiguous rea
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -172,6 +173,8 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
     """Writes an array per split and then meta.json into ``folder``; leaves nothing behind if it does not get there."""
     name = data.partition(":")[0]
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process left behind
+    if os.path.lexists(folder) and not folder.is_dir():
+        folder.unlink()  # a file, or a link that leads nowhere
     *splits, how = source.open()
     total = sum(len(split.items) for split in splits)
     required, free = total * image_size**2 * 3, shutil.disk_usage(folder.parent).free

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from rich.markup import escape
 
 from backbones.torchvision_repair import repair
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
+from bench.core.progress import say
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
@@ -136,8 +138,11 @@ def _find_images(root: str, below: str = "") -> list[str]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         names = (name for name in files if not name.startswith(".") and PurePath(name).suffix.lower() in ENDINGS)
-        paths = (os.path.join(folder, name) for name in names)
-        found += [PurePath(os.path.relpath(path, root)).as_posix() for path in paths if not _waits(path)]
+        for path in (os.path.join(folder, name) for name in names):
+            if _waits(path):
+                say(f"[yellow]left out:[/] {escape(path)} is called an image and is no file")
+            else:
+                found.append(PurePath(os.path.relpath(path, root)).as_posix())
     if not found:
         endings = " ".join(sorted(ENDINGS))
         raise UserError(f"no images in {top}: put some there, or give folder:PATH another path ({endings})")

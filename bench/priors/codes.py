@@ -13,12 +13,23 @@ import torch
 from filelock import FileLock
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import UNREADABLE, atomic_path, cached, remove_parts, seal, sha256_arrays, sha256_file, unseal
+from bench.core.files import (
+    UNREADABLE,
+    atomic_path,
+    cached,
+    remove_parts,
+    seal,
+    sha256_arrays,
+    sha256_file,
+    told,
+    unseal,
+)
 from bench.core.progress import Bar
 from bench.core.runs import UNDEFINED, Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
+from bench.training.trial import check_weights
 
 ENCODE_BATCH = 64
 
@@ -42,12 +53,13 @@ class Codes(NamedTuple):
 
 
 def digest(folder: Path) -> str:
-    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one, and
-    where its latents are no codes."""
+    """Identity of the tokenizer of a run folder: of its weights. Raises UserError where there is no finished one,
+    where they are not those that it was scored with, and where its latents are no codes."""
     check_finished(Run(folder))
     if (quantizer := str(Run(folder).config().get("quantizer"))) in UNDEFINED:
         words = f"quantizer {quantizer!r} of {folder} makes no codes to encode or to train a prior on"
         raise UserError(f"{words}; train a tokenizer with another, such as ema")
+    check_weights(Run(folder), "tokenizer.safetensors")
     return sha256_file(folder / "tokenizer.safetensors")[:16]
 
 
@@ -90,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     try:
         train, held_out = (np.load(split, mmap_mode="r") for split in splits)
     except UNREADABLE as error:
-        raise Damaged(path.parent, f"its codes cannot be read ({error})") from error
+        raise Damaged(path.parent, f"its codes cannot be read ({told(error)})") from error
     if {train.dtype, held_out.dtype} != {
         np.min_scalar_type(meta["codebook_size"] - 1)
     }:  # of which a digest knows nothing

@@ -18,7 +18,7 @@ from bench.data import Data
 from bench.metrics import PRECISION_NEIGHBOURS
 from bench.tokenizers import evaluate
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.training.trial import begun, complete, tidy, write_weights
+from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
 from .codes import Codes, digest, encode, load_data
 from .config import PRIOR_VERSION, SAMPLING, PriorConfig
@@ -47,6 +47,7 @@ def run_prior(
                 f"{run.folder} is a prior over the codes of another tokenizer ({made_with}) than "
                 f"{tokenizer_run.folder} now holds ({identity}); move that folder"
             )
+        check_weights(run, "prior.safetensors")
         tidy(run)
         return run
 
@@ -61,18 +62,21 @@ def run_prior(
     classes = len(codes.classes) if config.conditional else 0
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 
+    twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
+    if twin is not None:  # also before: its files may be damaged
+        lent = Prior.from_run(twin.folder, config.device)
+        twin.check_file("history.jsonl")
+
     shape = {"codebook_size": codes.codebook_size, "grid_size": codes.grid_size, "classes": list(codes.classes)}
     about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
     with begun(run, about, resume):
         known = references(tokenizer, codes, data, config, tokenizer_run.folder / "codes", fid_weights)
-        twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
         with peak_memory(config.device) as peak:
             if twin is None:
                 prior, seconds = train_prior(config, codes, run.folder, resume)
                 costs = {"train_seconds": seconds, "peak_memory_mb": peak()}
             else:
-                prior = Prior.from_run(twin.folder, config.device)
-                costs = {name: twin.metrics().get(name) for name in ("train_seconds", "peak_memory_mb")}
+                prior, costs = lent, {name: twin.metrics().get(name) for name in ("train_seconds", "peak_memory_mb")}
                 if (twin.folder / "history.jsonl").is_file():
                     with atomic_path(run.folder / "history.jsonl") as temporary:
                         shutil.copyfile(twin.folder / "history.jsonl", temporary)

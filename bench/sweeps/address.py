@@ -12,6 +12,7 @@ from bench.core.errors import UserError
 
 # What of a URL's query may be printed: a mistyped password has any other name.
 PLAIN = ("user", "host", "port", "dbname", "sslmode", "connect_timeout", "application_name", "timeout")
+EXAMPLES = "sqlite:///studies.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
 IN_MEMORY = re.compile(r"sqlite(\+\w+)?:(//)?/?(:memory:|file:.*memory.*)?(\?.*)?$")
 
 
@@ -28,6 +29,20 @@ def default_url(results: Path) -> str:
     return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
 
 
+def check_place(url: str) -> None:
+    """Raises UserError where something else than a file is in the place of the SQLite database at ``url``, or where
+    that cannot be made."""
+    parsed = _parsed(url)
+    if parsed is None or not parsed.drivername.startswith("sqlite") or not parsed.database:
+        return
+    place, fix = parsed.database, "or name another database with --storage"
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise UserError(f"{place} is not a file, so no database; move it away, {fix}")
+    folder = os.path.dirname(os.path.realpath(place))  # a link leads to where it is made
+    if not os.path.isdir(folder):
+        raise UserError(f"the database {place} cannot be made, as there is no folder {folder}; make that, {fix}")
+
+
 def hide_misplaced(words: Sequence[str]) -> list[str]:
     """``words`` of a command line, the passwords masked in URLs that no --storage takes: what is wrong is shown."""
     return [
@@ -41,11 +56,17 @@ def _masked(word: str) -> str:
     return f"{flag}={without_password(url)}" if flag else without_password(url)
 
 
+def _parsed(url: str) -> sqlalchemy.URL | None:
+    try:
+        return sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return None
+
+
 def without_password(url: str) -> str:
     """``url`` as it may be printed: passwords masked, also those of its query. One that cannot be read is not shown."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
+    parsed = _parsed(url)
+    if parsed is None:
         return "the storage URL, which cannot be read"
     local = parsed.drivername.startswith("sqlite")
     if not local and "@" in f"{parsed.username}{parsed.host}{parsed.database}":  # then it may be that of a password

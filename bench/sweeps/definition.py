@@ -23,7 +23,8 @@ from .address import hide_misplaced
 
 TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout", "bits_per_image")
-MOST = {"workers": 256, "trials": 10**5}  # beyond all use: each worker is a thread with a process of its own
+# Beyond all use: each worker is a thread with a process of its own.
+MOST = {"workers": 256, "trials": 10**5, "confirm": 1000}
 
 
 class Range(NamedTuple):

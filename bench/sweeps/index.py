@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import optuna
-import sqlalchemy
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.distributions import BaseDistribution
@@ -35,7 +34,7 @@ from .address import without_password
 from .bulk import Unwritten
 from .definition import Space, distribution, read_space
 from .kinds import KINDS, TOKENIZERS, AnyConfig, Row, kind_of
-from .patience import PatientStorage, reason_of
+from .patience import PatientStorage, opening
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
@@ -84,15 +83,8 @@ class Index:
             "grace_period": GRACE_SECONDS,
             "heartbeat_stale_trial_callback": RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
         }
-        with FileLock(folder / ".create.lock"):  # tables are created once
-            try:
-                self.storage = PatientStorage(url, without_password(url), **options)
-            except ImportError as error:
-                raise UserError(f"no driver for {without_password(url)}: pip install 'vqbench[postgres]'") from error
-            except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-                shown = without_password(url)
-                reason = f": {reason_of(error)}" if "://" in shown else ""  # which may have a part of what is hidden
-                raise UserError(f"cannot open storage {shown}{reason}; see --storage") from error
+        with FileLock(folder / ".create.lock"), opening(url):  # tables are created once
+            self.storage = PatientStorage(url, without_password(url), **options)
 
     @_reads
     def open(self, name: str, metrics: Metrics, steps: int = 0) -> Study:

@@ -19,6 +19,7 @@ from sqlalchemy import event, exc
 from bench.core.errors import UserError
 from bench.core.progress import say
 
+from .address import EXAMPLES, check_place, without_password
 from .bulk import add_trials
 
 PATIENCE_SECONDS = 60.0  # until a database that is away is given up
@@ -83,6 +84,24 @@ class PatientStorage(RDBStorage):
             fix = "see that it is there, has room and can be written, or name another with --storage"
             told = f"the database {self.shown} takes nothing ({reason})"
             raise UserError(f"{told}; {fix}; the same command continues") from error
+
+
+@contextmanager
+def opening(url: str) -> Iterator[None]:
+    """For what opens the database at ``url``: why that cannot be is told as a UserError, with the fix."""
+    check_place(url)
+    shown = without_password(url)
+    try:
+        yield
+    except ImportError as error:
+        driver = (error.__cause__ or error).name  # Optuna's own error has none
+        fix = f"install the Python package that has {driver}"
+        if shown.startswith("postgresql"):
+            fix = "pip install 'vqbench[postgres]', and let the URL begin with postgresql+psycopg://"
+        raise UserError(f"there is no driver for {shown}; {fix}") from error
+    except (StorageInternalError, exc.SQLAlchemyError, ValueError) as error:
+        reason = f" ({reason_of(error)})" if "://" in shown else ""  # which may have a part of what is hidden
+        raise UserError(f"cannot open {shown}{reason}; name a database with --storage, such as {EXAMPLES}") from error
 
 
 def reason_of(error: BaseException) -> str:

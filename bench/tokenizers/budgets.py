@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.core.errors import UserError
-from bench.core.files import atomic_path, cache_dir
+from bench.core.files import cache_dir, cached, seal, unseal_numbers
 
 from .config import Config
 from .costs import static_costs
@@ -79,7 +79,8 @@ def step_seconds(config: Config) -> float:
     machine = [device, torch.get_num_threads()]
     key = hashlib.sha256(json.dumps([asdict(config), machine], sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / "speeds" / f"{key}.json"
-    if not path.exists():
+
+    def measure(written: Path) -> None:
         shape = (256, config.image_size, config.image_size, 3)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +88,6 @@ def step_seconds(config: Config) -> float:
             rows = (Path(folder) / "history.jsonl").read_text().splitlines()
         seconds = [json.loads(row)["seconds"] for row in rows]
         warm = len(seconds) // 4  # the first steps allocate and compile
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({"seconds": (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)}))
-    return json.loads(path.read_text())["seconds"]
+        written.write_text(seal({"seconds": (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)}))
+
+    return cached(path, measure, lambda path: unseal_numbers(path, "seconds"))["seconds"]

@@ -17,7 +17,7 @@ from bench.core.store import Store
 from bench.data import Data, load
 from bench.metrics import from_uint8, to_uint8, weights
 from bench.training.loop import logged
-from bench.training.trial import begun, complete, tidy, write_weights
+from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
 from .codecs import format_references
 from .config import Config
@@ -76,6 +76,7 @@ def run_trial(
     if run.finished:
         if run.protocol().get("fingerprint") != data.fingerprint:
             raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
+        check_weights(run, "tokenizer.safetensors")
         tidy(run)
         measure(run, data, instruments)
         return run

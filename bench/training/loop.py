@@ -222,7 +222,7 @@ def restore(path: Path, state: dict, config: Schedule) -> tuple[int, float]:
     written, and UserError where it is no checkpoint of these parts with at most so many steps."""
     refusal = UserError(f"{path} is no checkpoint of this run; delete it or pass --no-resume to start again")
     if path.is_dir():
-        raise refusal
+        raise UserError(f"{path} is a folder and no checkpoint; move it away, and the same command starts again")
     if not path.is_file():
         raise Damaged(path, "it is not a file")  # reading a pipe would wait for ever
     try:

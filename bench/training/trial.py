@@ -13,7 +13,7 @@ from bench.core.environment import environment
 from bench.core.errors import Diverged, UserError
 from bench.core.files import atomic_path, remove_parts, sha256_file
 from bench.core.progress import say
-from bench.core.runs import Changed, Run, check_whole
+from bench.core.runs import KEPT, Changed, Run, check_whole
 
 
 @contextmanager
@@ -73,17 +73,24 @@ def read_weights(run: Run, name: str, model: nn.Module) -> None:
     path = run.folder / name
     try:
         safetensors.torch.load_model(model, path)
-        if run.weights().get(name, found := sha256_file(path)) != found:  # older runs have no digest
-            raise ValueError("its digest is that of other weights")
     except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder") from error
+    check_weights(run, name)
+
+
+def check_weights(run: Run, name: str) -> None:
+    """Raises UserError where the file ``name`` holds other weights than those that ``run`` was scored with."""
+    path = run.folder / name
+    if path.is_file() and run.digests().get(name, found := sha256_file(path)) != found:  # older runs have none
+        reason = "its digest is that of other weights"
+        raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder")
 
 
 def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> None:
     """Writes metrics.json, which makes ``run`` a finished one, and tidies it up; call it last."""
-    weights = {path.name: sha256_file(path) for path in run.folder.glob("*.safetensors")}
-    run.seal("metrics.json", {"metrics": metrics, "protocol": protocol, "weights": weights})
+    files = {path.name: sha256_file(path) for pattern in KEPT for path in run.folder.glob(pattern)}
+    run.seal("metrics.json", {"metrics": metrics, "protocol": protocol, "files": files})
     tidy(run)
 
 

@@ -29,7 +29,7 @@ from bench.core.store import Store
 from bench.metrics import EVALUATORS
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
-from tests.fabricate import fabricate, fabricate_failed, fabricate_prior, sweep
+from tests.fabricate import fabricate, fabricate_failed, fabricate_prior, seal, sweep
 
 EFFECTS = {"cnn": 0.0, "vit": 0.03}
 HOSTILE = "folder:/data/<script>alert('x')</script>|*[a](b)"
@@ -1215,6 +1215,34 @@ def test_scores_per_image_of_another_run_are_named_and_left_out(store, sketched,
     for path in (first, second):
         assert f"left out: {path} is damaged: its mean lpips_" in said.err
         assert f"{path} is damaged: its mean lpips_" in unescape(page.read_text())
+
+
+@pytest.mark.parametrize("how", ["longer", "emptied", "a pipe"])
+@pytest.mark.parametrize("name", ["history.jsonl", "samples.npz", "untrained.npz", "per_image.npz"])
+def test_a_file_that_a_run_did_not_end_with_is_named(store, sketched, capsys, name, how):
+    """By its digest, of a tokenizer and of a prior; all runs stay in, and nothing shows the file. One that is gone is
+    no damage, nor are others in a run of an older version, which has no digests."""
+    runs = sweep(store, EFFECTS, betas=(0.25,), seeds=(0, 1))
+    runs.append(fabricate_prior(store, PriorConfig(runs[0].folder.name, "rnn"), 5.0, 100.0))
+    paths = [run.folder / name for run in runs if (run.folder / name).is_file()]
+    for run in runs[:3] + runs[4:]:
+        seal(run)
+    for path in paths[::4]:
+        content = path.read_bytes() + b"\n" if how == "longer" else b""  # which reads as before
+        path.unlink()
+        os.mkfifo(path) if how == "a pipe" else path.write_bytes(content)
+    write_report([], store.root)
+    said = capsys.readouterr()
+    assert "4 finished" in said.out
+    for path in paths[::4]:
+        assert said.err.count(f"left out: {path} is damaged: ") == 1
+    assert said.err.count("left out: ") == len(paths[::4])
+    assert runs[0].history() == [] or name != "history.jsonl"
+    for path in paths[::4]:
+        path.unlink()
+    paths[3].write_bytes(paths[1].read_bytes())
+    write_report([], store.root)
+    assert "left out" not in capsys.readouterr().err or name == "per_image.npz"  # whose means tell it
 
 
 @pytest.mark.parametrize(

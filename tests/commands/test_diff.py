@@ -267,6 +267,17 @@ def test_scores_of_other_images_are_no_wins(store, diff):
     assert "LPIPS vgg" in out
 
 
+@pytest.mark.parametrize("content", ["{", '{"instruments": {}, "run": "another"}'])
+def test_what_instruments_found_is_left_out_where_it_is_damaged(store, diff, content):
+    """Or another run's; everything else is compared."""
+    a, b = (fabricate(store, smoke(seed=seed)) for seed in (0, 1))
+    path = b.folder / "instruments.json"
+    path.write_text(content)
+    code, out, told = diff(a, b)
+    assert (code, "LPIPS vgg ↓" in out) == (0, True)
+    assert told.startswith(f"left out: {path} is damaged: ")
+
+
 def test_scores_of_each_image_that_are_missing_or_damaged_are_named(store, diff):
     """Each file of them; and where the two are not ranked anyway, nothing is said."""
     a, b = (fabricate(store, smoke(seed=seed)) for seed in (0, 1))

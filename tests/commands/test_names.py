@@ -95,7 +95,9 @@ def test_whatever_is_named_there_is_a_result_or_one_sentence(here, capsys, comma
 def test_an_empty_word_names_nothing(here, capsys, command):
     """As an unset variable of a shell gives it; it would be the present folder, and the beginning of every run's id."""
     assert COMMANDS[command]("") == 2
-    told = "error: '' is no text that a file could be called by; name another\n"
+    flag = f"{command.split()[-1]} " if "--" in command else ""
+    flag = "--results " if command in ("study list", "studies --plan") else flag
+    told = f"error: {flag}'' is no text that a file could be called by; name another\n"
     assert capsys.readouterr().err == told
 
 
@@ -103,3 +105,18 @@ def test_an_empty_word_names_nothing(here, capsys, command):
 def test_a_report_asks_for_its_folder_before_it_reads_anything(here, capsys, kind):
     assert COMMANDS["report --out"](NAMES[kind]) == 2
     assert capsys.readouterr().err == f"error: {NAMES[kind]} is no folder; name one with --out\n"
+
+
+def test_a_report_that_cannot_be_written_is_told_before_it_reads_anything(here, capsys):
+    assert COMMANDS["report --out"]("/dev/null/x") == 2
+    told = "error: cannot write to /dev/null/x: Not a directory; name another folder with --out\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_run_goes_by_its_folder_s_name_as_a_shell_completes_it(here, capsys):
+    """The beginning of it, too; and a slash alone is no run's name."""
+    (run,) = Store("good").runs()
+    for name in (run.folder.name, run.folder.name[:6]):
+        assert diff.main([f"{name}/", "cnn", "--results", "good"]) == 0
+    assert diff.main(["x/", "cnn", "--results", "good"]) == 2
+    assert "unknown run 'x/'" in capsys.readouterr().err

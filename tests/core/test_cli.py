@@ -21,14 +21,18 @@ REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, 
 @pytest.mark.parametrize("number", REFUSALS)
 def test_a_place_that_takes_no_more_is_a_mistake_that_users_can_mend(capsys, number):
     """A full disk, a full quota, no permission, a disk for reading only or broken; with the file, where it is known."""
-    for file, named in (("x.pt", "x.pt"), (None, "results")):
+    for file, fix in (
+        ("results/runs/a/x.pt", "choose another --results"),
+        ("elsewhere/report.html", "name another place"),
+        (None, "name another place"),
+    ):
 
         def write(file=file) -> int:
             raise OSError(number, "no way", *([file] if file else []))
 
         assert guarded(write) == 2
         said = capsys.readouterr()
-        assert said.err == f"error: no way while writing {named}; free or choose another --results\n"
+        assert said.err == f"error: no way while writing {file or 'the output'}; free or {fix}\n"
         assert said.out == ""
 
 
@@ -75,6 +79,19 @@ def test_who_is_terminated_says_that_it_stopped(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("module", ["bench.run", "studies.beta"])
+def test_who_is_stopped_while_modules_are_imported_says_so(tmp_path, module):
+    """And any other error there keeps its traceback."""
+    words = [sys.executable, "-m", module, "--help"]
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
+    (tmp_path / "tyro.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    stopped = subprocess.run(words, **options)
+    assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "stopped; the same command continues\n")
+    (tmp_path / "tyro.py").write_text("1 / 0")
+    broken = subprocess.run(words, **options)
+    assert (broken.returncode, broken.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
 def test_commands_can_be_called_from_any_thread():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(guarded, lambda: 7).result() == 7
@@ -111,7 +128,7 @@ def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
         unread, refused = (subprocess.run([sys.executable, "-c", code], stdout=out, **options) for out in (pipe, full))
     assert (unread.returncode, unread.stderr) == (141, "")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert refused.stderr.startswith("error: No space left on device")
+    assert refused.stderr == "error: No space left on device while writing the output; free or name another place\n"
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):
@@ -136,6 +153,13 @@ def test_an_address_where_none_belongs_is_hidden(word):
     assert seen[1:] == ["folder:///data/x", "plain"]
     command(lambda words: seen.extend(words) or 0, [word], addresses=True)
     assert seen[-1] == word
+
+
+@pytest.mark.parametrize("words", [["--results", ""], ["--results="], ["x", "--results", "", "--no-resume"]])
+def test_an_empty_value_is_told_with_its_flag(capsys, words):
+    assert command(lambda words: 0, words) == 2
+    told = "error: --results '' is no text that a file could be called by; name another\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_command_without_an_output_ends_as_it_would(monkeypatch):

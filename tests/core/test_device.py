@@ -26,6 +26,13 @@ def test_a_device_that_is_not_there_is_one_sentence():
         check_device("cuda:77")
 
 
+@pytest.mark.parametrize("device", ["cpu:0", "cpu:7", "nonsense"])
+def test_the_cpu_goes_by_one_name(device):
+    """Else the same run would be another."""
+    with pytest.raises(UserError, match=f"device '{device}' is not available here; use --device cpu"):
+        check_device(device)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 def test_a_model_that_no_memory_holds_is_refused_with_its_size(monkeypatch, device):
     """Of four bytes a parameter; what just fits is let through."""

@@ -331,6 +331,18 @@ def test_a_pipe_in_the_cache_is_replaced_and_not_waited_for(tmp_path, capsys):
     assert "is damaged: it is not a file; it is made again" in capsys.readouterr().err
 
 
+def test_nobody_is_advised_to_trust_a_file(tmp_path, capsys):
+    """NumPy's advice for what it does not know is to unpickle it."""
+    path = tmp_path / "x.npz"
+    for content in (b"noise that is no archive", {"x": np.array([{}])}):
+        path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+        with pytest.raises(Damaged) as error:
+            read_arrays(path)
+        assert str(error.value).startswith(f"{path} is damaged: it holds something else than arrays; move it away")
+        cached(path, lambda made: made.write_text("y"), lambda found: found.stat().st_size < 9 or np.load(found))
+        assert "pickle" not in capsys.readouterr().err
+
+
 def test_a_seal_of_something_else_than_an_object_is_damage(tmp_path):
     """Though its digest is right."""
     (tmp_path / "x.json").write_text(seal([1]))

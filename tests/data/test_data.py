@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import urllib.error
 import urllib.request
@@ -1197,11 +1198,23 @@ def test_a_damaged_cache_is_decoded_again_and_says_so(tmp_path, cache, capsys, n
     assert "again" not in capsys.readouterr().err
 
 
-def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache):
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_lies_in_the_place_of_decoded_images_is_replaced(tmp_path, cache, what):
+    folder = write_images(tmp_path / "pets", 6)
+    first = load(f"folder:{folder}", 8)
+    (place,) = (path.parent for path in cache.rglob("meta.json"))
+    shutil.rmtree(place)
+    place.symlink_to("nowhere") if what == "link" else place.write_text("")
+    assert load(f"folder:{folder}", 8).fingerprint == first.fingerprint
+    assert place.is_dir()
+
+
+def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache, capsys):
     """It would be waited for for ever; a link that leads nowhere is an image that cannot be read."""
     folder = write_images(tmp_path / "pets", 6)
     os.mkfifo(folder / "pipe.png")
     assert sizes(load(f"folder:{folder}", 8)) == (4, 1, 1)
+    assert f"left out: {folder / 'pipe.png'} is called an image and is no file" in capsys.readouterr().err
 
 
 def as_older(meta: Path) -> None:

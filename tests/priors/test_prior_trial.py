@@ -29,6 +29,7 @@ from bench.priors.generate import Generated
 from bench.priors.models import PRIORS, Prior
 from bench.priors.trial import run_prior
 from bench.tokenizers import evaluate
+from bench.training.trial import complete
 from tests.fabricate import least
 
 K, SIDE, NAME = 300, 2, "cnn-ema-toy"
@@ -605,6 +606,39 @@ def test_a_damaged_prior_is_not_trained_over(world, monkeypatch):
     with pytest.raises(UserError, match=r"metrics\.json is damaged: "):
         Prior.from_run(run.folder)
     assert len(world.trained) == 1
+
+
+@pytest.mark.parametrize("name", ["prior.safetensors", "history.jsonl"])
+def test_a_prior_with_damaged_files_is_named_before_anything_is_written(world, name):
+    """By who asks for it again, if it is the weights, and by who would be lent them."""
+    path = world.run().folder / name
+    path.write_bytes(flipped(path.read_bytes()))
+    for settings in ({"temperature": 0.5}, {})[: 1 + (name == "prior.safetensors")]:
+        with pytest.raises(UserError) as error:
+            world.run(**settings)
+        assert str(error.value).startswith(f"{path} ")
+        assert "its digest is that of " in str(error.value)
+    assert len(world.store.priors()) == 1
+    path.unlink()
+    path.parent.rename(world.store.root / "moved")
+    assert world.run(temperature=0.5).finished
+
+
+def test_a_tokenizer_whose_weights_are_damaged_is_named_and_not_taken_for_another(world):
+    run, path = world.run(), world.tokenizer.folder / "tokenizer.safetensors"
+    complete(world.tokenizer, **least())
+    path.write_bytes(flipped(path.read_bytes()))
+    for settings in ({}, {"seed": 1}):
+        with pytest.raises(UserError) as error:
+            world.run(**settings)
+        reason = "its digest is that of other weights"
+        assert str(error.value) == f"{path} does not hold the weights of this run ({reason}); move that folder"
+    assert world.store.priors() == [run]
+
+
+def flipped(whole: bytes) -> bytes:
+    """``whole`` with a bit of its last byte but one flipped."""
+    return whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
 
 
 def test_a_prior_that_cannot_be_is_refused_before_it_is_built(world, monkeypatch):

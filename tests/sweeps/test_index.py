@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import threading
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -27,7 +29,7 @@ from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
 from bench.sweeps import address, importance, index
-from bench.sweeps.address import without_password
+from bench.sweeps.address import EXAMPLES, without_password
 from bench.sweeps.definition import Range, distribution, suggest
 from bench.sweeps.importance import importances
 from bench.sweeps.index import MAX_REPORTS, Index, report
@@ -745,8 +747,36 @@ def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path, monkeypat
         return str(told.value)
 
     where = "postgresql://me:***@host/x"
-    assert refuse(ImportError("psycopg")) == f"no driver for {where}: pip install 'vqbench[postgres]'"
-    assert refuse(ValueError("\nrefused\n(details)")) == f"cannot open storage {where}: refused; see --storage"
+    fix = "pip install 'vqbench[postgres]', and let the URL begin with postgresql+psycopg://"
+    assert refuse(ImportError(name="psycopg2")) == f"there is no driver for {where}; {fix}"
+    fix = "name a database with --storage, such as sqlite:///studies.db or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+    assert refuse(ValueError("\nrefused\n(details)")) == f"cannot open {where} (refused); {fix}"
+
+
+def test_the_driver_of_another_server_is_asked_for_by_its_own_name(tmp_path):
+    with pytest.raises(UserError) as error:
+        Index("mysql+mysqldb://me:secret@host/x", tmp_path)
+    driver = "there is no driver for mysql+mysqldb://me:***@host/x; install the Python package that has MySQLdb"
+    assert str(error.value) == driver
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+def test_what_is_in_the_place_of_a_database_is_named_with_the_fix(tmp_path, what):
+    place = tmp_path / "optuna.db"
+    makes = {"pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to(tmp_path / "no" / "x.db")}
+    makes[what](place)
+    with pytest.raises(UserError) as error:
+        Index(f"sqlite:///{place}", tmp_path)
+    told = f"{place} is not a file, so no database; move it away"
+    if what == "link":
+        told = f"the database {place} cannot be made, as there is no folder {tmp_path / 'no'}; make that"
+    assert str(error.value) == f"{told}, or name another database with --storage"
+
+
+def test_a_link_to_a_database_that_is_not_there_yet_is_followed(tmp_path):
+    (tmp_path / "optuna.db").symlink_to(tmp_path / "x.db")
+    Index(f"sqlite:///{tmp_path / 'optuna.db'}", tmp_path).storage.engine.dispose()
+    assert (tmp_path / "x.db").is_file()
 
 
 def test_all_that_a_field_may_be_can_be_swept():
@@ -838,7 +868,9 @@ def test_the_reason_of_an_address_that_is_not_shown_is_not_shown_either(tmp_path
     with pytest.raises(UserError) as error:
         Index("postgresql+psycopg://bob:hun@ter2@127.0.0.1:1/db", tmp_path)
     assert "ter2" not in str(error.value)
-    assert str(error.value).endswith("an @ too many (write %40 in a password); see --storage")
+    assert str(error.value).endswith(
+        f"an @ too many (write %40 in a password); name a database with --storage, such as {EXAMPLES}"
+    )
 
 
 # -- what lacks something, or was taken away meanwhile -----------------------------------------------------------------

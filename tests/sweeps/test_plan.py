@@ -393,7 +393,7 @@ def test_a_time_that_never_comes_is_refused(flag, value):
         parse_study(SEARCH, "", [flag, value])
 
 
-@pytest.mark.parametrize(("flag", "most"), [("--workers", 256), ("--trials", 100_000)])
+@pytest.mark.parametrize(("flag", "most"), [("--workers", 256), ("--trials", 100_000), ("--confirm", 1000)])
 def test_more_than_any_machine_can_do_is_refused(flag, most):
     assert parse_study(SEARCH, "", [flag, str(most)])
     with pytest.raises(UserError, match=f"{flag} is {most + 1}; it must be at most {most}"):

@@ -504,7 +504,7 @@ def test_every_preset_can_work(preset):
     [
         (UserError("beta is -1; it must be 0 or more"), 2, "beta is -1; it must be 0 or more"),
         (OSError(errno.ENOSPC, "No space left on device", "x.pt"), 2, "No space left on device while writing x.pt"),
-        (OSError(errno.EROFS, "Read-only file system", "x.pt"), 2, "choose another --results"),
+        (OSError(errno.EROFS, "Read-only file system", "results/runs/x.pt"), 2, "choose another --results"),
         (Interrupted("stopped at step 3 of 9; the same command continues from there"), 130, "stopped at step 3 of 9"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],

@@ -110,6 +110,17 @@ def test_a_step_is_timed_after_it_has_warmed_up(tiny, timed):
     assert len(timed) == 1  # and remembered
 
 
+@pytest.mark.parametrize("content", ["", '{"seconds": "x"}', "[2.0]"])
+def test_a_time_that_is_damaged_is_measured_again(tiny, timed, tmp_path, capsys, content):
+    step_seconds(tiny)
+    (path,) = tmp_path.rglob("speeds/*.json")
+    path.write_text(content)
+    assert step_seconds(tiny) == pytest.approx(2.0)
+    assert f"{path} is damaged: " in capsys.readouterr().err
+    path.write_text('{"seconds": 3.0}')  # as older versions wrote it
+    assert step_seconds(tiny) == 3.0
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_what_costs_time_is_timed_anew(tiny, timed, monkeypatch, name):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")

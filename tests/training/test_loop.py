@@ -123,8 +123,10 @@ def test_a_damaged_checkpoint_starts_again_and_anothers_is_refused(watch, tiny, 
         watch.train(tiny)
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match="no checkpoint of this run"):
+    with pytest.raises(UserError, match="is a folder and no checkpoint; move it away, and the same command"):
         watch.train(tiny)
+    with pytest.raises(IsADirectoryError, match=str(path)):  # which commands tell with the same fix
+        watch.train(tiny, resume=False)
 
 
 def test_a_pipe_where_a_checkpoint_belongs_is_not_waited_for(watch, tiny, impatient, capsys):
