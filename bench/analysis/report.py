@@ -31,6 +31,7 @@ from .statistics import COMPARED, Images, backbone_verdicts, setting_verdicts
 from .tables import LABELS, Sheet, heading, text_of
 
 ROWS = 2000  # runs that runs.parquet is written of at a time
+CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
 BRIEF = 8  # rows, sentences or names where there is little room
 
 
@@ -94,8 +95,7 @@ def write_report(
 
     Into ``out``, RESULTS/reports/NAME by default, go report.html, tables.md, runs.parquet, runs.csv and plots/.
     ``importances`` says how much each setting mattered, from a frame and the name of a metric (see ``bench.sweeps``);
-    without it that chart is left out. Raises UserError as ``select`` does, and where ``out`` cannot be
-    written.
+    without it that chart is left out. Raises UserError as ``select`` does, and where ``out`` cannot be written.
     """
     selection = select(names, results)
     folder = out or selection.root / "reports" / selection.name
@@ -113,6 +113,9 @@ def write_report(
     table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors, damaged)
     scored = [folder for rows in (table, priors) for folder in rows[rows.status == "finished"].folder]
+    if len(scored) > CHECKED:
+        say(f"more than {CHECKED} runs: their files are checked where they are read, and not all of them")
+        scored = []
     altered = (Run(Path(folder)).snapshot().altered() for folder in _watched("checking files", scored))
     others = dict.fromkeys(itertools.chain(further, *altered))
     report.damaged.extend(sentence for sentence in others if sentence not in report.damaged)

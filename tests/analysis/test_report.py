@@ -1245,6 +1245,17 @@ def test_a_file_that_a_run_did_not_end_with_is_named(store, sketched, capsys, na
     assert "left out" not in capsys.readouterr().err or name == "per_image.npz"  # whose means tell it
 
 
+def test_of_very_many_runs_not_all_files_are_checked_and_the_report_says_so(store, sketched, capsys, monkeypatch):
+    monkeypatch.setattr(report, "CHECKED", 3)
+    for run in sweep(store, EFFECTS, betas=(0.25,), seeds=(0, 1)):
+        seal(run)
+        (run.folder / "history.jsonl").write_text("")
+    write_report([], store.root)
+    said = capsys.readouterr().err
+    assert "more than 3 runs: their files are checked where they are read, and not all of them" in said
+    assert "left out" not in said
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
