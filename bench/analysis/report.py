@@ -43,8 +43,8 @@ class Selection(NamedTuple):
 
 class Block(NamedTuple):
     """Rows that may be ranked against each other, how they were measured, the settings they share, and verdicts: the
-    main ones as sentences that hold ``within``, the others as sentences, all of them as tables by title; and sentences
-    on the damaged scores per image that they do without."""
+    main ones as sentences that hold ``within``, the first of the others, ``more`` in all, as sentences, both as tables
+    by title; and sentences on the damaged scores per image that they do without."""
 
     title: str
     ranking: Sheet
@@ -54,6 +54,7 @@ class Block(NamedTuple):
     within: str
     headline: list[str]
     others: list[str]
+    more: int
     verdicts: dict[str, Sheet]
     damaged: list[str]
 
@@ -228,7 +229,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     read = Images(block)
     backbones, swept = backbone_verdicts(block, metrics, read), setting_verdicts(block, metrics, read)
     first = [one for metric in dict.fromkeys([main, "psnr"]) for one in backbones if one.metric == metric]
-    others = [one.sentence() for one in backbones + swept if one not in first]
+    others = [one for one in backbones + swept if one not in first]
     within = first[0].within if len({one.within for one in first}) == 1 else ""
     verdicts = {"Backbones against each other": backbones, "Settings within a backbone": swept}
     failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
@@ -240,8 +241,9 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
         equal=_equal(block),
         within=within,
         headline=[replace(one, within="" if within else one.within).sentence() for one in first],
-        others=others,
-        verdicts={name: rankings.verdict_list(ones) for name, ones in verdicts.items() if ones},
+        others=[one.sentence() for one in others[: rankings.LIMIT]],
+        more=len(others),
+        verdicts={name: rankings.verdict_list(ones, read.part) for name, ones in verdicts.items() if ones},
         damaged=read.damaged,
     )
 
