@@ -44,7 +44,8 @@ class Verdict:
     ("over beta 0.25, 1"), which are averaged. ``n`` counts paired seeds, ``difference`` is the mean over them of a - b
     in the metric's unit (nan without a pair), ``interval`` its 95 % t interval, ``image_interval`` its 95 % percentile
     interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image; of part of the
-    settings in a very large block, see ``Images``), ``p`` the Holm-adjusted p-value; these three are None below FEWEST seeds. The intervals are not adjusted.
+    settings in a very large block, see ``Images``), ``p`` the Holm-adjusted p-value; these three are None below FEWEST
+    seeds. The intervals are not adjusted.
 
     ``better`` is ``a``, ``b`` or None, not distinguishable: see ``backbone_verdicts`` for the rule.
     """
