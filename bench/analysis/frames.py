@@ -254,7 +254,8 @@ def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
     """Fields that take several values within one model: what an ablation swept. The seed is not one."""
     if table.empty:
         return []
-    counts = table.groupby(list(kind.models))[list(kind.settings)].nunique(dropna=False).max()
+    varied = [name for name in kind.settings if table[name].nunique(dropna=False) > 1]
+    counts = table.groupby(list(kind.models))[varied].nunique(dropna=False).max()
     return list(counts.index[counts > 1])
 
 

@@ -106,8 +106,13 @@ class _Side:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """Mean scores and run folders per (seed, setting)."""
+        """Mean scores per (seed, setting)."""
         return self._cells.iloc[self._part].droplevel(0)
+
+    @cached_property
+    def folders(self) -> dict[tuple[int, int], list[str]]:
+        """Run folders per (seed, setting)."""
+        return self.cells["folders"].to_dict()
 
     @cached_property
     def places(self) -> set[tuple[int, int]]:
@@ -336,8 +341,7 @@ def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Imag
     cells = list(product(table.index[:IMAGE_SEEDS], read.some(table.columns)))
     sides, means = [], []
     for side in (pair.side_a, pair.side_b):
-        of_cell = side.cells["folders"].to_dict()
-        sides.append([[read(folder).get(metric) for folder in of_cell[cell]] for cell in cells])
+        sides.append([[read(folder).get(metric) for folder in side.folders[cell]] for cell in cells])
     if any(row is None for scores in sides for rows in scores for row in rows):
         return None
     for scores in sides:
