@@ -309,11 +309,13 @@ def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
         shared = a.index.intersection(b.index)
         a, b = a.loc[shared], b.loc[shared]
     table = (a - b).dropna().unstack("setting").sort_index()
-    if not table.isna().to_numpy().any():
+    known = table.notna().to_numpy()
+    if known.all():
         return table
-    counts = table.notna().sum()  # seeds of each setting
-    rectangles = [table.loc[:, counts >= least].dropna() for least in counts.unique()]
-    return max(rectangles, key=lambda found: (min(len(found), FEWEST), found.size, len(found)), default=table)
+    counts = known.sum(axis=0)  # seeds of each setting
+    rectangles = [np.ix_(known[:, counts >= least].all(axis=1), counts >= least) for least in pd.unique(counts)]
+    seeds, cells = max(rectangles, key=lambda found: (min(len(found[0]), FEWEST), known[found].size, len(found[0])))
+    return table.iloc[seeds.ravel(), cells.ravel()]
 
 
 def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
