@@ -283,7 +283,7 @@ def _values(column: pd.Series) -> str:
 def write_data(table: pd.DataFrame, folder: Path) -> None:
     """runs.csv is ``table`` as it is; runs.parquet is long: a row per run and metric that it has, with its Config."""
     with atomic_path(folder / "runs.csv") as temporary:
-        table.astype(object).to_csv(temporary, index=False)  # the same text, and sooner
+        table.to_csv(temporary, index=False)
     names = sorted(name for name in table if name in METRICS or name.endswith(frames.REFERENCES))
     table = table.sort_values("run_id", ignore_index=True)
     keys, labels = table[["run_id", *CONFIG, "status"]], pyarrow.array(names, pyarrow.string())
