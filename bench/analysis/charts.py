@@ -33,6 +33,7 @@ STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in
     "text.parse_math": False,
 }
 NAMED = 12  # rings with words beside them: more would lie on one another, and take seconds to draw
+MANY = 200  # points that an SVG holds as an image
 REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}  # k-means on patches
 
 
@@ -114,8 +115,7 @@ def _series(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str, means: bo
         look = look_of(name)
         own = rows[rows.backbone == name]
         at = x[own.index] + dodge * (index - (len(names) - 1) / 2)
-        size, many = 9 if means else 24, len(own) > 200  # an SVG holds many as an image
-        axes.scatter(at, own[metric], s=size, alpha=0.5, linewidths=0, rasterized=many, **look)
+        axes.scatter(at, own[metric], s=9 if means else 24, alpha=0.5, linewidths=0, rasterized=len(own) > MANY, **look)
         mean, std = own[metric].groupby(at).mean(), own[metric].groupby(at).std()
         if means and dodge:
             axes.errorbar(mean.index, mean, std, linestyle="none", markersize=5, capsize=2, **look)
@@ -327,7 +327,8 @@ def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> pd.D
     """Means with error bars, and the Pareto front as steps through ringed points. Returns the rows on the front."""
     style = {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
     for backbone, own in table.groupby("backbone"):
-        axes.errorbar(own[name], own[metric], yerr=own[f"{metric}_std"], **style, **look_of(backbone))
+        look = {**style, **look_of(backbone), "rasterized": len(own) > MANY}
+        axes.errorbar(own[name], own[metric], yerr=own[f"{metric}_std"], **look)
     cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
     front = best_first(table[pareto(cost, score)], name)
     axes.plot(front[name], front[metric], color="0.3", linewidth=1, drawstyle="steps-post", zorder=1)

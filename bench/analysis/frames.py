@@ -143,13 +143,13 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
             continue
         damaged.extend(entry.get("lacking", ()))
         row = entry["row"]
-        for name in row.keys() - columns.keys():
-            columns[name] = [math.nan] * count
+        if row.keys() != columns.keys():
+            for name in row.keys() - columns.keys():
+                columns[name] = [math.nan] * count
+            row = {**dict.fromkeys(columns, math.nan), **row}
         for name, value in row.items():
             columns[name].append(texts.setdefault(value, value) if isinstance(value, str) else value)
         count += 1
-        for name in columns.keys() - row.keys():
-            columns[name].append(math.nan)
     order = ["run_id", "status", "reason", *kind.fields, *kind.metrics, *kind.environment, "folder"]
     order += sorted(columns.keys() - set(order))
     table = pd.DataFrame(columns, index=range(count), columns=order)
@@ -254,7 +254,8 @@ def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
     """Fields that take several values within one model: what an ablation swept. The seed is not one."""
     if table.empty:
         return []
-    counts = table.groupby(list(kind.models))[list(kind.settings)].nunique(dropna=False).max()
+    varied = [name for name in kind.settings if table[name].nunique(dropna=False) > 1]
+    counts = table.groupby(list(kind.models))[varied].nunique(dropna=False).max()
     return list(counts.index[counts > 1])
 
 

@@ -172,8 +172,9 @@ def refusals(parts: list[pd.DataFrame]) -> Sheet:
     return Sheet(["block", "differs in", "its value", "block 1 has"], rows)
 
 
-def verdict_list(verdicts: Sequence[Verdict]) -> Sheet:
-    """Pairs of backbones or settings: difference, intervals over seeds and over images, adjusted p, and the verdict."""
+def verdict_list(verdicts: Sequence[Verdict], part: float = 1.0) -> Sheet:
+    """Pairs of backbones or settings: difference, intervals over seeds and over images, adjusted p, and the verdict.
+    ``part``: that of the settings whose scores per image were read."""
     rows = []
     for one in verdicts[:LIMIT]:
         form = f"+.{int(METRICS[one.metric].form[1:-1]) + 1}f"
@@ -186,6 +187,7 @@ def verdict_list(verdicts: Sequence[Verdict]) -> Sheet:
     keys = ["metric", "a", "b", "within", "n", "a − b", "95 % over seeds", "95 % over images", "p", "verdict"]
     paired = "Where further settings were swept, both sides are paired at equal values of them, as within says, and "
     notes = [f"{paired}averaged."] if any("over " in one.within for one in verdicts) else []
+    notes += [f"Intervals over images are of a random {part:.1%} of these settings."] if part < 1 else []
     return Sheet(keys, rows, notes=[*notes, *_cut(len(verdicts))])
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -46,8 +47,8 @@ class Selection(NamedTuple):
 
 class Block(NamedTuple):
     """Rows that may be ranked against each other, how they were measured, the settings they share, and verdicts: the
-    main ones as sentences that hold ``within``, the others as sentences, all of them as tables by title; and sentences
-    on the damaged scores per image that they do without."""
+    main ones as sentences that hold ``within``, the first of the others, ``more`` in all, as sentences, both as tables
+    by title; and sentences on the damaged scores per image that they do without."""
 
     title: str
     ranking: Sheet
@@ -57,6 +58,7 @@ class Block(NamedTuple):
     within: str
     headline: list[str]
     others: list[str]
+    more: int
     verdicts: dict[str, Sheet]
     damaged: list[str]
 
@@ -243,7 +245,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     read = Images(block)
     backbones, swept = backbone_verdicts(block, metrics, read), setting_verdicts(block, metrics, read)
     first = [one for metric in dict.fromkeys([main, "psnr"]) for one in backbones if one.metric == metric]
-    others = [one.sentence() for one in backbones + swept if one not in first]
+    others = [one for one in backbones + swept if one not in first]
     within = first[0].within if len({one.within for one in first}) == 1 else ""
     verdicts = {"Backbones against each other": backbones, "Settings within a backbone": swept}
     failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
@@ -255,8 +257,9 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
         equal=_equal(block),
         within=within,
         headline=[replace(one, within="" if within else one.within).sentence() for one in first],
-        others=others,
-        verdicts={name: rankings.verdict_list(ones) for name, ones in verdicts.items() if ones},
+        others=[one.sentence() for one in others[: rankings.LIMIT]],
+        more=len(others),
+        verdicts={name: rankings.verdict_list(ones, read.part) for name, ones in verdicts.items() if ones},
         damaged=read.damaged,
     )
 
@@ -298,13 +301,15 @@ def write_data(table: pd.DataFrame, folder: Path) -> None:
         table.to_csv(temporary, index=False)
     names = sorted(name for name in table if name in METRICS or name.endswith(frames.REFERENCES))
     table = table.sort_values("run_id", ignore_index=True)
-    keys = ["run_id", *CONFIG, "status"]
-    schema = pyarrow.Schema.from_pandas(table[keys].assign(metric="", value=0.0), preserve_index=False)
+    keys, labels = table[["run_id", *CONFIG, "status"]], pyarrow.array(names, pyarrow.string())
+    schema = pyarrow.Schema.from_pandas(keys.assign(metric="", value=0.0), preserve_index=False)
     with atomic_path(folder / "runs.parquet") as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         for start in range(0, len(table), ROWS):  # all at once would be forty times the table
-            part = table[start : start + ROWS].melt(keys, names, "metric", "value").dropna(subset="value")
-            part = part.sort_values(["run_id", "metric"])
-            writer.write_table(pyarrow.Table.from_pandas(part, schema, preserve_index=False))
+            values = table[names][start : start + ROWS].to_numpy(float)
+            row, column = np.nonzero(~np.isnan(values))
+            part = pyarrow.Table.from_pandas(keys[start : start + ROWS], preserve_index=False).take(row)
+            part = part.append_column("metric", labels.take(column)).append_column("value", [values[row, column]])
+            writer.write_table(part.cast(schema))
 
 
 def html(report: Report, figures: Sequence[charts.Chart]) -> str:

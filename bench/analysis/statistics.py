@@ -26,9 +26,11 @@ from .frames import DEFAULTS, METRICS, settings
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
 FEWEST = 3  # paired seeds for an interval and a test
-IMAGE_SEEDS = 3  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened
+IMAGE_SEEDS = 3  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened,
+IMAGE_RUNS = 2000  # and where these are more runs of a block, of part of its settings
 RESAMPLES = 2000
 SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; presets agree within 5 %
+NOTHING = pd.DataFrame()
 LISTED = 6  # values of a setting that a sentence lists; of more it gives the range
 
 Interval = tuple[float, float]
@@ -41,8 +43,9 @@ class Verdict:
     ``within`` says where: the backbone whose setting is compared, and the other swept settings that both sides share
     ("over beta 0.25, 1"), which are averaged. ``n`` counts paired seeds, ``difference`` is the mean over them of a - b
     in the metric's unit (nan without a pair), ``interval`` its 95 % t interval, ``image_interval`` its 95 % percentile
-    interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image), ``p`` the
-    Holm-adjusted p-value; these three are None below FEWEST seeds. The intervals are not adjusted.
+    interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image; of part of the
+    settings in a very large block, see ``Images``), ``p`` the Holm-adjusted p-value; these three are None below FEWEST
+    seeds. The intervals are not adjusted.
 
     ``better`` is ``a``, ``b`` or None, not distinguishable: see ``backbone_verdicts`` for the rule.
     """
@@ -94,8 +97,31 @@ class Verdict:
         return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus sign before a zero
 
 
+class _Side:
+    """One side of a pair: the ``part`` of ``cells`` that are its own, and ``scored``, the metrics that one of them
+    has."""
+
+    def __init__(self, cells: pd.DataFrame, part: slice, scored: set[str]):
+        self._cells, self._part, self.scored = cells, part, scored
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """Mean scores per (seed, setting)."""
+        return self._cells.iloc[self._part].droplevel(0)
+
+    @cached_property
+    def folders(self) -> dict[tuple[int, int], list[str]]:
+        """Run folders per (seed, setting)."""
+        return self.cells["folders"].to_dict()
+
+    @cached_property
+    def places(self) -> set[tuple[int, int]]:
+        """Which seeds and settings it has, numbered as those of the sides that it may be compared with."""
+        return set(zip(*(codes[self._part].tolist() for codes in self._cells.index.codes[1:]), strict=True))
+
+
 class _Pair(NamedTuple):
-    """Two sides by name and by cells: mean scores and run folders per (seed, setting).
+    """Two sides by name.
 
     ``within`` is the backbone in which they are compared, "" for two backbones; ``settings``, number → values, say the
     rest.
@@ -103,20 +129,28 @@ class _Pair(NamedTuple):
 
     a: str
     b: str
-    cells_a: pd.DataFrame
-    cells_b: pd.DataFrame
+    side_a: _Side
+    side_b: _Side
     within: str
     settings: pd.DataFrame
 
 
 class Images:
     """Scores per image of the runs of a block, each file read once. ``damaged``: a sentence on each file that does not
-    hold those of its run."""
+    hold those of its run; ``part``: the part of a comparison's settings whose runs are read, 1 unless the first
+    IMAGE_SEEDS seeds of all settings are more than IMAGE_RUNS runs."""
 
     def __init__(self, block: pd.DataFrame):
         self._block = block
         self._read: dict[str, dict[str, np.ndarray]] = {}
         self.damaged: list[str] = []
+        cells = block[["backbone", *settings(block)]].drop_duplicates()
+        self.part = min(1.0, IMAGE_RUNS / max(1, len(cells) * IMAGE_SEEDS))
+
+    def some(self, of: pd.Index) -> pd.Index:
+        """Those of the settings ``of`` a comparison whose runs are read: a random ``part``, the same each time."""
+        drawn = np.random.default_rng(0).permutation(len(of))[: math.ceil(self.part * len(of))]
+        return of[np.sort(drawn)]
 
     @cached_property
     def _scored(self) -> dict[str, dict[str, float]]:
@@ -222,15 +256,20 @@ def _coded(block: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFra
     return coded, coded.drop_duplicates("setting").set_index("setting")[by]
 
 
-def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, pd.DataFrame]:
-    """Cells of every value of ``column``, in its order."""
+def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, _Side]:
+    """Every value of ``column`` as a side, in its order."""
+    rows = rows[rows[column].notna()]
     groups = rows.groupby([column, "seed", "setting"])
     cells = groups[list(metrics)].mean()
-    folders: dict[tuple, list[str]] = {}
-    for *cell, folder in zip(rows[column], rows.seed, rows.setting, rows.folder, strict=True):
-        folders.setdefault(tuple(cell), []).append(folder)
-    cells["folders"] = [folders[cell] for cell in cells.index]
-    return {value: part.droplevel(column) for value, part in cells.groupby(level=column)}
+    folders: list[list[str]] = [[] for _ in range(len(cells))]
+    for cell, folder in zip(groups.ngroup(), rows.folder, strict=True):
+        folders[cell].append(folder)
+    cells["folders"] = folders
+    known = cells[list(metrics)].notna().groupby(level=column).any()
+    ends = cells.groupby(level=column).size().cumsum().tolist()
+    parts = map(slice, [0, *ends], ends)  # cells are in order
+    scored = ({name for name, has in zip(metrics, row, strict=True) if has} for row in known.to_numpy())
+    return {value: _Side(cells, part, has) for value, part, has in zip(known.index, parts, scored, strict=True)}
 
 
 def _verdicts(pairs: list[_Pair], metrics: Sequence[str], read: Images) -> list[Verdict]:
@@ -239,15 +278,16 @@ def _verdicts(pairs: list[_Pair], metrics: Sequence[str], read: Images) -> list[
 
 
 def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
-    pairs = [pair for pair in pairs if not any(side[metric].isna().all() for side in (pair.cells_a, pair.cells_b))]
+    pairs = [pair for pair in pairs if metric in pair.side_a.scored & pair.side_b.scored]
     tables = [_shared(pair, metric) for pair in pairs]
     tests = {i: _paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
     p_values = dict(zip(tests, _holm([p for _, p in tests.values()]), strict=True))
     images = {i: _image_differences(pairs[i], tables[i], metric, read) for i in tests}
     image_intervals = _image_intervals({i: values for i, values in images.items() if values is not None})
+    shared = any(map(len, tables))
 
     for i, (pair, table) in enumerate(zip(pairs, tables, strict=True)):
-        if table.empty and any(len(other) for other in tables):
+        if table.empty and shared:
             continue  # share no seed and setting: worth a word only if no pair does
         difference = float(table.mean(axis=1).mean()) if len(table) else math.nan
         interval, image_interval, p = tests.get(i, (None,))[0], image_intervals.get(i), p_values.get(i)
@@ -255,25 +295,27 @@ def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
         better = None
         if p is not None and p < LEVEL and witnessed:
             better = pair.a if (difference < 0) == (METRICS[metric].better == "lower") else pair.b
-        within = ", ".join(filter(None, [pair.within, _described(pair.settings.loc[table.columns])]))
+        within = ", ".join(filter(None, [pair.within, _described(pair.settings, table.columns)]))
         numbers = len(table), difference, interval, image_interval, p
         yield Verdict(metric, pair.a, pair.b, within, *numbers, better)
 
 
 def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
     """Differences a - b that count: seeds × settings, none missing; empty when nothing is shared."""
-    a, b = pair.cells_a[metric], pair.cells_b[metric]
+    if pair.side_a.places.isdisjoint(pair.side_b.places):  # the usual case in a search, whose trials agree in nothing
+        return NOTHING
+    a, b = pair.side_a.cells[metric], pair.side_b.cells[metric]
     if not a.index.equals(b.index):
         shared = a.index.intersection(b.index)
-        if shared.empty:  # the usual case in a search, whose trials agree in nothing
-            return pd.DataFrame()
         a, b = a.loc[shared], b.loc[shared]
     table = (a - b).dropna().unstack("setting").sort_index()
-    if not table.isna().to_numpy().any():
+    known = table.notna().to_numpy()
+    if known.all():
         return table
-    counts = table.notna().sum()  # seeds of each setting
-    rectangles = [table.loc[:, counts >= least].dropna() for least in counts.unique()]
-    return max(rectangles, key=lambda found: (min(len(found), FEWEST), found.size, len(found)), default=table)
+    counts = known.sum(axis=0)  # seeds of each setting
+    rectangles = [np.ix_(known[:, counts >= least].all(axis=1), counts >= least) for least in pd.unique(counts)]
+    seeds, cells = max(rectangles, key=lambda found: (min(len(found[0]), FEWEST), known[found].size, len(found[0])))
+    return table.iloc[seeds.ravel(), cells.ravel()]
 
 
 def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
@@ -296,13 +338,12 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _image_differences(pair: _Pair, table: pd.DataFrame, metric: str, read: Images) -> np.ndarray | None:
-    """Differences a - b of every image (N,), averaged over the settings and first seeds of ``table``; None when a run
-    has no such scores."""
-    cells = list(product(table.index[:IMAGE_SEEDS], table.columns))
+    """Differences a - b of every image (N,), averaged over settings and first seeds of ``table``; None when a run has
+    no such scores."""
+    cells = list(product(table.index[:IMAGE_SEEDS], read.some(table.columns)))
     sides, means = [], []
-    for side in (pair.cells_a, pair.cells_b):
-        of_cell = side["folders"].to_dict()
-        sides.append([[read(folder).get(metric) for folder in of_cell[cell]] for cell in cells])
+    for side in (pair.side_a, pair.side_b):
+        sides.append([[read(folder).get(metric) for folder in side.folders[cell]] for cell in cells])
     if any(row is None for scores in sides for rows in scores for row in rows):
         return None
     for scores in sides:
@@ -323,16 +364,17 @@ def _image_intervals(differences: dict[int, np.ndarray]) -> dict[int, Interval]:
     return dict(zip(differences, ends, strict=True))
 
 
-def _described(values: pd.DataFrame) -> str:
-    """What was averaged over: "over beta 0.25, 1; codebook_size 256"; nothing when nothing was swept."""
-    parts = []
+def _described(known: pd.DataFrame, averaged: pd.Index) -> str:
+    """Which of the ``known`` settings were averaged over: "over beta 0.25, 1; codebook_size 256"; nothing when none was
+    swept."""
+    parts, values = [], known.loc[averaged] if len(averaged) else ()
     for name in values:
         several = sorted(values[name].unique())
         listed = ", ".join(map(_text, several))
         if len(several) > LISTED:
             listed = f"{_text(several[0])} to {_text(several[-1])} ({len(several)} values)"
         parts.append(f"{name} {listed}")
-    return f"over {'; '.join(parts)}" if parts and len(values) else ""
+    return f"over {'; '.join(parts)}" if parts else ""
 
 
 def _text(value: object) -> str:

@@ -76,9 +76,10 @@ def text_of(value: Any, key: str = "") -> str:
 def best_of(column: pd.Series, key: str) -> str | None:
     """The best value as shown; None where none is better or all are shown equal."""
     better, known = LABELS[key].better, column.dropna()
-    if not better or known.map(lambda value: text_of(value, key)).nunique() < 2:
+    if not better or known.empty:
         return None
-    return text_of(known.min() if better == "lower" else known.max(), key)
+    low, high = text_of(known.min(), key), text_of(known.max(), key)
+    return None if low == high else low if better == "lower" else high
 
 
 def heading(key: str) -> str:

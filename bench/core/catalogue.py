@@ -133,10 +133,10 @@ class _Shelf:
 def _stamp(run: Run) -> str:
     """What tells whether the JSON files of ``run`` are still the same; empty when they may change without its
     telling."""
-    seen, youngest = [_code()], 0.0
+    folder, seen, youngest = str(run.folder), [_code()], 0.0
     for name in ("config.json", "instruments.json", "metrics.json", "failure.json"):
         try:
-            file = os.stat(f"{run.folder}/{name}")
+            file = os.stat(f"{folder}/{name}")
         except OSError:
             seen.append("-")
             continue

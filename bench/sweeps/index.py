@@ -22,8 +22,6 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from optuna_dashboard import save_note
-from optuna_dashboard._note import note_ver_key, split_body
 
 from bench.analysis.frames import statuses
 from bench.core.errors import Damaged, UserError
@@ -204,6 +202,8 @@ class Index:
 
     def _note_attributes(self, study: Study, trial: FrozenTrial, runs: list[Run]) -> dict[str, Any]:
         """What ``save_note`` writes of a trial without a note, without reading those of all others."""
+        from optuna_dashboard._note import note_ver_key, split_body  # and scikit-learn: not before it is needed
+
         return {note_ver_key(trial._trial_id): 1, **split_body(self._note(study, trial, runs), trial._trial_id)}
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
@@ -212,14 +212,18 @@ class Index:
         try:
             for name, value in _attributes(runs).items():
                 trial.set_user_attr(name, value)
-            note = self._note(study, trial, runs)
-            with self.storage.reading():
-                save_note(trial, note)
+            self._save_note(trial, self._note(study, trial, runs))
             state, values = _result(runs, metrics)
             study.tell(trial, values, state)
         except GONE:
             if self._runs(trial):
                 raise
+
+    def _save_note(self, of: Study | Trial, note: str) -> None:
+        from optuna_dashboard import save_note  # and scikit-learn: not before it is needed
+
+        with self.storage.reading():
+            save_note(of, note)
 
     def give_back(self, study: Study, trial: Trial) -> None:
         """Ends ``trial`` as interrupted and puts a copy of it into the queue."""
@@ -270,7 +274,7 @@ class Index:
             else:
                 artifact = upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=study)
             lines += [f"### {caption}", f"![{path.stem}](/artifacts/{study._study_id}/{artifact})"]
-        save_note(study, "\n\n".join(lines))
+        self._save_note(study, "\n\n".join(lines))
 
 
 def rebuild(index: Index, store: Store, name: str) -> int:

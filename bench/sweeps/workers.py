@@ -10,7 +10,6 @@ from functools import partial
 from rich.markup import escape
 
 from bench.analysis.frames import statuses
-from bench.analysis.report import write_report
 from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
@@ -93,6 +92,8 @@ def look(plan: Plan) -> None:
 
 def conclude(plan: Plan, index: Index) -> None:
     """Counts how tokenizers ended, writes the report, attaches its plots."""
+    from bench.analysis.report import write_report  # and what draws charts: not before it is needed
+
     record = plan.store.study(plan.name)
     runs = [plan.store.named(run_id) for run_id in {**record["runs"], **record.get("confirmed", {})}]
     status = Counter(statuses(runs))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from bench import report as command
-from bench.analysis import charts, rankings, report, tables
+from bench.analysis import charts, rankings, report, statistics, tables
 from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
 from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
@@ -937,6 +937,28 @@ def test_a_verdict_is_told_once_and_says_of_which_runs_it_holds(store):
     assert list(block.verdicts) == ["Backbones against each other", "Settings within a backbone"]
     (alone,) = about((smoke(), {"psnr": 20.0})).blocks
     assert (alone.headline, alone.others, alone.verdicts) == ([], [], {})
+
+
+def test_of_very_many_verdicts_the_page_has_the_first_and_says_so(store, monkeypatch):
+    sweep(store, EFFECTS)
+    (whole,) = report_of(store).blocks
+    assert whole.more == len(whole.others) > 2
+    assert f"{whole.more} more verdicts</summary>" in report.html(report_of(store), [])
+    monkeypatch.setattr(rankings, "LIMIT", 2)
+    found = report_of(store)
+    (block,) = found.blocks
+    assert (block.others, block.more) == (whole.others[:2], whole.more)
+    assert f"{whole.more} more verdicts, of which the first 2</summary>" in report.html(found, [])
+
+
+def test_verdicts_say_that_scores_of_images_are_those_of_part_of_the_settings(store, monkeypatch):
+    sweep(store, EFFECTS)
+    part = "Intervals over images are of a random 25.0% of these settings."
+    (whole,) = report_of(store).blocks
+    monkeypatch.setattr(statistics, "IMAGE_RUNS", statistics.IMAGE_SEEDS)
+    (block,) = report_of(store).blocks
+    assert all(part in sheet.notes for sheet in block.verdicts.values())
+    assert not any(part in sheet.notes for sheet in whole.verdicts.values())
 
 
 def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store, capsys):

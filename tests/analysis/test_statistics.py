@@ -1,7 +1,7 @@
 """Verdicts: right about known effects, silent about noise, and blind to everything that is not paired."""
 
+import cProfile
 import itertools
-import time
 import warnings
 from dataclasses import asdict, replace
 
@@ -13,7 +13,14 @@ from statsmodels.stats.multitest import multipletests
 
 from bench.analysis import statistics
 from bench.analysis.frames import METRICS, blocks, frame
-from bench.analysis.statistics import COMPARED, FEWEST, IMAGE_SEEDS, Verdict, backbone_verdicts, setting_verdicts
+from bench.analysis.statistics import (
+    FEWEST,
+    IMAGE_SEEDS,
+    Images,
+    Verdict,
+    backbone_verdicts,
+    setting_verdicts,
+)
 from bench.core.store import Store
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, sweep
@@ -503,26 +510,50 @@ def test_files_are_read_once_and_only_where_an_interval_is_made(tmp_path, monkey
     assert len(opened) == len(set(opened)) == 4 * 2 * IMAGE_SEEDS
 
 
-@pytest.mark.slow
-def test_ten_thousand_rows_take_seconds(tmp_path):
-    """5 backbones × 20 betas × 100 seeds, and files of 1000 images for the seeds that are read."""
-    table = block((*FOUR, "bimamba"), range(100), np.linspace(0.1, 2, 20))
-    generator = np.random.default_rng(0)
-    scores = generator.normal(size=(3, 1000))
-    scores -= scores.mean(axis=1, keepdims=True)
-    table["protocol_count"] = 1000
-    folders = []
-    for i in range(len(table)):
-        folders.append(tmp_path / str(i))
-        if table.seed[i] < IMAGE_SEEDS:
-            folders[-1].mkdir()
-            own = {name: one + table[name][i] for name, one in zip(COMPARED, scores, strict=True)}
-            np.savez_compressed(folders[-1] / "per_image.npz", **own)
-    table = table.assign(folder=[str(path) for path in folders], lpips_vgg=table.lpips_alex, psnr=table.lpips_alex)
-    began = time.monotonic()
-    verdicts = backbone_verdicts(table) + setting_verdicts(table)
-    assert time.monotonic() - began < 16  # 4 s on two quiet cores
-    assert len(verdicts) == 3 * (10 + 5 * 19)
+def test_of_a_very_large_block_scores_are_read_of_part_of_the_settings(tmp_path, monkeypatch):
+    """The same part each time, a file of every side of every pair; what is said of seeds is the same."""
+    table = frame(sweep(Store(tmp_path), dict.fromkeys(("cnn", "vit"), 0.0), np.linspace(0.1, 1, 10), range(FEWEST)))
+    whole, verdicts = Images(table), backbone_verdicts(table)
+    assert (whole.part, list(whole.some(pd.RangeIndex(10)))) == (1, list(range(10)))
+    monkeypatch.setattr(statistics, "IMAGE_RUNS", 2 * 3 * IMAGE_SEEDS)
+    read = Images(table)
+    found = backbone_verdicts(table, read=read)
+    assert read.part == 0.3
+    assert len(read._read) == 2 * 3 * IMAGE_SEEDS
+    assert found == backbone_verdicts(table)
+    blind = [replace(one, image_interval=None, better=None) for one in found]
+    assert blind == [replace(one, image_interval=None, better=None) for one in verdicts]
+    assert all(one.image_interval != other.image_interval for one, other in zip(found, verdicts, strict=True))
+    assert len(Images(table).some(pd.RangeIndex(1))) == 1
+
+
+def calls(work) -> int:
+    """How many functions ``work`` calls, Python's own included."""
+    profile = cProfile.Profile()
+    profile.runcall(work)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_the_work_grows_with_the_trials_of_a_search_and_not_with_their_square():
+    """Most of which share no setting with any other."""
+
+    def trials(count: int) -> pd.DataFrame:
+        values = np.linspace(0.1, 1, count)
+        configs = [make_config("cnn", "smoke", beta=0.1 * value, lr=0.01 * value) for value in values]
+        return rows((config, float(value)) for config, value in zip(configs, values, strict=True))
+
+    few, many = trials(60), trials(120)
+    assert {verdict.n for verdict in setting_verdicts(many)} == {0}
+    assert len(setting_verdicts(many, ("lpips_alex",))) == 2 * 119
+    assert calls(lambda: setting_verdicts(many)) < 1.5 * calls(lambda: setting_verdicts(few))
+
+
+def test_the_work_of_an_ablation_hardly_grows_with_its_seeds():
+    """They are rows of a table, not objects: of ten times as many by far less than twice the calls."""
+    few, many = (block(FOUR, range(count), np.linspace(0.1, 1, 5)) for count in (20, 200))
+    work = lambda table: backbone_verdicts(table) + setting_verdicts(table)  # noqa: E731
+    assert len(work(many)) == 6 + 4 * 4
+    assert calls(lambda: work(many)) < 1.5 * calls(lambda: work(few))
 
 
 @pytest.mark.parametrize("unit", [1e-14, 1e-3, 1e9])

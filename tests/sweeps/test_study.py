@@ -78,7 +78,7 @@ def child(monkeypatch, tmp_path):
     fake = FakeChild()
     monkeypatch.setattr(study, "run_in_child", fake)
     monkeypatch.setattr(study, "prepare", lambda *arguments: None)
-    monkeypatch.setattr(study, "write_report", lambda names, root, *, importances: Written(tmp_path))
+    monkeypatch.setattr("bench.analysis.report.write_report", lambda names, root, *, importances: Written(tmp_path))
     monkeypatch.setattr(study, "IDLE_SECONDS", 0.05)
     return fake
 
@@ -1086,7 +1086,8 @@ def test_the_line_of_the_bar_names_the_trials_under_way_and_no_others(tmp_path):
 
 def test_a_study_s_report_is_of_it_alone_and_says_what_mattered(child, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(study, "write_report", lambda *given, **more: asked.append((given, more)) or Written(tmp_path))
+    write = lambda *given, **more: asked.append((given, more)) or Written(tmp_path)  # noqa: E731
+    monkeypatch.setattr("bench.analysis.report.write_report", write)
     assert start(BETA, tmp_path, "--backbone", "cnn") == 0
     (name,) = Store(tmp_path).studies()
     assert asked == [(([name], tmp_path), {"importances": study.importances})]
