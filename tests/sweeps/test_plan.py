@@ -328,11 +328,18 @@ STUDIES = {
         ("cnn",),
         (0,),
     ),
+    "code_dim": ({"code_dim": (4, 8, 16, 32, 64), "quantizer": ("ema", "l2")}, {}, ("convnext", "vit"), (0, 1, 2)),
     "codebook_size": ({"codebook_size": (64, 256, 1024, 4096)}, {}, ALL, (0, 1, 2)),
     "gan_weight": ({"gan_weight": (0.0, 0.1, 0.3, 1.0)}, {}, ALL, (0, 1, 2)),
     "grid_size": ({"grid_size": (1, 2, 4, 8, 16)}, {}, ALL, (0, 1, 2)),
     "learning_rate": ({"lr": (3e-4, 1e-3, 2e-3, 5e-3)}, {}, ALL, (0, 1, 2)),
     "priors": ({"grid_size": (4, 8, 16)}, {}, ALL, (0, 1, 2)),
+    "quantizers": (
+        {"quantizer": ("standard", "ema", "l2", "ema_l2", "gumbel", "ibq", "product", "bsq", "none")},
+        {},
+        ("cnn", "convnext", "vit"),
+        (0, 1, 2),
+    ),
 }
 
 
