@@ -31,15 +31,22 @@ class Backbone(NamedTuple):
 
 TOKENS = ("attention", "patch_overlap"), ("attention", "patch_overlap", "final_conv")
 
+
+def _more(*names: str) -> list[tuple[str, ...]]:
+    """TOKENS and further options of both sides."""
+    return [(*options, *names) for options in TOKENS]
+
+
 BACKBONES: dict[str, Backbone] = {
     "cnn": Backbone(cnn.Encoder, cnn.Decoder),
     "convnext": Backbone(convnext.Encoder, convnext.Decoder),
     "vit": Backbone(vit.Encoder, vit.Decoder, *TOKENS),
-    "mamba": Backbone(mamba.Encoder, mamba.Decoder, *TOKENS),
-    "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *TOKENS),
-    "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *TOKENS),
+    "mamba": Backbone(mamba.Encoder, mamba.Decoder, *_more("token_order")),
+    "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *_more("token_order", "two_streams")),
+    "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *_more("token_order", "vision_mixer")),
 }
 TIMM_OPTIONS = ("attention", "pretrained")  # of the Encoder of timm:MODEL
+OPTIONS = sorted({*TIMM_OPTIONS, *(name for chosen in BACKBONES.values() for name in chosen.options)})  # of any of them
 
 
 def backbone(name: str) -> Backbone:

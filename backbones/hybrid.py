@@ -3,17 +3,76 @@
 Of each side's blocks the first half mixes by a state space and the second by self-attention, which recovers the global
 context that a scan loses (the paper's ablation of hybrid patterns). Of an odd depth the scan has the larger half.
 
-Not taken from the paper: its convolutional stages and windows, since all backbones of tokens here share patches and one
-grid; and its mixer, a Mamba-1 scan behind an ordinary convolution, beside a branch without scan, which lets a token
-know what comes after it. Here two Mamba-2 layers do, which read the tokens in either direction.
+How the first half mixes is an option. Unless told otherwise two Mamba-2 layers read the tokens in either direction;
+with ``vision_mixer`` it is the paper's own mixer, in which a branch without a scan, beside the scan, lets a token know
+what comes after it. Not taken from the paper: its convolutional stages and windows, since all backbones of tokens here
+share patches and one grid.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from .layers import TokenDecoder, TokenEncoder, TransformerBlock
-from .mamba import BidirectionalMambaBlock
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-KINDS = [BidirectionalMambaBlock, TransformerBlock]
+from .layers import TokenDecoder, TokenEncoder, TransformerBlock, mlp, zero_init
+from .mamba import HEAD_DIM, STATE_DIM, BidirectionalMambaBlock
+from .ssd import ssd_scan
 
-Encoder = partial(TokenEncoder, KINDS)
-Decoder = partial(TokenDecoder, KINDS)
+
+class VisionMixer(nn.Module):
+    """Two branches over (B, tokens, width), each σ(Conv(Linear(x))) with half of the channels, one of them scanned;
+    their concatenation goes through a linear layer (the paper's equations 6 and 7; σ is SiLU, Conv spans 3 tokens and
+    looks both ways). Other than there the scan is Mamba-2's, with its initialisation, in heads of 32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = max(1, round(width / 2 / HEAD_DIM))
+        self.inner = self.heads * HEAD_DIM
+        self.in_proj = nn.Linear(width, 2 * self.inner, bias=False)
+        self.conv = nn.Conv1d(2 * self.inner, 2 * self.inner, 3, padding=1, groups=2 * self.inner)
+        self.scan_proj = nn.Linear(self.inner, 2 * STATE_DIM + self.heads, bias=False)
+        steps = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log_())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True
+        self.out_proj = zero_init(nn.Linear(2 * self.inner, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scanned, beside = F.silu(self.conv(self.in_proj(x).transpose(1, 2))).transpose(1, 2).chunk(2, -1)
+        B, C, dt = self.scan_proj(scanned).float().split([STATE_DIM, STATE_DIM, self.heads], -1)
+        dt = F.softplus(dt + self.dt_bias)
+        heads = scanned.unflatten(-1, (self.heads, HEAD_DIM))
+        y = ssd_scan(heads, dt, -self.A_log.exp(), B.unsqueeze(2), C.unsqueeze(2), self.D)
+        return self.out_proj(torch.cat([y.flatten(2), beside], -1))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm VisionMixer and SwiGLU on (B, tokens, width)."""
+
+    sequential = True
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.mixer = VisionMixer(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def hybrid(side: Callable[..., nn.Module], *shape: int, vision_mixer: bool = False, **options: Any) -> nn.Module:
+    """TokenEncoder or TokenDecoder with blocks of both kinds."""
+    return side([VisionBlock if vision_mixer else BidirectionalMambaBlock, TransformerBlock], *shape, **options)
+
+
+Encoder = partial(hybrid, TokenEncoder)
+Decoder = partial(hybrid, TokenDecoder)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .orders import read
 from .torchvision_repair import repair
 
 Layer = Callable[[int], nn.Module]  # builds a layer of so many channels
@@ -215,8 +216,8 @@ class TokenEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). Each of ``kinds(width)`` builds a
     residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
-    blocks. patch_overlap, errors: see ``patches``. Images of other sizes, multiples of a patch, get interpolated
-    ``positions``.
+    blocks. patch_overlap, errors: see ``patches``. token_order: in which blocks read the tokens, one of TURNS. Images
+    of other sizes, multiples of a patch, get interpolated ``positions``.
     """
 
     def __init__(
@@ -229,8 +230,10 @@ class TokenEncoder(nn.Module):
         depth: int,
         attention: int = 0,
         patch_overlap: bool = False,
+        token_order: str = "raster",
     ):
         super().__init__()
+        self.token_order = token_order
         self.patchify = nn.Conv2d(3, width, **patches(image_size, grid_size, patch_overlap))
         self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
         self.blocks = nn.Sequential(*blocks(kinds, width, depth), *blocks([TransformerBlock], width, attention))
@@ -238,8 +241,10 @@ class TokenEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patchify(x)
-        tokens = self.head(self.blocks(x.flatten(2).transpose(1, 2) + positions(self.position, *x.shape[-2:])))
-        return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
+        grid = x.shape[-2:]
+        tokens = x.flatten(2).transpose(1, 2) + positions(self.position, *grid)
+        tokens = self.head(read(self.blocks, tokens, self.token_order, *grid))
+        return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 class TokenDecoder(nn.Module):
@@ -260,8 +265,10 @@ class TokenDecoder(nn.Module):
         attention: int = 0,
         patch_overlap: bool = False,
         final_conv: bool = False,
+        token_order: str = "raster",
     ):
         super().__init__()
+        self.token_order = token_order
         self.embed = nn.Linear(code_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
         self.blocks = nn.Sequential(*blocks([TransformerBlock], width, attention), *blocks(kinds, width, depth))
@@ -275,9 +282,10 @@ class TokenDecoder(nn.Module):
         return getattr(self.final_conv, "weight", self.unpatchify.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        tokens = self.embed(z.flatten(2).transpose(1, 2)) + positions(self.position, *z.shape[-2:])
-        tokens = self.head(self.blocks(tokens))
-        return self.final_conv(self.unpatchify(tokens.transpose(1, 2).unflatten(2, z.shape[-2:])))
+        grid = z.shape[-2:]
+        tokens = self.embed(z.flatten(2).transpose(1, 2)) + positions(self.position, *grid)
+        tokens = self.head(read(self.blocks, tokens, self.token_order, *grid))
+        return self.final_conv(self.unpatchify(tokens.transpose(1, 2).unflatten(2, grid)))
 
 
 def token_head(width: int, out_features: int) -> nn.Sequential:

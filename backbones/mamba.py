@@ -1,6 +1,8 @@
-"""ViT-VQGAN with Mamba-2 in place of attention: the tokens are read in raster order, or in both orders."""
+"""ViT-VQGAN with Mamba-2 in place of attention: the tokens are read in an order, or from both its ends."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +20,9 @@ def mixer(width: int) -> Mamba2:
 
 
 class MambaBlock(nn.Module):
-    """Pre-norm Mamba-2 and SwiGLU on (B, tokens, width). A token sees those before it in raster order."""
+    """Pre-norm Mamba-2 and SwiGLU on (B, tokens, width). A token sees those before it."""
+
+    sequential = True
 
     def __init__(self, width: int):
         super().__init__()
@@ -36,6 +40,8 @@ class BidirectionalMambaBlock(nn.Module):
     """Two Mamba-2 layers that read the tokens in either direction, with one residual:
     x + forward(x) + flip(backward(flip(x))). Then SwiGLU, on (B, tokens, width)."""
 
+    sequential = True
+
     def __init__(self, width: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -50,7 +56,37 @@ class BidirectionalMambaBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class TwoStreamsBlock(nn.Module):
+    """A residual stream for either direction, each with a Mamba-2 layer and a SwiGLU of its own, whose sum goes on: the
+    bidirectional block of the blog post "Lessons in training VQGAN", after bidirectional LSTMs. On (B, tokens, width).
+    So what a block does not change it doubles; LayerNorm stands where the post has RMSNorm, as in all backbones here.
+    """
+
+    sequential = True
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)  # of both streams
+        self.mixers = nn.ModuleList(mixer(width) for _ in range(2))
+        self.norms2 = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.mlps = nn.ModuleList(mlp(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = []
+        for mix, norm2, feed, stream in zip(self.mixers, self.norms2, self.mlps, (x, x.flip(1)), strict=True):
+            stream = stream + mix(self.norm1(stream))
+            streams.append(stream + feed(norm2(stream)))
+        return streams[0] + streams[1].flip(1)
+
+
 Encoder = partial(TokenEncoder, [MambaBlock])
 Decoder = partial(TokenDecoder, [MambaBlock])
-BidirectionalEncoder = partial(TokenEncoder, [BidirectionalMambaBlock])
-BidirectionalDecoder = partial(TokenDecoder, [BidirectionalMambaBlock])
+
+
+def bidirectional(side: Callable[..., nn.Module], *shape: int, two_streams: bool = False, **options: Any) -> nn.Module:
+    """TokenEncoder or TokenDecoder with blocks that read in both directions."""
+    return side([TwoStreamsBlock if two_streams else BidirectionalMambaBlock], *shape, **options)
+
+
+BidirectionalEncoder = partial(bidirectional, TokenEncoder)
+BidirectionalDecoder = partial(bidirectional, TokenDecoder)

@@ -105,6 +105,7 @@ def protocol_line(run: Run) -> str:
     """How the table's numbers were measured, in a few sentences."""
     protocol, metrics = run.protocol(), run.metrics()
     how = f"temperature {protocol['temperature']:g}" + (f", top {protocol['top_k']}" if protocol["top_k"] else "")
+    how += f", guidance {protocol['guidance']:g}" if protocol.get("guidance", 1) != 1 else ""
     side = protocol["image_size"]
     return (
         f"Protocol {protocol['version']}: {protocol['split']}; bits on the codes of all {protocol['count']} "

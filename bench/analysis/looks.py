@@ -1,11 +1,11 @@
 """What charts look like: figures, the colour and marker of each backbone, labels, axes and legends."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,10 +27,12 @@ BITS = ("codebook_size", "grid_size")  # the settings that change the bits of an
 DOUBLED = (*BITS, "bits_per_pixel")  # their axes are logarithmic to base 2
 FIELD_LABELS = {"beta": "β", "codebook_size": "K", "grid_size": "grid size", "code_dim": "d", "lr": "learning rate"}
 
-# The same for a backbone in every chart, whichever others stand beside it.
-PALETTE = dict(zip(sorted(BACKBONES), sns.color_palette("colorblind", len(BACKBONES)).as_hex(), strict=True))
+# Far apart in hue and lightness, for the colour-blind and in print as well.
+COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#7a4a00", "#56b4e9", "#949494", "#b8a800", "#5b2a86", "#e377c2")
+# The same for a backbone in every chart, whichever others stand beside it; a new one takes the next.
+PALETTE = dict(zip(BACKBONES, itertools.cycle(COLOURS), strict=False))
 PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
-MARKERS = {name: "osD^vP*X"[i % 8] for i, name in enumerate(sorted(BACKBONES))}
+MARKERS = dict(zip(BACKBONES, itertools.cycle("osD^vP*X"), strict=False))
 
 Entries = dict[str, dict[str, Any]]  # of a legend: how each label's line looks
 

@@ -133,7 +133,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
 
 def _sampling(prior: pd.Series) -> str:
     top = f", top {prior.top_k}" if prior.top_k else ""
-    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}"
+    guidance = f", guidance {prior.guidance:g}" if prior.guidance != 1 else ""
+    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}{guidance}"
 
 
 def protocol_of(block: pd.DataFrame) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
+from backbones.orders import ORDERS
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
+from bench.core.errors import UserError
 from bench.core.settings import (
     Count,
     Fraction,
@@ -19,7 +21,7 @@ from bench.core.settings import (
     at_most,
 )
 
-from .models import LEARNED, PRIORS
+from .models import LEARNED, PRIORS, SEQUENCES
 
 # How priors are trained and scored; raised when the same config gives other numbers (tests/golden.json notices).
 # 2: seeds other than 0 have random draws of their own.
@@ -27,7 +29,7 @@ from .models import LEARNED, PRIORS
 PRIOR_VERSION = 3
 # Layers, unless given; pixelcnn has as many as see the whole grid.
 DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4}
-SAMPLING = ("samples", "temperature", "top_k")  # fields that training knows nothing of
+SAMPLING = ("samples", "temperature", "top_k", "guidance")  # fields that training knows nothing of
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class PriorConfig:
     further with each, half the grid's side but at least 5"""
     parameters: Annotated[int, at_least(1), at_most(10**11)] = 1_000_000
     """of the prior; its width is chosen so that it has so many, within 2 %"""
+    token_order: Annotated[str, OneOf(ORDERS), settings.LATER] = "raster"
+    """rnn, transformer, mamba: the order in which codes are read and drawn: raster, columns, snake or hilbert"""
     dropout: Fraction = 0.1
     """share of features that training leaves out"""
     conditional: bool = False
     """condition on the class of the image, where the data has classes (photos: which photograph)"""
+    label_dropout: Annotated[Fraction, settings.LATER] = 0.0
+    """share of the labels that training leaves out, for guidance; about 0.1"""
     steps: Count = 400
     """training steps"""
     batch_size: Annotated[Count, at_most(2**16)] = 64
@@ -69,6 +75,8 @@ class PriorConfig:
     """of sampling; below 1 likely codes become likelier"""
     top_k: Natural = 0
     """sample among so many likeliest codes only; 0 is all"""
+    guidance: Annotated[Positive, at_most(1000), settings.LATER] = 1.0
+    """of sampling by class: how far logits are drawn away from those without a label; 1 is none, 1.5 to 4 usual"""
     precision: Precision = "auto"
     """autocast in training; auto is bf16 where the hardware has it. Scoring is always fp32"""
     device: str = "auto"
@@ -99,4 +107,12 @@ class PriorConfig:
     def check(self) -> None:
         """Raises UserError, one sentence with value and fix, on the first setting that cannot work."""
         settings.check_fields(self if self.prior in LEARNED else replace(self, depth=None))  # the floor has no layers
+        if self.label_dropout and not self.conditional:
+            raise UserError(f"label_dropout is {self.label_dropout:g}, and without --conditional there are no labels")
+        if self.guidance != 1 and not self.label_dropout:
+            fix = "train with --label-dropout 0.1 and --conditional"
+            raise UserError(f"guidance is {self.guidance:g}, and the prior knows nothing without a label; {fix}")
+        if self.token_order != "raster" and self.prior not in SEQUENCES:
+            fix = f"leave it out or choose from {', '.join(SEQUENCES)}"
+            raise UserError(f"token_order is {self.token_order}, of which prior {self.prior!r} makes no use; {fix}")
         check_device(self.resolved().device)

@@ -141,7 +141,7 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
         for start in range(0, config.samples, SAMPLE_BATCH):
             count = min(SAMPLE_BATCH, config.samples - start)
             given = None if labels is None else labels[start : start + count]
-            drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given).cpu())
+            drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given, config.guidance).cpu())
             bar.advance(count)
     return torch.cat(drawn)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from bench.core.device import check_memory
 from bench.core.errors import UserError
 from bench.data import batch_indices
+from bench.tokenizers.config import check_order
 from bench.tokenizers.sizes import TOLERANCE, nearest_size, parameter_count
 from bench.training.loop import adamw, autocast, descend, fit
 
 from .codes import Codes
 from .config import DEPTH, PriorConfig
-from .models import LEARNED, PRIORS, Prior
+from .models import LEARNED, PRIORS, SEQUENCES, Prior
 
 
 def train_prior(
@@ -68,7 +69,13 @@ def batch(codes: Codes, config: PriorConfig, step: int) -> tuple[Tensor, Tensor 
     """Training batch number ``step``: grids (B, h, w) int64 and their labels (B,) int64, or None without classes."""
     rows = batch_indices(config.seed, step, config.batch_size, len(codes.train))
     grids = torch.from_numpy(codes.train[rows].astype(np.int64)).to(config.device)
-    return grids, torch.from_numpy(codes.train_labels[rows]).to(config.device) if config.conditional else None
+    if not config.conditional:
+        return grids, None
+    labels = torch.from_numpy(codes.train_labels[rows]).to(config.device)
+    if config.label_dropout:
+        missing = torch.rand(len(labels), device=labels.device) < config.label_dropout
+        labels = labels.masked_fill(missing, len(codes.classes))
+    return grids, labels
 
 
 def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int) -> Prior:
@@ -77,8 +84,12 @@ def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int)
     if config.prior not in LEARNED:
         return PRIORS[config.prior](codebook_size, grid_size, classes)
 
+    own = {"token_order": config.token_order} if config.prior in SEQUENCES else {}
+    own["unlabelled"] = config.label_dropout > 0
+    check_order(config.token_order, grid_size)
+
     def make(width: int, depth: int) -> Prior:
-        return LEARNED[config.prior](codebook_size, grid_size, width, depth, config.dropout, classes)
+        return LEARNED[config.prior](codebook_size, grid_size, width, depth, config.dropout, classes, **own)
 
     def count(width: int, depth: int) -> int:
         with torch.device("meta"):  # one layer is as large as any other, and a thousand take seconds to make

@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from backbones import Backbone, backbone, users
+from backbones import OPTIONS, Backbone, backbone, users
 from backbones.layers import downsamplings
+from backbones.orders import TURNS, order
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
@@ -37,6 +38,7 @@ from .sizes import width_of
 # 3: three splits; scores are of the test unless a config says otherwise; other crops of other photographs.
 PROTOCOL_VERSION = 3
 
+SETTINGS = {name for quantizer in QUANTIZERS.values() for name in quantizer.settings}  # of any quantizer
 SMALLEST = max(MINIMUM_SIZE.values())
 LARGEST = 8192  # pixels or codes a side
 SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, f"LPIPS needs at least {SMALLEST} pixels a side")
@@ -60,6 +62,13 @@ class Config:
     """vit, mamba, bimamba, hybrid: a 3×3 convolution over the pixels at the end, the other cure"""
     attention: Annotated[Natural, settings.at_most(1000)] = 0
     """transformer layers on either side of the quantizer, whatever the backbone"""
+    token_order: Annotated[str, OneOf(TURNS), settings.LATER] = "raster"
+    """mamba, bimamba, hybrid: the order in which tokens are read: raster, columns, snake, hilbert, or cross, where rows
+    and columns take turns from block to block"""
+    two_streams: Annotated[bool, settings.LATER] = False
+    """bimamba: a residual stream for either direction, as published, in place of one for both"""
+    vision_mixer: Annotated[bool, settings.LATER] = False
+    """hybrid: MambaVision's mixer, a scan beside a convolution, in place of two scans"""
     pretrained: bool = False
     """timm:MODEL: start the encoder from timm's weights"""
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "ema"
@@ -200,19 +209,21 @@ class Config:
         except ValueError as error:
             sizes = [self.image_size >> k for k in range(20) if (self.image_size >> k) << k == self.image_size]
             raise UserError(f"{error}; choose from {', '.join(map(str, filter(None, sizes)))}") from error
+        for name in TURNS[self.token_order]:
+            check_order(name, self.grid_size)
         check_device(self.resolved().device)
 
     def _check_backbone(self) -> None:
         taken = _backbone(self.backbone).options
-        for name in ("attention", "patch_overlap", "final_conv", "pretrained"):
-            if getattr(self, name) and name not in taken:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in OPTIONS:
+            if getattr(self, name) != defaults[name] and name not in taken:
                 raise _useless(name, getattr(self, name), f"backbone {self.backbone!r}", users(name))
 
     def _check_quantizer(self) -> None:
         given = self.resolved()
-        known = {name for quantizer in QUANTIZERS.values() for name in quantizer.settings}
         for field in fields(self):
-            if field.name not in known or field.name in QUANTIZERS[self.quantizer].settings:
+            if field.name not in SETTINGS or field.name in QUANTIZERS[self.quantizer].settings:
                 continue
             value = getattr(given, field.name)
             if value not in (field.default, field.default or 0.0):  # an open entropy_weight is none
@@ -221,6 +232,14 @@ class Config:
         quantizer = QUANTIZERS[self.quantizer]
         own = {name: getattr(given, name) for name in quantizer.settings}
         quantizer.check(self.codebook_size, self.code_dim, **own)
+
+
+def check_order(name: str, grid_size: int) -> None:
+    """Raises UserError where a grid of that side has no order ``name``."""
+    try:
+        order(name, grid_size, grid_size)
+    except ValueError as error:
+        raise UserError(f"{error}; take another grid_size, or the order snake") from error
 
 
 def _useless(name: str, value: Any, chosen: str, users: list[str]) -> UserError:
@@ -243,8 +262,9 @@ def preset_settings(preset: str) -> dict[str, Any]:
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     """Config of ``backbone`` in ``preset``. ``overrides`` are Config fields; whatever is given wins over the preset,
-    and None means the preset's own value. A width that is not given is the preset's, whatever else is. Raises UserError
-    on an unknown backbone, preset or field."""
+    and None means the preset's own value. A width that is not given is the preset's, whatever else is; what the preset
+    says of another quantizer than the given one is left out. Raises UserError on an unknown backbone, preset or field.
+    """
     shared = preset_settings(preset)
     _backbone(backbone)
     for name in overrides:
@@ -252,6 +272,8 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     sized = "cnn" if backbone.startswith("timm:") else backbone
     own = {"depth": PRESETS[preset]["depth"], **shared, **PRESETS[preset]["own"].get(sized, {})}
     given = {name: value for name, value in overrides.items() if value is not None}
+    heeded = QUANTIZERS[quantizer].settings if (quantizer := given.get("quantizer")) in QUANTIZERS else SETTINGS
+    own = {name: value for name, value in own.items() if name not in SETTINGS or name in heeded}
     if "width" not in {**own, **given}:
         own["width"] = width_of(Config(**{"backbone": sized, "width": 1, **own}), PRESETS[preset]["params"])
     return Config(**{"backbone": backbone, **own, **given})

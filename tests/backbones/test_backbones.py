@@ -17,6 +17,7 @@ from torch import nn
 from backbones import BACKBONES, backbone, timm_encoder, torchvision_repair, users
 from backbones.cnn import ResidualBlock
 from backbones.convnext import Depthwise, NeXtformerBlock, _Depthwise
+from backbones.hybrid import VisionBlock
 from backbones.layers import (
     GridTransformer,
     PyramidDecoder,
@@ -30,7 +31,7 @@ from backbones.layers import (
     pyramid,
     token_head,
 )
-from backbones.mamba import BidirectionalMambaBlock, MambaBlock
+from backbones.mamba import BidirectionalMambaBlock, MambaBlock, TwoStreamsBlock
 from backbones.ssd import Mamba2
 from bench.core.errors import UserError
 from bench.quantizers import QUANTIZERS
@@ -1088,3 +1089,72 @@ def test_attention_of_few_tokens_in_bfloat16_is_two_matrix_products_and_the_same
     assert block.attention.fused_attn is fused
     block.double()
     torch.testing.assert_close(y.double(), block(x.double()), rtol=0.02 if half else 1e-5, atol=0.02 if half else 1e-5)
+
+
+def published_streams(block, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass as the post prints it."""
+    f, b = x, torch.flip(x, dims=[1])
+    f = block.mixers[0](normed(block.norm1, f)) + f
+    f = swiglu(block.mlps[0], normed(block.norms2[0], f)) + f
+    b = block.mixers[1](normed(block.norm1, b)) + b
+    b = swiglu(block.mlps[1], normed(block.norms2[1], b)) + b
+    return f + torch.flip(b, dims=[1])
+
+
+def vision(block, x: torch.Tensor) -> torch.Tensor:
+    """Branches, scan step by step, concatenation, projection."""
+    mixer, u = block.mixer, normed(block.norm1, x)
+    projected = F.pad(u @ mixer.in_proj.weight.T, (0, 0, 1, 1))
+    taps = sum(projected[:, tap : tap + x.shape[1]] * mixer.conv.weight[:, 0, tap] for tap in range(3))
+    scanned, beside = F.silu(taps + mixer.conv.bias).chunk(2, -1)
+    B, C, dt = (scanned @ mixer.scan_proj.weight.T).split([32, 32, mixer.heads], -1)
+    dt, state, outs = F.softplus(dt + mixer.dt_bias), 0, []
+    for t in range(x.shape[1]):
+        head = scanned[:, t].unflatten(-1, (mixer.heads, 32))
+        decay = (dt[:, t] * -mixer.A_log.exp()).exp()[..., None, None]
+        state = decay * state + (dt[:, t, :, None] * head)[..., None] * B[:, t, None, None]
+        outs.append((state @ C[:, t, None, :, None])[..., 0] + mixer.D[:, None] * head)
+    mixed = torch.cat([torch.stack(outs, 1).flatten(2), beside], -1) @ mixer.out_proj.weight.T
+    x = x + mixed
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+def close_to(block, definition) -> None:
+    """``block`` with random weights is what ``definition`` says, and so are the gradients of its parameters."""
+    for parameter in block.parameters():
+        if not getattr(parameter, "_no_weight_decay", False):
+            nn.init.normal_(parameter, std=0.3)
+    block, x = block.double(), torch.randn(2, 9, 48, dtype=torch.float64)
+    upstream, parameters = torch.randn(2, 9, 48, dtype=torch.float64), list(block.parameters())
+    ours, theirs = block(x), definition(block, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    gradients = (torch.autograd.grad((y * upstream).sum(), parameters) for y in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_two_streams_are_the_published_block():
+    torch.manual_seed(0)
+    close_to(TwoStreamsBlock(48), published_streams)
+
+
+def test_the_vision_mixer_is_the_published_one_with_our_scan():
+    torch.manual_seed(0)
+    close_to(VisionBlock(48), vision)
+
+
+@pytest.mark.parametrize(("name", "option"), [("bimamba", "two_streams"), ("hybrid", "vision_mixer")])
+def test_another_mixer_is_matched_in_parameters_and_sees_the_whole_grid(name, option):
+    """Both sides have it; a width is solved for; the last token reaches the first, which no scan alone lets it."""
+    usual, other = (make_config(name, "cpu", device="cpu", **changes) for changes in ({}, {option: True}))
+    assert other.width != usual.width
+    assert parameter_count(Tokenizer(other)) == pytest.approx(parameter_count(Tokenizer(usual)), rel=0.02)
+    kinds = {type(block) for side in ("encoder", "decoder") for block in getattr(Tokenizer(other), side).blocks}
+    assert kinds == ({TwoStreamsBlock} if name == "bimamba" else {VisionBlock, TransformerBlock})
+    encoder = Tokenizer(replace(other, width=32, depth=2)).encoder
+    for parameter in encoder.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 3, 64, 64, requires_grad=True)
+    encoder(x)[0, :, 0, 0].sum().backward()
+    assert x.grad[0, :, -8:, -8:].abs().sum() > 0

@@ -50,8 +50,9 @@ class Recorder(Prior):
     def logits(self, codes, labels=None):
         return self.log_p.expand(*codes.shape, K)
 
-    def sample(self, n, generator, temperature=1.0, top_k=0, labels=None):
-        self.asked.append(SimpleNamespace(n=n, temperature=temperature, top_k=top_k, labels=labels))
+    def sample(self, n, generator, temperature=1.0, top_k=0, labels=None, guidance=1.0):
+        told = {"temperature": temperature, "top_k": top_k, "labels": labels, "guidance": guidance}
+        self.asked.append(SimpleNamespace(n=n, **told))
         self.asked[-1].random = torch.rand((), generator=generator).item()
         rows = torch.arange(self.at, self.at + n) % len(self.drawn)
         self.at += n
@@ -162,10 +163,11 @@ def test_as_many_grids_are_drawn_as_told_and_as_told(monkeypatch):
     """Each batch goes on where the one before left the generator."""
     monkeypatch.setattr(generate, "SAMPLE_BATCH", 16)
     prior = Recorder(random_codes(40, 1))
-    drawn = draw(prior, config(temperature=0.7, top_k=3), None)
+    drawn = draw(prior, config(temperature=0.7, top_k=3, guidance=2.5), None)
     assert np.array_equal(drawn.numpy(), prior.drawn.numpy())
     assert [asked.n for asked in prior.asked] == [16, 16, 8]
-    assert {(asked.temperature, asked.top_k, asked.labels) for asked in prior.asked} == {(0.7, 3, None)}
+    told = {(asked.temperature, asked.top_k, asked.labels, asked.guidance) for asked in prior.asked}
+    assert told == {(0.7, 3, None, 2.5)}
     random = [asked.random for asked in prior.asked]
     assert len(set(random)) == 3
     for seed in (0, 1):

@@ -442,6 +442,7 @@ def test_every_option_reaches_the_config():
     """Each field of a PriorConfig is told by a flag of its name (bug 16)."""
     told = {"depth": 7, "parameters": 8, "dropout": 0.9, "conditional": True, "steps": 10, "batch_size": 11, "lr": 0.12}
     told |= {"warmup": 13, "weight_decay": 0.14, "grad_clip": 0.15, "weight_ema": 0.16, "samples": 17}
+    told |= {"token_order": "snake", "label_dropout": 0.1, "guidance": 2.0}
     told |= {"temperature": 0.18, "top_k": 19, "precision": "fp32", "device": "cpu"}
     made = prior.PriorArguments(("a",), ("rnn",), **told).config("b", "mamba", 20)
     assert {field.name for field in fields(PriorConfig)} == {*told, "tokenizer", "prior", "seed"}

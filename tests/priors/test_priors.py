@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import threading
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -12,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 from torch.nn import functional as F
 
+from backbones.orders import ORDERS
+from backbones.orders import order as token_order
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.data import batch_indices
 from bench.priors import train as training
 from bench.priors.codes import Codes
 from bench.priors.config import SAMPLING, PriorConfig
 from bench.priors.generate import rate
-from bench.priors.models import LEARNED, PRIORS, Prior
+from bench.priors.models import LEARNED, PRIORS, SEQUENCES, Prior
 from bench.priors.models.pixelcnn import GatedLayer, gate
 from bench.priors.models.sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer
 from bench.priors.train import build as build_prior
@@ -66,6 +70,40 @@ def test_each_position_sees_all_before_it_and_nothing_else(name):
         reach = gradient.abs().sum(-1)
         assert (reach[:position] > 0).all(), f"{name} is blind at {position}"
         assert not reach[position:].any(), f"{name} sees the future at {position}"
+
+
+@pytest.mark.parametrize("order", [name for name in ORDERS if name != "raster"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_in_another_order_a_code_sees_what_its_order_has_before_it(name, order):
+    """Step by step the same, and samples lie where they were drawn; the distribution is a whole one."""
+    torch.manual_seed(0)
+    prior = SEQUENCES[name](3, 2, 16, 1, 0.0, 0, token_order=order).eval()
+    torch.nn.init.normal_(prior.head.weight, std=0.4)
+    sequence = token_order(order, 2, 2).tolist()
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+    with torch.no_grad():
+        whole = prior.logits(grids).flatten(1, 2)
+        state, before = prior.start(None, len(grids)), None
+        for position, cell in enumerate(sequence):
+            logits, state = prior.step(position, before, state)
+            torch.testing.assert_close(logits, whole[:, cell], rtol=1e-5, atol=1e-5)
+            before = grids.flatten(1)[:, cell]
+            later = sequence[position + 1 :]
+            changed = grids.flatten(1).index_fill(1, torch.tensor(later, dtype=torch.int64), 0).view(-1, 2, 2)
+            torch.testing.assert_close(prior.logits(changed).flatten(1, 2)[:, cell], whole[:, cell])
+        p = prior.nll(grids).sum((1, 2)).neg().exp()
+    assert p.sum() == pytest.approx(1, abs=1e-5)
+    drawn = prior.sample(20_000, torch.Generator().manual_seed(0)).flatten(1)
+    counts = torch.bincount(drawn @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    chi_squared = ((counts - 20_000 * p) ** 2 / (20_000 * p)).sum()
+    assert chi_squared < stats.chi2.ppf(0.9999, 80)
+
+
+def test_an_order_that_a_prior_has_no_use_for_or_a_grid_has_not_is_refused():
+    with pytest.raises(UserError, match="token_order is snake, of which prior 'pixelcnn' makes no use; leave it"):
+        PriorConfig("none", "pixelcnn", token_order="snake").check()
+    with pytest.raises(UserError, match="power of two, not 6×6; take another grid_size, or the order snake"):
+        build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, 6, 0)
 
 
 @pytest.mark.parametrize("grid_size", [8, 16])
@@ -153,6 +191,65 @@ def test_labels_matter(name):
     with torch.no_grad():
         one, other = (prior.nll(codes, torch.full((4,), label)) for label in (0, 1))
     assert (one[:, 0, 0] != other[:, 0, 0]).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", LEARNED)
+def test_guidance_draws_away_from_what_is_said_without_a_label(name, guidance):
+    """From softmax(ℓ(none) + g · (ℓ(label) − ℓ(none))), code by code; 1 is the labelled distribution itself."""
+    torch.manual_seed(0)
+    prior = LEARNED[name](3, 2, 16, 1, 0.0, 2, unlabelled=True).eval()
+    for part in (prior.head.weight, *(table.weight for table in prior.modules() if isinstance(table, nn.Embedding))):
+        nn.init.normal_(part, std=0.4)
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+    label = torch.ones(len(grids), dtype=torch.int64)
+    with torch.no_grad():
+        labelled, free = prior.logits(grids, label), prior.train().logits(grids, label + 1)
+        prior.eval()
+        log_p = (free + guidance * (labelled - free)).log_softmax(-1)
+        p = log_p.gather(3, grids[..., None]).sum((1, 2, 3)).exp()
+    ones = torch.ones(20_000, dtype=torch.int64)
+    drawn = prior.sample(20_000, torch.Generator().manual_seed(0), labels=ones, guidance=guidance).flatten(1)
+    counts = torch.bincount(drawn @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    assert ((counts - 20_000 * p) ** 2 / (20_000 * p)).sum() < stats.chi2.ppf(0.9999, 80)
+    if guidance == 1:
+        assert drawn.equal(prior.sample(20_000, torch.Generator().manual_seed(0), labels=ones).flatten(1))
+
+
+def test_so_many_labels_are_missing_in_training():
+    """Another draw in each step; a missing label is one more than there are classes."""
+    labels = np.tile(np.arange(4, dtype=np.int64), 250)
+    codes = Codes(
+        np.zeros((1000, 2, 2), np.int64),
+        np.zeros((4, 2, 2), np.int64),
+        K,
+        "t",
+        ("a", "b", "c", "d"),
+        labels,
+        labels[:4],
+    )
+    config = PriorConfig("none", "rnn", batch_size=1000, conditional=True, label_dropout=0.2, device="cpu")
+    found = [training.batch(codes, config, step)[1] for step in range(2)]
+    missing = [(given == 4).float().mean().item() for given in found]
+    assert missing == pytest.approx([0.2, 0.2], abs=0.05)
+    assert set(found[0].tolist()) == {0, 1, 2, 3, 4}
+    assert not (training.batch(codes, replace(config, label_dropout=0.0), 0)[1] == 4).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label_dropout": 0.1}, "label_dropout is 0.1, and without --conditional there are no labels"),
+        ({"guidance": 2.0}, "guidance is 2, and the prior knows nothing without a label; train with --label-dropout"),
+        ({"guidance": 0.0}, "guidance is 0.0; it must be above 0"),
+        ({"guidance": 1e9}, "guidance is 1000000000.0; it must be at most 1000"),
+    ],
+)
+def test_guidance_without_labels_is_refused(changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        PriorConfig("none", "rnn", device="cpu", **changes).check()
+    with pytest.raises(UserError, match="guidance is 2, and this prior knows nothing without a label"):
+        build("rnn", classes=2).sample(1, torch.Generator(), labels=torch.zeros(1, dtype=torch.int64), guidance=2.0)
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -733,7 +830,16 @@ def test_a_prior_is_trained_under_its_name_in_its_unit(tmp_path, monkeypatch):
 
 
 CHANGES = {
-    **{"prior": "transformer", "depth": 2, "parameters": 40_000, "dropout": 0.5, "conditional": True, "steps": 7},
+    **{
+        "prior": "transformer",
+        "token_order": "snake",
+        "depth": 2,
+        "parameters": 40_000,
+        "dropout": 0.5,
+        "conditional": True,
+        "label_dropout": 0.5,
+        "steps": 7,
+    },
     **{"batch_size": 4, "lr": 1e-2, "warmup": 1, "weight_decay": 5.0, "grad_clip": 0.01, "weight_ema": 0.0},
     **{"precision": "bf16", "seed": 1},
 }
@@ -809,9 +915,8 @@ def test_every_auto_is_replaced_and_the_floor_ignores_training(monkeypatch):
     floor = PriorConfig("t", "independent", device="cpu")
     unused = {"depth": 9, "parameters": 7, "dropout": 0.7, "conditional": True, "steps": 3, "batch_size": 5, "lr": 1.0}
     unused |= {"warmup": 1, "weight_decay": 1.0, "grad_clip": 9.0, "weight_ema": 0.5, "precision": "bf16"}
-    assert {*unused, "tokenizer", "prior", "samples", "temperature", "top_k", "device", "seed"} == {
-        field.name for field in fields(PriorConfig)
-    }
+    unused |= {"token_order": "snake", "label_dropout": 0.1}
+    assert {*unused, "tokenizer", "prior", *SAMPLING, "device", "seed"} == {field.name for field in fields(PriorConfig)}
     assert replace(floor, **unused).resolved() == floor.resolved()
     for name, value in {"samples": 9, "temperature": 0.5, "top_k": 3, "seed": 1, "tokenizer": "other"}.items():
         assert replace(floor, **{name: value}).run_id() != floor.run_id()
@@ -871,9 +976,9 @@ def test_a_deep_prior_is_sized_without_being_made(monkeypatch, name):
     """A thousand layers take seconds to make, and a search for the width asks many times: two tell what all take."""
     made, learned = [], LEARNED[name]
 
-    def note(codebook_size, grid_size, width, depth, dropout, classes):
+    def note(codebook_size, grid_size, width, depth, *others, **options):
         made.append(depth)
-        return learned(codebook_size, grid_size, width, depth, dropout, classes)
+        return learned(codebook_size, grid_size, width, depth, *others, **options)
 
     monkeypatch.setitem(LEARNED, name, note)
     prior = build_prior(PriorConfig("none", name, depth=40, parameters=500_000, device="cpu"), 32, 4, 0)

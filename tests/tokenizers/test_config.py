@@ -208,6 +208,7 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
     **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
     **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
+    **{"token_order": "snake", "two_streams": True, "vision_mixer": True},
     **{"kl_weight": 0.5, "temperature_end": 0.5, "uniform_weight": 0.5, "codebooks": 3},
     **{"reconstruction_weight": 0.5, "reconstruction_end": 0.5},
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
@@ -561,3 +562,14 @@ def test_a_command_for_nothing_is_told(flag):
 def test_runs_of_before_later_fields_existed_keep_their_ids(config):
     """The id that this config had before there were any."""
     assert config.run_id() == "convnext-ema-774245e58bfb"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_preset_takes_every_quantizer(preset, quantizer):
+    """What a preset says of its own, such as β, is left out where another has no use for it; what is given is not."""
+    sizes = {"width": 8, "device": "cpu"} | ({"codebook_size": 512} if quantizer != "fsq" else {"codebook_size": 1000})
+    make_config("cnn", preset, quantizer=quantizer, **sizes).check()
+    if quantizer == "none":
+        with pytest.raises(UserError, match=r"beta is 3\.0, of which quantizer 'none' makes no use"):
+            make_config("cnn", preset, quantizer=quantizer, beta=3.0, **sizes).check()

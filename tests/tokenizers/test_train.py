@@ -435,6 +435,9 @@ CHANGES = {
     "patch_overlap": True,
     "final_conv": True,
     "attention": 1,
+    "token_order": "columns",
+    "two_streams": True,
+    "vision_mixer": True,
     "pretrained": None,  # checked in test_backbones
     "quantizer": "l2",
     "image_size": None,  # the data's; checked below
@@ -492,6 +495,9 @@ PROPERTIES = {
     "patch_overlap": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
     "final_conv": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
     "attention": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
+    "two_streams": "backbones/test_backbones.py::test_two_streams_are_the_published_block",
+    "vision_mixer": "backbones/test_backbones.py::test_the_vision_mixer_is_the_published_one_with_our_scan",
+    "token_order": "backbones/test_orders.py::test_an_order_changes_what_a_scan_makes_of_the_same_weights",
     "pretrained": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
     "quantizer": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
     "data": "tokenizers/test_trial.py::test_data_and_image_size_reach_the_loader",
@@ -575,6 +581,10 @@ def test_every_setting_changes_the_result(watch, tiny, known, name):
         base = replace(base, lpips_weight=0.5, steps=2)
     if name in ("patch_overlap", "final_conv"):
         base = replace(base, backbone="vit")
+    if name in ("token_order", "two_streams"):
+        base = replace(base, backbone="bimamba")
+    if name == "vision_mixer":
+        base = replace(base, backbone="hybrid")
     if name.startswith(("gan_", "lecam_", "r1_")):
         base = replace(base, gan_weight=0.5, gan_start=0.3, gan_warmup=0.2, gan_ramp=0.2, gan_width=8, gan_layers=2)
     changed = replace(base, **{name: CHANGES[name]})

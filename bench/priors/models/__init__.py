@@ -8,12 +8,13 @@ from .pixelcnn import PixelCNN
 from .prior import Prior
 from .sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer, SequencePrior
 
-# Learned priors are built as (codebook_size, grid_size, width, depth, dropout, classes)
-LEARNED: dict[str, Callable[..., Prior]] = {
-    "pixelcnn": PixelCNN,
+# Learned priors are built as (codebook_size, grid_size, width, depth, dropout, classes, unlabelled=…), those that read
+# the grid as a sequence also with token_order=…
+SEQUENCES: dict[str, Callable[..., Prior]] = {
     "rnn": partial(SequencePrior, RecurrentLayer),
     "transformer": partial(SequencePrior, CausalTransformerLayer),
     "mamba": partial(SequencePrior, CausalMambaLayer),
 }
+LEARNED: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}
 # ... and the floor under them as (codebook_size, grid_size, classes)
 PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}

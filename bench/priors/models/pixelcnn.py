@@ -63,10 +63,19 @@ class PixelCNN(Prior):
     """``depth`` gated layers over an embedding of the codes, shifted by one so that a pixel never sees itself. Sampling
     keeps the last rows and pixels of each layer, so that every one is computed once (Ramachandran et al. 2017)."""
 
-    def __init__(self, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0):
-        super().__init__(codebook_size, grid_size, classes)
+    def __init__(
+        self,
+        codebook_size: int,
+        grid_size: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        classes: int = 0,
+        unlabelled: bool = False,
+    ):
+        super().__init__(codebook_size, grid_size, classes, unlabelled=unlabelled)
         self.embedding = nn.Embedding(codebook_size, width)
-        self.label = nn.Embedding(max(classes, 1), width)
+        self.label = nn.Embedding(max(classes, 1) + unlabelled, width)
         self.position = nn.Parameter(0.02 * torch.randn(width, grid_size, grid_size))
         for table in (self.embedding, self.label):
             nn.init.normal_(table.weight, std=0.02)

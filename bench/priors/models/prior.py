@@ -1,4 +1,4 @@
-"""What priors are: a distribution over grids of codes, read one code after the other in raster order."""
+"""What priors are: a distribution over grids of codes, read one code after the other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.orders import order
 from bench.core.device import check_memory
 from bench.core.errors import UserError
 from bench.core.runs import Run, check_whole
@@ -15,15 +16,26 @@ from bench.training.trial import read_weights
 
 
 class Prior(nn.Module):
-    """p(codes) = Π p(code_i | codes before i in raster order, label): the interface, and what all of them share.
+    """p(codes) = Π p(code_i | codes before i in its order, label): the interface, and what all of them share.
 
     codebook_size: K ≥ 1. grid_size: side of the grid, h = w. classes: how many labels there are; 0 is unconditional.
-    Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position at a time.
+    token_order: one of ORDERS. unlabelled: whether a label may be missing, for which number ``classes`` stands then.
+    Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position
+    at a time.
     """
 
-    def __init__(self, codebook_size: int, grid_size: int, classes: int = 0):
+    def __init__(
+        self,
+        codebook_size: int,
+        grid_size: int,
+        classes: int = 0,
+        token_order: str = "raster",
+        unlabelled: bool = False,
+    ):
         super().__init__()
         self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
+        self.unlabelled = unlabelled
+        self.register_buffer("order", order(token_order, grid_size, grid_size), persistent=False)
 
     @classmethod
     def from_run(cls, folder: str | Path, device: str = "cpu") -> "Prior":
@@ -60,7 +72,7 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def step(self, position: int, before: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-        """Logits (B, K) at ``position`` (raster order, from 0) given the code at the one before, (B,) int64 (None at
+        """Logits (B, K) at ``position`` (of its order, from 0) given the code at the one before, (B,) int64 (None at
         0), and the state that the call for it returned. Equal to ``logits`` there."""
         raise NotImplementedError
 
@@ -73,28 +85,47 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, labels: Tensor | None = None
+        self,
+        n: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """Draws ``n`` grids: (n, h, w) int64. A function of the weights and of ``generator``, on the prior's device.
 
         temperature: logits are divided by it; below 1 likely codes become likelier. top_k: so many likeliest codes can
-        be drawn, 0 is all. labels: (n,) int64. Raises UserError on labels, temperature or top_k that cannot be.
+        be drawn, 0 is all. labels: (n,) int64. guidance: g, by which logits are ℓ(none) + g · (ℓ(label) − ℓ(none)), of
+        a prior that may go without labels; 1 is none (Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6).
+        Raises UserError on labels, temperature, top_k or guidance that cannot be.
         """
         if not temperature > 0:
             raise UserError(f"temperature is {temperature:g}; it must be above 0 (small ones pick the likeliest code)")
         if top_k < 0:
             raise UserError(f"top_k is {top_k}; it must be 0 (all codes) or more")
+        if guidance != 1 and not self.unlabelled:
+            raise UserError(
+                f"guidance is {guidance:g}, and this prior knows nothing without a label; train one that does"
+            )
         self._check_labels(labels, n)
-        state, before, drawn = self.start(labels, n), None, []
+        guided = guidance != 1
+        if guided:  # both at once, side by side
+            labels = torch.cat([labels, torch.full_like(labels, self.classes)])
+        state, before, drawn = self.start(labels, n * (1 + guided)), None, []
         for position in range(self.grid_size**2):
-            logits, state = self.step(position, before, state)
-            logits = logits.float() / temperature
+            logits, state = self.step(position, before.repeat(1 + guided) if drawn else None, state)
+            logits = logits.float()
+            if guided:
+                labelled, free = logits.chunk(2)
+                logits = free + guidance * (labelled - free)
+            logits = logits / temperature
             if 0 < top_k < self.codebook_size:
                 likeliest = logits.topk(top_k)  # not a threshold: of equally likely codes some have to go
                 logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
             before = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
             drawn.append(before)
-        return torch.stack(drawn, 1).view(n, self.grid_size, self.grid_size)
+        return torch.stack(drawn, 1)[:, self.order.argsort()].view(n, self.grid_size, self.grid_size)
 
     def _check(self, codes: Tensor, labels: Tensor | None) -> None:
         if codes.shape[1:] != (self.grid_size, self.grid_size):

@@ -18,15 +18,24 @@ from .prior import Prior
 
 
 class SequencePrior(Prior):
-    """Codes in raster order, each predicted from an embedding of the one before and the layers' memory of the rest; the
-    first from a learned start, or its label. ``dropout`` is of the embeddings and of what each layer adds."""
+    """Codes in ``token_order``, each predicted from an embedding of the one before and the layers' memory of the rest;
+    the first from a learned start, or its label. ``dropout`` is of the embeddings and of what each layer adds."""
 
     def __init__(
-        self, layer: Layer, codebook_size: int, grid_size: int, width: int, depth: int, dropout: float, classes: int = 0
+        self,
+        layer: Layer,
+        codebook_size: int,
+        grid_size: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        classes: int = 0,
+        token_order: str = "raster",
+        unlabelled: bool = False,
     ):
-        super().__init__(codebook_size, grid_size, classes)
+        super().__init__(codebook_size, grid_size, classes, token_order, unlabelled)
         self.embedding = nn.Embedding(codebook_size, width)
-        self.first = nn.Embedding(max(classes, 1), width)  # one row per label
+        self.first = nn.Embedding(max(classes, 1) + unlabelled, width)  # one row per label
         self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
         for table in (self.embedding, self.first):
             nn.init.normal_(table.weight, std=0.02)
@@ -38,11 +47,11 @@ class SequencePrior(Prior):
         zero_init(self.head)  # starts as the uniform distribution
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = torch.cat([self._first(labels, len(codes)), self.embedding(codes.flatten(1)[:, :-1])], 1)
+        x = torch.cat([self._first(labels, len(codes)), self.embedding(codes.flatten(1)[:, self.order[:-1]])], 1)
         x = self.dropout(x + self.position)
         for layer in self.layers:
             x = x + self.dropout(layer(x) - x)
-        return self.head(self.norm(x)).unflatten(1, codes.shape[1:])
+        return self.head(self.norm(x))[:, self.order.argsort()].unflatten(1, codes.shape[1:])
 
     def start(self, labels: Tensor | None, count: int) -> Any:
         return self._first(labels, count), [layer.start(count) for layer in self.layers]
@@ -63,7 +72,7 @@ class SequencePrior(Prior):
 
 
 class RecurrentLayer(nn.Module):
-    """Pre-norm LSTM (Hochreiter & Schmidhuber 1997) over the codes in raster order, then SwiGLU."""
+    """Pre-norm LSTM (Hochreiter & Schmidhuber 1997) over the sequence of codes, then SwiGLU."""
 
     def __init__(self, width: int):
         super().__init__()
