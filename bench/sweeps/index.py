@@ -5,7 +5,6 @@ Each backbone has a study of its own, so that nobody is pruned by another backbo
 """
 
 import logging
-import math
 import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,31 +16,30 @@ from typing import Any, BinaryIO
 import optuna
 from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bench.analysis.frames import statuses
 from bench.core.errors import Damaged, UserError
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 
+from . import conversion
 from .address import without_password
 from .bulk import Unwritten
-from .definition import Space, distribution, read_space
-from .kinds import KINDS, TOKENIZERS, AnyConfig, Row, kind_of
+from .conversion import Metrics
+from .definition import Space, read_space
+from .kinds import KINDS, TOKENIZERS, kind_of
 from .patience import PatientStorage, opening
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
-MAX_REPORTS = 40  # intermediate values per trial
 AT_ONCE = 500  # trials that are written in one transaction
 BETTER = {name: metric.better for kind in KINDS.values() for name, metric in kind.metrics.items()}
 GONE = (UpdateFinishedTrialError, ValueError)  # what Optuna raises when a trial that is not running is to end
 Study = optuna.Study
-Metrics = tuple[str, ...]
 
 
 def _reads(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +112,7 @@ class Index:
     ) -> None:
         """Adds trials, (params, run_id) each, for workers to take, of params from the ``space`` of a search; empty ones
         are sampled then."""
-        waiting = [(_drawn(params, space or {}, run_id), None) for params, run_id in trials]
+        waiting = [(conversion.drawn(params, space or {}, run_id), None) for params, run_id in trials]
         for start in range(0, len(waiting), AT_ONCE):
             self.storage.add_trials(study._study_id, waiting[start : start + AT_ONCE], lambda *_: {})
 
@@ -197,7 +195,7 @@ class Index:
             trials = []
             for params, runs in ended[start : start + AT_ONCE]:
                 runs = [run.snapshot() for run in runs]
-                trials.append((_ended(study, params, runs, metrics, space), runs))
+                trials.append((conversion.ended(study, params, runs, metrics, space), runs))
             self.storage.add_trials(study._study_id, trials, partial(self._note_attributes, study))
 
     def _note_attributes(self, study: Study, trial: FrozenTrial, runs: list[Run]) -> dict[str, Any]:
@@ -210,10 +208,10 @@ class Index:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
         another worker took for dead, or that waits again, is left as it is."""
         try:
-            for name, value in _attributes(runs).items():
+            for name, value in conversion.attributes(runs).items():
                 trial.set_user_attr(name, value)
             self._save_note(trial, self._note(study, trial, runs))
-            state, values = _result(runs, metrics)
+            state, values = conversion.result(runs, metrics)
             study.tell(trial, values, state)
         except GONE:
             if self._runs(trial):
@@ -235,7 +233,7 @@ class Index:
                 raise
             return  # another worker took it for dead, and has put its copy there
         ended = self.storage.get_trial(trial._trial_id)
-        study.add_trial(_waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
+        study.add_trial(conversion.waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
 
     def _runs(self, trial: Trial) -> bool:
         """Whether nobody has ended ``trial`` or put it back into the queue."""
@@ -249,7 +247,7 @@ class Index:
             lines.append(f"**{run.folder.name}**: {status}{f', {reason}' if reason else ''}\n")
             if status == "finished":
                 lines += [self._picture(study, trial, run.folder / kind.picture), "\n| metric | |\n|---|---|"]
-                scores = ((kind.metrics[name], value) for name, value in _scores(run).items())
+                scores = ((kind.metrics[name], value) for name, value in conversion.scores(run).items())
                 lines += [f"| {one.label} {one.arrow} | {value:{one.form}} |" for one, value in scores]
         return "\n".join(lines)
 
@@ -297,7 +295,7 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 params = {name: value for name, value in row.items() if name not in aside}
                 identity = (row[kind.key], *(params.items() if searching else [run_id]))
                 trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.config.SHELF))
-                _drawn(params, space)
+                conversion.drawn(params, space)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
             raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
         with index.planning:
@@ -317,89 +315,3 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 index.add(studies[label], ended[label], metrics, space)
                 added += len(ended[label])
     return added
-
-
-def curve(rows: list[Row], config: AnyConfig, direction: StudyDirection, after: int = 0) -> Iterator[tuple[int, float]]:
-    """Steps beyond ``after`` and the training loss (see Kind) there: at most MAX_REPORTS, at the same steps in every
-    trial of a study. Negative where the study maximises, so that the pruner's better is a smaller loss."""
-    every = math.ceil(config.steps / MAX_REPORTS)
-    sign = -1 if direction == StudyDirection.MAXIMIZE else 1
-    for row in rows:
-        if row["step"] // every > after // every:
-            after = int(row["step"])
-            yield after, sign * KINDS[config.SHELF].loss(config, row)
-
-
-def report(trial: Trial, rows: list[Row], config: AnyConfig, after: int) -> int:
-    """Reports the ``curve`` of ``rows``; returns the last step reported. Does nothing for a trial that another worker
-    has taken for dead."""
-    for step, loss in curve(rows, config, trial.study.direction, after):
-        after = step
-        with suppress(UpdateFinishedTrialError):
-            trial.report(loss, step)
-    return after
-
-
-def _scores(run: Run) -> dict[str, float]:
-    """Metrics that a finished run has, in the order of tables."""
-    metrics = run.metrics()
-    return {name: metrics[name] for name in kind_of(run).metrics if name in metrics}
-
-
-def _attributes(runs: list[Run]) -> dict[str, Any]:
-    """What a trial of ``runs`` is known by and has cost, the scores of its first run, and why one of them failed."""
-    about = {"run_id": runs[0].folder.name, "seconds": sum(map(_seconds, runs))}
-    about |= _scores(runs[0]) if runs[0].finished else {}
-    failed = next((run for run in runs if not run.finished), None)
-    return about if failed is None else {**about, "status": failed.status, "reason": failed.reason}
-
-
-def _result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] | None]:
-    """How a trial of ``runs`` ended: with the means of ``metrics``, or without."""
-    status = next((run.status for run in runs if not run.finished), None)
-    if status is not None:
-        return (TrialState.PRUNED if status == "pruned" else TrialState.FAIL), None
-    rows = [run.metrics() for run in runs]
-    values = [[row.get(name) for row in rows] for name in metrics]
-    if any(None in column for column in values):  # such as a metric that was not asked for then
-        return TrialState.FAIL, None
-    return TrialState.COMPLETE, [sum(column) / len(rows) for column in values]
-
-
-def _ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> FrozenTrial:
-    """A trial whose runs ended elsewhere, as ``tell`` would have left it."""
-    trial = _drawn(params, space)
-    trial.user_attrs = _attributes(runs)
-    trial.state, trial.values = _result(runs, metrics)
-    if len(metrics) == 1 and runs[0].status != "damaged":
-        config = runs[0].settings(kind_of(runs[0]).config)
-        trial.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
-        *_, last = math.nan, *trial.intermediate_values.values()
-        if trial.state == TrialState.PRUNED and not math.isnan(last):
-            trial.value = last  # as Optuna says what a pruned trial is worth
-    return trial
-
-
-def _seconds(run: Run) -> float:
-    """What a run has cost, finished or not."""
-    if run.finished:
-        metrics = run.metrics()
-        return sum(metrics.get(name, 0.0) for name in ("train_seconds", "score_seconds"))
-    rows = run.history()
-    return rows[-1].get("seconds", 0.0) if rows else 0.0
-
-
-def _drawn(params: dict[str, Any], space: Space, run_id: str | None = None) -> FrozenTrial:
-    """A trial to be taken, of ``params`` from ``space``. Raises ValueError where that has no such value."""
-    return _waiting(params, {name: distribution(name, space.get(name)) for name in params}, run_id)
-
-
-def _waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:
-    """A trial to be taken; what ``params`` leaves open is sampled then."""
-    return create_trial(
-        state=TrialState.WAITING,
-        params=params,
-        distributions=distributions,
-        user_attrs={"run_id": run_id} if run_id else {},
-        system_attrs={"fixed_params": params},
-    )

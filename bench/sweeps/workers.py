@@ -20,9 +20,10 @@ from bench.training.loop import interruptible
 
 from .address import storage_url, without_password
 from .child import Outcome, run_in_child
+from .conversion import report
 from .definition import Ablation, Search, parse_study
 from .importance import importances
-from .index import GRACE_SECONDS, Index, Study, Trial, TrialState, report
+from .index import GRACE_SECONDS, Index, Study, Trial, TrialState
 from .kinds import TOKENIZERS, AnyConfig, Row
 from .plan import Cell, Part, Plan, shown
 from .search import make_plan

@@ -28,11 +28,12 @@ from bench.data import AUGMENTATIONS
 from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
-from bench.sweeps import address, importance, index
+from bench.sweeps import address, conversion, importance, index
 from bench.sweeps.address import EXAMPLES, without_password
+from bench.sweeps.conversion import MAX_REPORTS, report
 from bench.sweeps.definition import Range, distribution, suggest
 from bench.sweeps.importance import importances
-from bench.sweeps.index import MAX_REPORTS, Index, report
+from bench.sweeps.index import Index
 from bench.sweeps.kinds import KINDS
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import least
@@ -599,12 +600,12 @@ def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
 
 
 def test_a_run_that_made_no_step_has_cost_nothing(store):
-    assert index._seconds(made(store, "crashed", config=smoke(seed=0))) == 0
+    assert conversion.seconds(made(store, "crashed", config=smoke(seed=0))) == 0
     rows = [{"step": 1, "seconds": 2.0}, {"step": 2, "seconds": 5.0}]
-    assert index._seconds(made(store, "crashed", rows, smoke(seed=1))) == 5
-    assert index._seconds(made(store, config=smoke(seed=2), train_seconds=30.0, score_seconds=4.0)) == 34
+    assert conversion.seconds(made(store, "crashed", rows, smoke(seed=1))) == 5
+    assert conversion.seconds(made(store, config=smoke(seed=2), train_seconds=30.0, score_seconds=4.0)) == 34
     (made(store, "crashed", config=smoke(seed=3)).folder / "history.jsonl").unlink()
-    assert index._seconds(store.run(smoke(seed=3))) == 0
+    assert conversion.seconds(store.run(smoke(seed=3))) == 0
 
 
 def test_a_trial_of_several_metrics_has_no_curve(indexed, store):
@@ -851,7 +852,7 @@ def test_a_run_that_ended_elsewhere_is_described_as_one_that_ended_here(indexed,
 
 
 def test_times_that_were_not_taken_count_nothing(store):
-    assert index._seconds(made(store, config=smoke(seed=4), train_seconds=None, score_seconds=4.0)) == 4
+    assert conversion.seconds(made(store, config=smoke(seed=4), train_seconds=None, score_seconds=4.0)) == 4
 
 
 def test_a_sqlite_database_does_not_wait_for_the_disk(tmp_path):
