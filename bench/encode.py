@@ -14,6 +14,7 @@ import tyro
 
 from bench.core.cli import command
 from bench.core.device import check_device, resolve_device
+from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.store import find_tokenizer
 from bench.priors.codes import encode, load_data
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 def work(arguments: list[str]) -> int:
     """Parses the command line, encodes, and says where the codes are. Returns the exit code."""
     options = tyro.cli(Options, args=arguments, prog="python -m bench.encode", description=__doc__)
+    if not options.run:
+        raise UserError("name the run of a tokenizer: python -m bench.encode RUN")
     device = resolve_device(options.device)
     check_device(device)
     for name in options.run:

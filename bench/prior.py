@@ -104,7 +104,8 @@ def result_table(runs: list[Run]) -> Table:
 def protocol_line(run: Run) -> str:
     """How the table's numbers were measured, in a few sentences."""
     protocol, metrics = run.protocol(), run.metrics()
-    how = f"temperature {protocol['temperature']:g}" + (f", top {protocol['top_k']}" if protocol["top_k"] else "")
+    how = "conditional, " * bool(run.config().get("conditional")) + f"temperature {protocol['temperature']:g}"
+    how += f", top {protocol['top_k']}" if protocol["top_k"] else ""
     how += f", guidance {protocol['guidance']:g}" if protocol.get("guidance", 1) != 1 else ""
     side = protocol["image_size"]
     return (

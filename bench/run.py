@@ -11,8 +11,9 @@ interrupted goes on where it stopped.
 
 import itertools
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -87,11 +88,11 @@ def work(arguments: list[str]) -> int:
     if options.list:
         stdout.print(size_table(options.configs(), options.timed))
         return 0
-    return compare(options)
+    return compare(options, arguments)
 
 
-def compare(options: RunArguments) -> int:
-    """Runs every config, prints the table, and returns the exit code."""
+def compare(options: RunArguments, given: Sequence[str]) -> int:
+    """Runs every config of ``options``, which the words ``given`` mean, prints the table, and returns the exit code."""
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
     store = Store(options.results)
@@ -110,7 +111,7 @@ def compare(options: RunArguments) -> int:
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
         for table in instrument_tables(finished):
             stdout.print(table)
-        stdout.print(escape(next_command(options, finished)), soft_wrap=True)
+        stdout.print(escape(next_command(options, finished, given)), soft_wrap=True)
     return 1 if diverged else 0
 
 
@@ -182,20 +183,31 @@ def protocol_line(run: Run) -> str:
     )
 
 
-def next_command(options: RunArguments, runs: list[Run]) -> str:
-    """Where the picture is, and the commands that are most useful after this one."""
-    words = ["python -m bench.run"]
+def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -> str:
+    """Where the picture is, and the commands that are most useful after this one, whose words were ``given``: the same
+    with all backbones or with more seeds, and images from the last run that has codes."""
     if len(options.backbone) == 1:
-        words += ["--backbone", *BACKBONES]
+        others = ["--backbone", *BACKBONES]
     else:
-        words += ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]
-    if options.preset != "cpu":
-        words += ["--preset", options.preset]
-    if options.data != "photos":
-        words += ["--data", options.data]
-    folder = runs[-1].folder
-    lines = [f"Picture: {folder / 'reconstructions.png'}", f"Next: {' '.join(words)}"]
-    return "\n".join([*lines, f"Generate images: python -m bench.prior {folder}"])
+        others = ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]
+    words = without(given, {word for word in others if word.startswith("--")})
+    with_codes = [run for run in runs if QUANTIZERS[run.config()["quantizer"]].discrete]
+    shown = (with_codes or runs)[-1].folder
+    lines = [f"Picture: {shown / 'reconstructions.png'}", f"Next: python -m bench.run {shlex.join([*words, *others])}"]
+    if with_codes:
+        lines.append(f"Generate images: python -m bench.prior {shlex.quote(str(shown))}")
+    return "\n".join(lines)
+
+
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    """``words`` of a command line but for ``flags`` and what follows each up to the next one."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 def size_table(configs: list[Config], timed: bool = False) -> Table:

@@ -190,21 +190,24 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
 
 def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     """``rate_distortion``: metrics against bits per pixel, beside image formats and latents without codes; where K is
-    swept, one line per grid size."""
+    swept, one line per grid size. Where runs of other bits differ in other settings too, as after a random search, all
+    are shown as points, and the front of each backbone."""
     rows, fixed = controlled(scope.rows, list(BITS))
+    alone = rows.bits_per_pixel.nunique() > 1 or scope.rows.bits_per_pixel.nunique() < 2
+    rows, fixed = (rows, fixed) if alone else (scope.rows, {})
     coded = rows.dropna(subset="coded_bits_per_pixel") if "coded_bits_per_pixel" in rows else rows.iloc[:0]
     latents = scope.rows.iloc[:0] if scope.latents is None else scope.latents
     others = bool(references.formats_in(rows)) or len(references.beside(rows, latents)) > 0
     if rows.bits_per_pixel.nunique() < 2 and coded.empty and not others:
         return
-    per_grid = rows.groupby("grid_size").codebook_size.nunique().max() > 1
+    per_grid = alone and rows.groupby("grid_size").codebook_size.nunique().max() > 1
     lines = [line for _, line in rows.groupby("grid_size")] if per_grid else [rows]
     metrics = [metric for metric in key_metrics(rows) if metric != "perplexity"]
     hollow = {"marker": "o", "color": "0.4", "markerfacecolor": "white", "linestyle": ":", "linewidth": 0.8}
     more = {"entropy-coded": {**hollow, "markersize": 5}} if len(coded) else {}
     if others:
         more |= references.entries(rows, latents)
-    figure = _against("bits_per_pixel", lines, metrics, True, more)
+    figure = _against("bits_per_pixel", lines, metrics, alone, more)
     panels = dict(zip(metrics, figure.axes, strict=True))
     rates = [_entropy_coded(panels, coded)] if len(coded) else []
     if others:
@@ -212,10 +215,25 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     _widen(panels, rows.bits_per_pixel, pd.concat([pd.Series(dtype=float), *rates]))
     joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
     caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
+    if not alone:
+        _fronts(panels, rows)
+        others = listed([name for name in settings(rows) if name not in BITS])
+        caption = (
+            f"All {len(rows)} scored runs, whatever their {others}; steps: what each backbone reached with so many "
+        )
+        caption += "bits or fewer."
     if len(coded):
         caption += " Hollow: the same at the rate of an entropy coder with the best prior trained over those codes."
     caption += references.caption(rows, latents)
     yield Drawing("rate_distortion", "Rate and distortion", caption, figure)
+
+
+def _fronts(panels: dict[str, Axes], rows: pd.DataFrame) -> None:
+    """Adds the best of each backbone's ``rows`` with so many bits or fewer, as steps."""
+    for backbone, own in rows.sort_values("bits_per_pixel").groupby("backbone"):
+        for metric, axes in panels.items():
+            best = own[metric].cummax() if METRICS[metric].better == "higher" else own[metric].cummin()
+            axes.plot(own.bits_per_pixel, best, drawstyle="steps-post", color=look_of(backbone)["color"], linewidth=1)
 
 
 def _entropy_coded(panels: dict[str, Axes], coded: pd.DataFrame) -> pd.Series:

@@ -75,13 +75,14 @@ def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Seque
 
 def instruments(block: pd.DataFrame) -> Sheet:
     """What instruments found, mean ± standard deviation over seeds per backbone and setting of ``block``, the best in
-    its main metric first; no rows where none has looked at any."""
+    its main metric first; no rows where none has looked at any. Nothing is marked as the best of its column, where a
+    worse tokenizer may have less to lose."""
     names = [name for name in SHOWN if block[name].notna().any()]
     table = best_first(frames.summary(block), frames.main_metric(block))
     by = [name for name in table.loc[:, :"failed"] if name != "failed"]
     looked = table[table[names].notna().any(axis=1)]
     used = [f"{name}: {each.about}" for name, each in INSTRUMENTS.items() if {*each.shown} & {*names}]
-    return Sheet([*by, *names], _ranked(looked, by, names, ()), notes=[*used, *_cut(len(looked))])
+    return Sheet([*by, *names], _ranked(looked, by, names, names), notes=[*used, *_cut(len(looked))])
 
 
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
@@ -98,10 +99,10 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
 
 
 def images_of(block: pd.DataFrame) -> str:
-    """Which images ``block`` was scored on, briefly: those of the test unless it says otherwise."""
+    """Which images ``block`` was scored on, briefly."""
     first = block.iloc[0]
-    images = f"{first.data} {first.image_size}×{first.image_size}"
-    return images if first.protocol_scored_on == "test" else f"{images} ({HELD_OUT[first.protocol_scored_on]})"
+    held_out = f"{first.protocol_count:.0f} {HELD_OUT[first.protocol_scored_on]} images"
+    return f"{first.data} {first.image_size}×{first.image_size} ({held_out})"
 
 
 def prior_ranking(block: pd.DataFrame) -> Sheet:
@@ -133,7 +134,8 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
 
 def _sampling(prior: pd.Series) -> str:
     top = f", top {prior.top_k}" if prior.top_k else ""
-    guidance = f", guidance {prior.guidance:g}" if prior.guidance != 1 else ""
+    guided = prior.get("guidance", 1.0)
+    guidance = f", guidance {guided:g}" if guided > 1 or guided < 1 else ""
     return f"{prior.samples} samples, temperature {prior.temperature:g}{top}{guidance}"
 
 

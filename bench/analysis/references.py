@@ -80,7 +80,7 @@ def notes(block: pd.DataFrame, latents: pd.DataFrame) -> list[str]:
         best = [frames.summary(rows).groupby("backbone").psnr.max() for rows in (own, beside(own, block))]
         lost = (best[0] - best[1]).dropna()
         each = ", ".join(f"{name} {_signed(value)} dB" for name, value in lost.items())
-        lines.append(f"Lost to the codes in PSNR, from no codes to the best row of the same budget: {each}.")
+        lines.append(f"What codes cost in PSNR, from the same network without them to its best row with them: {each}.")
     there = formats_in(block)
     if there and (missing := [FORMATS[name].label for name in FORMATS if name not in there]):
         lines.append(f"Left out: {', '.join(missing)}, which the installed Pillow could not write.")

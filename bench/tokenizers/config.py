@@ -97,8 +97,8 @@ class Config:
     kmeans_init: bool = False
     """start the codebook at k-means centroids of encoder outputs rather than at random ones"""
     entropy_weight: Annotated[float | None, settings.NOT_NEGATIVE] = None
-    """weight of the entropy penalty: sure about each token, all codes in use; unless given, 0.1 for lfq,
-    which needs it, 0.02 for simvq, which gains by it, and 0 for all others"""
+    """weight of the entropy penalty: sure about each token, all codes in use; unless given, 0.1 for lfq and bsq, which
+    need it, 0.02 for simvq, which gains by it, and 0 for all others"""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     """how the decoder's gradient passes the quantizer: copied, or rotated along with the code"""
     temperature: Positive = 1.0

@@ -9,8 +9,8 @@ from bench.metrics import Metric
 
 # Of a run, from its history; of one whose history lacks what they are made of, nothing.
 METRICS: dict[str, Metric] = {
-    "steps_to_perplexity": Metric("steps to 95 % of perplexity", ",.0f", "lower"),
-    "steps_to_loss": Metric("steps to 105 % of loss", ",.0f", "lower"),
+    "steps_to_perplexity": Metric("steps to 95 % of perplexity", ",.0f", ""),
+    "steps_to_loss": Metric("steps to 105 % of loss", ",.0f", ""),
     "codebook_roughness": Metric("codebook roughness", ".3f", "lower"),
 }
 NEIGHBOURS = 2  # rows of the history on either side of one that its running median is over

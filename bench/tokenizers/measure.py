@@ -41,7 +41,7 @@ def fit(subject: Subject, chosen: dict[str, bool]) -> list[str]:
         if reason and asked:
             raise UserError(f"instrument {name}: {reason}")
         if reason:
-            say(escape(f"instrument {name} is left out: {reason}"))
+            say(escape(f"instrument {name} is left out: {reason.partition(';')[0]}"))
         else:
             able.append(name)
     return able

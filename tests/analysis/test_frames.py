@@ -110,9 +110,9 @@ def scored(config: Config, psnr: float = 20.0, **changes) -> Known:
 BETTER = {
     "lower": "fid fid_vgg16 kid_vgg16 lpips_alex lpips_vgg grid_energy grid_edges dead_codes bits_per_image"
     " bits_per_pixel params params_encoder params_decoder flops flops_encode flops_decode peak_memory_mb train_seconds"
-    " steps_to_perplexity steps_to_loss codebook_roughness fd_dinov2",
+    " codebook_roughness fd_dinov2",
     "higher": "psnr ssim perplexity usage images_per_second_encode images_per_second_decode",
-    "": "sharpness grid_energy_init grid_edges_init tokens images_seen score_seconds",
+    "": "sharpness steps_to_perplexity steps_to_loss grid_energy_init grid_edges_init tokens images_seen score_seconds",
 }
 CURVES = [f"{kind}_{share}" for kind in ("random", "near") for share in (0, 1, 5, 10, 20)]
 CURVES += [f"size_{percent}" for percent in (100, 150, 200)]

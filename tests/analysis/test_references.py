@@ -192,7 +192,10 @@ def test_the_terminal_shows_them_below_the_codes(store):
     assert names == ["cnn ema 0", "k-means on patches", "WebP, 2100 bits", "JPEG, 3000 bits", "cnn kl 0", "cnn none 0"]
     assert [row.style for row in table.rows] == [None] + 5 * ["bright_black"]
     assert table.title == "112 bits per image: 16 codes of K = 128"
-    assert "Lost to the codes in PSNR, from no codes to the best row of the same budget: cnn 1.00 dB." in table.caption
+    assert (
+        "What codes cost in PSNR, from the same network without them to its best row with them: cnn 1.00 dB."
+        in table.caption
+    )
     alone = command.result_table(runs[1:2])
     assert list(alone.columns[0].cells) == ["cnn none 0"]
     assert alone.title == "no codes"

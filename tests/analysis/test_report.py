@@ -159,7 +159,8 @@ def test_the_best_mean_of_every_column_is_marked_and_that_of_the_main_metric_com
     rows = [(smoke(who), {name: v * scale.get(name, 1) for name in names}) for who, v in values.items()]
     sheet = ranking(made(*rows), made()[:0])
     for name in names:
-        expected = {"vit"} if name in HIGHER else set() if name == "sharpness" else {"mamba"}
+        indifferent = name == "sharpness" or name.startswith("steps_to_")
+        expected = {"vit"} if name in HIGHER else set() if indifferent else {"mamba"}
         assert bold(sheet, name) == expected, name
     assert sheet.order == "psnr"  # no LPIPS was scored
     assert list(cells(sheet, "n")) == ["vit", "cnn", "mamba"]
@@ -375,7 +376,7 @@ def test_runs_scored_on_validation_and_on_the_test_never_share_a_ranking(store):
     assert [tuple(cell.text for cell in row) for row in found.refusals.rows] == [("2", "scored_on", "val", "test")]
     for block, split in zip(found.blocks, ("test", "val"), strict=True):
         assert f"scored on {split};" in " ".join(block.ranking.notes)
-    assert [" (validation), " in block.title for block in found.blocks] == [False, True]
+    assert [" validation images), " in block.title for block in found.blocks] == [False, True]
     notes = [scope.note for scope in protocol_scopes(frame(store.runs()))]
     assert [note.partition(".")[0] for note in notes] == [
         "photos, 64 test images of 32×32",
@@ -650,7 +651,8 @@ def with_priors(store):
 def test_priors_are_ranked_within_equal_bits(with_priors):
     generation = dict(report_of(with_priors).generation)
     assert list(generation) == [
-        f"photos 32×32, {bits} bits per image before coding, 512 samples, temperature 1" for bits in (112, 448)
+        f"photos 32×32 (64 test images), {bits} bits per image before coding, 512 samples, temperature 1"
+        for bits in (112, 448)
     ]
     for grid, sheet in zip((4, 8), generation.values(), strict=True):
         assert sheet.order == "gfid_vgg16"
@@ -723,7 +725,7 @@ def test_priors_reach_page_markdown_and_files(with_priors, tmp_path):
     assert 'id="generation"' in page
     assert "Priors without scores" in page
     assert "not finite by step 3" in page
-    assert "## Generation: photos 32×32, 112 bits per image" in (tmp_path / "tables.md").read_text()
+    assert "## Generation: photos 32×32 (64 test images), 112 bits per image" in (tmp_path / "tables.md").read_text()
     assert len(pd.read_csv(tmp_path / "priors.csv")) == 17
     assert "Hollow" in next(chart.caption for chart in written.charts if chart.name == "rate_distortion")
 
@@ -777,14 +779,16 @@ def test_a_list_is_cut_at_the_limit_and_only_then_says_so(monkeypatch):
 def test_titles_name_what_is_reported_and_number_several_blocks():
     """Grid and K where all rows have the same."""
     one = about((smoke(seed=0), {"psnr": 20.0}), (smoke(seed=1), {"psnr": 20.0}))
-    assert [block.title for block in one.blocks] == ["photos 32×32, 112 bits per image (4×4 codes, K = 128)"]
+    assert [block.title for block in one.blocks] == [
+        "photos 32×32 (64 test images), 112 bits per image (4×4 codes, K = 128)"
+    ]
     several = about(
         *((smoke(), {"psnr": 20.0}), (smoke(grid_size=8, codebook_size=4), {"psnr": 20.0})),
         (smoke(codebook_size=256), {"psnr": 20.0}),
     )
     assert [block.title for block in several.blocks] == [
-        "1. photos 32×32, 112 bits per image (4×4 codes, K = 128)",
-        "2. photos 32×32, 128 bits per image",
+        "1. photos 32×32 (64 test images), 112 bits per image (4×4 codes, K = 128)",
+        "2. photos 32×32 (64 test images), 128 bits per image",
     ]
     titles = {name: about((smoke(), {"psnr": 20.0}), name=name).title for name in ("all", "selection", "beta")}
     assert titles == {"all": "All runs", "selection": "Selected runs", "beta": "Study beta"}
@@ -793,7 +797,7 @@ def test_titles_name_what_is_reported_and_number_several_blocks():
 def test_priors_over_runs_on_validation_say_so():
     row = {"gfid_vgg16": 80.0, "top_k": 50, "temperature": 0.9, "coded_bits_per_token_independent": 6.5}
     ((title, sheet),) = generation(prior_rows(row | {"protocol_scored_on": "val"}))
-    assert title.startswith("photos 32×32 (validation), 112 bits per image before coding, ")
+    assert title.startswith("photos 32×32 (64 validation images), 112 bits per image before coding, ")
     assert "against all 64 validation images of photos at 32×32" in sheet.notes[0]
 
 
@@ -805,7 +809,7 @@ def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores
     ]
     (title, sheet), (last, others) = generation(prior_rows(*rows))
     sampling = "512 samples, temperature 0.9, top 50"
-    assert title == f"photos 32×32, 112 bits per image before coding, {sampling}"
+    assert title == f"photos 32×32 (64 test images), 112 bits per image before coding, {sampling}"
     assert sheet.notes[0] == (
         f"{sampling}, against all 64 test images of photos at 32×32; bits on their codes. "
         "Extractor: v. Independent codes take 6.25 to 6.50 bits per token."
@@ -968,7 +972,7 @@ def test_the_terminal_shows_the_first_rows_their_settings_and_the_verdicts(store
     report.show(found)
     out = capsys.readouterr().out
     block = found.blocks[1]
-    table = out[out.index(block.title) :].split("over beta")[0].splitlines()
+    table = out[out.index(block.title.split(",")[0]) :].split("over beta")[0].splitlines()
     rows = [line.split() for line in table if line.split()[:1] in (["cnn"], ["vit"], ["k-means"])]
     assert [row[:2] for row in rows[:-1]] == [row[:2] for row in texts(block.ranking)[:8]]
     assert rows[-1][0] == "k-means"

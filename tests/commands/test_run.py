@@ -60,7 +60,9 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "k-means on patches" in out
     assert f"Protocol {PROTOCOL_VERSION}" in out
     assert "24 test images" in out
-    assert f"Next: python -m bench.run --backbone {' '.join(BACKBONES)}" in " ".join(out.split())
+    suggested = out[out.index("Next: ") :].partition("\nGenerate")[0]
+    assert suggested.startswith("Next: python -m bench.run --preset smoke")
+    assert suggested.endswith(f" --backbone {' '.join(BACKBONES)}")
     assert "finished" in err
     code, out, err = command("--backbone", "cnn", *TINY)
     assert code == 0
@@ -521,7 +523,7 @@ def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
     def suggested(*arguments):
         options = parse(run.RunArguments, [*arguments, "--device", "cpu"], "run", "")
         runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
-        picture, command, generate = run.next_command(options, runs).splitlines()
+        picture, command, generate = run.next_command(options, runs, arguments).splitlines()
         assert picture == f"Picture: {runs[-1].folder / 'reconstructions.png'}"
         assert generate == f"Generate images: python -m bench.prior {runs[-1].folder}"
         return command.removeprefix("Next: python -m bench.run ")
@@ -529,8 +531,19 @@ def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
     assert suggested("--backbone", "vit") == f"--backbone {' '.join(BACKBONES)}"
     several = ("--backbone", "cnn", "vit", "--seeds", "0", "1")
     assert suggested(*several) == "--backbone cnn vit --seeds 0 1 2"
-    given = suggested(*several, "--preset", "smoke", "--data", "cifar10")
-    assert given == "--backbone cnn vit --seeds 0 1 2 --preset smoke --data cifar10"
+    given = suggested(*several, "--preset", "smoke", "--data=folder:a b", "--split", "val", "--no-resume")
+    assert given == "--preset smoke '--data=folder:a b' --split val --no-resume --backbone cnn vit --seeds 0 1 2"
+    assert suggested("--backbone=cnn", "--steps", "7") == f"--steps 7 --backbone {' '.join(BACKBONES)}"
+
+
+def test_only_runs_with_codes_are_shown_and_generated_from(tmp_path):
+    options = parse(run.RunArguments, ["--device", "cpu"], "run", "")
+    configs = [make_config("cnn", "smoke", device="cpu", quantizer=name) for name in ("ema", "none")]
+    coded, latent = (fabricate(Store(tmp_path), config) for config in configs)
+    assert run.next_command(options, [coded, latent], []).count(str(coded.folder)) == 2
+    alone = run.next_command(options, [latent], [])
+    assert str(latent.folder / "reconstructions.png") in alone
+    assert "bench.prior" not in alone
 
 
 def test_list_shows_each_size_in_its_own_column(monkeypatch):

@@ -210,7 +210,10 @@ def test_the_command_line_shows_each_metric_in_its_row(store):
     assert [column.header for column in table.columns] == ["", "cnn", "vit"]
     label = METRICS["loss_random"].label + "\u00a0↓"
     assert cells[0][:2] == ["seeds", label]
-    assert [column[1] for column in cells[1:]] == ["[bold]1.00[/]", "4.00"]
+    assert [column[1] for column in cells[1:]] == [
+        "1.00",
+        "4.00",
+    ]  # none is marked: the worse tokenizer may have less to lose
 
 
 def test_reports_have_means_over_seeds(store):
@@ -224,7 +227,7 @@ def test_reports_have_means_over_seeds(store):
     assert sheet.keys == ["backbone", "n", "loss_random", "loss_near"]
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
     assert rows == {"cnn": ["2", "1.50", "0.50"], "vit": ["2", "5.00", "0.50"]}
-    assert [row[2].best for row in sheet.rows if row[0].text == "cnn"] == [True]
+    assert [row[2].best for row in sheet.rows if row[0].text == "cnn"] == [False]
     text = markdown(contents(select([], store.root), table, frames.frame([], frames.PRIOR)))
     assert "### Instruments" in text
     assert INSTRUMENTS["robustness"].about in text
