@@ -25,6 +25,7 @@ from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
+from bench.priors.config import PriorConfig
 
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
@@ -47,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     def work(words: list[str]) -> int:
         options = tyro.cli(Options, args=words, prog="python -m bench.diff", description=__doc__)
         store = Store(options.results)
-        show(store.find(options.run_a), store.find(options.run_b))
+        runs = [store.find(name) for name in (options.run_a, options.run_b)]
+        for run in runs:
+            if run.folder.resolve().parent.name == PriorConfig.SHELF:
+                raise UserError(f"{run.folder} is the run of a prior; name two tokenizers")
+        show(*runs)
         return 0
 
     return command(work, arguments)

@@ -5,17 +5,20 @@ python -m bench.doctor
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from rich.table import Table
 from rich.text import Text
 
 from backbones.ssd import scan_backend
 from backbones.torchvision_repair import repair
+from bench.core.cli import command
 from bench.core.device import resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
@@ -24,6 +27,14 @@ from bench.core.store import Store
 from bench.metrics import weights
 
 FREE_GIGABYTES = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes."""
+
+    results: Path = Path("results")
+    """the folder that runs will be stored in"""
 
 
 class Check(NamedTuple):
@@ -79,10 +90,20 @@ def checks(results: Path) -> Iterator[Check]:
         yield Check(name, enough, f"{folder}, {free:.0f} GB free", f"free at least {FREE_GIGABYTES} GB")
 
 
-def main() -> int:
-    """Prints the report. Returns 1 when something that every run needs is broken, else 0."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """The command line. Returns 1 when something that every run needs is broken, 2 for what the user can fix, else
+    0."""
+
+    def work(words: list[str]) -> int:
+        return report(tyro.cli(Options, args=words, prog="python -m bench.doctor", description=__doc__).results)
+
+    return command(work, list(arguments))
+
+
+def report(results: Path) -> int:
+    """Prints a line per check. Returns 1 when something that every run needs is broken, else 0."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    found = list(checks(Path("results")))
+    found = list(checks(results))
     marks = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
     for check in found:
         table.add_row(marks[check.good], check.name, Text(check.found))
@@ -93,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

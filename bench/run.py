@@ -64,7 +64,7 @@ class RunArguments(Arguments):
         for flag, values in (("--backbone", self.backbone), ("--quantizer", self.quantizer), ("--seeds", self.seeds)):
             if not values:
                 raise UserError(f"{flag} needs at least one value")
-        each = itertools.product(self.backbone, self.quantizer, self.seeds)
+        each = itertools.product(*map(dict.fromkeys, (self.backbone, self.quantizer, self.seeds)))
         return [self.config(backbone, seed, quantizer=quantizer) for backbone, quantizer, seed in each]
 
 

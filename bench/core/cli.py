@@ -77,9 +77,15 @@ def guarded(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in REFUSALS + IN_THE_WAY:
+        if error.errno not in REFUSALS + IN_THE_WAY and not _has_gone(error):
             raise
         return fail(refusal(error))
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        return fail(
+            f"not enough memory ({str(error).partition(chr(10))[0][:200]}); try a smaller --batch-size or --width"
+        )
     except Interrupted as stopped:
         say(escape(str(stopped)))
         return 130
@@ -88,8 +94,24 @@ def guarded(work: Callable[[], int]) -> int:
         return 130
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it says that there is no memory left; torch's CPU allocator has no exception type of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return bool(re.search("can't allocate memory|not enough memory|out of memory|Cannot allocate memory", str(error)))
+
+
+def _has_gone(error: OSError) -> bool:
+    """Whether it is about a file of the store, whose folder somebody has removed or moved."""
+    if error.errno != errno.ENOENT or not error.filename:
+        return False
+    return bool({parent.name for parent in Path(os.fsdecode(error.filename)).parents} & SHELVES)
+
+
 def refusal(error: OSError) -> str:
     """What a place that takes no more, or where something else is, means for the user, in one sentence."""
+    if _has_gone(error):
+        return f"{error.filename} has gone while this command was at work; run the same command again"
     path = Path(error.filename or "the output")  # all files are named
     if error.errno in IN_THE_WAY:
         move = "" if error.errno == errno.ENAMETOOLONG else "move away what is there, or "

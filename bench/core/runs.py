@@ -232,10 +232,12 @@ class Run:
             raise Damaged(path, "its digest is that of another file" if path.stat().st_size else "it is empty")
 
     def altered(self) -> list[str]:
-        """A sentence on each file, but for weights, that is not the one that the finished run ended with."""
+        """A sentence on each file, but for weights, that is gone or not the one that the finished run ended with."""
         sentences = []
         for name in self.digests():
             if not name.endswith(".safetensors"):
+                if not os.path.lexists(self.folder / name):
+                    sentences.append(f"{self.folder / name} is gone, and what shows it does without")
                 try:
                     self.check_file(name)
                 except Damaged as error:

@@ -175,6 +175,28 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # a copy may keep all but the last
 
 
+def _split_folders(root: str) -> dict[str, str]:
+    """What the subfolders of ``root`` that are splits are called, by their name in small letters."""
+    known = ("train", *VALIDATION_FOLDERS, "test")
+    names = sorted(os.listdir(root)) if os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK) else []
+    folders = [name for name in names if name.lower() in known and os.path.isdir(os.path.join(root, name))]
+    return {name.lower(): name for name in folders}  # of several in small letters, which sort last
+
+
+def _check_apart(root: str, *splits: Sequence[str]) -> None:
+    """Raises UserError where one file, by links, is in two of ``splits``, which are paths below ``root``."""
+    seen: dict[tuple[int, int], tuple[int, str]] = {}
+    for number, names in enumerate(splits):
+        for name in names:
+            try:
+                status = os.stat(os.path.join(root, name))
+            except (OSError, ValueError):  # a dangling link: decoding will name it
+                continue
+            other, first = seen.setdefault((status.st_dev, status.st_ino), (number, name))
+            if other != number:
+                raise UserError(f"{first} and {name} in {root} are one file, in two splits: remove one of them")
+
+
 def folder_source(path: str, image_size: int) -> Source:
     """The images at any depth below ``path``.
 
@@ -184,17 +206,19 @@ def folder_source(path: str, image_size: int) -> Source:
     UserError where there are too few, or none.
     """
     root = os.path.realpath(os.path.expanduser(path))
-    named = [name for name in (*VALIDATION_FOLDERS, "test") if os.path.isdir(os.path.join(root, name))]
-    split_folders = int(bool(named) and os.path.isdir(os.path.join(root, "train")))
+    there = _split_folders(root)
+    named = [there[name] for name in (*VALIDATION_FOLDERS, "test") if name in there]
+    split_folders = int(bool(named) and "train" in there)
     if split_folders:
-        train, test = _find_images(root, "train"), _find_images(root, named[-1] if "test" in named else named[0])
-        if "test" in named and len(named) > 1:
-            val, how = _find_images(root, named[0]), f"subfolders train / {named[0]} / test"
+        train, test = _find_images(root, there["train"]), _find_images(root, named[-1] if "test" in there else named[0])
+        if "test" in there and len(named) > 1:
+            val, how = _find_images(root, named[0]), f"subfolders {there['train']} / {named[0]} / {there['test']}"
         else:
             if len(train) < 2:
-                raise UserError(f"only one image in {root}/train: add another, validation takes its share of them")
+                place = os.path.join(root, there["train"])
+                raise UserError(f"only one image in {place}: add another, validation takes its share of them")
             train, val = _held_out(train, min(_tenth(train), len(test)))
-            how = f"subfolders train / {named[0]}, val: a share of train by a hash of the path"
+            how = f"subfolders {there['train']} / {named[0]}, val: a share of train by a hash of the path"
     else:
         train = _find_images(root)
         if len(train) < 3:
@@ -203,6 +227,7 @@ def folder_source(path: str, image_size: int) -> Source:
         train, test = _held_out(train, count)
         train, val = _held_out(train, count)
         how = "split 80 % / 10 % / 10 % by a hash of the path"
+    _check_apart(root, train, val, test)
 
     def read(name: str) -> np.ndarray:
         with Image.open(os.path.join(root, name)) as image:

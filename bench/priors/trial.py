@@ -59,6 +59,8 @@ def run_prior(
     if min(len(data.train), len(codes.held_out)) < MINIMUM_IMAGES:
         found = f"{data.name} has {len(data.train)} train and {len(codes.held_out)} {tokenizer.config.split} images"
         raise UserError(f"{found}; scoring generation needs at least {MINIMUM_IMAGES} of each")
+    if config.top_k >= codes.codebook_size:
+        raise UserError(f"top_k is {config.top_k}, of {codes.codebook_size} codes; take fewer, or 0 for all")
     classes = len(codes.classes) if config.conditional else 0
     build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.core.cli import REFUSALS, refusal
+from bench.core.cli import REFUSALS, lacks_memory, refusal
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.runs import FAILURES, Busy, Changed, NoSpace, Run
@@ -155,9 +155,7 @@ def _outcome(error: BaseException) -> Outcome:
     reason = str(error) or type(error).__name__
     if status == "crashed":
         reason = f"{type(error).__name__}: {error}"
-        # torch's CPU allocator has no exception type of its own
-        if re.search("can't allocate memory|not enough memory|Cannot allocate memory", reason):
-            status = "out_of_memory"
+        status = "out_of_memory" if lacks_memory(error) else status
     return Outcome(status, reason.partition("\n")[0][:LONGEST])
 
 

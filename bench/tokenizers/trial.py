@@ -1,5 +1,6 @@
 """One config in, one finished run folder out."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,6 +39,10 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     device, the results folder, the pretrained weights (fetched if need be) and the data. Raises UserError."""
     config.check()
     check_size(config, config.resolved().device, COPIES)
+    images, place = Path(config.resolved().data.removeprefix("folder:")), Path(os.path.realpath(store.root))
+    if config.data.startswith("folder:") and images in (place, *place.parents):
+        what = f"the results folder {place} lies among the images of {images}, and so would its pictures"
+        raise UserError(f"{what}; name another with --results")
     tokenizer = Tokenizer(config)
     state_megabytes = COPIES * 4 * parameter_count(tokenizer) >> 20
     store.check_writable(50 + 2 * state_megabytes)

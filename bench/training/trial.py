@@ -1,5 +1,6 @@
 """What a trial of either kind does around its training: hold the folder, record a failure, write the scores last."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -71,18 +72,22 @@ def read_weights(run: Run, name: str, model: nn.Module) -> None:
     """Loads what ``write_weights`` wrote into ``model``. Raises UserError on a damaged file or that of another model,
     such as one that an older version of the code built."""
     path = run.folder / name
+    check_weights(run, name)
     try:
         safetensors.torch.load_model(model, path)
     except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder") from error
-    check_weights(run, name)
 
 
 def check_weights(run: Run, name: str) -> None:
-    """Raises UserError where the file ``name`` holds other weights than those that ``run`` was scored with."""
-    path = run.folder / name
-    if path.is_file() and run.digests().get(name, found := sha256_file(path)) != found:  # older runs have none
+    """Raises UserError where the file ``name`` is no file or gone, or holds other weights than those that the finished
+    ``run`` was scored with."""
+    path, known = run.folder / name, run.digests().get(name)
+    if not path.is_file() and (known is not None or os.path.lexists(path)):
+        what = "is no file" if os.path.lexists(path) else "is gone"
+        raise UserError(f"{path} {what}, and the run was scored with its weights; move that folder and make it again")
+    if known is not None and sha256_file(path) != known:  # older runs have none
         reason = "its digest is that of other weights"
         raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder")
 

@@ -1247,7 +1247,7 @@ def test_scores_per_image_of_another_run_are_named_and_left_out(store, sketched,
 @pytest.mark.parametrize("name", ["history.jsonl", "samples.npz", "untrained.npz", "per_image.npz"])
 def test_a_file_that_a_run_did_not_end_with_is_named(store, sketched, capsys, name, how):
     """By its digest, of a tokenizer and of a prior; all runs stay in, and nothing shows the file. One that is gone is
-    no damage, nor are others in a run of an older version, which has no digests."""
+    named as well; in a run of an older version, which has no digests, nothing is."""
     runs = sweep(store, EFFECTS, betas=(0.25,), seeds=(0, 1))
     runs.append(fabricate_prior(store, PriorConfig(runs[0].folder.name, "rnn"), 5.0, 100.0))
     paths = [run.folder / name for run in runs if (run.folder / name).is_file()]
@@ -1268,7 +1268,10 @@ def test_a_file_that_a_run_did_not_end_with_is_named(store, sketched, capsys, na
         path.unlink()
     paths[3].write_bytes(paths[1].read_bytes())
     write_report([], store.root)
-    assert "left out" not in capsys.readouterr().err or name == "per_image.npz"  # whose means tell it
+    said = capsys.readouterr().err
+    for path in paths[::4]:
+        assert said.count(f"left out: {path} is gone, and what shows it does without") == 1
+    assert said.count("left out: ") == len(paths[::4])
 
 
 def test_of_very_many_runs_not_all_files_are_checked_and_the_report_says_so(store, sketched, capsys, monkeypatch):

@@ -13,8 +13,9 @@ from bench.core.progress import stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.diff import main
+from bench.priors.config import PriorConfig
 from bench.tokenizers.config import make_config
-from tests.fabricate import MACHINE, fabricate, fabricate_failed
+from tests.fabricate import MACHINE, fabricate, fabricate_failed, fabricate_prior
 
 
 @pytest.fixture
@@ -289,3 +290,14 @@ def test_scores_of_each_image_that_are_missing_or_damaged_are_named(store, diff)
     assert f"{told}{paths[0]} and {paths[1]} missing or damaged." in diff(a, b)[1]
     other = fabricate(store, smoke(seed=2), count=65)
     assert told not in diff(a, other)[1]
+
+
+def test_a_prior_is_no_tokenizer(tmp_path, capsys):
+    store = Store(tmp_path)
+    tokenizer = fabricate(store, make_config("cnn", "smoke"))
+    prior = fabricate_prior(store, PriorConfig(tokenizer.folder.name, "rnn"), 5.0, 100.0)
+    for pair in ((tokenizer, prior), (prior, tokenizer)):
+        assert main([*(str(run.folder) for run in pair), "--results", str(tmp_path)]) == 2
+        told = capsys.readouterr()
+        assert told.err == f"error: {prior.folder} is the run of a prior; name two tokenizers\n"
+        assert told.out == ""

@@ -21,7 +21,7 @@ from bench import doctor as doctor_module
 from bench import encode, run
 from bench.analysis.frames import frame, unmatched
 from bench.core import store
-from bench.core.errors import Diverged
+from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
 from bench.core.store import Store
 from bench.doctor import main as doctor
@@ -32,6 +32,7 @@ from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
 from bench.tokenizers.presets import PRESETS
 from bench.tokenizers.tokenizer import Tokenizer
+from bench.tokenizers.trial import prepare
 from tests.commands import TINY
 from tests.fabricate import fabricate, lacking
 
@@ -614,3 +615,23 @@ def test_without_arguments_the_process_s_own_are_taken(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--list", "--backbone", "cnn", "--preset", "smoke"])
     assert run.main() == 0
     assert "cnn" in capsys.readouterr().out
+
+
+def test_doctor_takes_a_results_folder_and_nothing_else(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert doctor(["--results", str(tmp_path / "file")]) == 1
+    assert "Not a directory; choose another --results" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as stopped:
+        doctor(["--foo"])
+    assert stopped.value.code == 2
+
+
+def test_values_that_are_named_twice_are_run_once():
+    words = ["--backbone", "cnn", "cnn", "--seeds", "1", "1", "--quantizer", "ema", "ema", "--device", "cpu"]
+    assert len(parse(run.RunArguments, words, "run", "").configs()) == 1
+
+
+def test_results_among_the_images_are_refused(tmp_path, command, capsys):
+    for place in (tmp_path, tmp_path / "deep" / "results"):
+        with pytest.raises(UserError, match=r"lies among the images of .*; name another with --results$"):
+            prepare(make_config("cnn", "smoke", device="cpu", data=f"folder:{tmp_path}"), Store(place))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_other_errors_of_the_system_are_no_mistake_of_the_users():
 
     with pytest.raises(OSError, match="No such file"):
         guarded(work)
+
+
+def test_a_file_of_the_store_that_goes_while_a_command_works_is_told(capsys):
+    def work() -> int:
+        raise OSError(errno.ENOENT, "No such file or directory", "/x/results/runs/cnn-ema-1/history.jsonl")
+
+    assert guarded(work) == 2
+    told = "error: /x/results/runs/cnn-ema-1/history.jsonl has gone while this command was at work; run the same"
+    assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("mmap: Cannot allocate memory (12)\nmore")])
+def test_a_lack_of_memory_is_told_in_one_sentence_and_other_errors_are_not(capsys, error):
+    def work(error: Exception) -> int:
+        raise error
+
+    assert guarded(partial(work, error)) == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory (")
+    with pytest.raises(RuntimeError, match="a bug"):
+        guarded(partial(work, RuntimeError("a bug")))
 
 
 def test_who_is_terminated_says_that_it_stopped(capsys):

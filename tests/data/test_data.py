@@ -1307,3 +1307,28 @@ def test_names_that_steer_a_terminal_or_are_no_text_do_not_spoil_the_cache(tmp_p
         assert found.classes == ("ant\ufffd", "b?e")
         assert found.skipped == ("train/ant\ufffd/\ufffd[2J?.png",)
     assert len(decodes) == 1
+
+
+@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAIN", "validation", "test")])
+def test_split_subfolders_are_known_in_any_case(tmp_path, names):
+    for name, count in zip(names, (4, 2, 3), strict=True):
+        write_images(tmp_path / name, count)
+    loaded = load(f"folder:{tmp_path}", 8)
+    assert sizes(loaded) == (4, 2, 3)
+    assert loaded.split.endswith(f"subfolders {names[0]} / {names[1]} / {names[2]}")
+
+
+@pytest.mark.parametrize("how", ["a link to the folder", "hard links"])
+def test_one_file_in_two_splits_is_refused(tmp_path, how):
+    write_images(tmp_path / "train", 3)
+    write_images(tmp_path / "val", 2)
+    if how == "hard links":
+        (tmp_path / "test").mkdir()
+        for number, path in enumerate(sorted((tmp_path / "train").iterdir())):
+            os.link(path, tmp_path / "test" / f"{number}{path.suffix}")
+    else:
+        (tmp_path / "test").symlink_to(tmp_path / "train")
+    with pytest.raises(
+        UserError, match=r"^train/.* and test/.* in .* are one file, in two splits: remove one of them$"
+    ):
+        load(f"folder:{tmp_path}", 8)

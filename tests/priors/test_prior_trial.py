@@ -569,7 +569,7 @@ def test_references_stand_under_their_own_columns():
 def test_the_line_below_the_table_tells_how_it_was_measured(world):
     run = world.run(temperature=0.7, top_k=5, samples=6)
     metrics = run.metrics() | {"nearest_val_psnr": 18.5, "sampling_speedup": 7.25}
-    line = prior.protocol_line(SimpleNamespace(protocol=run.protocol, metrics=lambda: metrics))
+    line = prior.protocol_line(SimpleNamespace(protocol=run.protocol, metrics=lambda: metrics, config=run.config))
     for words in (
         f"Protocol {PRIOR_VERSION}: toy split",
         "codes of all 12 test images, where independent codes take 3.50 per token",
@@ -654,3 +654,25 @@ def test_a_prior_that_cannot_be_is_refused_before_it_is_built(world, monkeypatch
     changed(run, prior="lstm")
     with pytest.raises(UserError, match="unknown prior 'lstm'"):
         Prior.from_run(run.folder)
+
+
+def test_codes_that_are_not_there_cannot_be_left_out(world):
+    """Of K codes or more the likeliest K are all: another run with the same samples."""
+    for top_k in (K, K + 1):
+        with pytest.raises(UserError, match=f"top_k is {top_k}, of {K} codes; take fewer, or 0 for all"):
+            world.run(top_k=top_k)
+    assert world.trained == []
+
+
+@pytest.mark.parametrize("how", ["gone", "a pipe", "a folder"])
+def test_a_prior_that_has_lost_its_weights_is_named_by_who_asks_for_it_again(world, how):
+    run = world.run()
+    path = run.folder / "prior.safetensors"
+    path.unlink()
+    if how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a folder":
+        path.mkdir()
+    words = "is gone" if how == "gone" else "is no file"
+    with pytest.raises(UserError, match=f"{path} {words}, and the run was scored with its weights; move that folder"):
+        world.run()

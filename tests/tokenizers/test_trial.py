@@ -330,7 +330,7 @@ def test_every_network_that_scores_is_looked_for_before_training(images, tiny, s
     assert asked == ["alex", "vgg", tmp_path / "inception.pth", ("dinov2", tmp_path / "inception.pth")]
 
 
-def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny):
+def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, tmp_path):
     """The one that is there and the one that is written: five times the weights each, in float32."""
     asked = []
 
@@ -338,7 +338,7 @@ def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny):
         asked.append(megabytes)
         raise UserError("the disk is full")
 
-    full, counts = SimpleNamespace(check_writable=refuse), []
+    full, counts = SimpleNamespace(check_writable=refuse, root=tmp_path), []
     for width in (16, 256):
         config = replace(tiny, width=width)
         counts.append(parameter_count(Tokenizer(config)))
