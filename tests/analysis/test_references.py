@@ -131,7 +131,7 @@ def test_what_the_codes_lose_is_no_codes_less_the_best_row_of_the_backbone(store
     fabricate(store, smoke("vit"), psnr=19.0)
     fabricate(store, smoke("vit", "none"), psnr=18.5)
     fabricate(store, smoke(quantizer="none"), psnr=22.0)
-    (note,) = [note for note in sheet_of(store).notes if note.startswith("Lost")]
+    (note,) = [note for note in sheet_of(store).notes if note.startswith("What codes cost")]
     assert note.endswith("cnn 1.50 dB, vit −0.50 dB.")
 
 

@@ -36,9 +36,10 @@ from backbones.ssd import Mamba2
 from bench.core.errors import UserError
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers import train
+from bench.tokenizers.budgets import match
 from bench.tokenizers.config import make_config
 from bench.tokenizers.presets import PRESETS
-from bench.tokenizers.sizes import parameter_count
+from bench.tokenizers.sizes import parameter_count, parameters
 from bench.tokenizers.tokenizer import Tokenizer, to_device
 from bench.training import loop
 from bench.training.loop import parameter_groups
@@ -1145,10 +1146,12 @@ def test_the_vision_mixer_is_the_published_one_with_our_scan():
 
 @pytest.mark.parametrize(("name", "option"), [("bimamba", "two_streams"), ("hybrid", "vision_mixer")])
 def test_another_mixer_is_matched_in_parameters_and_sees_the_whole_grid(name, option):
-    """Both sides have it; a width is solved for; the last token reaches the first, which no scan alone lets it."""
-    usual, other = (make_config(name, "cpu", device="cpu", **changes) for changes in ({}, {option: True}))
+    """Both sides have it; ``--match`` solves for its width; the last token reaches the first, which no scan alone lets
+    it."""
+    usual = make_config(name, "cpu", device="cpu")
+    other = match(replace(usual, **{option: True}), f"params:{parameters(usual)}")
     assert other.width != usual.width
-    assert parameter_count(Tokenizer(other)) == pytest.approx(parameter_count(Tokenizer(usual)), rel=0.02)
+    assert parameters(other) == pytest.approx(parameters(usual), rel=0.02)
     kinds = {type(block) for side in ("encoder", "decoder") for block in getattr(Tokenizer(other), side).blocks}
     assert kinds == ({TwoStreamsBlock} if name == "bimamba" else {VisionBlock, TransformerBlock})
     encoder = Tokenizer(replace(other, width=32, depth=2)).encoder
