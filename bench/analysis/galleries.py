@@ -178,7 +178,7 @@ def wrong_codes(scope: Scope) -> Iterator[Drawing]:
                 axes.errorbar(shares, own[names].mean(), own[names].std().fillna(0.0), capsize=2, **look)
         axes.set(xlabel="replaced codes, %", ylabel=label)
     lines = {words: {"color": "0.3", "linestyle": styles[kind]} for kind, words in robustness.KINDS.items()}
-    looks.add_legend(figure, list(rows.backbone.unique()), lines, title="replaced")
+    looks.add_legend(figure, list(rows.backbone.unique()), lines, title="replaced", columns=4)
     caption = (
         f"Means ± standard deviation over {seeds_of(rows)} of a backbone{others}, each over {robustness.IMAGES} "
         "images at most: a share of their codes is replaced by any others, or by the nearest others in use, as a prior "
