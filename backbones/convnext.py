@@ -35,9 +35,8 @@ class _Depthwise(torch.autograd.Function):
     """The gradients of a depthwise convolution as two more of them, for which oneDNN has fast kernels.
 
     The input's is the convolution of the output's gradient with the mirrored weights. The weights' is each channel of
-    each image convolved with a kernel as large as itself, the output's gradient: oneDNN's own pass for it took as long
-    as all other passes together, this one a quarter of that time. It is float32 (float64 for float64 weights), whatever
-    autocast says.
+    each image convolved with a kernel as large as itself, the output's gradient, which takes a quarter to a half of the
+    time of oneDNN's own pass for it. It is float32 (float64 for float64 weights), whatever autocast says.
     """
 
     @staticmethod

@@ -9,7 +9,6 @@ what comes after it. Not taken from the paper: its convolutional stages and wind
 share patches and one grid.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import TokenDecoder, TokenEncoder, TransformerBlock, mlp, zero_init
-from .mamba import HEAD_DIM, STATE_DIM, BidirectionalMambaBlock
-from .ssd import ssd_scan
+from .layers import TokenDecoder, TokenEncoder, TransformerBlock, zero_init
+from .mamba import HEAD_DIM, STATE_DIM, BidirectionalMambaBlock, MambaBlock
+from .ssd import scan_parameters, ssd_scan
 
 
 class VisionMixer(nn.Module):
@@ -35,12 +34,7 @@ class VisionMixer(nn.Module):
         self.in_proj = nn.Linear(width, 2 * self.inner, bias=False)
         self.conv = nn.Conv1d(2 * self.inner, 2 * self.inner, 3, padding=1, groups=2 * self.inner)
         self.scan_proj = nn.Linear(self.inner, 2 * STATE_DIM + self.heads, bias=False)
-        steps = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log_())
-        self.D = nn.Parameter(torch.ones(self.heads))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
+        self.dt_bias, self.A_log, self.D = scan_parameters(self.heads)
         self.out_proj = zero_init(nn.Linear(2 * self.inner, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,21 +46,11 @@ class VisionMixer(nn.Module):
         return self.out_proj(torch.cat([y.flatten(2), beside], -1))
 
 
-class VisionBlock(nn.Module):
-    """Pre-norm VisionMixer and SwiGLU on (B, tokens, width)."""
-
-    sequential = True
+class VisionBlock(MambaBlock):
+    """The same block around a VisionMixer."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.mixer = VisionMixer(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = mlp(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        super().__init__(width, VisionMixer)
 
 
 def hybrid(side: Callable[..., nn.Module], *shape: int, vision_mixer: bool = False, **options: Any) -> nn.Module:

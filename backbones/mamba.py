@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import TokenDecoder, TokenEncoder, mlp, zero_init
+from .layers import Layer, TokenDecoder, TokenEncoder, mlp, zero_init
 from .ssd import Mamba2
 
 STATE_DIM, HEAD_DIM = 32, 32  # small images need less memory than text: Mamba-2's own defaults are 128 and 64
@@ -20,14 +20,15 @@ def mixer(width: int) -> Mamba2:
 
 
 class MambaBlock(nn.Module):
-    """Pre-norm Mamba-2 and SwiGLU on (B, tokens, width). A token sees those before it."""
+    """Pre-norm ``mix(width)``, unless told otherwise Mamba-2, by which a token sees those before it, and SwiGLU, on
+    (B, tokens, width)."""
 
     sequential = True
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, mix: Layer = mixer):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.mixer = mixer(width)
+        self.mixer = mix(width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = mlp(width)
 

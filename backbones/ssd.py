@@ -226,6 +226,17 @@ class RMSNormGated(nn.Module):
         return (normed * self.weight).to(z.dtype)
 
 
+def scan_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """What a scan learns besides its inputs, (h,) each: the bias of the step size before softplus, log(-A), and D. -A
+    starts uniform in [1, 16], the step size log-uniform in [0.001, 0.1]. None of them is to decay."""
+    dt = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp_()
+    bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    found = bias, nn.Parameter(torch.empty(heads).uniform_(1, 16).log_()), nn.Parameter(torch.ones(heads))
+    for parameter in found:
+        parameter._no_weight_decay = True
+    return found
+
+
 class Mamba2(nn.Module):
     """The Mamba-2 layer (section 7, figure 6): causal, O(l); the residual and the norm in front are its user's.
 
@@ -269,12 +280,7 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1, bias=conv_bias
         )
-        dt = torch.empty(self.nheads).uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log_())
-        self.D = nn.Parameter(torch.ones(self.nheads))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
+        self.dt_bias, self.A_log, self.D = scan_parameters(self.nheads)
         self.norm = RMSNormGated(self.d_inner, ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 

@@ -213,15 +213,13 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     if others:
         rates.append(references.draw(panels, rows, latents))
     _widen(panels, rows.bits_per_pixel, pd.concat([pd.Series(dtype=float), *rates]))
-    joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
-    caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
-    if not alone:
+    if alone:
+        joined = "Lines join equal grid sizes" if per_grid and len(lines) > 1 else "Lines join means over seeds"
+        caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
+    else:
         _fronts(panels, rows)
-        others = listed([name for name in settings(rows) if name not in BITS])
-        caption = (
-            f"All {len(rows)} scored runs, whatever their {others}; steps: what each backbone reached with so many "
-        )
-        caption += "bits or fewer."
+        varied = listed([name for name in settings(rows) if name not in BITS])
+        caption = f"All {len(rows)} scored runs, whatever their {varied}; steps: the best of each backbone so far."
     if len(coded):
         caption += " Hollow: the same at the rate of an entropy coder with the best prior trained over those codes."
     caption += references.caption(rows, latents)

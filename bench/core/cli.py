@@ -83,9 +83,8 @@ def guarded(work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        return fail(
-            f"not enough memory ({str(error).partition(chr(10))[0][:200]}); try a smaller --batch-size or --width"
-        )
+        reason = str(error).partition("\n")[0][:200]
+        return fail(f"not enough memory ({reason}); try a smaller --batch-size or --width")
     except Interrupted as stopped:
         say(escape(str(stopped)))
         return 130
@@ -103,9 +102,11 @@ def lacks_memory(error: BaseException) -> bool:
 
 def _has_gone(error: OSError) -> bool:
     """Whether it is about a file of the store, whose folder somebody has removed or moved."""
-    if error.errno != errno.ENOENT or not error.filename:
-        return False
-    return bool({parent.name for parent in Path(os.fsdecode(error.filename)).parents} & SHELVES)
+    return error.errno == errno.ENOENT and bool(error.filename) and _in_store(Path(os.fsdecode(error.filename)))
+
+
+def _in_store(path: Path) -> bool:
+    return not SHELVES.isdisjoint(parent.name for parent in path.parents)
 
 
 def refusal(error: OSError) -> str:
@@ -119,7 +120,7 @@ def refusal(error: OSError) -> str:
     other = "name another place"
     if cache_dir() in path.parents:
         other = "set VQBENCH_CACHE to another folder"
-    elif {parent.name for parent in path.parents} & SHELVES:
+    elif _in_store(path):
         other = "choose another --results"
     return f"{error.strerror} while writing {path}; free or {other}"
 

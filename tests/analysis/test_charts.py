@@ -1327,3 +1327,19 @@ def test_wrong_codes_are_drawn_by_backbone_and_kind_where_two_were_looked_at(tmp
     assert set(lines[looks.PALETTE["vit"], "--"][0].get_ydata()) == {7}
     assert "over 2 seeds of a backbone" in drawing.caption
     assert not list(galleries.wrong_codes(scope(table[table.backbone != "vit"])))
+
+
+def test_rate_and_distortion_of_a_random_search_are_all_its_runs_and_the_front_of_each_backbone(tmp_path):
+    """No two runs of other bits are alike in the rest: none is left out, and steps go from best to better."""
+    store = Store(tmp_path)
+    tried = [(64, 0.1, 18.0), (128, 0.2, 20.0), (256, 0.3, 19.0), (512, 0.4, 21.0)]
+    for codes, beta, psnr in tried:
+        fabricate(store, make_config("cnn", "smoke", codebook_size=codes, beta=beta), psnr=psnr)
+    (drawing,) = charts.rate_distortion(scope(frame(store.runs())))
+    axes = next(one for one in drawing.figure.axes if one.get_ylabel().startswith("PSNR"))
+    points = [offset for collection in axes.collections for offset in collection.get_offsets().tolist()]
+    assert sorted(y for _, y in points) == [18, 19, 20, 21]
+    (front,) = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
+    assert list(front.get_ydata()) == [18, 20, 20, 21]
+    assert front.get_color() == looks.PALETTE["cnn"]
+    assert "All 4 scored runs, whatever their β" in drawing.caption

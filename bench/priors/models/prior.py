@@ -20,8 +20,7 @@ class Prior(nn.Module):
 
     codebook_size: K ≥ 1. grid_size: side of the grid, h = w. classes: how many labels there are; 0 is unconditional.
     token_order: one of ORDERS. unlabelled: whether a label may be missing, for which number ``classes`` stands then.
-    Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position
-    at a time.
+    Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position at a time.
     """
 
     def __init__(
@@ -36,6 +35,7 @@ class Prior(nn.Module):
         self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
         self.unlabelled = unlabelled
         self.register_buffer("order", order(token_order, grid_size, grid_size), persistent=False)
+        self.register_buffer("places", self.order.argsort(), persistent=False)  # of each cell in that order
 
     @classmethod
     def from_run(cls, folder: str | Path, device: str = "cpu") -> "Prior":
@@ -125,7 +125,7 @@ class Prior(nn.Module):
                 logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
             before = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
             drawn.append(before)
-        return torch.stack(drawn, 1)[:, self.order.argsort()].view(n, self.grid_size, self.grid_size)
+        return torch.stack(drawn, 1)[:, self.places].view(n, self.grid_size, self.grid_size)
 
     def _check(self, codes: Tensor, labels: Tensor | None) -> None:
         if codes.shape[1:] != (self.grid_size, self.grid_size):

@@ -51,7 +51,7 @@ class SequencePrior(Prior):
         x = self.dropout(x + self.position)
         for layer in self.layers:
             x = x + self.dropout(layer(x) - x)
-        return self.head(self.norm(x))[:, self.order.argsort()].unflatten(1, codes.shape[1:])
+        return self.head(self.norm(x[:, self.places])).unflatten(1, codes.shape[1:])  # not logits: they are K wide
 
     def start(self, labels: Tensor | None, count: int) -> Any:
         return self._first(labels, count), [layer.start(count) for layer in self.layers]
