@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.core import plots
 from bench.core.environment import peak_memory
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
@@ -102,6 +101,8 @@ def finish(
     run: Run, prior: Prior, generated: Generated, metrics: dict[str, float | None], conditions: dict[str, Any]
 ) -> None:
     """Writes everything a finished run holds, metrics.json, with ``metrics`` measured under ``conditions``, last."""
+    from bench.core import plots  # and seaborn: not before it is needed
+
     config = run.settings(PriorConfig)
     write_weights(run, "prior.safetensors", prior)
     with atomic_path(run.folder / "samples.npz") as temporary:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.core import plots
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir
@@ -111,6 +110,8 @@ def finish(
 ) -> None:
     """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last. ``measured``: what is
     known already, of the time before and during training."""
+    from bench.core import plots  # and seaborn: not before it is needed
+
     config, images = tokenizer.config, data.images(tokenizer.config.split)
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()

@@ -191,7 +191,8 @@ def test_a_run_that_finished_keeps_no_checkpoint(scored):
     assert {path.name for path in scored[0].folder.iterdir()} == FILES - {"untrained.npz"} | PICTURES
 
 
-WRITERS = ("write_weights", "np.savez_compressed", "plots.reconstructions", "plots.curves")
+WRITERS = ("tokenizers.trial.write_weights", "tokenizers.trial.np.savez_compressed")
+WRITERS += ("core.plots.reconstructions", "core.plots.curves")
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -203,7 +204,7 @@ def test_whatever_cannot_be_written_leaves_no_metrics(writer, images, tiny, stor
     monkeypatch.setattr(trial, "throughput", lambda tokenizer: {})
     monkeypatch.setattr(trial, "static_costs", lambda tokenizer: {})
     with monkeypatch.context() as patch:
-        patch.setattr(f"bench.tokenizers.trial.{writer}", lambda *_, **__: 1 / 0)
+        patch.setattr(f"bench.{writer}", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finish(run, tokenizer, images, {}, None, {})
     assert not run.finished
@@ -406,8 +407,8 @@ def test_a_trial_trains_on_its_share_and_is_scored_on_its_split(trial_data, tiny
     assert len(chosen.train) == 20
     assert np.array_equal(seen["train"][:], chosen.train[:])
     assert np.array_equal(seen["kmeans"][:], chosen.train[:])
-    assert seen["reference"] is seen["untrained"] is told["score"][2] is scored_on
-    assert told["protocol"][1] == split
+    assert seen["reference"] is seen["untrained"] is told["tokenizers.trial.score"][2] is scored_on
+    assert told["tokenizers.trial.protocol"][1] == split
     with np.load(run.folder / "samples.npz") as samples:
         np.testing.assert_array_equal(samples["x"], scored_on[np.linspace(0, 23, 12, dtype=int)])
 
@@ -802,15 +803,15 @@ def told(monkeypatch) -> dict:
     seen = {}
 
     def note(name, result):
-        monkeypatch.setattr(f"bench.tokenizers.trial.{name}", lambda *given: seen.update({name: given}) or result)
+        monkeypatch.setattr(f"bench.{name}", lambda *given: seen.update({name: given}) or result)
 
-    note("score", ({**LEAST, "psnr": 20.06}, {"psnr": np.zeros(24)}))
-    note("static_costs", {})
-    note("throughput", {})
-    note("format_references", {})
-    note("protocol", least()["protocol"])
+    note("tokenizers.trial.score", ({**LEAST, "psnr": 20.06}, {"psnr": np.zeros(24)}))
+    note("tokenizers.trial.static_costs", {})
+    note("tokenizers.trial.throughput", {})
+    note("tokenizers.trial.format_references", {})
+    note("tokenizers.trial.protocol", least()["protocol"])
     for name in ("reconstructions", "curves", "codebook"):
-        note(f"plots.{name}", None)
+        note(f"core.plots.{name}", None)
     return seen
 
 
@@ -819,17 +820,17 @@ def test_a_run_is_scored_and_pictured_under_its_own_name(images, tiny, store, to
     config = replace(tiny, grid_size=1, width=8, seed=4, precision="fp32").resolved()
     run, tokenizer = begun(store, config), greys(config)
     finish(run, tokenizer, images, {}, tmp_path, {})
-    assert told["score"][1:] == (16, images.test, "cpu", tmp_path, "scoring cnn ema seed 4")
-    assert told["protocol"] == (images, "test", "cpu", tmp_path)
+    assert told["tokenizers.trial.score"][1:] == (16, images.test, "cpu", tmp_path, "scoring cnn ema seed 4")
+    assert told["tokenizers.trial.protocol"] == (images, "test", "cpu", tmp_path)
     assert run.protocol() == {"scored_on": "val", **least()["protocol"]}
     title = "cnn, ema, K = 16, 1×1"
-    path, x, x_hat, above = told["plots.reconstructions"]
+    path, x, x_hat, above = told["core.plots.reconstructions"]
     assert (path, above) == (run.folder / "reconstructions.png", f"{title}: 20.1 dB")
     with np.load(run.folder / "samples.npz") as stored:
         np.testing.assert_array_equal(x, stored["x"])
         np.testing.assert_array_equal(x_hat, stored["x_hat"])
-    assert told["plots.curves"] == (run.folder / "curves.png", run.history(), 16, title)
-    path, shown, above = told["plots.codebook"]
+    assert told["core.plots.curves"] == (run.folder / "curves.png", run.history(), 16, title)
+    path, shown, above = told["core.plots.codebook"]
     assert (path, above) == (run.folder / "codebook.png", f"{title}: what each code decodes to")
     np.testing.assert_array_equal(shown, codebook_images(tokenizer))
 
