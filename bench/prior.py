@@ -27,6 +27,7 @@ from bench.core.progress import stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
+from bench.priors.models.masked import BOUND
 from bench.priors.trial import run_prior
 
 # Metrics that the table shows, those of them that the runs have.
@@ -43,8 +44,8 @@ class PriorArguments(PriorConfig):
     tokenizer: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
     """folders or ids of finished tokenizer runs"""
     prior: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("transformer",)
-    """pixelcnn, rnn, transformer, mamba, or independent, the floor: a histogram of the codes of each position; several
-    are trained in turn and compared"""
+    """pixelcnn, rnn, transformer, mamba, masked, or independent, the floor: a histogram of the codes of each position;
+    several are trained in turn and compared"""
     seed: tyro.conf.Suppress[int] = 0
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per prior; weights, batches, dropout and samples follow from it"""
@@ -82,7 +83,8 @@ def work(arguments: list[str]) -> int:
     finished, diverged = run_each(trials)
     if finished:
         stdout.print(result_table(finished))
-        stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
+        bound = f" {BOUND}" * ("masked" in options.prior)
+        stdout.print(escape(protocol_line(finished[0]) + bound), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
     return 1 if diverged else 0
 

@@ -10,6 +10,7 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 from bench.instruments import INSTRUMENTS, SHOWN
 from bench.metrics import EVALUATORS
+from bench.priors.models.masked import BOUND
 from bench.tokenizers import curves
 
 from . import frames, references
@@ -128,6 +129,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
         "the same in random order within each grid. Copies: samples nearer to a training image than 95 % of "
         "reconstructed held-out images are; 0.05 is innocent.",
     ]
+    notes += [BOUND] if "masked" in {*block.prior} else []
     notes += _every_row([name for name in by if name not in (*frames.PRIOR.models, "n")])
     return Sheet([*by, *names], rows, bounds, [*notes, *_cut(len(table))], main)
 

@@ -22,14 +22,15 @@ from bench.core.settings import (
 )
 
 from .models import LEARNED, PRIORS, SEQUENCES
+from .models.masked import PASSES
 
 # How priors are trained and scored; raised when the same config gives other numbers (tests/golden.json notices).
 # 2: seeds other than 0 have random draws of their own.
 # 3: on the codes of the split that the tokenizer was scored on.
 PRIOR_VERSION = 3
 # Layers, unless given; pixelcnn has as many as see the whole grid.
-DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4}
-SAMPLING = ("samples", "temperature", "top_k", "guidance")  # fields that training knows nothing of
+DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4, "masked": 4}
+SAMPLING = ("samples", "temperature", "top_k", "guidance", "passes")  # fields that training knows nothing of
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class PriorConfig:
     tokenizer: RunId
     """run id of the tokenizer"""
     prior: Annotated[str, OneOf(PRIORS)]
-    """pixelcnn, rnn, transformer, mamba, or independent, the floor: a histogram of the codes of each position"""
+    """pixelcnn, rnn, transformer, mamba, masked, or independent, the floor: a histogram of the codes of each
+    position"""
     depth: Annotated[int | None, at_least(1), at_most(1000)] = None
-    """layers; unless given 4 for transformer and mamba, 3 for rnn, and for pixelcnn, which sees 2 rows and columns
-    further with each, half the grid's side but at least 5"""
+    """layers; unless given 4 for transformer, mamba and masked, 3 for rnn, and for pixelcnn, which sees 2 rows and
+    columns further with each, half the grid's side but at least 5"""
     parameters: Annotated[int, at_least(1), at_most(10**11)] = 1_000_000
     """of the prior; its width is chosen so that it has so many, within 2 %"""
     token_order: Annotated[str, OneOf(ORDERS), settings.LATER] = "raster"
@@ -77,6 +79,8 @@ class PriorConfig:
     """sample among so many likeliest codes only; 0 is all"""
     guidance: Annotated[Positive, at_most(1000), settings.LATER] = 1.0
     """of sampling by class: how far logits are drawn away from those without a label; 1 is none, 1.5 to 4 usual"""
+    passes: Annotated[Count, at_most(2**20), settings.LATER] = PASSES
+    """masked: in how many a grid is drawn, at most one for each code; more are slower and often better"""
     precision: Precision = "auto"
     """autocast in training; auto is bf16 where the hardware has it. Scoring is always fp32"""
     device: str = "auto"
@@ -115,4 +119,8 @@ class PriorConfig:
         if self.token_order != "raster" and self.prior not in SEQUENCES:
             fix = f"leave it out or choose from {', '.join(SEQUENCES)}"
             raise UserError(f"token_order is {self.token_order}, of which prior {self.prior!r} makes no use; {fix}")
+        if self.passes != PASSES and self.prior != "masked":
+            raise UserError(
+                f"passes is {self.passes}, of which prior {self.prior!r} makes no use; leave it out or choose masked"
+            )
         check_device(self.resolved().device)

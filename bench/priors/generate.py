@@ -136,12 +136,15 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
     if train_labels is not None:
         picked = np.random.default_rng(config.seed).integers(0, len(train_labels), config.samples)
         labels = torch.from_numpy(train_labels[picked]).to(config.device)
-    drawn = []
+    drawn, batch, how = [], SAMPLE_BATCH, (config.temperature, config.top_k)
+    own = {"guidance": config.guidance}
+    if config.prior == "masked":  # has the logits of whole grids
+        own["passes"], batch = config.passes, min(batch, max(1, LOGITS // (prior.grid_size**2 * prior.codebook_size)))
     with Bar("sampling", config.samples) as bar:
-        for start in range(0, config.samples, SAMPLE_BATCH):
-            count = min(SAMPLE_BATCH, config.samples - start)
+        for start in range(0, config.samples, batch):
+            count = min(batch, config.samples - start)
             given = None if labels is None else labels[start : start + count]
-            drawn.append(prior.sample(count, generator, config.temperature, config.top_k, given, config.guidance).cpu())
+            drawn.append(prior.sample(count, generator, *how, given, **own).cpu())
             bar.advance(count)
     return torch.cat(drawn)
 

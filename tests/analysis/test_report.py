@@ -296,6 +296,12 @@ def test_priors_are_ranked_by_inceptions_distance_only_where_all_have_it():
     assert (sheet.order, [row[1].text for row in sheet.rows]) == ("gfid_vgg16", ["mamba", "rnn"])
 
 
+def test_the_bits_of_a_prior_without_an_order_are_said_to_be_a_bound():
+    for name, said in (("masked", 1), ("rnn", 0)):
+        ((_, sheet),) = generation(prior_rows({"prior": name, "gfid_vgg16": 80.0}))
+        assert sum("Bits of masked are an upper bound" in note for note in sheet.notes) == said
+
+
 def test_a_priors_row_averages_its_seeds_and_bounds_are_averages_too():
     rows = [
         {"seed": seed, "gfid_vgg16": value, "gfid_vgg16_real": real, "gfid_vgg16_shuffled": 2 * value}

@@ -87,6 +87,7 @@ def test_every_prior_from_the_command_line(results, capsys):
     for name in (*PRIORS, "real codes", "shuffled codes"):
         assert name in out
     assert "8 samples (temperature 1)" in out
+    assert "Bits of masked are an upper bound" in out
     runs = {one.config()["prior"]: one for one in Store(results).priors()}
     assert set(runs) == set(PRIORS)
     for name, one in runs.items():

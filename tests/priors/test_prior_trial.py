@@ -138,6 +138,12 @@ def test_scores_are_written_last(world, monkeypatch, writer):
     assert world.run().finished
 
 
+def test_passes_are_in_the_protocol_of_those_alone_that_have_them(world):
+    """Others are compared with runs that were made before there were any."""
+    assert "passes" not in world.run().protocol()
+    assert world.run(prior="masked", passes=3).protocol()["passes"] == 3
+
+
 def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkeypatch):
     monkeypatch.setattr(prior_trial, "PRIOR_VERSION", 77)  # another than that of tokenizers
     run = world.run(temperature=0.7, top_k=5, samples=6)
@@ -442,7 +448,7 @@ def test_every_option_reaches_the_config():
     """Each field of a PriorConfig is told by a flag of its name (bug 16)."""
     told = {"depth": 7, "parameters": 8, "dropout": 0.9, "conditional": True, "steps": 10, "batch_size": 11, "lr": 0.12}
     told |= {"warmup": 13, "weight_decay": 0.14, "grad_clip": 0.15, "weight_ema": 0.16, "samples": 17}
-    told |= {"token_order": "snake", "label_dropout": 0.1, "guidance": 2.0}
+    told |= {"token_order": "snake", "label_dropout": 0.1, "guidance": 2.0, "passes": 3}
     told |= {"temperature": 0.18, "top_k": 19, "precision": "fp32", "device": "cpu"}
     made = prior.PriorArguments(("a",), ("rnn",), **told).config("b", "mamba", 20)
     assert {field.name for field in fields(PriorConfig)} == {*told, "tokenizer", "prior", "seed"}

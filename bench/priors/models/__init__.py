@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .independent import Independent
+from .masked import MaskedPrior
 from .pixelcnn import PixelCNN
 from .prior import Prior
 from .sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer, SequencePrior
@@ -15,6 +16,7 @@ SEQUENCES: dict[str, Callable[..., Prior]] = {
     "transformer": partial(SequencePrior, CausalTransformerLayer),
     "mamba": partial(SequencePrior, CausalMambaLayer),
 }
-LEARNED: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}
+CAUSAL: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}  # have an order, and so a likelihood
+LEARNED: dict[str, Callable[..., Prior]] = {**CAUSAL, "masked": MaskedPrior}
 # ... and the floor under them as (codebook_size, grid_size, classes)
 PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}

@@ -100,6 +100,31 @@ class Prior(nn.Module):
         a prior that may go without labels; 1 is none (Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6).
         Raises UserError on labels, temperature, top_k or guidance that cannot be.
         """
+        self._check_sampling(n, temperature, top_k, labels, guidance)
+        guided = guidance != 1
+        if guided:  # both at once, side by side
+            labels = torch.cat([labels, torch.full_like(labels, self.classes)])
+        state, before, drawn = self.start(labels, n * (1 + guided)), None, []
+        for position in range(self.grid_size**2):
+            logits, state = self.step(position, before.repeat(1 + guided) if drawn else None, state)
+            chances = self._chances(logits, temperature, top_k, guidance)
+            before = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            drawn.append(before)
+        return torch.stack(drawn, 1)[:, self.places].view(n, self.grid_size, self.grid_size)
+
+    def _chances(self, logits: Tensor, temperature: float, top_k: int, guidance: float) -> Tensor:
+        """What codes are drawn with, (n, K), from logits (n, K); of guidance (2n, K), with labels and then without."""
+        logits = logits.float()
+        if guidance != 1:
+            labelled, free = logits.chunk(2)
+            logits = free + guidance * (labelled - free)
+        logits = logits / temperature
+        if 0 < top_k < self.codebook_size:
+            likeliest = logits.topk(top_k)  # not a threshold: of equally likely codes some have to go
+            logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
+        return logits.softmax(1)
+
+    def _check_sampling(self, n: int, temperature: float, top_k: int, labels: Tensor | None, guidance: float) -> None:
         if not temperature > 0:
             raise UserError(f"temperature is {temperature:g}; it must be above 0 (small ones pick the likeliest code)")
         if top_k < 0:
@@ -109,23 +134,6 @@ class Prior(nn.Module):
                 f"guidance is {guidance:g}, and this prior knows nothing without a label; train one that does"
             )
         self._check_labels(labels, n)
-        guided = guidance != 1
-        if guided:  # both at once, side by side
-            labels = torch.cat([labels, torch.full_like(labels, self.classes)])
-        state, before, drawn = self.start(labels, n * (1 + guided)), None, []
-        for position in range(self.grid_size**2):
-            logits, state = self.step(position, before.repeat(1 + guided) if drawn else None, state)
-            logits = logits.float()
-            if guided:
-                labelled, free = logits.chunk(2)
-                logits = free + guidance * (labelled - free)
-            logits = logits / temperature
-            if 0 < top_k < self.codebook_size:
-                likeliest = logits.topk(top_k)  # not a threshold: of equally likely codes some have to go
-                logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest.indices, likeliest.values)
-            before = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-            drawn.append(before)
-        return torch.stack(drawn, 1)[:, self.places].view(n, self.grid_size, self.grid_size)
 
     def _check(self, codes: Tensor, labels: Tensor | None) -> None:
         if codes.shape[1:] != (self.grid_size, self.grid_size):
