@@ -5,7 +5,7 @@ Every Encoder and Decoder is built as ``(image_size, grid_size, code_dim, width,
 the same number of tokens, so all of them spend the same bits. CONTRIBUTING.md says how to add one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,20 +30,21 @@ class Backbone(NamedTuple):
 
 
 TOKENS = ("attention", "patch_overlap"), ("attention", "patch_overlap", "final_conv")
+PYRAMID = ("attention", "full_resolution"), ("attention", "full_resolution")
 
 
-def _more(*names: str) -> list[tuple[str, ...]]:
-    """TOKENS and further options of both sides."""
-    return [(*options, *names) for options in TOKENS]
+def _with(*names: str, both: Sequence[tuple[str, ...]] = TOKENS) -> list[tuple[str, ...]]:
+    """The options of ``both`` sides and further ones."""
+    return [(*options, *names) for options in both]
 
 
 BACKBONES: dict[str, Backbone] = {
-    "cnn": Backbone(cnn.Encoder, cnn.Decoder),
-    "convnext": Backbone(convnext.Encoder, convnext.Decoder),
-    "vit": Backbone(vit.Encoder, vit.Decoder, *TOKENS),
-    "mamba": Backbone(mamba.Encoder, mamba.Decoder, *_more("token_order")),
-    "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *_more("token_order", "two_streams")),
-    "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *_more("token_order", "vision_mixer")),
+    "cnn": Backbone(cnn.Encoder, cnn.Decoder, *PYRAMID),
+    "convnext": Backbone(convnext.Encoder, convnext.Decoder, *_with("rms_norm", both=PYRAMID)),
+    "vit": Backbone(vit.Encoder, vit.Decoder, *_with("rotary")),
+    "mamba": Backbone(mamba.Encoder, mamba.Decoder, *_with("token_order")),
+    "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *_with("token_order", "two_streams")),
+    "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *_with("token_order", "vision_mixer", "rotary")),
 }
 TIMM_OPTIONS = ("attention", "pretrained")  # of the Encoder of timm:MODEL
 OPTIONS = sorted({*TIMM_OPTIONS, *(name for chosen in BACKBONES.values() for name in chosen.options)})  # of any of them

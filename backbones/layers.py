@@ -77,15 +77,35 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = mlp(width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rotation: Tensor) -> Tensor:
         half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         self.attention.fused_attn = not (half and x.shape[1] <= FEW)
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), *rotation)
         return x + self.mlp(self.norm2(x))
 
 
-def blocks(kinds: Sequence[Layer], width: int, depth: int) -> list[nn.Module]:
-    """``depth`` blocks of equal shares of each kind, in order; where they do not divide, earlier kinds get more."""
+class RotaryBlock(TransformerBlock):
+    """The same, but where a token lies is told by rotating queries and keys, half of their channels by its row and half
+    by its column, so that attention knows distances alone and takes grids of any size (Heo et al. 2024, "Rotary
+    Position Embedding for Vision Transformer", axial frequencies, section 3.2)."""
+
+    planar = True  # needs to know the shape of the grid
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        heads = {"num_heads": self.attention.num_heads, "attn_head_dim": HEAD_DIM}
+        self.attention = timm_layer("AttentionRope")(width, **heads, qkv_bias=False, num_prefix_tokens=0)
+        zero_init(self.attention.proj)
+        self.rotary = timm_layer("RotaryEmbeddingCat")(HEAD_DIM, temperature=100.0, in_pixels=False)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return super().forward(x, self.rotary.get_embed([height, width]))
+
+
+def blocks(kinds: Sequence[Layer], width: int, depth: int, rotary: bool = False) -> list[nn.Module]:
+    """``depth`` blocks of equal shares of each kind, in order; where they do not divide, earlier kinds get more. Those
+    of attention are ``rotary`` or not."""
+    kinds = [RotaryBlock if rotary and kind is TransformerBlock else kind for kind in kinds]
     return [kinds[i * len(kinds) // depth](width) for i in range(depth)]
 
 
@@ -137,8 +157,9 @@ class PyramidEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). ``block(channels)`` builds one
     residual block on (B, channels, H, W), ``norm(channels)`` what precedes the last convolution. width: channels at the
-    grid. attention: transformer layers at the grid, after the blocks. Unless grid_size equals image_size no block runs
-    at full resolution, where it would take longest. Raises ValueError as ``downsamplings`` does.
+    grid. attention: transformer layers at the grid, after the blocks. No block runs at full resolution, where it would
+    take longest, unless grid_size equals image_size or with full_resolution, which has blocks of a further level there.
+    Raises ValueError as ``downsamplings`` does.
     """
 
     def __init__(
@@ -151,12 +172,14 @@ class PyramidEncoder(nn.Module):
         width: int,
         depth: int,
         attention: int = 0,
+        full_resolution: bool = False,
     ):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
+        pixels = full_resolution or not levels  # whether the finest level is that of the image
         layers, inputs = [], 3
-        for channels in pyramid(width, levels):
-            step = Downsample(inputs, channels) if levels else nn.Conv2d(inputs, channels, 3, padding=1)
+        for i, channels in enumerate(pyramid(width, levels + full_resolution)):
+            step = nn.Conv2d(inputs, channels, 3, padding=1) if pixels and i == 0 else Downsample(inputs, channels)
             layers.append(orthogonal(step))
             layers.extend(block(channels) for _ in range(depth))
             inputs = channels
@@ -180,17 +203,19 @@ class PyramidDecoder(nn.Module):
         width: int,
         depth: int,
         attention: int = 0,
+        full_resolution: bool = False,
     ):
         super().__init__()
         levels = downsamplings(image_size, grid_size)
-        inputs, *finer = reversed(pyramid(width, levels))
+        inputs, *finer = reversed(pyramid(width, levels + full_resolution))
         layers = [orthogonal(nn.Conv2d(code_dim, inputs, 1)), *grid_attention(inputs, grid_size, attention)]
         layers.extend(block(inputs) for _ in range(depth))
         for channels in finer:
             layers.append(orthogonal(Upsample(inputs, channels)))
             layers.extend(block(channels) for _ in range(depth))
             inputs = channels
-        last = Upsample(inputs, 3, kernel=3) if levels else nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1))
+        pixels = full_resolution or not levels
+        last = nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1)) if pixels else Upsample(inputs, 3, kernel=3)
         self.layers = nn.Sequential(*layers, norm(inputs), last)
 
     @property
@@ -216,8 +241,9 @@ class TokenEncoder(nn.Module):
 
     (B, 3, image_size, image_size) in [-1, 1] → (B, code_dim, grid_size, grid_size). Each of ``kinds(width)`` builds a
     residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
-    blocks. patch_overlap, errors: see ``patches``. token_order: in which blocks read the tokens, one of TURNS. Images
-    of other sizes, multiples of a patch, get interpolated ``positions``.
+    blocks. patch_overlap, errors: see ``patches``. token_order: in which blocks read the tokens, one of TURNS. rotary:
+    RotaryBlock in place of TransformerBlock, and no learned positions. Images of other sizes, multiples of a patch, get
+    those or interpolated ``positions``.
     """
 
     def __init__(
@@ -231,18 +257,23 @@ class TokenEncoder(nn.Module):
         attention: int = 0,
         patch_overlap: bool = False,
         token_order: str = "raster",
+        rotary: bool = False,
     ):
         super().__init__()
         self.token_order = token_order
         self.patchify = nn.Conv2d(3, width, **patches(image_size, grid_size, patch_overlap))
-        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
-        self.blocks = nn.Sequential(*blocks(kinds, width, depth), *blocks([TransformerBlock], width, attention))
+        self.position = None if rotary else nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        self.blocks = nn.Sequential(
+            *blocks(kinds, width, depth, rotary), *blocks([TransformerBlock], width, attention, rotary)
+        )
         self.head = token_head(width, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patchify(x)
         grid = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2) + positions(self.position, *grid)
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.position is not None:
+            tokens = tokens + positions(self.position, *grid)
         tokens = self.head(read(self.blocks, tokens, self.token_order, *grid))
         return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -266,12 +297,15 @@ class TokenDecoder(nn.Module):
         patch_overlap: bool = False,
         final_conv: bool = False,
         token_order: str = "raster",
+        rotary: bool = False,
     ):
         super().__init__()
         self.token_order = token_order
         self.embed = nn.Linear(code_dim, width)
-        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
-        self.blocks = nn.Sequential(*blocks([TransformerBlock], width, attention), *blocks(kinds, width, depth))
+        self.position = None if rotary else nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        self.blocks = nn.Sequential(
+            *blocks([TransformerBlock], width, attention, rotary), *blocks(kinds, width, depth, rotary)
+        )
         self.head = token_head(width, width)
         self.unpatchify = nn.ConvTranspose2d(width, 3, **patches(image_size, grid_size, patch_overlap))
         self.final_conv = nn.Conv2d(3, 3, 3, padding=1) if final_conv else nn.Identity()
@@ -283,7 +317,9 @@ class TokenDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         grid = z.shape[-2:]
-        tokens = self.embed(z.flatten(2).transpose(1, 2)) + positions(self.position, *grid)
+        tokens = self.embed(z.flatten(2).transpose(1, 2))
+        if self.position is not None:
+            tokens = tokens + positions(self.position, *grid)
         tokens = self.head(read(self.blocks, tokens, self.token_order, *grid))
         return self.final_conv(self.unpatchify(tokens.transpose(1, 2).unflatten(2, grid)))
 

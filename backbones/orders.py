@@ -63,11 +63,14 @@ def order(name: str, height: int, width: int) -> Tensor:
 
 def read(blocks: Iterable[nn.Module], tokens: Tensor, turns: str, height: int, width: int) -> Tensor:
     """``tokens`` (B, height · width, channels) in raster order after all ``blocks``, of which those that are
-    ``sequential`` each read them in the order that is their turn in TURNS. Raises ValueError as ``order`` does."""
+    ``sequential`` each read them in the order that is their turn in TURNS, and those that are ``planar`` are told
+    ``height`` and ``width``. Raises ValueError as ``order`` does."""
     names = itertools.cycle(TURNS[turns])
     for block in blocks:
         name = next(names) if getattr(block, "sequential", False) else "raster"
-        if name == "raster":
+        if getattr(block, "planar", False):
+            tokens = block(tokens, height, width)
+        elif name == "raster":
             tokens = block(tokens)
         else:
             places = order(name, height, width).to(tokens.device)

@@ -69,6 +69,12 @@ class Config:
     """bimamba: a residual stream for either direction, as published, in place of one for both"""
     vision_mixer: Annotated[bool, settings.LATER] = False
     """hybrid: MambaVision's mixer, a scan beside a convolution, in place of two scans"""
+    rotary: Annotated[bool, settings.LATER] = False
+    """vit, hybrid: rotary positions in attention in place of learned ones, so that other image sizes need none"""
+    rms_norm: Annotated[bool, settings.LATER] = False
+    """convnext: RMSNorm in place of LayerNorm, as in NeXtformer; slower on CPUs"""
+    full_resolution: Annotated[bool, settings.LATER] = False
+    """cnn, convnext: blocks at the image's own resolution too, as in NeXtformer, where they take longest"""
     pretrained: bool = False
     """timm:MODEL: start the encoder from timm's weights"""
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "ema"
@@ -209,6 +215,8 @@ class Config:
         except ValueError as error:
             sizes = [self.image_size >> k for k in range(20) if (self.image_size >> k) << k == self.image_size]
             raise UserError(f"{error}; choose from {', '.join(map(str, filter(None, sizes)))}") from error
+        if self.full_resolution and self.grid_size == self.image_size:
+            raise UserError("full_resolution adds no level to a grid as large as the image; leave it out")
         for name in TURNS[self.token_order]:
             check_order(name, self.grid_size)
         check_device(self.resolved().device)

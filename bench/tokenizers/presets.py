@@ -116,10 +116,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 12,
         "own": {
             "cnn": {"width": 384, "depth": 2},
-            "convnext": {"width": 384, "depth": 2, "grid_size": 64, "attention": 1},
+            "convnext": {
+                **{"width": 384, "depth": 2, "grid_size": 64, "attention": 1},
+                **{"rms_norm": True, "full_resolution": True},
+            },
             **{name: {"width": 768} for name in ("vit", "mamba", "bimamba", "hybrid")},
         },
     },
-    # the same question on equal footing: 32×32 codes and as many parameters for all
-    "blog256-fair": {**_VITVQGAN, **_SMALL, "augment": "blog"},
+    # the same question on equal footing: 32×32 codes, a transformer layer on either side of them (of width 512 in the
+    # ViT, as its 8 blocks) and as many parameters for all
+    "blog256-fair": {**_VITVQGAN, **_SMALL, "augment": "blog", "attention": 1, "params": 61_220_000},
 }

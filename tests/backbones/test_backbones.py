@@ -21,6 +21,7 @@ from backbones.hybrid import VisionBlock
 from backbones.layers import (
     GridTransformer,
     PyramidDecoder,
+    RotaryBlock,
     TransformerBlock,
     blocks,
     downsamplings,
@@ -539,7 +540,9 @@ def test_the_blogs_mismatch_is_reproduced_under_its_own_name():
         **dict.fromkeys(("vit", "mamba", "bimamba"), 1024),
         "convnext": 4096,
     }
-    assert published["convnext"].attention == 1
+    convnext = published["convnext"]
+    assert (convnext.attention, convnext.rms_norm, convnext.full_resolution) == (1, True, True)
+    assert {make_config(name, "blog256-fair").attention for name in BACKBONES} == {1}
     counts = sizes("blog256")
     assert min(counts["vit"], counts["mamba"], counts["bimamba"]) > 10 * counts["convnext"]
     assert make_config("convnext", "blog256", grid_size=16).grid_size == 16  # an explicit setting goes first
@@ -573,6 +576,7 @@ def test_pyramid_never_grows_towards_the_image():
 # -------------------------------------------------------------------------------------------------------------- options
 
 CHOICES = {"attention": 2, "patch_overlap": True, "final_conv": True}
+CHOICES |= {"rotary": True, "rms_norm": True, "full_resolution": True}
 every_option = pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -752,6 +756,8 @@ def test_users_of_options():
     assert users("attention") == [*BACKBONES, "timm:MODEL"]
     assert users("final_conv") == users("patch_overlap") == [*TOKENS]
     assert users("pretrained") == ["timm:MODEL"]
+    assert users("rotary") == ["vit", "hybrid"]
+    assert (users("rms_norm"), users("full_resolution")) == (["convnext"], ["cnn", "convnext"])
 
 
 # --------------------------------------------------------------------------------------------------------------- hybrid
@@ -1161,3 +1167,98 @@ def test_another_mixer_is_matched_in_parameters_and_sees_the_whole_grid(name, op
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
     encoder(x)[0, :, 0, 0].sum().backward()
     assert x.grad[0, :, -8:, -8:].abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------------ positions and norms
+
+
+def rotary_block(block, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Channel pairs as complex numbers: the first half turned by the row, the second by the column, each pair slower
+    than the one before."""
+    tokens = normed(block.norm1, x)
+    q, k, v = (block.attention.qkv(tokens)).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (-1, 32)).transpose(1, 2) for t in (q, k, v))
+    speeds = 100.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    rows, columns = (torch.arange(height * width) // width, torch.arange(height * width) % width)
+    angles = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], 1)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (16, 2)).contiguous()) * turn) for t in (q, k))
+    mixed = ((q.flatten(-2) @ k.flatten(-2).mT) / 32**0.5).softmax(-1) @ v
+    x = x + block.attention.proj(mixed.transpose(1, 2).flatten(2))
+    return x + swiglu(block.mlp, normed(block.norm2, x))
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 5), (1, 1), (4, 4)])
+def test_rotary_attention_is_the_published_one(height, width):
+    torch.manual_seed(0)
+    block = awaken(RotaryBlock(48)).double()
+    x = torch.randn(2, height * width, 48, dtype=torch.float64)
+    torch.testing.assert_close(block(x, height, width), rotary_block(block, x, height, width), rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_attention_knows_distances_alone():
+    """Two tokens that attend to each other alone get the same wherever both are moved to, and not when one is."""
+    torch.manual_seed(0)
+    block = awaken(RotaryBlock(32))
+
+    def told(first: int, second: int) -> torch.Tensor:
+        angles = block.rotary.get_embed([6, 6])[[first, second]]
+        return TransformerBlock.forward(block, pair, angles)
+
+    pair = torch.randn(1, 2, 32)
+    torch.testing.assert_close(told(0, 9), told(14, 23))  # one row and three columns apart
+    torch.testing.assert_close(told(0, 9), told(26, 35))
+    assert not torch.allclose(told(0, 9), told(0, 15))
+    assert not torch.allclose(told(0, 1), told(0, 6))  # a column is no row
+
+
+@pytest.mark.parametrize("name", ["vit", "hybrid"])
+def test_with_rotary_positions_there_are_no_others_and_attention_has_them_everywhere(name):
+    options = {"rotary": True, "attention": 1}
+    for side in build(name, 4, depth=2, **options):
+        assert side.position is None
+        assert not any(type(block) is TransformerBlock for block in side.blocks)
+        assert sum(type(block) is RotaryBlock for block in side.blocks) == (3 if name == "vit" else 2)
+    encoder = awaken(build(name, 4, depth=2, **options)[0])
+    x = torch.randn(1, 3, SIZE, SIZE)
+    moved = encoder(x.flip(3)).flip(3)
+    assert not torch.allclose(encoder(x), moved, atol=1e-3)  # it knows where its tokens are
+    assert encoder(torch.randn(1, 3, 48, 64)).shape == (1, D, 6, 8)
+
+
+def test_rms_norm_neither_centres_nor_shifts():
+    """NeXtformer's: x / √(mean x²) · weight, of blocks and of what precedes the codes."""
+    torch.manual_seed(0)
+    encoder = build("convnext", 8, rms_norm=True)[0]
+    block = awaken(next(part for part in encoder.modules() if isinstance(part, NeXtformerBlock))).double()
+    x = torch.randn(2, block.norm1.weight.numel(), 8, 9, dtype=torch.float64)
+
+    def rms(norm, x):
+        return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "normed", rms)
+        torch.testing.assert_close(block(x), nextformer_block(block, x))
+    for side in build("convnext", 8, rms_norm=True):
+        names = {type(part).__name__ for part in side.modules() if "Norm" in type(part).__name__}
+        assert names == {"RmsNorm", "RmsNorm2d"}
+
+
+@pytest.mark.parametrize("name", ["cnn", "convnext"])
+def test_a_pyramid_at_full_resolution_has_blocks_there(name):
+    block, norm = {"cnn": ("ResidualBlock", "ReLU"), "convnext": ("NeXtformerBlock", "LayerNorm2d")}[name]
+    chosen = backbone(name)
+    assert layout(chosen.Encoder(16, 8, D, 48, 2, full_resolution=True)) == [
+        *("Conv2d 24", f"{block} 24", f"{block} 24"),  # at 16×16
+        *("Downsample 48", f"{block} 48", f"{block} 48", norm, f"Conv2d {D}"),
+    ]
+    assert layout(chosen.Decoder(16, 8, D, 48, 2, full_resolution=True)) == [
+        *("Conv2d 48", f"{block} 48", f"{block} 48"),
+        *("Upsample 96", f"{block} 24", f"{block} 24", norm, "Sequential 3"),
+    ]
+
+
+def test_full_resolution_without_a_further_level_is_refused():
+    with pytest.raises(UserError, match="full_resolution adds no level to a grid as large as the image; leave it out"):
+        make_config("cnn", "smoke", grid_size=32, full_resolution=True).check()
+    make_config("cnn", "smoke", grid_size=16, full_resolution=True).check()

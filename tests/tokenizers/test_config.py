@@ -69,11 +69,16 @@ SIZES = {
         **{"cnn": (384, 2), "convnext": (384, 2), "vit": (768, 12)},
         **{"mamba": (768, 12), "bimamba": (768, 12), "hybrid": (768, 12)},
     },
-    "blog256-fair": SMALL,
+    "blog256-fair": {
+        **{"cnn": (693, 2), "convnext": (908, 2), "vit": (512, 8)},
+        **{"mamba": (476, 8), "bimamba": (460, 6), "hybrid": (448, 8)},
+    },
 }
 
 
 def flags(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
     return [f"--{name.replace('_', '-')}", str(value)]
 
 
@@ -208,7 +213,8 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"backbone": "cnn", "width": 24, "depth": 4, "attention": 1, "quantizer": "l2", "data": "cifar10"},
     **{"image_size": 128, "grid_size": 8, "codebook_size": 64, "code_dim": 3, "beta": 1.0, "ema_decay": 0.9},
     **{"kmeans_init": True, "entropy_weight": 0.5, "gradient": "rotation", "temperature": 0.5, "revive_after": 9},
-    **{"token_order": "snake", "two_streams": True, "vision_mixer": True},
+    **{"token_order": "snake", "two_streams": True, "vision_mixer": True, "rotary": True},
+    **{"rms_norm": True, "full_resolution": True},
     **{"kl_weight": 0.5, "temperature_end": 0.5, "uniform_weight": 0.5, "codebooks": 3},
     **{"reconstruction_weight": 0.5, "reconstruction_end": 0.5},
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},

@@ -124,8 +124,10 @@ def test_settings_of_the_backbone_reach_both_sides(tiny, monkeypatch):
 
 def test_the_parts_are_those_of_the_backbone(tiny):
     for name in ("cnn", "vit", "bimamba"):
-        options = {"attention": 1, **({} if name == "cnn" else {"patch_overlap": True, "final_conv": True})}
+        options = {"attention": 1}
+        options |= {"full_resolution": True} if name == "cnn" else {"patch_overlap": True, "final_conv": True}
         options |= {"token_order": "snake", "two_streams": True} if name == "bimamba" else {}
+        options |= {"rotary": True} if name == "vit" else {}
         tokenizer = Tokenizer(replace(tiny, backbone=name, **options))
         chosen = backbone(name)
         for side, build, taken in (

@@ -438,6 +438,9 @@ CHANGES = {
     "token_order": "columns",
     "two_streams": True,
     "vision_mixer": True,
+    "rotary": True,
+    "rms_norm": True,
+    "full_resolution": True,
     "pretrained": None,  # checked in test_backbones
     "quantizer": "l2",
     "image_size": None,  # the data's; checked below
@@ -497,6 +500,9 @@ PROPERTIES = {
     "attention": "tokenizers/test_tokenizer.py::test_the_parts_are_those_of_the_backbone",
     "two_streams": "backbones/test_backbones.py::test_two_streams_are_the_published_block",
     "vision_mixer": "backbones/test_backbones.py::test_the_vision_mixer_is_the_published_one_with_our_scan",
+    "rotary": "backbones/test_backbones.py::test_rotary_attention_is_the_published_one",
+    "rms_norm": "backbones/test_backbones.py::test_rms_norm_neither_centres_nor_shifts",
+    "full_resolution": "backbones/test_backbones.py::test_a_pyramid_at_full_resolution_has_blocks_there",
     "token_order": "backbones/test_orders.py::test_an_order_changes_what_a_scan_makes_of_the_same_weights",
     "pretrained": "tokenizers/test_tokenizer.py::test_settings_of_the_backbone_reach_both_sides",
     "quantizer": "tokenizers/test_tokenizer.py::test_settings_of_the_quantizer_reach_it",
@@ -579,7 +585,9 @@ def test_every_setting_changes_the_result(watch, tiny, known, name):
         base = replace(base, quantizer="kl")
     if name == "lpips_net":
         base = replace(base, lpips_weight=0.5, steps=2)
-    if name in ("patch_overlap", "final_conv"):
+    if name == "rms_norm":
+        base = replace(base, backbone="convnext")
+    if name in ("patch_overlap", "final_conv", "rotary"):
         base = replace(base, backbone="vit")
     if name in ("token_order", "two_streams"):
         base = replace(base, backbone="bimamba")
