@@ -76,7 +76,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what the disk said first is told
+                temporary.unlink(missing_ok=True)
 
 
 def _check_room(path: Path, error: Exception) -> None:

@@ -152,6 +152,31 @@ def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
     assert refused.stderr == "error: No space left on device while writing the output; free or name another place\n"
 
 
+@pytest.mark.parametrize("kind", ["full", "unread", "closed"])
+def test_what_cannot_be_said_ends_no_work(tmp_path, kind):
+    """Lines of progress and notices are lost, and neither the result nor the exit code."""
+    code = "import os, sys; from bench.core.cli import command; from bench.core.progress import Bar, say\n"
+    code += "def work(words):\n"
+    code += "    with Bar('x', 9, seconds=0) as bar: [bar.advance() for _ in range(9)]\n"
+    code += "    say('y' * 10**5); print('the result', os.open(words[0], os.O_WRONLY | os.O_CREAT) > 2); return 7\n"
+    code += "sys.exit(command(work, sys.argv[1:]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-c", code, str(tmp_path / "x")]
+    with open(writer, "wb") as unread, open("/dev/full", "wb") as full:
+        errors = {"full": full, "unread": unread, "closed": None}[kind]
+        close = partial(os.close, 2) if kind == "closed" else None
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, preexec_fn=close)
+    assert (done.returncode, done.stdout) == (7, "the result True\n")
+
+
+def test_a_mistake_that_cannot_be_told_has_its_exit_code():
+    code = "import sys; from bench.core.cli import command; from bench.core.errors import UserError\n"
+    code += "def work(words): raise UserError('a mistake')\nsys.exit(command(work, []))"
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([sys.executable, "-c", code], stderr=full, cwd=ROOT).returncode == 2
+
+
 def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):
     """Such as one whose encoding is ASCII."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
