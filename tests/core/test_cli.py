@@ -166,7 +166,8 @@ def test_what_cannot_be_said_ends_no_work(tmp_path, kind):
     with open(writer, "wb") as unread, open("/dev/full", "wb") as full:
         errors = {"full": full, "unread": unread, "closed": None}[kind]
         close = partial(os.close, 2) if kind == "closed" else None
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, preexec_fn=close)
+        options = {"text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}, "preexec_fn": close}
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, **options)
     assert (done.returncode, done.stdout) == (7, "the result True\n")
 
 
@@ -174,7 +175,8 @@ def test_a_mistake_that_cannot_be_told_has_its_exit_code():
     code = "import sys; from bench.core.cli import command; from bench.core.errors import UserError\n"
     code += "def work(words): raise UserError('a mistake')\nsys.exit(command(work, []))"
     with open("/dev/full", "wb") as full:
-        assert subprocess.run([sys.executable, "-c", code], stderr=full, cwd=ROOT).returncode == 2
+        options = {"stderr": full, "cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+        assert subprocess.run([sys.executable, "-c", code], **options).returncode == 2
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):
