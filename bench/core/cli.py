@@ -15,7 +15,7 @@ from typing import NamedTuple, TextIO
 from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError
-from .files import cache_dir
+from .files import cache_dir, reason
 from .progress import is_text, say
 from .runs import Run
 
@@ -97,8 +97,8 @@ def guarded(work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        reason = str(error).partition("\n")[0][:200]
-        return fail(f"not enough memory ({reason}); try a smaller --batch-size or --width")
+        said = str(error).partition("\n")[0][:200]
+        return fail(f"not enough memory ({said}); try a smaller --batch-size or --width")
     except Interrupted as stopped:
         say(escape(str(stopped)))
         return 130
@@ -130,7 +130,7 @@ def refusal(error: OSError) -> str:
     path = Path(error.filename or "the output")  # all files are named
     if error.errno in IN_THE_WAY:
         move = "" if error.errno == errno.ENAMETOOLONG else "move away what is there, or "
-        return f"{error.strerror}: {path}; {move}name another place"
+        return f"{reason(error)}; {move}name another place"
     other = "name another place"
     if cache_dir() in path.parents:
         other = "set VQBENCH_CACHE to another folder"

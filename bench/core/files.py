@@ -101,6 +101,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def reason(error: OSError, place: Path | None = None) -> str:
+    """What the system says is wrong, with the file that it names unless that is ``place``; of a link that leads
+    nowhere, of which it says that it exists, that it is one."""
+    name = None if error.filename is None else os.fsdecode(error.filename)
+    if name is not None and os.path.islink(name) and not os.path.exists(name):
+        return f"{name} is a link that leads nowhere"
+    what = error.strerror or str(error)
+    return what if name in (None, str(place)) else f"{what}: {name}"
+
+
 def remove_parts(folder: Path, stem: str = "") -> None:
     """Removes what killed writers left behind in ``folder``, of files with that ``stem`` if one is given, to which
     nobody may be writing."""

@@ -125,6 +125,7 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
     """The child's whole life; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
+        multiprocessing.set_start_method("fork", force=True)  # by which tqdm's lock is none that outlives the child
     store = Store(root)
     try:
         log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -100,14 +100,15 @@ def test_who_is_terminated_says_that_it_stopped(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 130)])
 @pytest.mark.parametrize("module", ["bench.run", "studies.beta"])
-def test_who_is_stopped_while_modules_are_imported_says_so(tmp_path, module):
+def test_who_is_stopped_while_modules_are_imported_says_so(tmp_path, module, name, code):
     """And any other error there keeps its traceback."""
     words = [sys.executable, "-m", module, "--help"]
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
-    (tmp_path / "tyro.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    (tmp_path / "tyro.py").write_text(f"import signal; signal.raise_signal(signal.{name})")
     stopped = subprocess.run(words, **options)
-    assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "stopped; the same command continues\n")
+    assert (stopped.returncode, stopped.stderr) == (code, "stopped; the same command continues\n")
     (tmp_path / "tyro.py").write_text("1 / 0")
     broken = subprocess.run(words, **options)
     assert (broken.returncode, broken.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
@@ -135,6 +136,14 @@ def test_what_is_in_the_way_is_named(capsys, number):
     move = "" if number == errno.ENAMETOOLONG else "move away what is there, or "
     fix = f"{move}name another place"
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: results/runs/x/codes; {fix}\n"
+
+
+def test_a_link_that_leads_nowhere_is_told_as_such(capsys, tmp_path):
+    """The system says of it that it exists."""
+    (tmp_path / "codes").symlink_to(tmp_path / "nowhere")
+    assert guarded(lambda: (tmp_path / "codes").mkdir(exist_ok=True)) == 2
+    told = f"error: {tmp_path}/codes is a link that leads nowhere; move away what is there, or name another place\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("how", ["print('x' * 10**6)", "print('x')", "stdout.print('x')", "sys.exit(print('x'))"])

@@ -337,6 +337,15 @@ def test_an_unknown_exit_code_is_a_crash(store):
 # -- what a child and its run are given --------------------------------------------------------------------------------
 
 
+def test_no_lock_of_a_child_has_a_name_that_outlives_it(trial, store, monkeypatch):
+    """Such as tqdm's, of which Python would complain when all is done: a child ends without tidying up."""
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "_start_method", "forkserver")  # as a child of the server
+    trial(lambda run: (run.folder / "lock.txt").write_text(str(multiprocessing.RLock()._semlock.name)))
+    run_in_child(make_config("cnn", "smoke", device="cpu"), store)
+    (lock,) = store.root.glob("runs/*/lock.txt")
+    assert lock.read_text() == "None"
+
+
 def test_a_child_has_a_session_and_a_log_of_its_own(trial, store):
     """Ctrl-C in the terminal reaches the parent alone; all that the child prints goes to the log."""
 
