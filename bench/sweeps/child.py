@@ -175,6 +175,8 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
+    if exitcode == 0 and not run.folder.exists():
+        return Outcome("crashed", f"{run.folder} was removed as its trial ended")
     name = signal.Signals(-exitcode).name if exitcode < 0 else ""
     if memory_kill and name == "SIGKILL":
         return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")

@@ -445,6 +445,12 @@ def test_broken_files_are_named_as_they_are_called_and_three_of_many(tmp_path, c
         assert " ".join(capsys.readouterr().err.split()).endswith(f"cannot be decoded: {told}")
 
 
+def test_a_folder_that_is_a_link_to_nothing_is_told(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere \(No such file .*\): .* existing folder .* or a link to one"):
+        load(f"folder:{tmp_path / 'link'}", 4)
+
+
 def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
     write_images(tmp_path, 120, size=(4, 4))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
