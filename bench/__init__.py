@@ -11,7 +11,10 @@ The public face, from which nothing is imported before it is used::
 """
 
 import itertools
+import os
+import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -28,16 +31,27 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 
+STOPPED = "stopped; the same command continues"
+
+
 def _say_stopped(kind: type[BaseException], *error: Any) -> None:
     """In place of the traceback of a command that is stopped while its modules are imported."""
     if kind is KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
     else:
         sys.__excepthook__(kind, *error)
 
 
+def _terminate(*_: Any) -> None:
+    """The same, on SIGTERM: nothing has been begun."""
+    with suppress(OSError):
+        os.write(2, f"{STOPPED}\n".encode())
+    os._exit(130)
+
+
 if any(flag == "-m" and name.startswith(("bench.", "studies.")) for flag, name in itertools.pairwise(sys.orig_argv)):
     sys.excepthook = _say_stopped
+    signal.signal(signal.SIGTERM, _terminate)
 
 
 def __getattr__(name: str) -> Any:

@@ -48,16 +48,23 @@ def work(arguments: list[str]) -> int:
     for name in options.run:
         folder = find_tokenizer(name, options.results).folder
         tokenizer = Tokenizer.from_run(folder, device)
-        known = (folder / "codes" / "meta.json").is_file()
+        before = written(folder)
         codes = encode(folder, tokenizer, load_data(folder, tokenizer))
+        how = "already encoded" if written(folder) == before else "encoded"
         size = (codes.train.nbytes + codes.held_out.nbytes) / 1e6
         stdout.print(
-            f"{'already encoded' if known else 'encoded'}: {folder / 'codes'}, {len(codes.train)} train / "
+            f"{how}: {folder / 'codes'}, {len(codes.train)} train / "
             f"{len(codes.held_out)} {tokenizer.config.split} grids of {codes.grid_size}×{codes.grid_size} "
             f"as {codes.train.dtype}, {size:.1f} MB",
             soft_wrap=True,
         )
     return 0
+
+
+def written(folder: Path) -> int | None:
+    """Which file tells of the codes of the run in ``folder``; None where there is none."""
+    meta = folder / "codes" / "meta.json"
+    return meta.stat().st_ino if meta.is_file() else None
 
 
 if __name__ == "__main__":

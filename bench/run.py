@@ -25,6 +25,7 @@ from rich.table import Table
 from backbones import BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
+from bench.core.files import sha256_json
 from bench.core.progress import say, stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
@@ -107,12 +108,30 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     trials = [trial(config) for config in options.configs()]
     finished, diverged = run_each(trials)
     if finished:
-        stdout.print(result_table(finished, diverged))
-        stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
+        groups = alike(finished)
+        for group in groups:
+            stdout.print(result_table(group, diverged if group is groups[-1] else ()))
+            stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
             stdout.print(table)
         stdout.print(escape(next_command(options, finished, given)), soft_wrap=True)
     return 1 if diverged else 0
+
+
+def alike(runs: list[Run]) -> list[list[Run]]:
+    """``runs`` by how they were measured, such as on which images: a table ranks those of one group."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(sha256_json(run.protocol()), []).append(run)
+    return list(groups.values())
+
+
+def apart(run: Run, first: Run) -> str:
+    """Why ``run`` is not in the table of ``first``, in a sentence; empty where it is."""
+    own, other = run.protocol(), first.protocol()
+    names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
+    words = ", ".join(f"{name} {str(other.get(name))[:16]} there, {str(own.get(name))[:16]} here" for name in names)
+    return f" Not to be ranked against the first table: {words}." if words else ""
 
 
 def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:

@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError
-from .files import cache_dir
+from .files import cache_dir, reason
 from .progress import is_text, say
 from .runs import Run
 
@@ -36,6 +36,7 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None, addre
     ``addresses``, one among them is a mistake that will be told, and is hidden."""
     words = sys.argv[1:] if arguments is None else arguments
     words = words if addresses else [ADDRESS.sub(r"\1***", word) for word in words]
+    _occupy()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may not have every arrow
@@ -49,20 +50,33 @@ def command(work: Callable[[list[str]], int], arguments: list[str] | None, addre
         try:
             return work(words)
         finally:
-            _flush()
+            _flush(sys.stdout)
 
-    return guarded(checked)
+    code = guarded(checked)
+    with suppress(OSError):  # nobody is left to tell
+        _flush(sys.stderr)
+    return code
 
 
-def _flush() -> None:
-    """Writes what is left of the output, or has it go nowhere at the exit and raises what the system says."""
-    if sys.stdout is None:  # closed by whoever started this
+def _occupy() -> None:
+    """Has a standard stream that whoever started this closed lead nowhere: else the next file that is opened would be
+    taken for it, and whatever is printed below Python would go into that."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Writes what is left of an output, or has it go nowhere at the exit and raises what the system says."""
+    if stream is None:  # closed by whoever started this
         return
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
         with suppress(OSError):  # a stream that is no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise
 
 
@@ -83,8 +97,8 @@ def guarded(work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        reason = str(error).partition("\n")[0][:200]
-        return fail(f"not enough memory ({reason}); try a smaller --batch-size or --width")
+        said = str(error).partition("\n")[0][:200]
+        return fail(f"not enough memory ({said}); try a smaller --batch-size or --width")
     except Interrupted as stopped:
         say(escape(str(stopped)))
         return 130
@@ -116,7 +130,7 @@ def refusal(error: OSError) -> str:
     path = Path(error.filename or "the output")  # all files are named
     if error.errno in IN_THE_WAY:
         move = "" if error.errno == errno.ENAMETOOLONG else "move away what is there, or "
-        return f"{error.strerror}: {path}; {move}name another place"
+        return f"{reason(error)}; {move}name another place"
     other = "name another place"
     if cache_dir() in path.parents:
         other = "set VQBENCH_CACHE to another folder"

@@ -1,5 +1,7 @@
 """How a run can end without scores, as exceptions that every room knows."""
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can fix. The message is one sentence with the offending value and the fix.
@@ -13,6 +15,14 @@ class Damaged(UserError):
 
     def __init__(self, path: object, what: str):
         super().__init__(f"{path} is damaged: {what}; move it away and run the same command again")
+
+
+class Copied(Damaged):
+    """A run lies in a folder that is called otherwise. The message names both."""
+
+    def __init__(self, folder: Path, owner: str):
+        told = f"{folder} is a copy of the run {owner}, whose id its files have"
+        UserError.__init__(self, f"{told}; call it that, or move it out of {folder.parent}")
 
 
 class Diverged(Exception):

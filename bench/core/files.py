@@ -76,7 +76,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what the disk said first is told
+                temporary.unlink(missing_ok=True)
 
 
 def _check_room(path: Path, error: Exception) -> None:
@@ -98,6 +99,16 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def reason(error: OSError, place: Path | None = None) -> str:
+    """What the system says is wrong, with the file that it names unless that is ``place``; of a link that leads
+    nowhere, of which it says that it exists, that it is one."""
+    name = None if error.filename is None else os.fsdecode(error.filename)
+    if name is not None and os.path.islink(name) and not os.path.exists(name):
+        return f"{name} is a link that leads nowhere"
+    what = error.strerror or str(error)
+    return what if name in (None, str(place)) else f"{what}: {name}"
 
 
 def remove_parts(folder: Path, stem: str = "") -> None:

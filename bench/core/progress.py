@@ -1,13 +1,14 @@
 """Progress for anything longer than a few seconds: a bar on a terminal, plain lines elsewhere."""
 
 import re
-import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
@@ -39,7 +40,34 @@ class SafeConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-console = SafeConsole(stderr=True, highlight=False)  # what happens: progress, notices, errors
+class _Patient:
+    """A stream, but that what it does not take is lost."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
+class Notices(SafeConsole):
+    """What happens, on the error stream. No work ends because nobody reads of it, or the disk of a log is full."""
+
+    @property
+    def file(self) -> TextIO:
+        """Where it goes now."""
+        return _Patient(super().file)
+
+
+console = Notices(stderr=True, highlight=False, emoji=False)  # what happens: progress, notices, errors
 stdout = SafeConsole(highlight=False)  # what was asked for: tables
 
 
@@ -86,8 +114,7 @@ class Bar:
             self.printed = now
             rate = (self.done - self.start) / (now - self.began)
             eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
-            line = f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}"
-            print(printable(line).rstrip(), file=sys.stderr, flush=True)
+            say(escape(f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}".rstrip()))
 
     def __exit__(self, *exception: object) -> None:
         if self.live is not None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .errors import Damaged, UserError
+from .errors import Copied, Damaged, UserError
 from .files import atomic_path, read_arrays, read_rows, read_signed, sha256_file, sha256_json
 from .progress import printable
 from .settings import HUGE, check_values
@@ -348,8 +348,15 @@ class Run:
         content = read_signed(self.folder / name)
         owner = content.pop("run", self.folder.name)
         if owner != self.folder.name and self.folder.parent.name in SCORED:  # elsewhere it may be called anything
+            if self._owners() == {owner}:
+                raise Copied(self.folder, owner)
             raise Damaged(self.folder / name, f"it is of the run {owner}")
         return content
+
+    def _owners(self) -> set[str | None]:
+        """Whose its settings and scores say that they are."""
+        paths = (self.folder / name for name in ("config.json", "metrics.json"))
+        return {read_signed(path).get("run") for path in paths if path.exists()}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

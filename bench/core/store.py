@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from .errors import Damaged, UserError
-from .files import atomic_path, read_signed, sha256_json
+from .files import atomic_path, read_signed, reason, sha256_json
 from .runs import Changed, Identity, NoSpace, Run, check_whole
 
 LISTED = 8  # run ids that a message names
@@ -132,7 +132,8 @@ class Store:
                 pass
             free = shutil.disk_usage(folder).free >> 20
         except OSError as error:
-            raise NoSpace(f"cannot write to {folder}: {error.strerror}; choose another --results folder") from error
+            what = f"cannot write to {folder}: {reason(error, folder)}"
+            raise NoSpace(f"{what}; choose another --results folder") from error
         if free < megabytes:
             raise NoSpace(f"{folder} has {free} MB free and the run needs {megabytes}; free some or change --results")
 

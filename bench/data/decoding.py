@@ -21,7 +21,7 @@ from PIL import Image
 from rich.markup import escape
 
 from bench.core.errors import Damaged, UserError
-from bench.core.files import UNREADABLE, atomic_path, cache_dir, seal, sha256_arrays, unseal
+from bench.core.files import UNREADABLE, atomic_path, cache_dir, reason, seal, sha256_arrays, unseal
 from bench.core.progress import Bar, console, printable, say
 
 from .batches import batch_indices
@@ -29,7 +29,11 @@ from .datasets import DATASETS
 from .sources import SPLITS, Source, Split, folder_source
 
 DECODING_VERSION = 3  # part of the cache key: raise it when the same files would decode to other pixels
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
+
+
+Skipped = tuple[str, str]  # name of an image that cannot be decoded, and why where its file is not at fault
 
 
 class Subset:
@@ -115,7 +119,7 @@ def decoded(data: str, source: Source, image_size: int) -> Data:
             return _read(data, folder)
     except OSError as error:  # those of single images and downloads do not come this far
         raise UserError(
-            f"cannot use the cache folder {folder.parent} ({error.strerror or error}): "
+            f"cannot use the cache folder {folder.parent} ({reason(error, folder.parent)}): "
             "free space or fix permissions there, or set VQBENCH_CACHE to another folder"
         ) from error
 
@@ -184,7 +188,8 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
             "free some space, or set VQBENCH_CACHE to a folder on a larger disk"
         )
 
-    digest, skipped = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    skipped: list[Skipped] = []
     labels: dict[str, list[str]] = {split: [] for split in SPLITS}  # of the images that can be decoded
     try:
         with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
@@ -199,7 +204,7 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         classes, written = _write_labels(folder, labels)
         what = f"{name}: {' / '.join(f'{len(found)} {split}' for split, found in labels.items())} {how}"
         with atomic_path(folder / "meta.json") as path:
-            about = {"fingerprint": digest.hexdigest(), "split": what, "skipped": skipped}
+            about = {"fingerprint": digest.hexdigest(), "split": what, "skipped": [name for name, _ in skipped]}
             path.write_text(seal({**about, "classes": classes, "labels": written}))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -228,28 +233,31 @@ def _text(name: Any) -> str:
     return printable(str(name).encode(errors="replace").decode())
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _first(skipped: list[Skipped]) -> str:
+    names = [f"{name} ({why})" if why else name for name, why in skipped[:3]]
+    return ", ".join(names) + (", …" if len(skipped) > 3 else "")
 
 
 def _decode_blocks(
-    data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, labels: list[str], skipped: list[str], limit: float
+    data: str, split: Split, pool: ThreadPoolExecutor, bar: Bar, labels: list[str], skipped: list[Skipped], limit: float
 ) -> Iterator[np.ndarray]:
     """Yields the images that can be decoded, in order, as (n, H, W, 3) blocks. Appends their classes to ``labels`` and
-    the names of all others to ``skipped``; UserError for more than ``limit`` of these."""
+    all others to ``skipped``; UserError for more than ``limit`` of these."""
 
-    def try_read(item: Any) -> np.ndarray | None:
+    def try_read(item: Any) -> np.ndarray | str:
         try:
             return split.read(item)
+        except BOMBS:
+            return f"more than {Image.MAX_IMAGE_PIXELS} pixels, which Pillow takes for a bomb"
         except Exception:  # Pillow's decoders raise nearly every kind for broken files
-            return None
+            return ""
 
     for start in range(0, len(split.items), DECODING_CHUNK):
         chunk = split.items[start : start + DECODING_CHUNK]
         images = list(pool.map(try_read, chunk))
         for item, image in zip(chunk, images, strict=True):
-            if image is None:
-                skipped.append(_text(item))
+            if isinstance(image, str):
+                skipped.append((_text(item), image))
             else:
                 labels.append(_text(split.label(item)))
         if len(skipped) > limit:
@@ -258,7 +266,7 @@ def _decode_blocks(
                 "repair or remove them"
             )
         bar.advance(len(chunk))
-        if readable := [image for image in images if image is not None]:
+        if readable := [image for image in images if not isinstance(image, str)]:
             yield np.stack(readable)
 
 

@@ -125,7 +125,7 @@ def _find_images(root: str, below: str = "") -> list[str]:
     def refuse(error: OSError) -> None:
         raise UserError(
             f"cannot read the folder {error.filename} ({error.strerror}): "
-            "folder:PATH needs an existing folder of images that you may read"
+            "folder:PATH needs an existing folder of images that you may read, or a link to one"
         ) from error
 
     top = Path(root, below)

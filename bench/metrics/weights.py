@@ -336,9 +336,10 @@ def _tensors(name: str, path: Path) -> dict[str, Tensor]:
 
 
 def _check_published(name: str, path: Path) -> None:
-    expected = DIGESTS[name]
-    found = sha256_file(path)[: len(expected)] if path.is_file() else "no file"
+    expected, whose = DIGESTS[name], {"inception": "FID's Inception weights", "dinov2": "DINOv2's weights"}[name]
+    if not path.is_file():
+        raise UserError(f"there is no file {path} with {whose}; give --fid-weights the published {PUBLISHED[name]}.")
+    found = sha256_file(path)[: len(expected)]
     if found != expected:
-        whose = {"inception": "FID's Inception weights", "dinov2": "DINOv2's weights"}[name]
         words = f"SHA-256 {found[:12]}, expected {expected[:12]}; take {PUBLISHED[name]}, as it is published"
         raise UserError(f"{path} does not hold {whose}: {words}.")

@@ -125,6 +125,7 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
     """The child's whole life; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
+        multiprocessing.set_start_method("fork", force=True)  # by which tqdm's lock is none that outlives the child
     store = Store(root)
     try:
         log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -174,6 +175,8 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
+    if exitcode == 0 and not run.folder.exists():
+        return Outcome("crashed", f"{run.folder} was removed as its trial ended")
     name = signal.Signals(-exitcode).name if exitcode < 0 else ""
     if memory_kill and name == "SIGKILL":
         return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")

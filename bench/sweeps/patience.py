@@ -1,5 +1,6 @@
 """An Optuna storage that waits for a database which is away for a while, and says what no waiting mends."""
 
+import os
 import re
 import threading
 import time
@@ -101,7 +102,8 @@ def opening(url: str) -> Iterator[None]:
         raise UserError(f"there is no driver for {shown}; {fix}") from error
     except (StorageInternalError, exc.SQLAlchemyError, ValueError) as error:
         reason = f" ({reason_of(error)})" if "://" in shown else ""  # which may have a part of what is hidden
-        raise UserError(f"cannot open {shown}{reason}; name a database with --storage, such as {EXAMPLES}") from error
+        place = "VQBENCH_STORAGE" if url == os.environ.get("VQBENCH_STORAGE") else "--storage"
+        raise UserError(f"cannot open {shown}{reason}; name a database with {place}, such as {EXAMPLES}") from error
 
 
 def reason_of(error: BaseException) -> str:

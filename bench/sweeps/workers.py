@@ -1,11 +1,15 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
 import os
+import shlex
+import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from shutil import which
 
 from rich.markup import escape
 
@@ -58,8 +62,11 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
         say(f"study {plan.name}: nothing to do, every planned trial is done")
     look(plan)
     conclude(plan, index)
-    command = f"optuna-dashboard {without_password(url)} --artifact-dir {plan.store.root / 'studies' / 'artifacts'}"
-    say(f"[bold]dashboard:[/] {escape(command)}")
+    program = "optuna-dashboard"
+    if not which(program):  # of an environment that is not activated
+        program = str(Path(sys.executable).with_name(program))
+    words = (program, without_password(url), "--artifact-dir", str(plan.store.root / "studies" / "artifacts"))
+    say(f"[bold]dashboard:[/] {escape(shlex.join(words))}")
     return int(plan.failed())
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
-from bench.core.files import atomic_path, cache_dir
+from bench.core.files import atomic_path, cache_dir, reason
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data, load
@@ -49,7 +49,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
         cache_dir().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         place, fix = cache_dir(), "set VQBENCH_CACHE to another"
-        raise UserError(f"cannot create the cache folder {place}: {error.strerror}; {fix}") from error
+        raise UserError(f"cannot create the cache folder {place}: {reason(error, place)}; {fix}") from error
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     weights.inception(fid_weights)

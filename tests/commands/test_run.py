@@ -478,6 +478,26 @@ def test_a_row_is_that_runs_and_the_last_that_of_the_reference(tmp_path):
     assert table.caption is None
 
 
+def test_runs_on_other_images_are_not_in_one_table(command, monkeypatch):
+    """As where images change between two runs of a command; each has its own best, and what sets them apart is said."""
+
+    def run_trial(config, store, *_):
+        return fabricate(store, config, config.seed, fingerprint="ab"[config.seed // 2] * 64)
+
+    monkeypatch.setattr(trial, "run_trial", run_trial)
+    code, out, _ = command("--backbone", "cnn", *TINY, "--seeds", "0", "1", "2")
+    shown = " ".join(out.split())
+    assert code == 0
+    assert out.count("tokenizer, seed") == 2
+    first, second = shown.split("Protocol 1: ", 1)
+    assert "cnn ema 1" in first
+    assert "cnn ema 2" not in first
+    assert "cnn ema 2" in second
+    apart = f"Not to be ranked against the first table: fingerprint {'a' * 16} there, {'b' * 16} here."
+    assert shown.count("Not to be ranked") == 1
+    assert apart in shown
+
+
 def test_a_metric_that_not_all_runs_have_is_no_column(tmp_path):
     """A run that was scored with Inception beside one without."""
     runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
@@ -578,6 +598,11 @@ def test_encode_writes_the_codes_of_both_splits_and_says_so(images, tmp_path, mo
         assert len(np.unique(codes)) > 1
     assert encode.main([folder.name, "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("already encoded: ")
+    (folder / "codes" / "meta.json").write_text("{}")
+    assert encode.main([str(folder), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert said.err.endswith("it is made again\n")
+    assert said.out.startswith("encoded: ")
 
 
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])

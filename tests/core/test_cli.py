@@ -100,14 +100,15 @@ def test_who_is_terminated_says_that_it_stopped(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 130)])
 @pytest.mark.parametrize("module", ["bench.run", "studies.beta"])
-def test_who_is_stopped_while_modules_are_imported_says_so(tmp_path, module):
+def test_who_is_stopped_while_modules_are_imported_says_so(tmp_path, module, name, code):
     """And any other error there keeps its traceback."""
     words = [sys.executable, "-m", module, "--help"]
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}}
-    (tmp_path / "tyro.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    (tmp_path / "tyro.py").write_text(f"import signal; signal.raise_signal(signal.{name})")
     stopped = subprocess.run(words, **options)
-    assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "stopped; the same command continues\n")
+    assert (stopped.returncode, stopped.stderr) == (code, "stopped; the same command continues\n")
     (tmp_path / "tyro.py").write_text("1 / 0")
     broken = subprocess.run(words, **options)
     assert (broken.returncode, broken.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
@@ -137,6 +138,14 @@ def test_what_is_in_the_way_is_named(capsys, number):
     assert capsys.readouterr().err == f"error: {os.strerror(number)}: results/runs/x/codes; {fix}\n"
 
 
+def test_a_link_that_leads_nowhere_is_told_as_such(capsys, tmp_path):
+    """The system says of it that it exists."""
+    (tmp_path / "codes").symlink_to(tmp_path / "nowhere")
+    assert guarded(lambda: (tmp_path / "codes").mkdir(exist_ok=True)) == 2
+    told = f"error: {tmp_path}/codes is a link that leads nowhere; move away what is there, or name another place\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("how", ["print('x' * 10**6)", "print('x')", "stdout.print('x')", "sys.exit(print('x'))"])
 def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
     """``| head -1`` as SIGPIPE ends programs, and without a word; a full disk with a sentence."""
@@ -150,6 +159,33 @@ def test_output_that_nobody_reads_or_takes_ends_the_command_quietly(how):
     assert (unread.returncode, unread.stderr) == (141, "")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert refused.stderr == "error: No space left on device while writing the output; free or name another place\n"
+
+
+@pytest.mark.parametrize("kind", ["full", "unread", "closed"])
+def test_what_cannot_be_said_ends_no_work(tmp_path, kind):
+    """Lines of progress and notices are lost, and neither the result nor the exit code."""
+    code = "import os, sys; from bench.core.cli import command; from bench.core.progress import Bar, say\n"
+    code += "def work(words):\n"
+    code += "    with Bar('x', 9, seconds=0) as bar: [bar.advance() for _ in range(9)]\n"
+    code += "    say('y' * 10**5); print('the result', os.open(words[0], os.O_WRONLY | os.O_CREAT) > 2); return 7\n"
+    code += "sys.exit(command(work, sys.argv[1:]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-c", code, str(tmp_path / "x")]
+    with open(writer, "wb") as unread, open("/dev/full", "wb") as full:
+        errors = {"full": full, "unread": unread, "closed": None}[kind]
+        close = partial(os.close, 2) if kind == "closed" else None
+        options = {"text": True, "cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}, "preexec_fn": close}
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, **options)
+    assert (done.returncode, done.stdout) == (7, "the result True\n")
+
+
+def test_a_mistake_that_cannot_be_told_has_its_exit_code():
+    code = "import sys; from bench.core.cli import command; from bench.core.errors import UserError\n"
+    code += "def work(words): raise UserError('a mistake')\nsys.exit(command(work, []))"
+    with open("/dev/full", "wb") as full:
+        options = {"stderr": full, "cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+        assert subprocess.run([sys.executable, "-c", code], **options).returncode == 2
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch):

@@ -183,6 +183,19 @@ def test_a_folder_that_cannot_be_written_is_named_by_the_file(tmp_path):
     assert (error.value.filename, error.value.filename2) == (str(path), None)
 
 
+def test_a_disk_that_turns_read_only_is_told_with_the_file(tmp_path, monkeypatch):
+    """Though the temporary one, which is not to be named, cannot be removed from it either."""
+
+    def refuse(path: Path, **options: bool) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="Read-only") as error, atomic_path(path) as temporary:
+        refuse(temporary)
+    assert error.value.filename == str(path)
+
+
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "file.json").touch()
     (tmp_path / ".lock").touch()

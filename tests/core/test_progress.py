@@ -85,6 +85,8 @@ def test_what_happens_is_said_in_one_line_on_the_error_stream(capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "word " * 100 + "end\n"
+    say("runs/:x:")
+    assert capsys.readouterr().err == "runs/:x:\n"  # a name, and no picture
     progress.stdout.print("table")
     assert capsys.readouterr() == ("table\n", "")
 

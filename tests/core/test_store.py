@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from bench import study
 from bench.core.errors import Damaged, UserError
-from bench.core.runs import FAILURES, NUMBERS, SCORED, TOLD, Busy, NoSpace, Run
+from bench.core.runs import FAILURES, NUMBERS, SCORED, TOLD, Busy, NoSpace, Run, check_whole
 from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config, make_config
@@ -201,6 +202,9 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(NoSpace) as error:
         Store(tmp_path).check_writable(0)
     assert str(error.value) == f"cannot write to {tmp_path / 'runs'}: File exists; choose another --results folder"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NoSpace, match=f"runs: {tmp_path / 'link'} is a link that leads nowhere; choose another"):
+        Store(tmp_path / "link").check_writable(0)
 
 
 def test_settings_that_a_run_was_made_without_have_their_default(tmp_path):
@@ -631,6 +635,23 @@ def test_a_file_of_another_run_is_damage(tmp_path, name):
     assert "it is of the run b" in runs[0].reason
     runs[0].folder.rename(tmp_path / "exported")
     assert Run(tmp_path / "exported").status == "finished"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_copy_of_a_run_is_told_as_one(store, finished):
+    """Whoever copied it knows that it is not damaged."""
+    run = store.named("a")
+    run.folder.mkdir(parents=True)
+    run.seal("config.json", {"config": {}, "environment": {}})
+    if finished:
+        run.seal("metrics.json", WHOLE)
+    copy = store.named("of-a")
+    shutil.copytree(run.folder, copy.folder)
+    told = f"{copy.folder} is a copy of the run a, whose id its files have; call it that, or move it out of "
+    assert copy.reason == f"{told}{store.root / 'runs'}"
+    with pytest.raises(UserError, match="is a copy of the run a"):
+        check_whole(copy)
+    assert run.status == ("finished" if finished else "unfinished")
 
 
 @pytest.mark.parametrize("how", ["gone", "dangling"])

@@ -445,6 +445,12 @@ def test_broken_files_are_named_as_they_are_called_and_three_of_many(tmp_path, c
         assert " ".join(capsys.readouterr().err.split()).endswith(f"cannot be decoded: {told}")
 
 
+def test_a_folder_that_is_a_link_to_nothing_is_told(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere \(No such file .*\): .* existing folder .* or a link to one"):
+        load(f"folder:{tmp_path / 'link'}", 4)
+
+
 def test_a_link_to_nothing_is_an_unreadable_file(tmp_path):
     write_images(tmp_path, 120, size=(4, 4))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -484,7 +490,7 @@ def test_progress_counts_every_image_also_the_broken_ones():
         split = sources.Split(range(600), read, str)
         blocks = list(decoding._decode_blocks("toy", split, pool, bar, labels, skipped, limit=6))
     assert bar.done == 600
-    assert skipped == ["7", "107", "207", "307", "407", "507"]
+    assert skipped == [(name, "") for name in ("7", "107", "207", "307", "407", "507")]
     assert sum(map(len, blocks)) == len(labels) == 594
 
 
@@ -511,11 +517,16 @@ def test_a_split_whose_images_are_all_broken_is_an_error(tmp_path, split):
         load(f"folder:{tmp_path}", 4)
 
 
-def test_a_decompression_bomb_is_an_unreadable_file(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_an_unreadable_file_and_told_as_one(tmp_path, monkeypatch, capsys):
     write_images(tmp_path, 120, size=(4, 4))
     Image.new("RGB", (12, 12)).save(tmp_path / "bomb.png")  # 144 pixels: between the limit and its double
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert load(f"folder:{tmp_path}", 4).skipped == ("bomb.png",)
+    told = "cannot be decoded: bomb.png (more than 100 pixels, which Pillow takes for a bomb)"
+    assert " ".join(capsys.readouterr().err.split()) == f"skipped 1 of 121 images that {told}"
+    Image.new("RGB", (99, 99)).save(tmp_path / "greater.png")  # beyond the double
+    with pytest.raises(UserError, match=r"\(the first: bomb\.png \(more than 100 pixels, .*\), greater\.png \(more"):
+        load(f"folder:{tmp_path}", 4)
 
 
 def test_the_order_of_images_is_not_the_file_systems(tmp_path, monkeypatch):
@@ -835,6 +846,24 @@ def test_a_disk_that_is_too_small_is_noticed_before_decoding(tmp_path, cache, mo
     free[cache / "data"] = 1_500_000_000
     with pytest.raises(UserError, match=r"decoding toy takes 18\.43 GB and .* has 1\.50 GB left"):
         decoded("toy", toy(500_000), 64)
+
+
+@pytest.mark.parametrize("kind", ["link", "lock"])
+def test_what_is_in_the_way_of_the_cache_is_named(tmp_path, monkeypatch, kind):
+    """A link that leads nowhere; a folder where a lock belongs."""
+    folder, cache = write_images(tmp_path / "pets", 5), tmp_path / "cache"
+    monkeypatch.setenv("VQBENCH_CACHE", str(cache))
+    load(f"folder:{folder}", 2)
+    (lock,) = (cache / "data").glob("*.lock")
+    shutil.rmtree(cache / "data")
+    if kind == "link":
+        (cache / "data").symlink_to(tmp_path / "nowhere")
+        told = f"{cache / 'data'} is a link that leads nowhere"
+    else:
+        lock.mkdir(parents=True)
+        told = f"Is a directory: {lock}"
+    with pytest.raises(UserError, match=rf"cannot use the cache folder .* \({told}\): .* set VQBENCH_CACHE"):
+        load(f"folder:{folder}", 2)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):

@@ -326,7 +326,7 @@ def prefix(content):
 
 def test_inception_refuses_any_other_file(tmp_path):
     path = tmp_path / "weights.pth"
-    with pytest.raises(UserError, match="no file, expected 6726825d"):
+    with pytest.raises(UserError, match=r"there is no file .* with FID's Inception weights; give --fid-weights "):
         weights.inception(path)
     path.write_bytes(b"other weights")
     with pytest.raises(UserError, match=f"{prefix(b'other weights')}, expected 6726825d"):

@@ -256,6 +256,15 @@ def test_damaged_codes_are_encoded_again(folder, capsys, name, damage):
     assert quiet.batches == []
 
 
+def test_codes_may_lie_elsewhere_behind_a_link(folder, tmp_path_factory):
+    elsewhere, reader = tmp_path_factory.mktemp("disk") / "codes", Reader()
+    encode(folder, Reader(), toy_data())
+    (folder / "codes").rename(elsewhere)
+    (folder / "codes").symlink_to(elsewhere)
+    assert len(encode(folder, reader, toy_data()).held_out) == 66
+    assert reader.batches == []
+
+
 @pytest.mark.parametrize("name", ["train.npy", "held_out.npy"])
 def test_a_pipe_where_codes_belong_is_not_waited_for(folder, impatient, capsys, name):
     encode(folder, Reader(), toy_data())

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -335,6 +336,28 @@ def test_an_unknown_exit_code_is_a_crash(store):
 
 
 # -- what a child and its run are given --------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_removed_as_its_trial_ends_is_told(trial, store):
+    """And no log of it is referred to."""
+
+    def work(run):
+        finishing(run)
+        shutil.rmtree(run.folder)
+
+    trial(work)
+    config = make_config("cnn", "smoke", device="cpu")
+    told = f"{store.run(config).folder} was removed as its trial ended"
+    assert run_in_child(config, store) == ("crashed", told)
+
+
+def test_no_lock_of_a_child_has_a_name_that_outlives_it(trial, store, monkeypatch):
+    """Such as tqdm's, of which Python would complain when all is done: a child ends without tidying up."""
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "_start_method", "forkserver")  # as a child of the server
+    trial(lambda run: (run.folder / "lock.txt").write_text(str(multiprocessing.RLock()._semlock.name)))
+    run_in_child(make_config("cnn", "smoke", device="cpu"), store)
+    (lock,) = store.root.glob("runs/*/lock.txt")
+    assert lock.read_text() == "None"
 
 
 def test_a_child_has_a_session_and_a_log_of_its_own(trial, store):

@@ -29,7 +29,7 @@ from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.priors.config import PriorConfig
 from bench.quantizers import QUANTIZERS
 from bench.sweeps import address, conversion, importance, index
-from bench.sweeps.address import EXAMPLES, without_password
+from bench.sweeps.address import EXAMPLES, storage_url, without_password
 from bench.sweeps.conversion import MAX_REPORTS, report
 from bench.sweeps.definition import Range, distribution, suggest
 from bench.sweeps.importance import importances
@@ -733,6 +733,18 @@ def test_a_search_trial_is_rebuilt_when_all_its_seeds_have_ended(indexed, store)
     assert [(trial.params, trial.value) for trial in trials] == [({"beta": 0.25}, 3.0), ({"beta": 2.0}, None)]
     assert {trial.distributions["beta"] for trial in trials} == {FloatDistribution(0.1, 4.0, log=True)}
     assert index.rebuild(indexed, store, "s-smoke") == 0
+
+
+@pytest.mark.parametrize("url", ["://me:secret@h/x", "postgresql://me:sec@ret@h/x", "foo://me:secret@h/x"])
+def test_the_variable_that_names_a_database_which_cannot_be_is_named(tmp_path, monkeypatch, url):
+    """And its password is not."""
+    monkeypatch.setenv("VQBENCH_STORAGE", url)
+    with pytest.raises(UserError, match="name a database with VQBENCH_STORAGE, such as sqlite:///") as told:
+        Index(storage_url(None, tmp_path), tmp_path)
+    assert "sec" not in str(told.value)
+    monkeypatch.delenv("VQBENCH_STORAGE")
+    with pytest.raises(UserError, match="name a database with --storage, such as sqlite:///"):
+        Index(url, tmp_path)
 
 
 def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path, monkeypatch):

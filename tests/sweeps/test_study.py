@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import json
 import re
+import shlex
 import shutil
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -1114,16 +1116,18 @@ def test_data_and_weights_are_prepared_for_every_backbone_before_anything_runs(c
     ]
 
 
-def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ended(child, tmp_path, capsys):
+def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ended(child, tmp_path, capsys, monkeypatch):
     """Runs of other studies that lie beside them are not its; its report is named in the dashboard."""
-    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setattr(study, "which", lambda name: None)
+    url = f"sqlite:///{tmp_path / 'else where.db'}"
     fabricate(Store(tmp_path), make_config("cnn", "smoke", beta=7.0, device="cpu"))
     child.endings = ["diverged"]
     assert start(BETA, tmp_path, "--beta", "0.25", "--storage", url, "--workers", "3") == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert "study beta-smoke: 2 trials to run, 3 at a time" in shown
     assert "study beta-smoke: 1 diverged, 1 finished" in shown or "study beta-smoke: 1 finished, 1 diverged" in shown
-    assert f"dashboard: optuna-dashboard {url} --artifact-dir {tmp_path}/studies/artifacts" in shown
+    program, command = str(Path(sys.executable).with_name("optuna-dashboard")), shown.partition("dashboard: ")[2]
+    assert shlex.split(command) == [program, url, "--artifact-dir", f"{tmp_path}/studies/artifacts"]
     assert not (tmp_path / "studies" / "optuna.db").exists()
     for backbone in ("cnn", "vit"):
         note = get_note(optuna.load_study(study_name=f"beta-smoke-{backbone}", storage=url)).splitlines()
