@@ -1,5 +1,6 @@
 """What a study file says, and its command line: an Ablation or a Search, the values of a field, and the flags."""
 
+import itertools
 import math
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -8,7 +9,8 @@ import tyro
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from backbones import BACKBONES
+from backbones import BACKBONES, OPTIONS
+from backbones import backbone as backbone_called
 from bench import instruments
 from bench.analysis.frames import DEFAULTS, METRICS
 from bench.core.errors import UserError
@@ -149,7 +151,8 @@ class Ablation:
     """Every backbone at every combination of the values in ``sweep``, once per seed.
 
     ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
-    over the codes of each of these tokenizers, with the tokenizer's seed.
+    over the codes of each of these tokenizers, with the tokenizer's seed. ``alone``: not every combination, but the
+    first values of all, and each further value with the first of all others, where the backbone takes it.
     """
 
     name: str
@@ -158,6 +161,17 @@ class Ablation:
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0, 1, 2)
     priors: tuple[str, ...] = ()
+    alone: bool = False
+
+    def combinations(self, backbone: str, space: dict[str, tuple]) -> list[dict[str, Any]]:
+        """The values of ``space``, the swept fields as the command line has them, that ``backbone`` is trained with."""
+        values = {name: tuple(dict.fromkeys(choices)) for name, choices in space.items()}
+        if not self.alone:
+            return [dict(zip(values, cell, strict=True)) for cell in itertools.product(*values.values())]
+        first = {name: choices[0] for name, choices in values.items()}
+        taken = backbone_called(backbone).options
+        own = [name for name in values if name in taken or name not in OPTIONS]
+        return [first, *({**first, name: value} for name in own for value in values[name][1:])]
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ class AblationPlan(Plan):
     def _cells(self, backbone: str) -> list[Cell]:
         """All cells of one seed before those of the next."""
         cells = []
-        for seed, *values in itertools.product(self.seeds, *map(dict.fromkeys, self.space.values())):
-            params = {**dict(zip(self.space, values, strict=True)), "seed": seed}
+        for seed, values in itertools.product(self.seeds, self.study.combinations(backbone, self.space)):
+            params = {**values, "seed": seed}
             (config,) = self.configs(backbone, params)
             new = seed == self.seeds[0] or seed != cells[-1].params["seed"]  # all values once, and all seeds
             if new:

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from optuna.trial import FixedTrial, TrialState
 
-from backbones import BACKBONES
+from backbones import BACKBONES, OPTIONS
+from backbones import backbone as backbone_called
 from bench.analysis.frames import frame
 from bench.core.errors import UserError
 from bench.core.runs import FAILURES
@@ -334,6 +335,15 @@ STUDIES = {
     "grid_size": ({"grid_size": (1, 2, 4, 8, 16)}, {}, ALL, (0, 1, 2)),
     "learning_rate": ({"lr": (3e-4, 1e-3, 2e-3, 5e-3)}, {}, ALL, (0, 1, 2)),
     "priors": ({"grid_size": (4, 8, 16)}, {}, ALL, (0, 1, 2)),
+    "variants": (
+        {"token_order": ("raster", "hilbert", "cross")}
+        | dict.fromkeys(("two_streams", "vision_mixer", "rotary", "rms_norm", "full_resolution"), (False, True))
+        | dict.fromkeys(("patch_overlap", "final_conv"), (False, True))
+        | {"attention": (0, 1)},
+        {},
+        ALL,
+        (0, 1, 2),
+    ),
     "quantizers": (
         {"quantizer": ("standard", "ema", "l2", "ema_l2", "gumbel", "ibq", "product", "bsq", "none")},
         {},
@@ -348,6 +358,31 @@ def test_an_ablation_sweeps_what_its_docstring_says(name):
     study = importlib.import_module(f"studies.{name}").STUDY
     assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
     assert study.priors == (tuple(PRIORS) if name == "priors" else ())
+    assert study.alone == (name == "variants")
+
+
+def test_alone_each_further_value_stands_with_the_first_of_all_others_where_a_backbone_takes_it():
+    """Fields that are no options are everybody's; a value that is given twice is one."""
+    space = {"token_order": ("raster", "cross", "cross"), "rotary": (False, True), "beta": (0.25, 1.0, 2.0)}
+    study = Ablation("s", sweep=space, alone=True)
+    first = {"token_order": "raster", "rotary": False, "beta": 0.25}
+    betas = [{**first, "beta": 1.0}, {**first, "beta": 2.0}]
+    assert study.combinations("cnn", space) == [first, *betas]
+    assert study.combinations("vit", space) == [first, {**first, "rotary": True}, *betas]
+    assert study.combinations("mamba", space) == [first, {**first, "token_order": "cross"}, *betas]
+    assert len(replace(study, alone=False).combinations("cnn", space)) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_variants_have_every_option_of_every_backbone(name):
+    """But for --pretrained; each can be trained."""
+    sweep = importlib.import_module("studies.variants").STUDY.sweep
+    assert {*sweep} == {*OPTIONS} - {"pretrained"}
+    cells = Ablation("s", sweep, alone=True).combinations(name, sweep)
+    changed = [{key for key in cell if cell[key] != cells[0][key]} for cell in cells]
+    assert {*itertools.chain(*changed)} == backbone_called(name).options
+    for cell in cells:
+        make_config(name, "smoke", device="cpu", **cell).check()
 
 
 def test_the_search_is_over_what_its_docstring_says():
