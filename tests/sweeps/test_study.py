@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 import json
+import os
 import re
 import shutil
+import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1232,25 +1235,28 @@ def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
 
 
 class Looks(list):
-    """In place of ``run_trial`` on runs that are finished: notes which are looked at, and ends for one of them in what
-    a stranger's folder may hold."""
+    """In place of a child that looks at a run: notes which, and ends at one backbone as it is told."""
 
-    def __call__(self, config, store, fid_weights, instruments):
+    def __init__(self, *endings):
+        self.endings = list(endings)
+
+    def __call__(self, config, store, instruments, fid_weights, threads, ask):
         run = store.run(config)
         assert run.finished
         self.append((config.backbone, config.seed, run.folder.parent.name, instruments))
-        if config.backbone == "vit":
-            raise UserError("its weights are damaged")
+        self.threads = threads
+        if config.backbone == "vit" and self.endings:
+            return Outcome(self.endings.pop(0), "its weights are damaged")
         run.seal("instruments.json", {"instruments": {"equivariance": EQUIVARIANT}})
-        return run
+        return Outcome("finished")
 
 
 EQUIVARIANT = {"version": INSTRUMENTS["equivariance"].version, "seconds": 1.0, "weights": "w", "metrics": {}}
 
 
 def test_instruments_look_once_at_every_finished_run_and_none_by_default(child, tmp_path, monkeypatch, capsys):
-    looks, checked = Looks(), Mock()
-    monkeypatch.setattr(study, "run_trial", looks)
+    looks, checked = Looks("refused", "refused", "refused"), Mock()
+    monkeypatch.setattr(study, "look_in_child", looks)
     monkeypatch.setattr(study, "check_instruments", checked)
     child.endings = ["diverged", "finished", "finished", "finished"]
     assert start(BETA, tmp_path) == 1
@@ -1258,16 +1264,61 @@ def test_instruments_look_once_at_every_finished_run_and_none_by_default(child, 
     checked.reset_mock()
     assert start(BETA, tmp_path, "--instruments", "equivariance") == 1
     assert [call.args[2] for call in checked.call_args_list] == [("equivariance",)] * 2
-    assert looks == [(name, 0, "runs", ("equivariance",)) for name in ("cnn", "vit", "vit")]
-    assert "not looked at: its weights are damaged" in capsys.readouterr().err
+    assert sorted(looks) == [(name, 0, "runs", ("equivariance",)) for name in ("cnn", "vit", "vit")]
+    assert looks.threads is None
+    said = capsys.readouterr().err
+    assert said.count("not looked at: its weights are damaged") == 2
+    assert re.search(r"/3 cnn-ema-\w+: equivariance \(", said)
     looks.clear()
     start(BETA, tmp_path, "--instruments", "equivariance")
     assert [name for name, *_ in looks] == ["vit", "vit"]  # the other has been
 
 
+@pytest.mark.parametrize(("ending", "looked"), [("crashed", 3), ("out_of_memory", 2), ("refused", 1), ("busy", 1)])
+def test_a_look_that_fails_is_tried_as_often_as_a_trial_and_stops_nothing(
+    child, tmp_path, monkeypatch, capsys, ending, looked
+):
+    looks = Looks(*[ending] * 3)
+    monkeypatch.setattr(study, "look_in_child", looks)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--beta", "0.25", "--instruments", "equivariance", "--workers", "2") == 0
+    assert sorted(name for name, *_ in looks) == ["cnn"] + ["vit"] * looked
+    assert looks.threads == study.threads_each(2) >= 1
+    assert "not looked at: its weights are damaged" in capsys.readouterr().err
+
+
+def test_instruments_look_at_as_many_runs_at_a_time_as_there_are_workers(child, tmp_path, monkeypatch):
+    together = threading.Barrier(2, timeout=20)
+
+    def look(*given):
+        together.wait()
+        return Outcome("finished")
+
+    monkeypatch.setattr(study, "look_in_child", look)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--beta", "0.25", "--instruments", "equivariance", "--workers", "2") == 0
+
+
+def test_a_signal_stops_looks_and_no_further_one_begins(child, tmp_path, monkeypatch, capsys):
+    looked = []
+
+    def look(config, store, instruments, fid_weights, threads, ask):
+        looked.append(config)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while ask() is None:
+            time.sleep(0.01)
+        return Outcome(ask())
+
+    monkeypatch.setattr(study, "look_in_child", look)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--instruments", "equivariance") == 130
+    assert len(looked) == 1
+    assert "stopped after instruments looked at 0 of 4 runs; the same command continues" in capsys.readouterr().err
+
+
 def test_of_a_search_instruments_look_at_what_confirms_it(child, tmp_path, monkeypatch, capsys):
     looks = Looks()
-    monkeypatch.setattr(study, "run_trial", looks)
+    monkeypatch.setattr(study, "look_in_child", looks)
     monkeypatch.setattr(study, "check_instruments", Mock())
     words = ["--trials", "2", "--instruments", "equivariance", "--backbone", "cnn"]
     assert start(SEARCH, tmp_path, *words) == 2
