@@ -20,7 +20,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.tables import Group, score_table, with_suffix
+from bench.analysis.tables import Group, put, score_table, with_suffix
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
@@ -81,7 +81,7 @@ def work(arguments: list[str]) -> int:
         trials.append(Trial(f"{prior} {seed}", store.run(config), work))
     finished, diverged = run_each(trials)
     if finished:
-        stdout.print(result_table(finished))
+        put(result_table(finished), "their metrics.json, or the report of the tokenizer, python -m bench.report RUN")
         stdout.print(escape(protocol_line(finished[0])), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
     return 1 if diverged else 0
