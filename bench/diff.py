@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.frames import CLOCKED, METRICS, differing, read
-from bench.core.cli import command
+from bench.core.cli import command, command_line
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.runs import Run
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
 
     def work(words: list[str]) -> int:
-        options = tyro.cli(Options, args=words, prog="python -m bench.diff", description=__doc__)
+        options = command_line(Options, words, "python -m bench.diff", __doc__)
         store = Store(options.results)
         runs = [store.find(name) for name in (options.run_a, options.run_b)]
         for run in runs:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.tables import Group, put, score_table, with_suffix
-from bench.core.cli import Trial, command, run_each
+from bench.core.cli import Trial, command, command_line, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.runs import HELD_OUT, Run
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
-    options = tyro.cli(PriorArguments, args=arguments, prog="python -m bench.prior", description=__doc__)
+    options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__)
     tokenizers = [find_tokenizer(name, options.results) for name in options.tokenizer]
     if not tokenizers:
         raise UserError(f"name the run of a tokenizer: {known_tokenizers(options.results)}")

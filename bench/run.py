@@ -13,7 +13,7 @@ import itertools
 import math
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -31,7 +31,7 @@ from bench.core.store import Store
 from bench.instruments import choose
 from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers.arguments import LOOKS, Arguments, parse
+from bench.tokenizers.arguments import LOOKS, Arguments, parse, without
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
@@ -200,17 +200,6 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
     if with_codes:
         lines.append(f"Generate images: python -m bench.prior {shlex.quote(str(shown))}")
     return "\n".join(lines)
-
-
-def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
-    """``words`` of a command line but for ``flags`` and what follows each up to the next one."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def size_table(configs: list[Config], timed: bool = False) -> Table:

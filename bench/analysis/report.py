@@ -112,6 +112,9 @@ def write_report(
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
     table, damaged = frames.read(_watched("reading runs", selection.runs))
+    if selection.study and selection.study["kind"] == "search":
+        roles = {run_id: row.get("role") for run_id, row in selection.study.get("confirmed", {}).items()}
+        table["role"] = table.run_id.map(roles)
     known = {run.folder.name for run in selection.runs}
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table

@@ -228,8 +228,9 @@ def sentences(verdicts: Sequence[Verdict]) -> list[str]:
     apart = [one for one in verdicts if one.n == 0]
     if len(apart) < 2:
         return [one.sentence() for one in verdicts]
-    *first, last = dict.fromkeys(side for one in apart for side in (one.a, one.b))
-    words = f"of {', '.join(first)} and {last} no two share a seed and setting, so that none is compared with another"
+    sides = list(dict.fromkeys(side for one in apart for side in (one.a, one.b)))
+    more = f" and {len(sides) - LISTED} more" if len(sides) > LISTED else ""
+    words = f"not compared, since no pair shares a seed and setting: {', '.join(sides[:LISTED])}{more}"
     return [*(one.sentence() for one in verdicts if one.n), words]
 
 

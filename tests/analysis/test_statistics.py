@@ -480,9 +480,7 @@ def test_pairs_without_a_seed_in_common_are_one_sentence():
     verdicts = backbone_verdicts(rows(apart), ("lpips_alex", "lpips_vgg"))
     assert len(verdicts) > 2
     a, b, c = sorted(FOUR[:3])
-    assert sentences(verdicts) == [
-        f"of {a}, {b} and {c} no two share a seed and setting, so that none is compared with another"
-    ]
+    assert sentences(verdicts) == [f"not compared, since no pair shares a seed and setting: {a}, {b}, {c}"]
     alike = backbone_verdicts(rows([(make_config(name, "smoke"), 0.3) for name in FOUR[:3]]))
     assert sentences(alike) == [one.sentence() for one in alike]
 
