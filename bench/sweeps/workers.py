@@ -1,6 +1,5 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
-import os
 import threading
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState
 from .kinds import TOKENIZERS, AnyConfig, Row
-from .plan import Cell, Part, Plan, shown
+from .plan import Cell, Part, Plan, shown, threads_each
 from .search import make_plan
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
@@ -114,11 +113,6 @@ def _look(cell: Cell, options: tuple, stop: threading.Event) -> tuple[str, Outco
     return name, outcome, time.monotonic() - began
 
 
-def threads_each(workers: int) -> int | None:
-    """Threads of each child where so many ``workers`` have one; None for as many as torch takes."""
-    return max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
-
-
 def conclude(plan: Plan, index: Index) -> None:
     """Counts how tokenizers ended, writes the report, attaches its plots."""
     from bench.analysis.report import write_report  # and what draws charts: not before it is needed
@@ -146,13 +140,15 @@ class Workers:
         self.taken: set[int] = set()  # ids of trials of this command
         self.waits = False  # for others, and has said so
         self.figures: dict[str, str] = {}  # trials under way → how they stand
+        self.begun: dict[str, float] = {}  # the same → when they began
+        self.seconds: list[float] = []  # that trials took which ended
 
     def run(self) -> None:
         """Returns when nothing is left to run, here or elsewhere. Raises Interrupted after SIGINT or SIGTERM."""
         count, noun = self.options.workers, self.kind.noun
         with (
             interruptible() as self.stop,
-            Bar(f"study {self.plan.name}", self.missing * self.steps) as self.bar,
+            Bar(f"study {self.plan.name}", self.missing * self.steps, eta=self._left) as self.bar,
             ThreadPoolExecutor(count) as pool,
         ):
             for future in [pool.submit(self._work) for _ in range(count)]:
@@ -199,7 +195,7 @@ class Workers:
         self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
         label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
-        began = time.monotonic()
+        began = self.begun[label] = time.monotonic()
         with self.index.heartbeat(trial):
             for config in cell.configs:
                 watched = trial if config is cell.configs[0] and len(part.metrics) == 1 else None
@@ -254,6 +250,14 @@ class Workers:
             say(f"{label}: {outcome.status}, {escape(outcome.reason)}; attempt {attempts + 1} follows")
         return Outcome("interrupted")
 
+    def _left(self) -> float | None:
+        """Seconds that are left, where each trial takes as long as those that ended; None before the first has."""
+        if not self.seconds:
+            return None
+        each, now = sum(self.seconds) / len(self.seconds), time.monotonic()
+        left = (self.missing - self.done) * each - sum(min(now - began, each) for began in self.begun.values())
+        return max(0.0, left) / self.options.workers
+
     def _advance(self, label: str, figures: str = "") -> None:
         with self.lock:
             self.figures.pop(label, None)
@@ -266,6 +270,8 @@ class Workers:
         """One line for a trial that ended."""
         with self.lock:
             self.done += 1
+            self.seconds.append(seconds)
+            self.begun.pop(label, None)
         self._advance(label)
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":

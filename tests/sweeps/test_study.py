@@ -552,10 +552,11 @@ def test_estimates_scale_with_steps(tmp_path):
     known = frame(store.runs())
     seconds = 30 + config.width / 10
     longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
-    assert plan.estimates([config, longer], known) == pytest.approx([seconds, 2 * seconds])
+    scoring = 5  # which takes as long however long was trained
+    assert plan.estimates([config, longer], known, 2) == pytest.approx([seconds + scoring, 2 * seconds + scoring])
+    assert plan.estimates([config], known, 1) == pytest.approx([2 * (seconds + scoring)])  # on half as many threads
     other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
-    (measured,) = plan.estimates([other], known)
-    assert measured > 0
+    assert plan.estimates([other], known, 2) == [None]
 
 
 def test_a_rebuilt_search_goes_on(child, tmp_path):
@@ -700,7 +701,7 @@ def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads)
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
 
     monkeypatch.setattr(study, "run_in_child", Counting())
-    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
     one = Ablation("one", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("independent",))
     assert start(one, tmp_path, "--workers", str(workers), "--trial-timeout", "77") == 0
     assert found == [(threads, 77.0)] * 2  # a tokenizer and a prior
@@ -802,8 +803,8 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
     totals, bars = [], []
 
     class Bar(study.Bar):
-        def __init__(self, label, total, *rest):
-            super().__init__(label, total, *rest)
+        def __init__(self, label, total, *rest, **options):
+            super().__init__(label, total, *rest, **options)
             totals.append(total)
             bars.append(self)
 
@@ -811,6 +812,18 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
     assert start(BETA, tmp_path, "--steps", "50") == 0
     assert totals == [4 * 50]
     assert [bar.done for bar in bars] == [4 * 50]
+
+
+def test_what_is_left_of_a_study_is_told_by_the_trials_that_ended(tmp_path, monkeypatch):
+    """Not by steps, which scoring has none of; and not before one has ended."""
+    made = planned(tmp_path, "--workers", "2")
+    crew = study.Workers(made, None, made.tokenizers(), 10)
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    assert crew._left() is None
+    crew.done, crew.seconds, crew.begun = 2, [30.0, 50.0], {"a": 90.0, "b": 20.0}
+    assert crew._left() == pytest.approx((8 * 40 - 10 - 40) / 2)
+    crew.done, crew.begun = 10, {}
+    assert crew._left() == 0
 
 
 def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path, capsys):
