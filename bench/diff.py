@@ -29,7 +29,7 @@ from bench.core.runs import Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 
-LABEL = 28  # characters of what a metric is called in one line
+LABEL = 30  # characters of what a metric is called in one line
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
 
