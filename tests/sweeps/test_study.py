@@ -479,7 +479,8 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     assert not set(CONFIG) & set(METRICS)
 
 
-def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
+def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "threads_each", lambda workers: 2)  # as fabricated runs had
     start(BETA, tmp_path, "--backbone", "cnn")
     child.calls.clear()
     capsys.readouterr()
@@ -489,7 +490,8 @@ def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
     assert rows["cnn"][1:7] == ["2", "×", "2", "2", "0", "2"]
     assert rows["vit"][1:7] == ["2", "×", "2", "0", "0", "4"]
     assert not child.calls
-    assert float(rows["cnn"][7]) == pytest.approx(2 * 34 / 60, abs=0.06)  # fabricated runs take 34 s
+    assert float(rows["cnn"][7]) == pytest.approx(2 * 39 / 60, abs=0.06)  # fabricated runs take 39 s
+    assert rows["vit"][7] == "unknown"
 
 
 def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
