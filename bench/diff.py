@@ -19,14 +19,17 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from bench import instruments
 from bench.analysis.frames import CLOCKED, METRICS, differing, read
-from bench.core.cli import command
+from bench.analysis.tables import put
+from bench.core.cli import command, command_line
 from bench.core.errors import UserError
 from bench.core.progress import say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 
+LABEL = 30  # characters of what a metric is called in one line
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
 
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
 
     def work(words: list[str]) -> int:
-        options = tyro.cli(Options, args=words, prog="python -m bench.diff", description=__doc__)
+        options = command_line(Options, words, "python -m bench.diff", __doc__)
         store = Store(options.results)
         runs = [store.find(name) for name in (options.run_a, options.run_b)]
         for run in runs:
@@ -85,30 +88,42 @@ def show(a: Run, b: Run) -> None:
     ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
     if environment.keys() & {"processor", "threads"}:
         ranked -= set(CLOCKED)
-    stdout.print(metric_table(table, ranked))
+    shown, equal = metric_table(table, ranked)
+    if shown.row_count:
+        put(shown, "a wider terminal")
+    if equal:
+        _say(f"Equal in both: {'; '.join(equal)}.")
+    if table[[*instruments.SHOWN]].notna().any(axis=None):
+        _say("All that instruments found is in instruments.json of either run.")
     if ranked:
         _say(_images(a, b))
 
 
-def metric_table(table: pd.DataFrame, ranked: set[str]) -> Table:
-    """A row per metric that both rows of a frame have, with a word on the second where it may be ``ranked``."""
-    shown = Table(title="Metrics", title_justify="left", box=box.SIMPLE_HEAD)
-    shown.add_column("metric", no_wrap=True)
-    for heading in ("A", "B", "B - A", "change"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("B is")
-    for name, (a, b) in table[list(METRICS)].dropna(axis=1).items():
-        metric = METRICS[name]
-        texts = [f"{value:{metric.form}}" for value in (a, b)]
-        if name not in ranked:
-            verdict = "–"
-        elif texts[0] == texts[1]:
-            verdict = "equal"
-        else:
+def metric_table(table: pd.DataFrame, ranked: set[str]) -> tuple[Table, list[str]]:
+    """A row per metric that both rows of a frame have and that differs as shown, with a word on the second where it may
+    be ``ranked``, those first; and the others, with their values. Of what instruments found those that reports show."""
+    shown = Table(title="Metrics", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("metric", max_width=LABEL)
+    for heading in ("A", "B", "B - A", "change", "B is"):
+        shown.add_column(heading, justify="left" if heading == "B is" else "right", no_wrap=True)
+    equal = []
+    names = [name for name in METRICS if name not in instruments.METRICS or name in instruments.SHOWN]
+    for name in sorted(names, key=lambda name: name not in ranked):
+        metric, (a, b) = METRICS[name], table[name]
+        if pd.isna(a) or pd.isna(b):
+            continue
+        unit, form = (1e6, ",.2f") if min(abs(a), abs(b)) >= 1e6 else (1, metric.form)
+        texts = [f"{value / unit:{form}}" for value in (a, b)]
+        label = metric.label + " M" * (unit > 1)
+        if texts[0] == texts[1]:
+            equal.append(f"{label} {texts[0]}")
+            continue
+        verdict = "–"
+        if name in ranked:
             verdict = "[green]better[/]" if (b < a) == (metric.better == "lower") else "[red]worse[/]"
         change = f"{100 * (b - a) / abs(a):+.1f} %" if a else "–"
-        shown.add_row(f"{metric.label} {metric.arrow}", *texts, f"{b - a:+{metric.form}}", change, verdict)
-    return shown
+        shown.add_row(f"{label} {metric.arrow}", *texts, f"{(b - a) / unit:+{form}}", change, verdict)
+    return shown, equal
 
 
 def _images(a: Run, b: Run) -> str:
@@ -150,7 +165,8 @@ def _show_pairs(title: str, pairs: Pairs, otherwise: str) -> None:
     for heading in (title.lower(), "A", "B"):
         table.add_column(heading, overflow="fold")
     for name, pair in pairs.items():
-        table.add_row(name, *map(_text, pair))
+        texts = list(map(_text, pair))
+        table.add_row(name, *(texts if texts[0] != texts[1] else map(str, pair)))  # beyond the digits that are shown
     stdout.print(table)
 
 

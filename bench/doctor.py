@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from rich.table import Table
 from rich.text import Text
 
 from backbones.ssd import scan_backend
 from backbones.torchvision_repair import repair
-from bench.core.cli import command
+from bench.core.cli import command, command_line
 from bench.core.device import resolve_device, resolve_precision
 from bench.core.errors import UserError
 from bench.core.files import cache_dir
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     0."""
 
     def work(words: list[str]) -> int:
-        return report(tyro.cli(Options, args=words, prog="python -m bench.doctor", description=__doc__).results)
+        return report(command_line(Options, words, "python -m bench.doctor", __doc__).results)
 
     return command(work, list(arguments))
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from bench.core.cli import command
+from bench.core.cli import command, command_line
 from bench.core.device import check_device, resolve_device
 from bench.core.errors import UserError
 from bench.core.progress import stdout
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, encodes, and says where the codes are. Returns the exit code."""
-    options = tyro.cli(Options, args=arguments, prog="python -m bench.encode", description=__doc__)
+    options = command_line(Options, arguments, "python -m bench.encode", __doc__)
     if not options.run:
         raise UserError("name the run of a tokenizer: python -m bench.encode RUN")
     device = resolve_device(options.device)

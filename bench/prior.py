@@ -20,8 +20,8 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from bench.analysis.tables import Group, score_table, with_suffix
-from bench.core.cli import Trial, command, run_each
+from bench.analysis.tables import Group, put, score_table, with_suffix
+from bench.core.cli import Trial, command, command_line, run_each
 from bench.core.errors import UserError
 from bench.core.progress import stdout
 from bench.core.runs import HELD_OUT, Run
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
-    options = tyro.cli(PriorArguments, args=arguments, prog="python -m bench.prior", description=__doc__)
+    options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__)
     tokenizers = [find_tokenizer(name, options.results) for name in options.tokenizer]
     if not tokenizers:
         raise UserError(f"name the run of a tokenizer: {known_tokenizers(options.results)}")
@@ -82,7 +82,7 @@ def work(arguments: list[str]) -> int:
         trials.append(Trial(f"{prior} {seed}", store.run(config), work))
     finished, diverged = run_each(trials)
     if finished:
-        stdout.print(result_table(finished))
+        put(result_table(finished), "their metrics.json, or the report of the tokenizer, python -m bench.report RUN")
         bound = f" {BOUND}" * ("masked" in options.prior)
         stdout.print(escape(protocol_line(finished[0]) + bound), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from bench.analysis.report import write_report
-from bench.core.cli import command
+from bench.core.cli import command, command_line
 from bench.sweeps.importance import importances
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
 
     def work(words: list[str]) -> int:
-        options = tyro.cli(Options, args=words, prog="python -m bench.report", description=__doc__)
+        options = command_line(Options, words, "python -m bench.report", __doc__)
         write_report(options.names, options.results, options.out, importances)
         return 0
 

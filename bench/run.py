@@ -13,7 +13,7 @@ import itertools
 import math
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -32,7 +32,7 @@ from bench.core.store import Store
 from bench.instruments import choose
 from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers.arguments import LOOKS, Arguments, parse
+from bench.tokenizers.arguments import LOOKS, Arguments, parse, without
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
 from bench.tokenizers.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ COLUMNS = (
     *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
 )
 
-BESIDE = 8  # rows of that table which have room side by side
+REPORTS = "the runs' metrics.json and instruments.json, or python -m bench.report RUN RUN"  # which have all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +94,7 @@ def work(arguments: list[str]) -> int:
 
 def compare(options: RunArguments, given: Sequence[str]) -> int:
     """Runs every config of ``options``, which the words ``given`` mean, prints the table, and returns the exit code."""
+    from bench.analysis.tables import put
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
     store = Store(options.results)
@@ -110,10 +111,10 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     if finished:
         groups = alike(finished)
         for group in groups:
-            stdout.print(result_table(group, diverged if group is groups[-1] else ()))
+            put(result_table(group, diverged if group is groups[-1] else ()), REPORTS)
             stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
-            stdout.print(table)
+            put(table, REPORTS)
         stdout.print(escape(next_command(options, finished, given)), soft_wrap=True)
     return 1 if diverged else 0
 
@@ -177,15 +178,15 @@ def references(metrics: dict[str, float]) -> list[tuple[str, float, dict[str, fl
 
 def instrument_tables(runs: list[Run]) -> list[Table]:
     """What instruments found, means over seeds, in a table per block of ``runs``; none where none looked."""
-    from bench.analysis.frames import blocks, read
+    from bench.analysis.frames import blocks, continuous, read
     from bench.analysis.rankings import instruments
     from bench.analysis.tables import upright
 
     table, damaged = read(runs)
     for sentence in damaged:
         say(f"[yellow]left out:[/] {escape(sentence)}")
-    sheets = [instruments(block) for block in blocks(table)]
-    return [upright(sheet, "What instruments found", BESIDE) for sheet in sheets if sheet.rows]
+    sheets = [instruments(block, continuous(table)) for block in blocks(table)]
+    return [upright(sheet, "What instruments found") for sheet in sheets if sheet.rows or sheet.references]
 
 
 def protocol_line(run: Run) -> str:
@@ -194,8 +195,10 @@ def protocol_line(run: Run) -> str:
     missing = "" if protocol["extractor_inception"] else f" No FID: {weights.inception_missing()}"
     missing += "" if protocol.get("extractor_dinov2") else f" No FD-DINOv2: {weights.dinov2_missing()}"
     skipped = f" ({protocol['skipped']} unreadable files skipped)" if protocol["skipped"] else ""
+    few = run.config().get("train_images")
+    trained = f"; trained on {few} of the training images" if few else ""
     return (
-        f"Protocol {protocol['version']}: {protocol['split']}{skipped}; scored on all {protocol['count']} "
+        f"Protocol {protocol['version']}: {protocol['split']}{skipped}{trained}; scored on all {protocol['count']} "
         f"{HELD_OUT[protocol['scored_on']]} images at {protocol['image_size']}×{protocol['image_size']}, "
         f"decode(encode(x)) in {protocol['precision']}, {protocol['rounding']}; "
         f"FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{missing}"
@@ -216,17 +219,6 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
     if with_codes:
         lines.append(f"Generate images: python -m bench.prior {shlex.quote(str(shown))}")
     return "\n".join(lines)
-
-
-def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
-    """``words`` of a command line but for ``flags`` and what follows each up to the next one."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def size_table(configs: list[Config], timed: bool = False) -> Table:

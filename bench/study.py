@@ -10,6 +10,8 @@ folder and the storage, it divides the work.
 
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 
 import tyro
@@ -19,7 +21,7 @@ from rich.table import Table
 from tyro.extras import subcommand_cli_from_dict
 
 from bench.analysis.frames import statuses
-from bench.core.cli import command
+from bench.core.cli import command, parsed
 from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
@@ -84,11 +86,19 @@ def show(results: Path = Path("results")) -> int:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
-    known = {"list": show, "rebuild": rebuild}
-    options = {"prog": "python -m bench.study", "description": __doc__}
-    return command(
-        lambda words: subcommand_cli_from_dict(known, args=hide_misplaced(words), **options), arguments, addresses=True
-    )
+    known = {"list": _later(show), "rebuild": _later(rebuild)}
+    prog = "python -m bench.study"
+
+    def work(words: list[str]) -> int:
+        options = {"args": hide_misplaced(words), "prog": prog, "description": __doc__}
+        return parsed(lambda: subcommand_cli_from_dict(known, **options), prog)()
+
+    return command(work, arguments, addresses=True)
+
+
+def _later(work: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """``work`` with the same command line, which is done after that has been read."""
+    return wraps(work)(lambda *arguments, **options: partial(work, *arguments, **options))
 
 
 if __name__ == "__main__":

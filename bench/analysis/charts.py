@@ -191,9 +191,10 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
 def rate_distortion(scope: Scope) -> Iterator[Drawing]:
     """``rate_distortion``: metrics against bits per pixel, beside image formats and latents without codes; where K is
     swept, one line per grid size. Where runs of other bits differ in other settings too, as after a random search, all
-    are shown as points, and the front of each backbone."""
+    are shown as points, and the front of each backbone. Of a search, whose rows have a ``role``, always."""
     rows, fixed = controlled(scope.rows, list(BITS))
     alone = rows.bits_per_pixel.nunique() > 1 or scope.rows.bits_per_pixel.nunique() < 2
+    alone = alone and "role" not in rows  # of a search, where all trials count
     rows, fixed = (rows, fixed) if alone else (scope.rows, {})
     coded = rows.dropna(subset="coded_bits_per_pixel") if "coded_bits_per_pixel" in rows else rows.iloc[:0]
     latents = scope.rows.iloc[:0] if scope.latents is None else scope.latents

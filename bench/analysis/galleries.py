@@ -200,10 +200,14 @@ KEPT = {"untrained": "untrained.npz"}  # the file that runs keep an array in, wh
 
 
 def reconstructions(scope: Scope) -> Iterator[Drawing]:
-    """``reconstructions``: the same images by every backbone; ``reconstructions_FIELD``: by the first swept setting's
-    values, in the backbone that is best there."""
+    """``reconstructions``: the same images by every backbone, where a search is confirmed by its winners and the
+    defaults; ``reconstructions_FIELD``: by the first swept setting's values, in the backbone that is best there."""
     shown = Shown("x_hat", (main_metric(scope.rows), "psnr"), False, SCORED)
-    yield from _gallery(*representative(scope.rows), "backbone", "reconstructions", "Reconstructions", shown)
+    rows, words, by = *representative(scope.rows), "backbone"
+    if "role" in scope.rows and scope.rows.role.notna().any():
+        rows, words, by = scope.rows.dropna(subset="role"), ", the search's winners and the presets' defaults", "model"
+        rows = rows.assign(model=rows.backbone + ", " + rows.role)
+    yield from _gallery(rows, words, by, "reconstructions", "Reconstructions", shown)
     field, rows, words = first_sweep(scope.rows)
     if field:
         metric = main_metric(rows)
@@ -234,7 +238,9 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str, sho
         scores = [_score(row, metric) for metric in dict.fromkeys(shown.metrics)]
         contrast, pictures = stretched(pictures) if shown.stretched else (1, pictures)
         scores += [f"contrast ×{contrast:.1f}"] if shown.stretched else []
-        labels.append("\n".join([row.backbone if by == "backbone" else f"{label_of(by)} = {brief(row[by])}", *scores]))
+        labels.append(
+            "\n".join([row[by] if by in ("backbone", "model") else f"{label_of(by)} = {brief(row[by])}", *scores])
+        )
         images.append(pictures)
     figure = looks.picture_rows(images, labels)
     caption = f"One run per row, the lowest seed{words}; {shown.told}"

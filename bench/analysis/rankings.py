@@ -74,16 +74,22 @@ def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Seque
     ]
 
 
-def instruments(block: pd.DataFrame) -> Sheet:
+def instruments(block: pd.DataFrame, latents: pd.DataFrame | None = None) -> Sheet:
     """What instruments found, mean ± standard deviation over seeds per backbone and setting of ``block``, the best in
     its main metric first; no rows where none has looked at any. Nothing is marked as the best of its column, where a
-    worse tokenizer may have less to lose."""
-    names = [name for name in SHOWN if block[name].notna().any()]
+    worse tokenizer may have less to lose. ``latents``: continuous ones, of which those of the same budget are
+    references."""
+    own = references.beside(block, block.iloc[:0] if latents is None else latents)
+    own = own[own[[*SHOWN]].notna().any(axis=1)]
+    names = [name for name in SHOWN if pd.concat([block[name], own[name]]).notna().any()]
     table = best_first(frames.summary(block), frames.main_metric(block))
     by = [name for name in table.loc[:, :"failed"] if name != "failed"]
+    table = table.reindex(columns=dict.fromkeys([*table, *names, *(f"{name}_std" for name in names)]))
     looked = table[table[names].notna().any(axis=1)]
     used = [f"{name}: {each.about}" for name, each in INSTRUMENTS.items() if {*each.shown} & {*names}]
-    return Sheet([*by, *names], _ranked(looked, by, names, names), notes=[*used, *_cut(len(looked))])
+    keys = [*by, *names]
+    grey = references.latent_cells(own, keys)
+    return Sheet(keys, _ranked(looked, by, names, names), grey, [*used, *_cut(len(looked))])
 
 
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
@@ -142,13 +148,16 @@ def _sampling(prior: pd.Series) -> str:
 
 
 def protocol_of(block: pd.DataFrame) -> dict[str, str]:
-    """How all rows of a block were measured."""
+    """How all rows of a block were measured, and on how many images they were trained where that is not all."""
     first = block.filter(like="protocol_").iloc[0]
-    return {name.removeprefix("protocol_"): text_of(value) for name, value in first.items()}
+    told = {name.removeprefix("protocol_"): text_of(value) for name, value in first.items()}
+    counts = [f"{count:.0f}" if count else "all" for count in sorted(block.train_images.unique())]
+    return told | ({"trained_on": f"{' or '.join(counts)} of the training images"} if counts != ["all"] else {})
 
 
 def _protocol_line(protocol: dict[str, str]) -> str:
-    shown = ("data", "split", "scored_on", "count", "image_size", "rounding", "extractor_vgg16", "device", "version")
+    shown = ("data", "split", "trained_on", "scored_on", "count", "image_size", "rounding", "extractor_vgg16", "device")
+    shown = (*shown, "version")
     each = [f"{name.replace('_', ' ')} {_short(protocol[name])}" for name in shown if name in protocol]
     return f"Protocol: {'; '.join(each)}."
 

@@ -47,7 +47,12 @@ def reference_cells(block: pd.DataFrame, latents: pd.DataFrame, keys: list[str])
         first = block.dropna(subset=f"psnr_{name}").iloc[0]
         known = {"backbone": with_bits(FORMATS[name].label, first[f"bits_per_image_{name}"])}
         rows.append([cell(key, known.get(key, first.get(f"{key}_{name}"))) for key in keys])
-    own = beside(block, latents)
+    return rows + latent_cells(beside(block, latents), keys)
+
+
+def latent_cells(own: pd.DataFrame, keys: list[str]) -> list[list[Cell]]:
+    """Rows of columns ``keys`` of latents that are continuous, means over seeds."""
+    rows = []
     by = ["backbone", "quantizer", *(key for key in keys if key in BUDGET and key != "backbone")]
     for values, group in own.groupby(by, dropna=False):
         known = dict(zip(by, values, strict=True))

@@ -28,8 +28,8 @@ from bench.core.store import Store
 
 from . import charts, frames, rankings, searches
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
-from .statistics import COMPARED, Images, backbone_verdicts, setting_verdicts
-from .tables import LABELS, Sheet, heading, text_of
+from .statistics import COMPARED, Images, backbone_verdicts, sentences, setting_verdicts
+from .tables import LABELS, Sheet, fits, heading, put, text_of
 
 ROWS = 2000  # runs that runs.parquet is written of at a time
 CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
@@ -66,7 +66,8 @@ class Block(NamedTuple):
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
     ``damaged``: sentences on runs, or scores per image, that cannot be read. ``search``: what a search found and what
-    is left of it on the test; ``generation``: rankings of priors; both with their titles."""
+    is left of it on the test, and ``answers``, the same of each backbone in a sentence; ``generation``: rankings of
+    priors; both with their titles."""
 
     title: str
     facts: dict[str, str]
@@ -77,6 +78,7 @@ class Report(NamedTuple):
     runs: Sheet
     trained_on: str
     search: list[tuple[str, Sheet]]
+    answers: list[str]
     generation: list[tuple[str, Sheet]]
 
 
@@ -110,6 +112,9 @@ def write_report(
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
     table, damaged = frames.read(_watched("reading runs", selection.runs))
+    if selection.study and selection.study["kind"] == "search":
+        roles = {run_id: row.get("role") for run_id, row in selection.study.get("confirmed", {}).items()}
+        table["role"] = table.run_id.map(roles)
     known = {run.folder.name for run in selection.runs}
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
@@ -207,6 +212,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
     parts = list(frames.blocks(table))
     unscored = table[table.status != "finished"]
     latents = frames.continuous(table)
+    search, answers = _search(selection.study, table) if selection.study else ([], [])
     found = []
     for number, block in enumerate(_watched("comparing", parts), 1):
         head = f"{number}. " if len(parts) > 1 else ""
@@ -220,23 +226,27 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
         damaged=[*damaged, *(sentence for block in found for sentence in block.damaged)],
         runs=rankings.run_list(table, parts),
         trained_on=rankings.trained_on(table),
-        search=list(_search(selection.study, table)) if selection.study else [],
+        search=search,
+        answers=answers,
         generation=list(rankings.generation(priors)),
     )
 
 
-def _search(study: dict[str, Any], table: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
-    """Titles and sheets on the trials of a search, and on the runs that confirm it."""
+def _search(study: dict[str, Any], table: pd.DataFrame) -> tuple[list[tuple[str, Sheet]], list[str]]:
+    """Titles and sheets on the trials of a search, and on the runs that confirm it, and what these say in sentences."""
+    sheets, answers = [], []
     if study["kind"] != "search":
-        return
+        return sheets, answers
     fields, metric = study["sweep"], searches.goal(study["metrics"])
     found = searches.trials(table[table.run_id.isin(study["runs"])], fields)
     if len(found):
-        yield "Best of the search at each rate", searches.rate_sheet(found, fields, metric)
+        sheets.append(("Best of the search at each rate", searches.rate_sheet(found, fields, metric)))
     roles = {run_id: row.get("role") for run_id, row in study.get("confirmed", {}).items()}
     rows = table[(table.status == "finished") & table.run_id.isin(roles)]
     for group in frames.protocols(rows.assign(role=rows.run_id.map(roles))):
-        yield "Confirmed on fresh seeds", searches.confirmed_sheet(group, found, fields, metric)
+        sheets.append(("Confirmed on fresh seeds", searches.confirmed_sheet(group, found, fields, metric)))
+        answers += searches.answers(group, found, fields, metric)
+    return sheets, answers
 
 
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
@@ -252,12 +262,12 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     return Block(
         title=title,
         ranking=rankings.ranking(block, failed, latents),
-        instruments=rankings.instruments(block),
+        instruments=rankings.instruments(block, latents),
         protocol=rankings.protocol_of(block),
         equal=_equal(block),
         within=within,
-        headline=[replace(one, within="" if within else one.within).sentence() for one in first],
-        others=[one.sentence() for one in others[: rankings.LIMIT]],
+        headline=sentences([replace(one, within="" if within else one.within) for one in first]),
+        others=sentences(others[: rankings.LIMIT]),
         more=len(others),
         verdicts={name: rankings.verdict_list(ones, read.part) for name, ones in verdicts.items() if ones},
         damaged=read.damaged,
@@ -324,10 +334,11 @@ def html(report: Report, figures: Sequence[charts.Chart]) -> str:
 def markdown(report: Report) -> str:
     """Rankings, verdicts and refusals as Markdown that a paper could print."""
     facts = "\n".join(f"- {name}: {_inline(text)}" for name, text in report.facts.items())
-    parts = [f"# {_inline(report.title)}", facts]
+    parts = [f"# {_inline(report.title)}", facts, "\n".join(f"- {_inline(sentence)}" for sentence in report.answers)]
     for block in report.blocks:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
-        parts += ["### Instruments", _markdown(block.instruments)] if block.instruments.rows else []
+        found = block.instruments.rows or block.instruments.references
+        parts += ["### Instruments", _markdown(block.instruments)] if found else []
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
     for title, sheet in report.search:
@@ -354,25 +365,44 @@ def _inline(text: str) -> str:
     return re.sub(r"([\\`*_|<>]|\](?=\())", r"\\\1", " ".join(text.split()))
 
 
+def _brief(ranking: Sheet, title: str, shown: Sequence[str]) -> Table:
+    """The first rows of a ranking, and all references, of the columns ``shown``, for the terminal."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    places = [ranking.keys.index(key) for key in shown]
+    for i in places:
+        words = escape(heading(ranking.keys[i])).replace(" ", "\n").replace("_", "_\n")
+        table.add_column(words, justify="right" if ranking.numeric[i] else "left", no_wrap=True)
+    grey = [(row, "bright_black") for row in ranking.references]
+    for row, style in (*((row, None) for row in ranking.rows[:BRIEF]), *grey):
+        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in places]
+        table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells), style=style)
+    return table
+
+
 def show(report: Report) -> None:
     """Prints the best rows of each block, what it says about its backbones, and what has no scores."""
     for block in report.blocks[:BRIEF]:
-        keys, kept = block.ranking.keys, (block.ranking.order, "psnr", "perplexity")
-        shown = [i for i, key in enumerate(keys) if key in kept or key not in (*rankings.RANKED, "failed")]
-        table = Table(title=escape(block.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        for i in shown:
-            words = escape(heading(keys[i])).replace(" ", "\n")
-            table.add_column(words, justify="right" if block.ranking.numeric[i] else "left", no_wrap=True)
-        grey = [(row, "bright_black") for row in block.ranking.references]
-        for row, style in (*((row, None) for row in block.ranking.rows[:BRIEF]), *grey):
-            cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for i in shown]
-            table.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells), style=style)
-        stdout.print(table)
+        ranking, keys = block.ranking, block.ranking.keys
+        settings = [key for key in keys[1:] if key not in (*rankings.RANKED, "n", "failed")]
+        scores = [key for key in dict.fromkeys((ranking.order, "psnr", "perplexity")) if key in keys]
+        shown, gone = [keys[0], *settings, "n", *scores], []
+        spare = [*scores[:0:-1], "n", *reversed(settings)]  # what there is least need of comes first
+        while not fits(table := _brief(ranking, block.title, shown)) and stdout.is_terminal and spare:
+            gone.insert(0, spare.pop(0))
+            shown.remove(gone[0])
+        put(table, "the report", [heading(key) for key in gone])
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
+        if (rows := len(ranking.rows) - BRIEF) > 0 or len(block.headline) > BRIEF:
+            what = [f"{rows:,} more rows"] * (rows > 0)
+            what += [f"{len(block.headline) - BRIEF:,} more sentences"] * (len(block.headline) > BRIEF)
+            stdout.print(f"{' and '.join(what)} in the report.")
+    if len(report.blocks) > BRIEF:
+        stdout.print(f"{len(report.blocks) - BRIEF} more blocks, of other bits or protocols, in the report.")
+    for sentence in report.answers:
+        stdout.print(escape(sentence), soft_wrap=True)
     for title, sheet in report.search:
-        for line in (f"{title}: {len(sheet.rows)} rows; see the report.", *sheet.notes[1:]):
-            stdout.print(escape(line), soft_wrap=True)
+        stdout.print(escape(f"{title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     for title, sheet in report.generation:
         stdout.print(escape(f"Generation, {title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     if report.refusals.rows:

@@ -11,11 +11,12 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 
 from .frames import METRICS, best_first
-from .statistics import role_verdicts
-from .tables import Sheet, best_of, cell
+from .statistics import role_verdicts, sentences
+from .tables import Sheet, best_of, cell, text_of
 
 RATE = "bits_per_image"
 WINNER, DEFAULT, BOTH = "winner", "default", "winner, default"  # what a confirming run has the settings of
+ROLES = {WINNER: "winner", DEFAULT: "default", BOTH: "winner, which is the default"}
 SHOWN = ("psnr", "perplexity")
 
 
@@ -97,5 +98,24 @@ def confirmed_sheet(rows: pd.DataFrame, found: pd.DataFrame, fields: Sequence[st
     ]
     where = HELD_OUT[first.protocol_scored_on]
     notes = [f"Mean ± standard deviation over fresh seeds, on {first.protocol_count:.0f} {where} images."]
-    notes += [one.sentence() + "." for one in role_verdicts(rows, (metric,))]
     return Sheet([heads.get(key, key) for key in keys], texts, notes=notes, order=metric)
+
+
+def answers(rows: pd.DataFrame, found: pd.DataFrame, fields: Sequence[str], metric: str) -> list[str]:
+    """Of each backbone what validation promised of the winner, and what the test says of it and of the default; then
+    the verdicts on them. ``rows``, ``found``: as for ``confirmed_sheet``."""
+    label, where = METRICS[metric].label, HELD_OUT[rows.iloc[0].protocol_scored_on]
+    promised = found.set_index(["backbone", *fields])[metric]
+    lines = []
+    for backbone, own in rows.groupby("backbone"):
+        chosen = own[own.role != DEFAULT]
+        scores = own.groupby("role")[metric].mean()
+        if chosen.empty:
+            continue
+        values = chosen.iloc[0][list(fields)]
+        promise = promised.get((backbone, *values))
+        settings = ", ".join(f"{name} {text_of(value)}" for name, value in values.items())
+        told = [f"{text_of(promise, metric)} promised on validation"] if promise is not None else []
+        told += [f"{text_of(scores[role], metric)} on the {where} for the {ROLES[role]}" for role in scores.index[::-1]]
+        lines.append(f"{backbone}, {settings}: {label} {', '.join(told)}")
+    return lines + sentences(role_verdicts(rows, (metric,)))

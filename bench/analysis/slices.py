@@ -10,6 +10,7 @@ from bench.core.runs import HELD_OUT
 
 from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, coded, continuous, main_metric, protocols, settings
 from .looks import BITS, at_words, brief, label_of
+from .searches import BOTH, WINNER
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first
 KNOWN = ("protocol_data", "protocol_scored_on", "protocol_image_size")  # parts of a protocol that a reader knows
@@ -102,9 +103,9 @@ def controlled(rows: pd.DataFrame, free: list[str]) -> tuple[pd.DataFrame, dict[
 def first_sweep(rows: pd.DataFrame) -> tuple[str | None, pd.DataFrame, str]:
     """The first swept setting with a controlled slice of several values, that slice, and what was fixed in words.
 
-    Where there is none, None and the representative runs.
+    Where there is none, as in a search, None and the representative runs.
     """
-    for field in settings(rows):
+    for field in settings(rows) if "role" not in rows else ():
         part, fixed = controlled(rows, [field])
         if part[field].nunique() > 1:
             return field, part, at_words(fixed)
@@ -113,9 +114,11 @@ def first_sweep(rows: pd.DataFrame) -> tuple[str | None, pd.DataFrame, str]:
 
 def representative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The runs of the most common setting if every backbone has it, else of equal bits each backbone's best, and which
-    of the two in words."""
+    of the two in words. Of a search the winners, or among its trials each backbone's best."""
+    if "role" in rows and len(won := rows[rows.role.isin((WINNER, BOTH))]):
+        return won, ", the winner of each backbone's search"
     part, fixed = controlled(rows, [])
-    if part.backbone.nunique() == rows.backbone.nunique():
+    if part.backbone.nunique() == rows.backbone.nunique() and "role" not in rows:
         return part, at_words(fixed)
     block = max(blocks(rows), key=len)
     metric = main_metric(block)

@@ -223,6 +223,17 @@ def setting_verdicts(
     return _verdicts(pairs, metrics, read or Images(block))
 
 
+def sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """Each verdict in words; those without a pair of runs, which are all of a family or none, in one sentence."""
+    apart = [one for one in verdicts if one.n == 0]
+    if len(apart) < 2:
+        return [one.sentence() for one in verdicts]
+    sides = list(dict.fromkeys(side for one in apart for side in (one.a, one.b)))
+    more = f" and {len(sides) - LISTED} more" if len(sides) > LISTED else ""
+    words = f"not compared, since no pair shares a seed and setting: {', '.join(sides[:LISTED])}{more}"
+    return [*(one.sentence() for one in verdicts if one.n), words]
+
+
 def role_verdicts(rows: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list[Verdict]:
     """Of the runs that confirm a search, whose ``role`` says whether their settings are what it found ("winner"), those
     of the preset ("default") or both ("winner, default"): the two against each other within each backbone, then the

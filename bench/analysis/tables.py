@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich import box
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+
+from bench.core.progress import stdout
 
 from .frames import METRICS, PRIOR_METRICS
 
@@ -26,6 +29,7 @@ SHORT = {  # headings on the terminal, by lines, where labels are too wide
     "images_per_second_sample": "draw\n/s",
 }
 NONE = "–"
+WIDEST = 10_000  # characters of a table
 
 
 class Cell(NamedTuple):
@@ -70,7 +74,9 @@ def text_of(value: Any, key: str = "") -> str:
         return "none" if pd.isna(value) else str(value)
     if key in MILLIONS:
         return f"{value / 1e6:{MILLIONS[key]}}"
-    return f"{value:{LABELS[key].form}}" if key in LABELS else f"{value:.10g}"
+    if key in LABELS:
+        return f"{value:{LABELS[key].form}}"
+    return f"{value:.5g}" if value % 1 else f"{value:.10g}"
 
 
 def best_of(column: pd.Series, key: str) -> str | None:
@@ -88,17 +94,43 @@ def heading(key: str) -> str:
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
 
 
-def upright(sheet: Sheet, title: str, limit: int) -> Table:
-    """For the terminal: the first ``limit`` rows of a sheet as columns under their first cells, and its columns as
+def upright(sheet: Sheet, title: str) -> Table:
+    """For the terminal: the rows of a sheet as columns under their first cells, references in grey, and its columns as
     rows, so that there is room for what they are called."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for row in sheet.rows[:limit]:
-        table.add_column(escape(row[0].text), justify="right", no_wrap=True)
+    rows = [*((row, None) for row in sheet.rows), *((row, "bright_black") for row in sheet.references)]
+    for row, style in rows:
+        label = escape(row[0].text).replace(", ", ",\n")
+        table.add_column(label, justify="right", no_wrap=True, style=style, header_style=style)
     for i, key in enumerate(sheet.keys[1:], 1):
-        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for row in sheet.rows[:limit]]
+        cells = [(escape(f"{row[i].text} {row[i].spread}".strip()), row[i].best) for row, _ in rows]
         table.add_row(heading(key), *(f"[bold]{text}[/]" if best else text for text, best in cells))
     return table
+
+
+def put(table: Table, whole: str, gone: Sequence[str] = ()) -> None:
+    """Prints ``table``, on a terminal without the last columns that have no room there. A line says which these and
+    those that are ``gone`` already are, and where the ``whole`` is."""
+    last = []
+    while not fits(table) and stdout.is_terminal and len(table.columns) > 2:
+        last.insert(0, table.columns.pop())
+    table.width = None if fits(table) else width(table)
+    stdout.print(table, crop=False)
+    if names := [*gone, *(str(column.header) for column in last)]:
+        stdout.print(
+            escape(f"No room for {', '.join(' '.join(name.split()) for name in names)}: see {whole}."), soft_wrap=True
+        )
+
+
+def fits(table: Table) -> bool:
+    """Whether all columns of ``table`` have room side by side."""
+    return width(table) <= stdout.width
+
+
+def width(table: Table) -> int:
+    """Characters that ``table`` takes."""
+    return Measurement.get(stdout, stdout.options.update(max_width=WIDEST), table).maximum
 
 
 class Group(NamedTuple):

@@ -1,17 +1,19 @@
 """The manners of every command: one sentence for a mistake, an exit code, no traceback."""
 
 import errno
+import io
 import itertools
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
+import tyro
 from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError
@@ -25,6 +27,7 @@ SHELVES = {"runs", "priors", "studies", "reports"}  # folders of a store
 # What it says where something else is than the file or folder that belongs there.
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
+Parsed = TypeVar("Parsed")
 
 # An address, which may hold a password: what stands before :// alone may be repeated.
 ADDRESS = re.compile(r"(?!folder:)\b([\w+.-]+://)\S+")
@@ -154,6 +157,54 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# What tyro says of a command line → what commands say of it.
+MISTAKES = (
+    (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 is \2, which is no number"),
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2, which is no whole number"),
+    (r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1 cannot take \2"),
+    (r"Error parsing (\S+): (.*)", r"\1: \2"),
+    (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
+    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
+    (r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*?),?\) ?\.?", r"\2 is \1; choose from \3"),
+    (r"Unrecognized options: (--\S+?)(?:,.*)?", r"unknown option \1"),
+    (r"Unrecognized options: (.*)", r"\1 belongs to no option"),
+)
+
+
+def command_line(
+    kind: type[Parsed], arguments: Sequence[str], prog: str, description: str | None, **options: Any
+) -> Parsed:
+    """``arguments`` as ``kind``. On a mistake one sentence, and exit code 2."""
+    return parsed(
+        lambda: tyro.cli(kind, args=arguments, prog=prog, description=description, **options),
+        prog,
+    )
+
+
+def parsed(parse: Callable[[], Parsed], prog: str) -> Parsed:
+    """What ``parse`` makes of a command line with tyro, whose boxes become one sentence, with exit code 2."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return parse()
+    except SystemExit as stop:
+        if stop.code:
+            fail(_sentence(said.getvalue(), prog))
+        raise
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The mistake that tyro has drawn a ``box`` around, and where to read on."""
+    lines = [line.strip("│ ") for line in re.sub("\x1b\\[[0-9;]*m", "", box).splitlines()]
+    lines = lines[1 if lines[:1] and lines[0].startswith("╭") else 2 :]  # without UTF-8 a title is a line of its own
+    first = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
+    words = next((re.sub(f"^{old}$", new, first) for old, new in MISTAKES if re.match(f"^{old}$", first)), first)
+    meant = [line.split()[0] for line in lines if re.match("--\\w", line)]
+    if words.startswith("unknown") and meant:
+        words += f"; perhaps {' or '.join(dict.fromkeys(meant))}"
+    return f"{words.rstrip('.')}; {prog} --help lists all"
 
 
 def fail(message: str) -> int:

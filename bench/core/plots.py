@@ -1,5 +1,6 @@
 """Pictures of one run: what it reconstructs, and how it learned."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,17 @@ def curves(path: Path, history: list[dict[str, float]], codebook_size: int | Non
     save(figure, path)
 
 
-def samples(path: Path, images: np.ndarray, title: str) -> None:
-    """Saves generated images (N, H, W, 3) uint8 as a square of tiles."""
+def samples(path: Path, images: np.ndarray, title: str, classes: list[str] | None = None) -> None:
+    """Saves generated images (N, H, W, 3) uint8 as a square of tiles; where they are of ``classes``, with a row for
+    each of the most frequent ones."""
     side = int(len(images) ** 0.5)
-    picture(path, [images[i * side : (i + 1) * side] for i in range(side)], [], title, width=8)
+    if classes is None:
+        picture(path, [images[i * side : (i + 1) * side] for i in range(side)], [], title, width=8)
+        return
+    names = sorted(name for name, _ in Counter(classes).most_common(side))
+    rows = [images[[one == name for one in classes]][:side] for name in names]
+    blank = np.full((side, *images.shape[1:]), 255, dtype=np.uint8)
+    picture(path, [np.concatenate([row, blank])[:side] for row in rows], names, title, width=8)
 
 
 def neighbours(path: Path, images: np.ndarray, nearest: np.ndarray, title: str) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TextIO
@@ -76,15 +76,28 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
+def in_words(seconds: float | None) -> str:
+    """So many seconds, or that nobody knows."""
+    return "unknown" if seconds is None else f"{seconds:.0f} s"
+
+
 class Bar:
     """Counts from ``start`` to ``total`` with an ETA and a line of figures; use as a context manager.
 
     On a terminal a live bar; elsewhere one plain line every ``seconds`` (none for work that is done sooner), so
-    that log files stay readable.
+    that log files stay readable. ``eta`` tells how many seconds are left, or None, where that does not follow from how
+    much is done.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, seconds: float = 10.0):
-        self.label, self.total, self.start, self.seconds = label, total, start, seconds
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        seconds: float = 10.0,
+        eta: Callable[[], float | None] | None = None,
+    ):
+        self.label, self.total, self.start, self.seconds, self.eta = label, total, start, seconds, eta
         self.done = start
 
     def __enter__(self) -> "Bar":
@@ -95,26 +108,29 @@ class Bar:
             times = (
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[eta]}") if self.eta else TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
             )
             self.live = Progress(*columns, *times, console=console, transient=True)
             self.live.start()
-            self.task = self.live.add_task(self.label, total=self.total, completed=self.start, figures="")
+            self.task = self.live.add_task(
+                self.label, total=self.total, completed=self.start, figures="", eta="unknown"
+            )
         return self
 
     def advance(self, count: int = 1, figures: str = "") -> None:
         """Reports ``count`` more units done, with optional ``figures`` such as ``loss 0.12  perplexity 210``."""
         self.done += count
         if self.live is not None:
-            self.live.update(self.task, completed=self.done, **({"figures": figures} if figures else {}))
+            told = {"figures": figures} if figures else {}
+            self.live.update(self.task, completed=self.done, **told, eta=in_words(self.eta and self.eta()))
             return
         now = time.monotonic()
         if now - self.printed >= self.seconds:
             self.printed = now
             rate = (self.done - self.start) / (now - self.began)
-            eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
-            say(escape(f"{self.label}  {self.done}/{self.total}  ETA {eta}  {figures}".rstrip()))
+            left = self.eta() if self.eta else (self.total - self.done) / rate if rate else None
+            say(escape(f"{self.label}  {self.done}/{self.total}  ETA {in_words(left)}  {figures}".rstrip()))
 
     def __exit__(self, *exception: object) -> None:
         if self.live is not None:

@@ -59,12 +59,14 @@ METRICS: dict[str, Metric] = {
 
 class Generated(NamedTuple):
     """What a prior gave: metrics by name; codes (n, h, w) int64, and the first SHOWN of them as images (n, H, W, 3)
-    uint8; neighbours: the training image nearest to each of those."""
+    uint8; neighbours: the training image nearest to each of those; classes: what those were drawn as, of a conditional
+    prior."""
 
     metrics: dict[str, float]
     codes: np.ndarray
     images: np.ndarray
     neighbours: np.ndarray
+    classes: list[str] | None = None
 
 
 def score_prior(
@@ -109,7 +111,8 @@ def score_prior(
     metrics["nearest_train_psnr"] = float(psnr.median())
     metrics["copy_rate"] = float((psnr > known["nearest_val_psnr_95"]).float().mean())
     shown = samples[:SHOWN].permute(0, 2, 3, 1).numpy()
-    return Generated(metrics, grids.numpy(), shown, data.train[rows[:SHOWN].numpy()])
+    classes = None if labels is None else [codes.classes[place] for place in labels_to_draw(config, labels)[:SHOWN]]
+    return Generated(metrics, grids.numpy(), shown, data.train[rows[:SHOWN].numpy()], classes)
 
 
 @torch.inference_mode()
@@ -134,8 +137,7 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = None
     if train_labels is not None:
-        picked = np.random.default_rng(config.seed).integers(0, len(train_labels), config.samples)
-        labels = torch.from_numpy(train_labels[picked]).to(config.device)
+        labels = torch.from_numpy(labels_to_draw(config, train_labels)).to(config.device)
     drawn, batch, how = [], SAMPLE_BATCH, (config.temperature, config.top_k)
     own = {"guidance": config.guidance}
     if config.prior == "masked":  # has the logits of whole grids
@@ -147,6 +149,11 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
             drawn.append(prior.sample(count, generator, *how, given, **own).cpu())
             bar.advance(count)
     return torch.cat(drawn)
+
+
+def labels_to_draw(config: PriorConfig, train_labels: np.ndarray) -> np.ndarray:
+    """Those of ``config.samples`` samples, (n,): as often as they are among the labels of the training images (N,)."""
+    return train_labels[np.random.default_rng(config.seed).integers(0, len(train_labels), config.samples)]
 
 
 def whole_grid_flops(prior: Prior) -> int:

@@ -110,7 +110,7 @@ def finish(
         np.savez_compressed(temporary, codes=generated.codes.astype(kind), x=generated.images)
     size, bits = f"{prior.grid_size}×{prior.grid_size} of {prior.codebook_size}", metrics["coded_bits_per_token"]
     title = f"{config.prior} over {run.tokenizer()['backbone']}, {size}: {bits:.2f} bits per token"
-    plots.samples(run.folder / "samples.png", generated.images, title)
+    plots.samples(run.folder / "samples.png", generated.images, title, generated.classes)
     plots.neighbours(run.folder / "neighbours.png", generated.images, generated.neighbours, title)
     if config.prior in LEARNED:
         plots.prior_curve(run.folder / "curves.png", run.history(), metrics, title)

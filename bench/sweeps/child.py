@@ -1,4 +1,5 @@
-"""One trial in a process of its own, so that a crash, a lack of memory or a time-out costs that trial and nothing else.
+"""One trial, or what instruments see of a run, in a process of its own: a crash, a lack of memory or a time-out costs
+that trial and nothing else.
 
 The child is forked from a server process that has everything imported (import takes longer than a small trial). How
 it failed comes through a pipe; its output goes to ``log.txt`` in the run's folder, for people. It stops by itself, with
@@ -13,9 +14,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,8 @@ from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.runs import FAILURES, Busy, Changed, NoSpace, Run
 from bench.core.store import Store
+from bench.tokenizers.config import Config
+from bench.tokenizers.trial import run_trial
 
 from .kinds import KINDS, AnyConfig, Row
 
@@ -67,41 +71,26 @@ def run_in_child(
     or "pruned", the child is stopped with that outcome; after ``timeout`` seconds, with "timed_out". Failures are
     recorded in the run's folder.
     """
-    run = store.run(config)
+    run, seen, began = store.run(config), 0, time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
-    killed_before = _memory_kills()
-    context = _context()
-    told, tell = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(config, store.root, fid_weights, threads, tell), daemon=False)
-    began, seen, asked, alive = time.monotonic(), 0, None, True
-    try:
-        child.start()
-    except (EOFError, ConnectionError):  # the server that forks was killed; this starts another
-        child.start()
-    tell.close()
-    try:
-        while alive and asked is None:
-            wait([child.sentinel], POLL_SECONDS)
-            alive = child.is_alive()  # asked first: what it wrote last is read once more
-            rows = [row for row in run.history() if row["step"] > seen]
-            seen = rows[-1]["step"] if rows else seen
-            asked = watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
-    finally:
-        if asked is not None or sys.exc_info()[0] is not None:
-            child.terminate()  # asks it to stop, and gives it time to write its checkpoint
-            child.join(GRACE_SECONDS)
-            if child.is_alive():
-                child.kill()
-        child.join()
 
+    def ask() -> str | None:
+        nonlocal seen
+        rows = [row for row in run.history() if row["step"] > seen]
+        seen = rows[-1]["step"] if rows else seen
+        return watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
+
+    outcome = _in_child(_train, config, store, fid_weights, threads, ask)
     if run.finished:
         return Outcome("finished")
-    outcome = Outcome(asked) if asked else _ended(told, child.exitcode, run, _memory_kills() > killed_before)
-    if asked == "timed_out":
+    if outcome.status == "finished":
+        outcome = Outcome("crashed", f"it left no scores; see {run.folder}/log.txt")
+    elif outcome.status == "timed_out":
         advice = "--retry-failed goes on with it, or take fewer --steps"
-        outcome = Outcome(asked, f"not finished after {timeout:.0f} s; {advice}")
-    elif asked == "pruned":
-        outcome = Outcome(asked, f"given up at step {seen}: worse than others of its study were at that step")
+        outcome = outcome._replace(reason=f"not finished after {timeout:.0f} s; {advice}")
+    elif outcome.status == "pruned":
+        reason = f"given up at step {seen}: worse than others of its study were at that step"
+        outcome = outcome._replace(reason=reason)
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     if outcome.status in FAILURES:
         try:
@@ -113,6 +102,69 @@ def run_in_child(
     return outcome
 
 
+def look_in_child(
+    config: Config,
+    store: Store,
+    instruments: Sequence[str],
+    fid_weights: Path | None = None,
+    threads: int | None = None,
+    ask: Callable[[], str | None] = lambda: None,
+) -> Outcome:
+    """Has ``instruments`` look at the finished run of ``config`` in a child process and tells how that ended, which is
+    recorded nowhere. ``ask`` is called a few times a second; what it returns stops the child, and is the outcome."""
+    return _in_child(partial(_look, tuple(instruments)), config, store, fid_weights, threads, ask)
+
+
+def _in_child(
+    work: Callable[[AnyConfig, Store, Path | None], None],
+    config: AnyConfig,
+    store: Store,
+    fid_weights: Path | None,
+    threads: int | None,
+    ask: Callable[[], str | None],
+) -> Outcome:
+    """Does ``work`` in a child process and tells how it ended; as soon as ``ask`` returns a status, with that one."""
+    run, killed_before, context = store.run(config), _memory_kills(), _context()
+    told, tell = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(work, config, store.root, fid_weights, threads, tell), daemon=False)
+    asked, alive = None, True
+    try:
+        child.start()
+    except (EOFError, ConnectionError):  # the server that forks was killed; this starts another
+        child.start()
+    tell.close()
+    try:
+        while alive and asked is None:
+            wait([child.sentinel], POLL_SECONDS)
+            alive = child.is_alive()  # asked first: what it wrote last is read once more
+            asked = ask()
+    finally:
+        if asked is not None or sys.exc_info()[0] is not None:
+            child.terminate()  # asks it to stop, and gives it time to write its checkpoint
+            child.join(GRACE_SECONDS)
+            if child.is_alive():
+                child.kill()
+        child.join()
+
+    if asked is not None:
+        return Outcome(asked)
+    if child.exitcode == 0:
+        return Outcome("finished")
+    return _ended(told, child.exitcode, run, _memory_kills() > killed_before)
+
+
+def _train(config: AnyConfig, store: Store, fid_weights: Path | None) -> None:
+    KINDS[config.SHELF].train(config, store, fid_weights)
+
+
+def _look(instruments: Sequence[str], config: Config, store: Store, fid_weights: Path | None) -> None:
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted("stopped")  # in place of an end that would leave half a file behind
+
+    signal.signal(signal.SIGTERM, stop)
+    run_trial(config, store, fid_weights, instruments=instruments)
+
+
 def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -121,7 +173,14 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int | None, tell: Connection) -> None:
+def _child(
+    work: Callable[[AnyConfig, Store, Path | None], None],
+    config: AnyConfig,
+    root: Path,
+    fid_weights: Path | None,
+    threads: int | None,
+    tell: Connection,
+) -> None:
     """The child's whole life; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
@@ -137,7 +196,7 @@ def _child(config: AnyConfig, root: Path, fid_weights: Path | None, threads: int
     if threads:
         torch.set_num_threads(threads)
     try:
-        KINDS[config.SHELF].train(config, store, fid_weights)
+        work(config, store, fid_weights)
     except BaseException as error:
         outcome = _outcome(error)
         with suppress(BrokenPipeError):  # of a parent that has died
@@ -179,7 +238,7 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", f"{run.folder} was removed as its trial ended")
     name = signal.Signals(-exitcode).name if exitcode < 0 else ""
     if memory_kill and name == "SIGKILL":
-        return Outcome("out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size")
+        return Outcome("out_of_memory", "killed for lack of memory; try a smaller --batch-size or fewer --workers")
     maybe = " (often the system's, for lack of memory)" if name == "SIGKILL" else ""
     how = f"ended by {name}{maybe}" if name else f"exit code {exitcode}"
     return Outcome("crashed", f"{how}; see {run.folder}/log.txt")

@@ -17,7 +17,6 @@ from bench.analysis.frames import DEFAULTS, frame, statuses
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
-from bench.tokenizers.budgets import step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
@@ -189,19 +188,25 @@ class Plan:
         return False
 
     def table(self) -> Table:
-        """Cells × seeds, what the store has of them, and what training the rest will cost on this machine."""
+        """Cells × seeds, what the store has of them, and what the rest will cost here, as far as finished runs tell."""
         rows = {backbone: self._row(backbone) for backbone in self.backbones}
         known = self._known(rows.values())
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "training, about"):
+        for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "about"):
             table.add_column(heading, justify="left" if heading == "backbone" else "right")
-        total = 0.0
+        total, unknown, workers = 0.0, [], self.options.workers
         for backbone, (cells, status, missing, _) in rows.items():
             counts = status["finished"], sum(status[name] for name in FAILURES), len(missing)
-            seconds = sum(estimates(missing, known))
-            total += seconds
-            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), f"{seconds / 60:.1f} min")
-        table.caption = f"{total / 60:.0f} minutes of training in all; scoring comes on top"
+            found = estimates(missing, known, threads_each(workers) or os.cpu_count() or 1)
+            seconds = None if None in found else sum(found) / workers
+            unknown += [backbone] if seconds is None else []
+            total += seconds or 0.0
+            about = "unknown" if seconds is None else f"{seconds / 60:.1f} min"
+            table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), about)
+        table.caption = f"{total / 60:.0f} min, training and scoring, {workers} at a time, as finished runs took"
+        if unknown:
+            others = "" if len(unknown) == len(rows) else f"{table.caption}; "
+            table.caption = f"{others}unknown of {', '.join(unknown)}, until a run of the same size is finished"
         return table
 
     def _known(self, rows: Iterable[Row]) -> pd.DataFrame:
@@ -310,16 +315,17 @@ def shape_of(config: Config) -> tuple:
     return tuple(getattr(config, name) for name in SHAPE)
 
 
-def estimates(configs: list[Config], known: pd.DataFrame) -> list[float]:
-    """Training seconds of ``configs`` on this machine: from finished runs of equal shape in ``known``, else from a few
-    steps that are run now."""
+def threads_each(workers: int) -> int | None:
+    """Threads of each child where so many ``workers`` have one; None for as many as torch takes."""
+    return max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
+
+
+def estimates(configs: list[Config], known: pd.DataFrame, threads: int) -> list[float | None]:
+    """Seconds that training and scoring ``configs`` take on so many ``threads`` of a CPU, or on a GPU: as finished runs
+    of equal shape in ``known`` took, in proportion to their steps; None where there are none."""
     finished = known[known.status == "finished"]
-    rates = finished.train_seconds / finished.steps
-    per_step = rates.groupby([finished[name] for name in SHAPE]).median().to_dict()
-    found = []
-    for config in configs:
-        shape = shape_of(config)
-        if shape not in per_step:
-            per_step[shape] = step_seconds(config)
-        found.append(config.steps * per_step[shape])
-    return found
+    share = (finished.threads.astype(float) / threads).where(finished.device == "cpu").fillna(1.0)
+    costs = {"step": share * finished.train_seconds / finished.steps, "score": share * finished.score_seconds.fillna(0)}
+    median = pd.DataFrame(costs).groupby([finished[name] for name in SHAPE]).median().to_dict("index")
+    found = [median.get(shape_of(config)) for config in configs]
+    return [cost and config.steps * cost["step"] + cost["score"] for config, cost in zip(configs, found, strict=True)]

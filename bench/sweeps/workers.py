@@ -1,12 +1,11 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
-import os
 import shlex
 import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -19,17 +18,17 @@ from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
 from bench.instruments import choose
 from bench.tokenizers.measure import check_instruments, seen
-from bench.tokenizers.trial import prepare, run_trial
+from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
 
 from .address import storage_url, without_password
-from .child import Outcome, run_in_child
+from .child import Outcome, look_in_child, run_in_child
 from .conversion import report
 from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState
 from .kinds import TOKENIZERS, AnyConfig, Row
-from .plan import Cell, Part, Plan, shown
+from .plan import Cell, Part, Plan, shown, threads_each
 from .search import make_plan
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
@@ -81,21 +80,44 @@ def run_missing(plan: Plan, parts: list[Part], index: Index) -> int:
 
 def look(plan: Plan) -> None:
     """Has the instruments that were asked for look at the finished tokenizers that they have not seen, of a search at
-    those that confirm it. Says why one cannot be looked at."""
+    those that confirm it, each in a child process. Says why one cannot be looked at. Raises Interrupted after SIGINT
+    or SIGTERM."""
     words = plan.options.instruments
     if not choose(words):
         return
     parts = (*plan.tokenizers(), *plan.followers())
     cells = [cell for part in parts if part.kind is TOKENIZERS for cell in part.cells]
     unseen = [cell for cell in cells if cell.run.finished and not seen(cell.run, words)]
-    with Bar("instruments", len(unseen)) as bar:
-        for cell in unseen:
-            bar.advance(0, cell.run.folder.name)
-            try:
-                run_trial(cell.configs[0], plan.store, plan.options.fid_weights, instruments=words)
-            except UserError as error:  # another worker looks at it, its weights are damaged, it has no codes
-                say(f"[yellow]not looked at:[/] {escape(str(error))}")
-            bar.advance()
+    options = (plan.store, words, plan.options.fid_weights, threads_each(plan.options.workers))
+    with (
+        interruptible() as stop,
+        Bar("instruments", len(unseen)) as bar,
+        ThreadPoolExecutor(plan.options.workers) as pool,
+    ):
+        work = partial(_look, options=options, stop=stop)
+        for number, future in enumerate(as_completed([pool.submit(work, cell) for cell in unseen]), 1):
+            name, outcome, seconds = future.result()
+            text = f"[yellow]not looked at:[/] {escape(outcome.reason)}"
+            if outcome.status == "finished":
+                text = ", ".join(plan.store.named(name).instruments())
+            if outcome.status != "interrupted":
+                bar.advance()
+                say(f"{number}/{len(unseen)} {name}: {text} ({seconds:.0f} s)")
+        if stop.is_set():
+            counts = f"{bar.done} of {len(unseen)} runs"
+            raise Interrupted(f"stopped after instruments looked at {counts}; the same command continues")
+
+
+def _look(cell: Cell, options: tuple, stop: threading.Event) -> tuple[str, Outcome, float]:
+    """Has a child look at a run, again where that makes sense: name, how it ended, and seconds."""
+    name, began, outcome, attempts = cell.run.folder.name, time.monotonic(), Outcome("interrupted"), 0
+    while not stop.is_set():
+        outcome = look_in_child(cell.configs[0], *options, lambda: "interrupted" if stop.is_set() else None)
+        attempts += 1
+        if attempts > RETRIES.get(outcome.status, 0):
+            break
+        say(f"{name}: {outcome.status}, {escape(outcome.reason)}; attempt {attempts + 1} follows")
+    return name, outcome, time.monotonic() - began
 
 
 def conclude(plan: Plan, index: Index) -> None:
@@ -125,13 +147,15 @@ class Workers:
         self.taken: set[int] = set()  # ids of trials of this command
         self.waits = False  # for others, and has said so
         self.figures: dict[str, str] = {}  # trials under way → how they stand
+        self.begun: dict[str, float] = {}  # the same → when they began
+        self.seconds: list[float] = []  # that trials took which ended
 
     def run(self) -> None:
         """Returns when nothing is left to run, here or elsewhere. Raises Interrupted after SIGINT or SIGTERM."""
         count, noun = self.options.workers, self.kind.noun
         with (
             interruptible() as self.stop,
-            Bar(f"study {self.plan.name}", self.missing * self.steps) as self.bar,
+            Bar(f"study {self.plan.name}", self.missing * self.steps, eta=self._left) as self.bar,
             ThreadPoolExecutor(count) as pool,
         ):
             for future in [pool.submit(self._work) for _ in range(count)]:
@@ -178,7 +202,7 @@ class Workers:
         self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
         label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
-        began = time.monotonic()
+        began = self.begun[label] = time.monotonic()
         with self.index.heartbeat(trial):
             for config in cell.configs:
                 watched = trial if config is cell.configs[0] and len(part.metrics) == 1 else None
@@ -217,7 +241,7 @@ class Workers:
             reported = report(watched, rows, config, reported)
             return "pruned" if self.plan.prunes(part, watched) else None
 
-        threads = max(1, (os.cpu_count() or 1) // self.options.workers) if self.options.workers > 1 else None
+        threads = threads_each(self.options.workers)
         options = (self.plan.store, self.options.fid_weights, threads, watch, self.options.trial_timeout)
         while not self.stop.is_set():
             outcome = run_in_child(config, *options)
@@ -233,6 +257,14 @@ class Workers:
             say(f"{label}: {outcome.status}, {escape(outcome.reason)}; attempt {attempts + 1} follows")
         return Outcome("interrupted")
 
+    def _left(self) -> float | None:
+        """Seconds that are left, where each trial takes as long as those that ended; None before the first has."""
+        if not self.seconds:
+            return None
+        each, now = sum(self.seconds) / len(self.seconds), time.monotonic()
+        left = (self.missing - self.done) * each - sum(min(now - began, each) for began in self.begun.values())
+        return max(0.0, left) / self.options.workers
+
     def _advance(self, label: str, figures: str = "") -> None:
         with self.lock:
             self.figures.pop(label, None)
@@ -245,6 +277,8 @@ class Workers:
         """One line for a trial that ended."""
         with self.lock:
             self.done += 1
+            self.seconds.append(seconds)
+            self.begun.pop(label, None)
         self._advance(label)
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":

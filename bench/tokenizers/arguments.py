@@ -1,18 +1,23 @@
 """What the command lines share: a Config of several backbones and seeds, one sentence for mistakes, exit codes."""
 
 import itertools
+import shlex
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from backbones import BACKBONES
+from backbones import BACKBONES, OPTIONS, backbone
+from bench.core.cli import command_line
 from bench.core.errors import UserError
 from bench.instruments import GROUPS, INSTRUMENTS
+from bench.quantizers import QUANTIZERS
 
 from .budgets import match
-from .config import Config, make_config, preset_settings
+from .config import SETTINGS, Config, make_config, preset_settings
 
 BACKBONE = f"{', '.join(BACKBONES)} or timm:MODEL; several are run in turn and compared"
 LOOKS = (
@@ -35,8 +40,8 @@ class Arguments(Config):
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
     preset: str = "cpu"
-    """smoke (seconds, proves that all works), cpu (minutes, a real comparison), or for GPUs vqgan64, vqvae32, celeba64,
-    vitvqgan-s, blog256 and blog256-fair; other settings override it"""
+    """smoke (half a minute, proves that all works), cpu (minutes, a real comparison), or for GPUs vqgan64, vqvae32,
+    celeba64, vitvqgan-s, blog256 and blog256-fair; other settings override it"""
     results: Path = Path("results")
     """runs are stored below it, in runs/"""
     match: str | None = None
@@ -71,6 +76,7 @@ class Arguments(Config):
 
 
 _FIELDS = tuple(field.name for field in fields(Config))
+_DEFAULTS = {field.name: field.default for field in fields(Config)}
 Parsed = TypeVar("Parsed", bound=Arguments)
 
 
@@ -84,4 +90,40 @@ def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str,
     flags = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
     given = frozenset(name for name in _FIELDS if {name, f"no_{name}"} & flags or name in defaults)
     default = kind(**{**preset_settings(preset), **defaults, "preset": preset, "given": given})
-    return tyro.cli(kind, default=default, args=arguments, prog=prog, description=description)
+    options = command_line(kind, arguments, prog, description, default=default)
+    _check_lists(options, arguments, prog)
+    return options
+
+
+def _check_lists(options: Arguments, words: Sequence[str], prog: str) -> None:
+    """Raises UserError, with two commands in place of that one, where some of several backbones or quantizers make no
+    use of an option that was given."""
+    known = {"backbone": (OPTIONS, lambda name: backbone(name).options)}
+    known["quantizer"] = SETTINGS, lambda name: QUANTIZERS[name].settings
+    for field, (names, options_of) in known.items():
+        chosen = getattr(options, field)
+        for name in names if isinstance(chosen, tuple) else ():
+            with suppress(ValueError, KeyError):  # one that is unknown, which is told elsewhere
+                users = [one for one in chosen if name in options_of(one)]
+                if name in options.given and getattr(options, name) != _DEFAULTS[name] and 0 < len(users) < len(chosen):
+                    others = [one for one in chosen if one not in users]
+                    _split(field, f"--{name.replace('_', '-')}", users, others, words, prog)
+
+
+def _split(field: str, flag: str, users: list[str], others: list[str], words: Sequence[str], prog: str) -> None:
+    rest = without(words, {f"--{field}"})
+    with_it = shlex.join([*rest, f"--{field}", *users])
+    less = shlex.join([*without(rest, {flag, flag.replace("-", "_").replace("__", "--")}), f"--{field}", *others])
+    works = f"{flag} works with {', '.join(users)} and not with {', '.join(others)}"
+    raise UserError(f"{works}; run {prog} {with_it}, then {prog} {less}, and python -m bench.report compares them")
+
+
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    """``words`` of a command line but for ``flags`` and what follows each up to the next one."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in flags
+        if not dropping:
+            kept.append(word)
+    return kept

@@ -943,6 +943,31 @@ def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
     assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
 
 
+def test_winners_of_a_search_stand_for_it_and_are_pictured_beside_the_defaults(tmp_path):
+    store, roles = Store(tmp_path), {}
+    for who, role, beta in (("cnn", "winner", 2.0), ("cnn", "default", 0.25), ("vit", "winner, default", 0.25)):
+        run = fabricate(store, make_config(who, "smoke", beta=beta))
+        roles[run.folder.name] = role
+    for who, beta, quality in (("cnn", 0.25, 0.0), ("cnn", 2.0, 0.1), ("vit", 0.25, 0.1), ("vit", 2.0, 0.0)):
+        fabricate(store, make_config(who, "smoke", beta=beta, split="val"), quality, scored_on="val")
+    table = frame(store.runs())
+    table["role"] = table.run_id.map(roles)
+    test, val = table[table.split == "test"], table[table.split == "val"]
+    best = {("cnn", 2.0), ("vit", 0.25)}
+    for rows, words in ((test, ", the winner of each backbone's search"), (val, ", each backbone's best by LPIPS vgg")):
+        field, chosen, said = slices.first_sweep(rows)
+        assert (field, {*zip(chosen.backbone, chosen.beta, strict=True)}) == (None, best)
+        assert said.startswith(words)
+    (drawing,) = galleries.reconstructions(scope(test))
+    labels = [label.get_text().split("\n")[0] for label in drawing.figure.axes[0].get_yticklabels()]
+    assert labels == ["original", "cnn, default", "cnn, winner", "vit, winner, default"]
+    assert "the search's winners and the presets' defaults" in drawing.caption
+    fabricate(store, make_config("cnn", "smoke", beta=0.25, codebook_size=64, split="val"), scored_on="val")
+    trials = frame(run for run in store.runs() if run.config()["split"] == "val").assign(role=None)
+    (drawing,) = charts.rate_distortion(scope(trials))
+    assert "All 5 scored runs" in drawing.caption
+
+
 def test_failures_are_counted_with_those_on_the_same_images():
     table = made({}, {"seed": 1, "status": "crashed"}, {"seed": 2, "status": "crashed", "image_size": 64})
     table = pd.concat([table, made({"seed": 3, "status": "crashed", "data": "cifar10"})], ignore_index=True)

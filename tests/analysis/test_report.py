@@ -1,5 +1,6 @@
 """The report: what is bold, what is refused, what a page may hold, and that equal runs give equal bytes."""
 
+import io
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
+from rich.table import Table
 
 from bench import report as command
 from bench.analysis import charts, rankings, report, statistics, tables
@@ -25,6 +27,7 @@ from bench.analysis.slices import protocol_scopes
 from bench.analysis.statistics import Verdict
 from bench.analysis.tables import NONE, heading
 from bench.core.errors import UserError
+from bench.core.progress import SafeConsole
 from bench.core.store import Store
 from bench.metrics import EVALUATORS
 from bench.priors.config import PriorConfig
@@ -1054,9 +1057,88 @@ def test_both_metrics_that_runs_were_trained_on_are_named():
     assert rankings.trained_on(made(*runs).assign(lpips_net="squeeze")) == "lpips_squeeze"  # of another version
 
 
-def test_a_setting_keeps_ten_digits():
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of that many columns in place of the output; gives what was written there."""
+
+    def of(columns: int) -> io.StringIO:
+        console = SafeConsole(file=io.StringIO(), force_terminal=True, width=columns, highlight=False)
+        for module in (report, tables):
+            monkeypatch.setattr(module, "stdout", console)
+        return console.file
+
+    return of
+
+
+def test_a_table_without_room_on_a_terminal_says_what_it_leaves_out(terminal, monkeypatch):
+    def table() -> Table:
+        made = Table("first", "second\nwords", "third", box=None)
+        made.add_row("a" * 10, "b" * 10, "c" * 10)
+        return made
+
+    written = terminal(25)
+    tables.put(table(), "the report", ["fourth"])
+    assert "b" * 10 in written.getvalue()
+    assert "ccc" not in written.getvalue().partition("No room")[0]
+    assert "No room for fourth, third: see the report." in written.getvalue()
+    written = terminal(80)
+    tables.put(table(), "the report")
+    assert "c" * 10 in written.getvalue()
+    assert "No room" not in written.getvalue()
+    narrow = SafeConsole(file=io.StringIO(), width=25)
+    monkeypatch.setattr(tables, "stdout", narrow)  # a pipe or a file
+    tables.put(table(), "the report")
+    assert "c" * 10 in narrow.file.getvalue()
+
+
+def test_a_narrow_terminal_shows_the_main_metric_and_says_what_else_there_is(store, terminal):
+    for beta in (0.1234567, 0.5):
+        fabricate(store, smoke(beta=beta, lr=beta / 100))
+    written = terminal(46)
+    report.show(report_of(store))
+    table, _, said = re.sub("\x1b\\[[0-9;]*m", "", written.getvalue()).partition("No room for")
+    assert said.startswith(" seeds, PSNR dB ↑, perplexity ↑: see the report.")
+    assert {"0.12346", "0.0012346", "LPIPS"} <= {*table.split()}
+    assert max(map(len, table.splitlines())) <= 46
+
+
+def test_rows_beyond_the_first_are_counted(store, terminal):
+    for number in range(10):
+        fabricate(store, smoke(beta=0.1 + number))
+    written = terminal(100)
+    report.show(report_of(store))
+    assert "2 more rows in the report." in written.getvalue()
+
+
+def test_what_instruments_found_of_latents_without_codes_stands_in_grey():
+    found = {"lpips_vgg": 0.4, "loss_random": 1.5, "equivariance_cell": 0.25}
+    other = {"bits_per_image": math.nan, "lpips_vgg": 0.2, "equivariance_cell": 0.125}
+    table = made((smoke(), found), (smoke(quantizer="none"), other))
+    coded, latents = table[:1].copy(), table[1:]
+    sheet = rankings.instruments(coded, latents)
+    assert [[cell.text for cell in row] for row in sheet.rows] == [["cnn", "1", "1.50", "0.25"]]
+    assert [[cell.text for cell in row] for row in sheet.references] == [["cnn, no codes", "1", NONE, "0.12"]]
+    coded[["loss_random", "equivariance_cell"]] = math.nan
+    sheet = rankings.instruments(coded, latents)  # looked at alone
+    assert (sheet.rows, len(sheet.references)) == ([], 1)
+    assert rankings.instruments(coded, latents.assign(equivariance_cell=math.nan)).references == []
+
+
+def test_the_protocol_says_how_many_images_were_trained_on():
+    def line(*counts: int) -> str:
+        table = made(*((smoke(train_images=count), {"psnr": 1.0}) for count in counts))
+        (line,) = [note for note in ranking(table, NOBODY).notes if note.startswith("Protocol")]
+        return line
+
+    assert "trained on" not in line(0)
+    assert "; trained on 1000 of the training images; " in line(1000)
+    assert "; trained on all or 1000 of the training images; " in line(1000, 0)
+
+
+def test_a_setting_has_five_digits_and_a_whole_number_all():
     assert tables.text_of(1_234_567_890) == "1234567890"
-    assert tables.text_of(0.000123456789) == "0.000123456789"
+    assert tables.text_of(0.000123456789) == "0.00012346"
+    assert tables.text_of(1.3715264) == "1.3715"
     assert tables.text_of(20_000.0) == "20000"
 
 

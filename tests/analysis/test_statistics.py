@@ -19,6 +19,7 @@ from bench.analysis.statistics import (
     Images,
     Verdict,
     backbone_verdicts,
+    sentences,
     setting_verdicts,
 )
 from bench.core.store import Store
@@ -472,6 +473,16 @@ def test_words_below_three_seeds():
     none = only(backbone_verdicts(two[(two.backbone == "cnn") == (two.seed == 0)]))
     assert none.sentence() == "cnn and vit share no seed and setting"
     assert none.n == 0
+
+
+def test_pairs_without_a_seed_in_common_are_one_sentence():
+    apart = [(make_config(name, "smoke", seed=seed), 0.3) for seed, name in enumerate(FOUR[:3])]
+    verdicts = backbone_verdicts(rows(apart), ("lpips_alex", "lpips_vgg"))
+    assert len(verdicts) > 2
+    a, b, c = sorted(FOUR[:3])
+    assert sentences(verdicts) == [f"not compared, since no pair shares a seed and setting: {a}, {b}, {c}"]
+    alike = backbone_verdicts(rows([(make_config(name, "smoke"), 0.3) for name in FOUR[:3]]))
+    assert sentences(alike) == [one.sentence() for one in alike]
 
 
 def test_words_of_a_verdict():

@@ -1,5 +1,6 @@
 """python -m bench.diff: what it names, what it refuses to rank, and how it tells mistakes."""
 
+import io
 import json
 import re
 import shutil
@@ -7,9 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
+from bench.analysis import frames, tables
 from bench.analysis.frames import METRICS
 from bench.core.errors import UserError
-from bench.core.progress import stdout
+from bench.core.progress import SafeConsole, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.diff import main
@@ -77,8 +79,9 @@ def test_metrics_with_difference_change_and_direction(store, diff):
     _, out, _ = diff(a, b)
     assert line(out, "PSNR dB ↑")[1:] == ["20.00", "25.00", "+5.00", "+25.0 %", "better"]
     assert line(out, "FID vgg16 ↓")[1:] == ["50.0", "60.0", "+10.0", "+20.0 %", "worse"]
-    assert line(out, "bits per image ↓")[1:] == ["112", "112", "+0", "+0.0 %", "equal"]
-    assert line(out, "tokens")[-1] == "–"
+    (equal,) = [line for line in out.splitlines() if line.startswith("Equal in both: ")]
+    assert {"tokens 16", "bits per image 112"} <= {*equal.removeprefix("Equal in both: ")[:-1].split("; ")}
+    assert not re.search(r"^\s+(tokens|bits per image)", out, re.M)
     assert words_on_b(out)["lpips_alex"] == "better"
     assert "kmeans" not in out
     turned = words_on_b(diff(b, a)[1])
@@ -90,7 +93,7 @@ def test_scores_that_are_shown_alike_are_called_equal(store, diff):
     """A word that the two numbers beside it do not bear out would be read as a mistake, or as a result."""
     a, b = (fabricate(store, smoke(name), psnr=psnr) for name, psnr in (("cnn", 20.001), ("vit", 20.004)))
     for pair in ((a, b), (b, a)):
-        assert [line(diff(*pair)[1], "PSNR dB ↑")[at] for at in (1, 2, -1)] == ["20.00", "20.00", "equal"]
+        assert "; PSNR dB 20.00; " in diff(*pair)[1]
     b = fabricate(store, smoke("vit"), psnr=20.006)
     assert line(diff(a, b)[1], "PSNR dB ↑")[-1] == "better"
 
@@ -117,7 +120,8 @@ def test_the_same_run_differs_in_nothing(store, diff):
     run = fabricate(store, smoke())
     _, out, _ = diff(run, run)
     assert "The same configuration." in out
-    assert set(words_on_b(out).values()) == {"equal", "–"}
+    assert words_on_b(out) == {}
+    assert "Equal in both: " in out
 
 
 def test_environment_differences(store, diff):
@@ -216,6 +220,39 @@ def test_values_are_shown_short_and_missing_ones_as_such(store, diff):
     assert line(out, "processor") == ["processor", "x", "–"]
 
 
+def test_what_differs_beyond_the_digits_that_are_shown_is_shown_whole(store, diff):
+    a, b = (fabricate(store, smoke(beta=beta)) for beta in (0.12345678, 0.12345679))
+    assert line(diff(a, b)[1], "beta") == ["beta", "0.12345678", "0.12345679"]
+
+
+def test_of_instruments_what_reports_show_is_compared(store, diff, monkeypatch):
+    found = {"cnn": 1.0, "vit": 2.0}
+    read = {"loss_random": 1.0, "psnr_random_5": 15.0}
+    monkeypatch.setattr(
+        frames, "readings", lambda run: {name: found[run.config()["backbone"]] * read[name] for name in read}
+    )
+    _, out, _ = diff(*(fabricate(store, smoke(name)) for name in found))
+    assert words_on_b(out)["loss_random"] == "worse"
+    assert "psnr_random_5" not in words_on_b(out)
+    assert "All that instruments found is in instruments.json of either run." in out
+
+
+def test_what_is_ranked_stands_before_what_is_not(store, diff):
+    _, out, _ = diff(*(fabricate(store, smoke(name), sharpness=value) for name, value in (("cnn", 0.1), ("vit", 0.2))))
+    words = list(words_on_b(out).values())
+    assert words == sorted(words, key=lambda word: word == "–")
+    assert words[-1] == "–"
+
+
+def test_the_word_on_b_has_room_on_a_terminal(store, diff, monkeypatch):
+    monkeypatch.setattr(tables, "stdout", SafeConsole(file=io.StringIO(), force_terminal=True, width=77, no_color=True))
+    monkeypatch.setattr(frames, "readings", lambda run: {"probe_linear_codes": run.metrics()["psnr"] / 100})
+    diff(*(fabricate(store, smoke(name), quality) for name, quality in (("cnn", 0.0), ("vit", 0.1))))
+    text = re.sub("\x1b\\[[0-9;]*m", "", tables.stdout.file.getvalue())
+    assert re.search(r"PSNR dB ↑ .* better\s*$", text, re.M)
+    assert max(map(len, text.splitlines())) <= 77
+
+
 def test_zero_and_false_are_values_and_not_missing(store, diff):
     a = fabricate(store, smoke(beta=0.0, revive_after=0, gan_adaptive=False))
     _, out, _ = diff(a, fabricate(store, smoke()))
@@ -275,7 +312,7 @@ def test_what_instruments_found_is_left_out_where_it_is_damaged(store, diff, con
     path = b.folder / "instruments.json"
     path.write_text(content)
     code, out, told = diff(a, b)
-    assert (code, "LPIPS vgg ↓" in out) == (0, True)
+    assert (code, "LPIPS vgg" in out) == (0, True)
     assert told.startswith(f"left out: {path} is damaged: ")
 
 

@@ -1,6 +1,7 @@
 """The command line as a stranger uses it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -660,3 +661,37 @@ def test_results_among_the_images_are_refused(tmp_path, command, capsys):
     for place in (tmp_path, tmp_path / "deep" / "results"):
         with pytest.raises(UserError, match=r"lies among the images of .*; name another with --results$"):
             prepare(make_config("cnn", "smoke", device="cpu", data=f"folder:{tmp_path}"), Store(place))
+
+
+@pytest.mark.parametrize(
+    ("words", "works", "first", "second"),
+    [
+        (
+            "--backbone cnn bimamba vit --two-streams --steps 9",
+            "--two-streams works with bimamba and not with cnn, vit",
+            "--two-streams --steps 9 --backbone bimamba",
+            "--steps 9 --backbone cnn vit",
+        ),
+        (
+            "--quantizer ema product --codebooks=4",
+            "--codebooks works with product and not with ema",
+            "--codebooks=4 --quantizer product",
+            "--quantizer ema",
+        ),
+        (
+            "--backbone cnn hybrid --vision_mixer",
+            "--vision-mixer works with hybrid and not with cnn",
+            "--vision_mixer --backbone hybrid",
+            "--backbone cnn",
+        ),
+    ],
+)
+def test_an_option_of_some_of_a_list_is_refused_with_the_two_commands_to_run(
+    tmp_path, command, words, works, first, second
+):
+    code, _, err = command(*words.split())
+    results = f"--results {tmp_path / 'results'}"
+    one, other = (re.sub("(?=--(backbone|quantizer))", f"{results} ", part, count=1) for part in (first, second))
+    told = f"{works}; run python -m bench.run {one}, then python -m bench.run {other}, and python -m bench.report"
+    assert (code, err) == (2, f"error: {told} compares them\n")
+    assert all(command(*part.split(), "--list")[0] == 0 for part in (first, second))

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
+import tyro
 
+from bench.core import cli
 from bench.core.cli import command, fail, guarded
 from bench.core.errors import Interrupted, UserError
 
@@ -222,3 +227,40 @@ def test_an_empty_value_is_told_with_its_flag(capsys, words):
 def test_a_command_without_an_output_ends_as_it_would(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert command(lambda words: 0, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--rate x", "--rate is 'x', which is no number"),
+        ("--steps 1.5", "--steps is '1.5', which is no whole number"),
+        ("--steps", "--steps needs a value"),
+        ("--seeds 1 x", "--seeds cannot take '1', 'x'"),
+        ("--kind foo", "--kind is 'foo'; choose from 'hinge', 'other'"),
+        ("--step 3", "unknown option --step; perhaps --steps"),
+        ("--nowhere-near-it 3", "unknown option --nowhere-near-it"),
+        ("name more", "more belongs to no option"),
+        ("", "STR is missing"),
+    ],
+)
+def test_a_mistake_on_a_command_line_is_one_sentence_with_the_value_and_the_fix(capsys, monkeypatch, words, told):
+    @dataclass
+    class Options:
+        """What there is."""
+
+        name: tyro.conf.Positional[str]
+        rate: float = 0.5
+        steps: int = 3
+        seeds: tuple[int, ...] = (0,)
+        kind: Literal["hinge", "other"] = "hinge"
+
+    arguments = words.split() if words.startswith("name") else ["name" for _ in words[:1]] + words.split()
+    with pytest.raises(SystemExit) as stopped:
+        cli.command_line(Options, arguments, "python -m it", "Does it.")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {told}; python -m it --help lists all\n"
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding="utf-8", isatty=lambda: True))  # a box, and colours
+    with pytest.raises(SystemExit):
+        cli.command_line(Options, arguments, "python -m it", "Does it.")
+    assert capsys.readouterr().err == f"error: {told}; python -m it --help lists all\n"
+    assert cli.command_line(Options, ["a", "--steps", "4"], "it", "").steps == 4

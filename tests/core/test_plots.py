@@ -64,6 +64,18 @@ def test_samples_are_a_square_of_the_first_ones(pictures):
     assert [row[:, 0, 0, 0].tolist() for row in rows] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
+def test_samples_of_classes_have_a_row_for_each_of_the_most_frequent(pictures):
+    """In the order of their names, filled up with white."""
+    plots.samples(None, shades(11), "", [*"bababab", *"cccc"])
+    rows, words = pictures[0]
+    assert words == ["a", "b", "c"]
+    assert [row[:, 0, 0, 0].tolist() for row in rows] == [[1, 3, 5], [0, 2, 4], [7, 8, 9]]
+    plots.samples(None, shades(4), "", [*"dcba"])
+    rows, words = pictures[1]
+    assert words == ["c", "d"]  # no more rows than samples a side
+    assert [row[:, 0, 0, 0].tolist() for row in rows] == [[1, 255], [0, 255]]
+
+
 def test_each_sample_stands_above_its_nearest_training_image(pictures):
     plots.neighbours(None, shades(40), shades(80)[40:], "")
     (samples, nearest), words = pictures[0]

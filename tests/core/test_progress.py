@@ -65,6 +65,21 @@ def test_a_standstill_has_no_eta(clock, capsys):
     assert capsys.readouterr().err == "run  0/5  ETA unknown\n"
 
 
+def test_who_knows_better_how_much_is_left_is_believed(clock, capsys, monkeypatch):
+    left = [None, 90.0]
+    with Bar("run", 5, seconds=1.0, eta=lambda: left.pop(0)) as bar:
+        for _ in range(2):
+            clock.now += 2
+            bar.advance()
+    assert capsys.readouterr().err.splitlines() == ["run  1/5  ETA unknown", "run  2/5  ETA 90 s"]
+    console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    monkeypatch.setattr(progress, "console", console)
+    with Bar("run", 10, eta=lambda: 70.0) as bar:
+        bar.advance()
+        bar.live.refresh()
+    assert "ETA 70 s" in Text.from_ansi(console.file.getvalue()).plain
+
+
 def test_on_a_terminal_the_bar_is_live(monkeypatch):
     """It starts where the work does and keeps its figures until there are others."""
     monkeypatch.setattr(progress, "console", Console(force_terminal=True, file=io.StringIO(), width=120))

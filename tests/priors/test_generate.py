@@ -337,7 +337,10 @@ def test_rates_of_a_conditional_prior_count_the_classes_of_each_set():
     labels = np.array([0] * 15 + [1] * 5), np.ones(10, dtype=np.int64)
     codes, data = toy(train, val, labels, ("a", "b"))
     prior = Recorder(train, classes=2)
-    metrics = scored(prior, codes, data, conditional=True).metrics
+    generated = scored(prior, codes, data, conditional=True)
+    asked = [asked.labels for asked in prior.asked if len(asked.labels) == 40]
+    assert generated.classes == ["ab"[place] for place in torch.cat(asked).tolist()]
+    metrics = generated.metrics
     assert {len(asked.labels) for asked in prior.asked} == {40, generate.TRIED}
     evenly = np.linspace(0, 19, 10, dtype=int)
     bits = np.log2(21 / 15.5), np.log2(21 / 5.5)

@@ -279,12 +279,13 @@ def test_pictures_show_the_samples_and_say_whose_they_are(world, monkeypatch):
     for name in PICTURES:
         monkeypatch.setattr(f"bench.core.plots.{name}", lambda *given, name=name: drawn.update({name: given}))
     images, neighbours = (np.full((4, 8, 8, 3), grey, dtype=np.uint8) for grey in (3, 5))
-    generated = Generated({"coded_bits_per_token": 2.506}, world.codes().train[:4].astype(np.int64), images, neighbours)
+    codes = world.codes().train[:4].astype(np.int64)
+    generated = Generated({"coded_bits_per_token": 2.506}, codes, images, neighbours, ["a", "b", "a", "a"])
     monkeypatch.setattr(prior_trial, "score_prior", lambda *given: generated)
     run = world.run()
     title = f"rnn over {world.tiny.backbone}, 2×2 of 300: 2.51 bits per token"
     assert drawn.keys() == set(PICTURES)
-    assert drawn["samples"] == (run.folder / "samples.png", images, title)
+    assert drawn["samples"] == (run.folder / "samples.png", images, title, ["a", "b", "a", "a"])
     assert drawn["neighbours"] == (run.folder / "neighbours.png", images, neighbours, title)
     path, history, metrics, above = drawn["prior_curve"]
     assert (path, history, above) == (run.folder / "curves.png", run.history(), title)

@@ -19,13 +19,15 @@ import torch
 
 from bench.core.environment import environment
 from bench.core.errors import Diverged, Interrupted, UserError
+from bench.core.files import atomic_path
 from bench.core.runs import FAILURES, Busy, NoSpace, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
-from bench.sweeps.child import ENDINGS, run_in_child
+from bench.sweeps.child import ENDINGS, look_in_child, run_in_child
 from bench.sweeps.kinds import KINDS
 from bench.tokenizers.config import make_config
+from bench.tokenizers.trial import run_trial
 from tests.fabricate import least
 
 
@@ -434,7 +436,12 @@ def test_a_child_asks_itself_to_stop_when_its_parent_has_died(monkeypatch):
         (1, True, "crashed", "exit code 1; see {}/log.txt"),
         (-11, True, "crashed", "ended by SIGSEGV; see {}/log.txt"),
         (-9, False, "crashed", "ended by SIGKILL (often the system's, for lack of memory); see {}/log.txt"),
-        (-9, True, "out_of_memory", "killed by the system for lack of memory; try a smaller --batch-size"),
+        (
+            -9,
+            True,
+            "out_of_memory",
+            "killed for lack of memory; try a smaller --batch-size or fewer --workers",
+        ),
     ],
 )
 def test_an_end_without_a_word_is_told_from_its_exit_code(store, exitcode, memory_kill, status, reason):
@@ -449,6 +456,84 @@ def test_what_an_error_is_and_says_is_its_reason():
     assert child._outcome(RuntimeError()) == ("crashed", "RuntimeError: ")
     assert child._outcome(MemoryError()) == ("out_of_memory", "MemoryError")
     assert child._outcome(Diverged("not finite")) == ("diverged", "not finite")
+
+
+# -- instruments that look at a run that is finished -------------------------------------------------------------------
+
+
+@pytest.fixture
+def look(monkeypatch, store):
+    """``look(work)`` has a child do work(run folder) in place of instruments, at a run that is finished."""
+    monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
+
+    def put(work, **options):
+        config = make_config("cnn", "smoke")
+        store.run(config).folder.mkdir(parents=True, exist_ok=True)
+        finishing(store.run(config))
+        monkeypatch.setattr(child, "run_trial", lambda config, store, *_, **words: work(store.run(config), **words))
+        return look_in_child(config, store, ("atlas",), **options), store.run(config)
+
+    return put
+
+
+def test_a_look_is_given_its_instruments_and_threads(look):
+    def work(run, instruments):
+        (run.folder / "asked.txt").write_text(f"{instruments} {torch.get_num_threads()}")
+
+    outcome, run = look(work, threads=3)
+    assert outcome == ("finished", "")
+    assert (run.folder / "asked.txt").read_text() == "('atlas',) 3"
+
+
+@pytest.mark.parametrize(("error", "status", "reason"), ENDED, ids=[type(error).__name__ for error, *_ in ENDED])
+def test_a_look_that_fails_has_its_outcome_and_leaves_the_run_finished(look, error, status, reason):
+    def work(run, instruments):
+        raise error
+
+    outcome, run = look(work)
+    assert outcome.status == status
+    assert reason is None or reason in outcome.reason
+    assert run.status == "finished"
+    assert not (run.folder / "failure.json").exists()
+
+
+def test_a_look_that_is_killed_is_no_look(look):
+    outcome, _ = look(lambda run, instruments: os.kill(os.getpid(), signal.SIGKILL))
+    assert outcome.status == "crashed"
+    assert "SIGKILL" in outcome.reason
+
+
+def test_a_look_that_is_stopped_leaves_no_part_of_a_file(look):
+    def work(run, instruments):
+        with atomic_path(run.folder / "atlas.png"):
+            (run.folder / "begun").write_text("")
+            time.sleep(20)
+
+    begun = []
+
+    def ask():
+        begun.extend(folder for folder in store_folder.glob("*/begun"))
+        return "interrupted" if begun else None
+
+    store_folder = look(lambda run, instruments: None)[1].folder.parent
+    outcome, run = look(work, ask=ask)
+    assert outcome.status == "interrupted"
+    assert not [path.name for path in run.folder.iterdir() if path.suffix == ".png"]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_child_sees_what_this_process_does(config, store):
+    """Two readings of the same weights, each on one thread: equal to the last digit, the picture too."""
+    run = run_trial(config, store, instruments=("robustness", "equivariance"))
+    here = {name: reading["metrics"] for name, reading in run.instruments().items()}
+    picture = (run.folder / "robustness.png").read_bytes()
+    (run.folder / "instruments.json").unlink()
+    (run.folder / "robustness.png").unlink()
+    outcome = look_in_child(config, store, ("robustness", "equivariance"), threads=torch.get_num_threads())
+    assert outcome.status == "finished", outcome.reason
+    assert {name: reading["metrics"] for name, reading in run.instruments().items()} == here
+    assert (run.folder / "robustness.png").read_bytes() == picture
 
 
 # -- with trials that train, in children that first wait for torch to be imported ------------------------------------

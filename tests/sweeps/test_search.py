@@ -1,5 +1,7 @@
 """Searches: at one rate or over rate and distortion, on validation alone; and what confirms them on the test."""
 
+import re
+
 import numpy as np
 import optuna
 import pandas as pd
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from bench.analysis import searches
 from bench.analysis.frames import frame
 from bench.analysis.statistics import role_verdicts
+from bench.analysis.tables import text_of
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.sweeps import index, workers
@@ -184,6 +187,12 @@ def test_a_search_that_overfits_validation_is_exposed_by_the_test(child, tmp_pat
     assert "default (cnn) better than winner (cnn) by" in printed
     text = (tmp_path / "reports" / "search-smoke-seeds=0_1-bits_per_image=112" / "tables.md").read_text()
     assert "Confirmed on fresh seeds" in text
+    told = text.split("## ")[0]
+    (found,) = re.findall(rf"cnn, beta {text_of(best)}, .*: LPIPS vgg (\S+) promised on validation, .*", told)
+    assert f"LPIPS vgg {found} promised on validation, " in printed
+    promise, winner, default = map(float, re.findall(r"\b0\.\d{3}\b(?= promised| on the test)", told))
+    assert promise < default < winner
+    assert "default (cnn) better than winner (cnn) by" in told
     assert "on 64 test images" in text
     row = next(line for line in text.splitlines() if line.startswith("| cnn | winner |"))
     seen, test = (float(part.split()[0].strip("*")) for part in (row.split("|")[6], row.split("|")[8]))

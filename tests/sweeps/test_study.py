@@ -3,11 +3,14 @@
 import contextlib
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -478,7 +481,8 @@ def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path,
     assert not set(CONFIG) & set(METRICS)
 
 
-def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
+def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "threads_each", lambda workers: 2)  # as fabricated runs had
     start(BETA, tmp_path, "--backbone", "cnn")
     child.calls.clear()
     capsys.readouterr()
@@ -488,7 +492,8 @@ def test_a_plan_says_what_is_there_and_what_it_costs(child, tmp_path, capsys):
     assert rows["cnn"][1:7] == ["2", "×", "2", "2", "0", "2"]
     assert rows["vit"][1:7] == ["2", "×", "2", "0", "0", "4"]
     assert not child.calls
-    assert float(rows["cnn"][7]) == pytest.approx(2 * 34 / 60, abs=0.06)  # fabricated runs take 34 s
+    assert float(rows["cnn"][7]) == pytest.approx(2 * 39 / 60, abs=0.06)  # fabricated runs take 39 s
+    assert rows["vit"][7] == "unknown"
 
 
 def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
@@ -551,10 +556,11 @@ def test_estimates_scale_with_steps(tmp_path):
     known = frame(store.runs())
     seconds = 30 + config.width / 10
     longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
-    assert plan.estimates([config, longer], known) == pytest.approx([seconds, 2 * seconds])
+    scoring = 5  # which takes as long however long was trained
+    assert plan.estimates([config, longer], known, 2) == pytest.approx([seconds + scoring, 2 * seconds + scoring])
+    assert plan.estimates([config], known, 1) == pytest.approx([2 * (seconds + scoring)])  # on half as many threads
     other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
-    (measured,) = plan.estimates([other], known)
-    assert measured > 0
+    assert plan.estimates([other], known, 2) == [None]
 
 
 def test_a_rebuilt_search_goes_on(child, tmp_path):
@@ -699,7 +705,7 @@ def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads)
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
 
     monkeypatch.setattr(study, "run_in_child", Counting())
-    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
     one = Ablation("one", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("independent",))
     assert start(one, tmp_path, "--workers", str(workers), "--trial-timeout", "77") == 0
     assert found == [(threads, 77.0)] * 2  # a tokenizer and a prior
@@ -801,8 +807,8 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
     totals, bars = [], []
 
     class Bar(study.Bar):
-        def __init__(self, label, total, *rest):
-            super().__init__(label, total, *rest)
+        def __init__(self, label, total, *rest, **options):
+            super().__init__(label, total, *rest, **options)
             totals.append(total)
             bars.append(self)
 
@@ -810,6 +816,18 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
     assert start(BETA, tmp_path, "--steps", "50") == 0
     assert totals == [4 * 50]
     assert [bar.done for bar in bars] == [4 * 50]
+
+
+def test_what_is_left_of_a_study_is_told_by_the_trials_that_ended(tmp_path, monkeypatch):
+    """Not by steps, which scoring has none of; and not before one has ended."""
+    made = planned(tmp_path, "--workers", "2")
+    crew = study.Workers(made, None, made.tokenizers(), 10)
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    assert crew._left() is None
+    crew.done, crew.seconds, crew.begun = 2, [30.0, 50.0], {"a": 90.0, "b": 20.0}
+    assert crew._left() == pytest.approx((8 * 40 - 10 - 40) / 2)
+    crew.done, crew.begun = 10, {}
+    assert crew._left() == 0
 
 
 def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path, capsys):
@@ -1236,25 +1254,28 @@ def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
 
 
 class Looks(list):
-    """In place of ``run_trial`` on runs that are finished: notes which are looked at, and ends for one of them in what
-    a stranger's folder may hold."""
+    """In place of a child that looks at a run: notes which, and ends at one backbone as it is told."""
 
-    def __call__(self, config, store, fid_weights, instruments):
+    def __init__(self, *endings):
+        self.endings = list(endings)
+
+    def __call__(self, config, store, instruments, fid_weights, threads, ask):
         run = store.run(config)
         assert run.finished
         self.append((config.backbone, config.seed, run.folder.parent.name, instruments))
-        if config.backbone == "vit":
-            raise UserError("its weights are damaged")
+        self.threads = threads
+        if config.backbone == "vit" and self.endings:
+            return Outcome(self.endings.pop(0), "its weights are damaged")
         run.seal("instruments.json", {"instruments": {"equivariance": EQUIVARIANT}})
-        return run
+        return Outcome("finished")
 
 
 EQUIVARIANT = {"version": INSTRUMENTS["equivariance"].version, "seconds": 1.0, "weights": "w", "metrics": {}}
 
 
 def test_instruments_look_once_at_every_finished_run_and_none_by_default(child, tmp_path, monkeypatch, capsys):
-    looks, checked = Looks(), Mock()
-    monkeypatch.setattr(study, "run_trial", looks)
+    looks, checked = Looks("refused", "refused", "refused"), Mock()
+    monkeypatch.setattr(study, "look_in_child", looks)
     monkeypatch.setattr(study, "check_instruments", checked)
     child.endings = ["diverged", "finished", "finished", "finished"]
     assert start(BETA, tmp_path) == 1
@@ -1262,16 +1283,61 @@ def test_instruments_look_once_at_every_finished_run_and_none_by_default(child, 
     checked.reset_mock()
     assert start(BETA, tmp_path, "--instruments", "equivariance") == 1
     assert [call.args[2] for call in checked.call_args_list] == [("equivariance",)] * 2
-    assert looks == [(name, 0, "runs", ("equivariance",)) for name in ("cnn", "vit", "vit")]
-    assert "not looked at: its weights are damaged" in capsys.readouterr().err
+    assert sorted(looks) == [(name, 0, "runs", ("equivariance",)) for name in ("cnn", "vit", "vit")]
+    assert looks.threads is None
+    said = capsys.readouterr().err
+    assert said.count("not looked at: its weights are damaged") == 2
+    assert re.search(r"/3 cnn-ema-\w+: equivariance \(", said)
     looks.clear()
     start(BETA, tmp_path, "--instruments", "equivariance")
     assert [name for name, *_ in looks] == ["vit", "vit"]  # the other has been
 
 
+@pytest.mark.parametrize(("ending", "looked"), [("crashed", 3), ("out_of_memory", 2), ("refused", 1), ("busy", 1)])
+def test_a_look_that_fails_is_tried_as_often_as_a_trial_and_stops_nothing(
+    child, tmp_path, monkeypatch, capsys, ending, looked
+):
+    looks = Looks(*[ending] * 3)
+    monkeypatch.setattr(study, "look_in_child", looks)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--beta", "0.25", "--instruments", "equivariance", "--workers", "2") == 0
+    assert sorted(name for name, *_ in looks) == ["cnn"] + ["vit"] * looked
+    assert looks.threads == study.threads_each(2) >= 1
+    assert "not looked at: its weights are damaged" in capsys.readouterr().err
+
+
+def test_instruments_look_at_as_many_runs_at_a_time_as_there_are_workers(child, tmp_path, monkeypatch):
+    together = threading.Barrier(2, timeout=20)
+
+    def look(*given):
+        together.wait()
+        return Outcome("finished")
+
+    monkeypatch.setattr(study, "look_in_child", look)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--beta", "0.25", "--instruments", "equivariance", "--workers", "2") == 0
+
+
+def test_a_signal_stops_looks_and_no_further_one_begins(child, tmp_path, monkeypatch, capsys):
+    looked = []
+
+    def look(config, store, instruments, fid_weights, threads, ask):
+        looked.append(config)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while ask() is None:
+            time.sleep(0.01)
+        return Outcome(ask())
+
+    monkeypatch.setattr(study, "look_in_child", look)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    assert start(BETA, tmp_path, "--instruments", "equivariance") == 130
+    assert len(looked) == 1
+    assert "stopped after instruments looked at 0 of 4 runs; the same command continues" in capsys.readouterr().err
+
+
 def test_of_a_search_instruments_look_at_what_confirms_it(child, tmp_path, monkeypatch, capsys):
     looks = Looks()
-    monkeypatch.setattr(study, "run_trial", looks)
+    monkeypatch.setattr(study, "look_in_child", looks)
     monkeypatch.setattr(study, "check_instruments", Mock())
     words = ["--trials", "2", "--instruments", "equivariance", "--backbone", "cnn"]
     assert start(SEARCH, tmp_path, *words) == 2
