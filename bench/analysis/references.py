@@ -6,17 +6,21 @@ budget: everything but the quantizer, its settings, the seed and the device is e
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.codecs import FORMATS
 
-from . import frames, looks
+from . import frames
 from .frames import CONFIG, METRICS
 from .tables import Cell, cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .looks import Entries
 
 FREE = {"quantizer", "codebook_size", "seed", "device"}.union(*(kind.settings for kind in QUANTIZERS.values()))
 BUDGET = [name for name in CONFIG if name not in FREE]
@@ -96,7 +100,7 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def entries(rows: pd.DataFrame, latents: pd.DataFrame) -> looks.Entries:
+def entries(rows: pd.DataFrame, latents: pd.DataFrame) -> "Entries":
     """What a legend says of what ``draw`` adds."""
     grey, own = {"color": "0.35"}, beside(rows, latents)
     found = {FORMATS[name].label: grey | _format_look(name) for name in formats_in(rows)}
@@ -104,9 +108,11 @@ def entries(rows: pd.DataFrame, latents: pd.DataFrame) -> looks.Entries:
     return found | {WORDS[name]: look for name, look in kinds.items() if name in set(own.quantizer)}
 
 
-def draw(panels: dict[str, Axes], rows: pd.DataFrame, latents: pd.DataFrame) -> pd.Series:
+def draw(panels: "dict[str, Axes]", rows: pd.DataFrame, latents: pd.DataFrame) -> pd.Series:
     """Adds to axes of metrics against bits per pixel, by metric, what stands beside ``rows``: image formats and KL
     latents as points at the rate that they used, no codes as a line across. Returns the rates that were added."""
+    from . import looks  # and seaborn, which tables have no use for
+
     own, rates = beside(rows, latents), []
     for name in formats_in(rows):
         at = f"bits_per_pixel_{name}"

@@ -84,7 +84,8 @@ def run_in_child(
     if run.finished:
         return Outcome("finished")
     if outcome.status == "finished":
-        outcome = Outcome("crashed", f"it left no scores; see {run.folder}/log.txt")
+        left = "it left no scores; see {}/log.txt" if run.folder.exists() else "{} was removed as its trial ended"
+        outcome = Outcome("crashed", left.format(run.folder))
     elif outcome.status == "timed_out":
         advice = "--retry-failed goes on with it, or take fewer --steps"
         outcome = outcome._replace(reason=f"not finished after {timeout:.0f} s; {advice}")
@@ -234,8 +235,6 @@ def _ended(told: Connection, exitcode: int, run: Run, memory_kill: bool) -> Outc
         return Outcome("crashed", "terminated from outside")
     if outcome:
         return outcome
-    if exitcode == 0 and not run.folder.exists():
-        return Outcome("crashed", f"{run.folder} was removed as its trial ended")
     name = signal.Signals(-exitcode).name if exitcode < 0 else ""
     if memory_kill and name == "SIGKILL":
         return Outcome("out_of_memory", "killed for lack of memory; try a smaller --batch-size or fewer --workers")

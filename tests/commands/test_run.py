@@ -236,7 +236,7 @@ def test_full_disk_in_the_middle(trial_data, command, monkeypatch, tmp_path):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trial.plots, "curves", full)
+    monkeypatch.setattr("bench.core.plots.curves", full)
     code, _, err = command("--backbone", "cnn", *TINY)
     assert code == 2
     assert "No space left on device" in err

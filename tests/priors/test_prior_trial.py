@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.torch
+from rich.table import Table
 
 from bench import prior
 from bench.core.errors import Diverged, UserError
@@ -466,7 +467,7 @@ def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
         return store.run(config)
 
     monkeypatch.setattr(prior, "run_prior", finish)
-    monkeypatch.setattr(prior, "result_table", lambda runs: f"{len(runs)} in the table")
+    monkeypatch.setattr(prior, "result_table", lambda runs: Table(f"{len(runs)} in the table"))
     monkeypatch.setattr(prior, "protocol_line", lambda run: "")
     arguments = [str(world.tokenizer.folder), "--prior", "rnn", "mamba", "--seeds", "3", "5", "--device", "cpu"]
     assert prior.main([*arguments, "--fid-weights", "file", "--no-resume"]) == 1
@@ -487,7 +488,7 @@ def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, m
         return made
 
     monkeypatch.setattr(prior, "run_prior", begin_then_finish)
-    monkeypatch.setattr(prior, "result_table", lambda runs: "")
+    monkeypatch.setattr(prior, "result_table", lambda runs: Table())
     monkeypatch.setattr(prior, "protocol_line", lambda run: "")
     ends = []
     for _ in range(3):
