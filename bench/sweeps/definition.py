@@ -149,7 +149,7 @@ class Ablation:
     """Every backbone at every combination of the values in ``sweep``, once per seed.
 
     ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
-    over the codes of each of these tokenizers, with the tokenizer's seed.
+    over the codes of each of these tokenizers, with the tokenizer's seed. ``metric``: what the dashboard ranks by.
     """
 
     name: str
@@ -158,6 +158,7 @@ class Ablation:
     backbones: tuple[str, ...] = tuple(BACKBONES)
     seeds: tuple[int, ...] = (0, 1, 2)
     priors: tuple[str, ...] = ()
+    metric: tuple[str, ...] = StudyArguments.metric
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         base = PriorStudyArguments if study.priors else AblationArguments
         told = tyro.conf.arg(help="values to sweep")
         flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
-        values |= study.sweep | ({"prior": study.priors} if study.priors else {})
+        values |= study.sweep | {"metric": study.metric} | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     options = parse(options_type, hide_misplaced(arguments), f"python -m studies.{study.name}", description, **values)
