@@ -139,16 +139,12 @@ def test_features_are_the_model_s_own_of_an_image_of_its_size(files, name, size,
     torch.testing.assert_close(found(x * 2 - 1), F.adaptive_avg_pool2d(expected, grid), rtol=1e-4, atol=1e-5)
 
 
-def test_patches_of_14_pixels_make_any_grid():
+def test_patches_of_14_pixels_make_any_grid(monkeypatch):
     """As those of DINOv2: images are enlarged to 14 pixels a cell."""
-    torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=518).state_dict()
-    found = timm_encoder.Features.__new__(timm_encoder.Features)
-    assert "pos_embed" in state
-    with pytest.MonkeyPatch.context() as patch:
-        create = timm.create_model
-        patch.setattr(timm, "create_model", lambda *given, **options: create(*given, **options, patch_size=14))
-        found.__init__("vit_tiny_patch16_224", 64, 8, state)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *given, **options: create(*given, **options, patch_size=14))
+    state = timm.create_model("vit_tiny_patch16_224", img_size=518).state_dict()
+    found = timm_encoder.Features("vit_tiny_patch16_224", 64, 8, state)
     assert found.image_size == 8 * 14
     assert found(torch.zeros(1, 3, 64, 64)).shape == (1, 192, 8, 8)
 
