@@ -152,7 +152,8 @@ class Ablation:
 
     ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
     over the codes of each of these tokenizers, with the tokenizer's seed. ``alone``: not every combination, but the
-    first values of all, and each further value with the first of all others, where the backbone takes it.
+    first values of all, and each further value with the first of all others, where the backbone takes it. ``metric``:
+    what the dashboard ranks by.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Ablation:
     seeds: tuple[int, ...] = (0, 1, 2)
     priors: tuple[str, ...] = ()
     alone: bool = False
+    metric: tuple[str, ...] = StudyArguments.metric
 
     def combinations(self, backbone: str, space: dict[str, tuple]) -> list[dict[str, Any]]:
         """The values of ``space``, the swept fields as the command line has them, that ``backbone`` is trained with."""
@@ -198,7 +200,7 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         base = PriorStudyArguments if study.priors else AblationArguments
         told = tyro.conf.arg(help="values to sweep")
         flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
-        values |= study.sweep | ({"prior": study.priors} if study.priors else {})
+        values |= study.sweep | {"metric": study.metric} | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     options = parse(options_type, hide_misplaced(arguments), f"python -m studies.{study.name}", description, **values)

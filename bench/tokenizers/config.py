@@ -30,6 +30,7 @@ from bench.data import AUGMENTATIONS
 from bench.metrics import MINIMUM_SIZE
 from bench.quantizers import ENTROPY_WEIGHT, QUANTIZERS
 
+from .alignment import check_model, content
 from .presets import PRESETS
 from .sizes import width_of
 
@@ -129,6 +130,13 @@ class Config:
     """weight of the perceptual loss; 0 leaves it out"""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """network of the perceptual loss; vgg is slow without a GPU"""
+    alignment_weight: Annotated[Weight, settings.LATER] = 0.0
+    """weight of the alignment of the quantized latent with features of a frozen model (VA-VAE); 0 leaves it out"""
+    alignment_model: Annotated[str, settings.LATER] = "vit_small_patch14_dinov2"
+    """the model of timm whose features these are"""
+    alignment_file: Annotated[str, settings.LATER] = ""
+    """file with its weights (safetensors, or torch.save of a state dict); unless given, timm's own are fetched. A run
+    is known by what is in the file, not by where it lies"""
     gan_weight: Weight = 0.0
     """weight of the adversarial loss; 0 trains no discriminator"""
     gan_start: StepShare = 0.5
@@ -192,7 +200,12 @@ class Config:
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the protocol version."""
         head = f"{self.backbone.replace(':', '-')}-{self.quantizer}"
-        return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved())[:12]}"
+        return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved().stored())[:12]}"
+
+    def stored(self) -> "Config":
+        """The config as its run keeps it: with what is in ``alignment_file`` in place of its path. Raises UserError
+        where there is no such file."""
+        return replace(self, alignment_file=content(self.alignment_file)) if self.alignment_file else self
 
     @property
     def tokens(self) -> int:
@@ -219,6 +232,8 @@ class Config:
             raise UserError("full_resolution adds no level to a grid as large as the image; leave it out")
         for name in TURNS[self.token_order]:
             check_order(name, self.grid_size)
+        if self.alignment_weight:
+            check_model(self.alignment_model)
         check_device(self.resolved().device)
 
     def _check_backbone(self) -> None:

@@ -52,6 +52,21 @@ def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 
+def marginal_cosine(z: Tensor, f: Tensor, margin: float = 0.5) -> Tensor:
+    """How far vectors ``z`` point away from features ``f``, both (B, C, h, w): the mean over all positions of
+    ReLU(1 − m − cos(z, f)), in [0, 2 − m]. Yao and Wang 2025 (VA-VAE), equations 3 and 4, where z is a linear map of
+    the latent; within the margin, which is theirs, nothing pulls."""
+    return F.relu(1 - margin - F.cosine_similarity(z, f, dim=1)).mean()
+
+
+def marginal_distances(z: Tensor, f: Tensor, margin: float = 0.25) -> Tensor:
+    """How far latents ``z`` (B, d, h, w) differ from features ``f`` (B, C, h, w) in which positions of an image are
+    alike: the mean over all pairs of them, an image at a time, of ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m), in [0, 2 − m].
+    Yao and Wang 2025 (VA-VAE), equation 5."""
+    a, b = (F.normalize(grid.flatten(2), dim=1) for grid in (z, f))
+    return F.relu((a.mT @ a - b.mT @ b).abs() - margin).mean()
+
+
 def gradient_penalty(x: Tensor, logits: Tensor) -> Tensor:
     """R1 (Mescheder et al. 2018, equation 9): half the squared norm of the logits' gradient, mean over images.
 

@@ -57,7 +57,8 @@ class Tokenizer(nn.Module):
         run = Run(Path(folder))
         check_finished(run)
         config = run.settings(Config)
-        plain = replace(config, pretrained=False, device=device)  # the run's own weights follow
+        # The run's own weights follow, and what it was aligned with is no part of it.
+        plain = replace(config, pretrained=False, alignment_weight=0.0, device=device)
         plain.check()
         check_size(plain, device)
         tokenizer = cls(plain)

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.data import batch
 from bench.metrics import CodeHistogram, perceptual
 from bench.training.loop import adamw, autocast, descend, fit
 
+from .alignment import features
 from .config import Config
 from .discriminator import Adversary
-from .losses import RECONSTRUCTION, adaptive_weight
+from .losses import RECONSTRUCTION, adaptive_weight, marginal_cosine, marginal_distances
 from .tokenizer import Tokenizer, to_device
 
 
@@ -26,7 +27,8 @@ def train(
 
 
 class TokenizerLearner:
-    """A tokenizer with its losses, and the discriminator that it may be trained against."""
+    """A tokenizer with its losses, the discriminator that it may be trained against, and the linear map of its latent
+    that may be aligned with features of a frozen model."""
 
     unit = "images"
 
@@ -34,8 +36,15 @@ class TokenizerLearner:
         torch.manual_seed(config.seed)
         self.config, self.images = config, images
         self.model = to_device(Tokenizer(config), config.device).train()
-        self.optimizer = adamw(self.model, config.weight_decay)
-        self.parts = {"tokenizer": self.model, "optimizer": self.optimizer}
+        self.features, self.trained, parts = None, self.model, {}
+        if config.alignment_weight:
+            with torch.random.fork_rng():  # the tokenizer's own draws are the same with and without it
+                frozen = features(config.alignment_model, config.alignment_file, config.image_size, config.grid_size)
+                linear = nn.Conv2d(config.code_dim, frozen.channels, 1, bias=False)
+            self.features, self.linear = (to_device(module, config.device) for module in (frozen, linear))
+            self.trained, parts = nn.ModuleList([self.model, self.linear]), {"alignment": self.linear}
+        self.optimizer = adamw(self.trained, config.weight_decay)
+        self.parts = {"tokenizer": self.model, "optimizer": self.optimizer} | parts
         self.lpips = perceptual(config.lpips_net, torch.device(config.device)) if config.lpips_weight else None
         self.autocast = autocast(config)
         self.adversary = None
@@ -73,7 +82,13 @@ class TokenizerLearner:
                 fidelity = loss - losses["quantizer"]  # what the decoder alone answers for
                 losses["gan_scale"] = adaptive_weight(fidelity, losses["gan"], self.model.decoder.last_layer)
             loss = loss + config.gan_weight * adversary.weight(step) * losses["gan_scale"] * losses["gan"]
-        losses["grad_norm"] = descend(self.optimizer, self.model, loss, rate, config.grad_clip)
+        if self.features is not None:
+            with self.autocast:
+                f = self.features(x)
+            z_q = quantized.z_q  # what the decoder and a prior get, as is what VA-VAE aligns: its latent, sampled
+            losses["alignment"] = marginal_cosine(self.linear(z_q), f.float()) + marginal_distances(z_q, f.float())
+            loss = loss + config.alignment_weight * losses["alignment"]
+        losses["grad_norm"] = descend(self.optimizer, self.trained, loss, rate, config.grad_clip)
 
         if adversary is not None and step >= adversary.first:
             with self.autocast:

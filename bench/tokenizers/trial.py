@@ -19,6 +19,7 @@ from bench.metrics import from_uint8, to_uint8, weights
 from bench.training.loop import logged
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
+from .alignment import features
 from .codecs import format_references
 from .config import Config
 from .costs import static_costs, throughput
@@ -43,6 +44,8 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
         what = f"the results folder {place} lies among the images of {images}, and so would its pictures"
         raise UserError(f"{what}; name another with --results")
     tokenizer = Tokenizer(config)
+    if config.alignment_weight:
+        features(config.alignment_model, config.alignment_file, config.image_size, config.grid_size)
     state_megabytes = COPIES * 4 * parameter_count(tokenizer) >> 20
     store.check_writable(50 + 2 * state_megabytes)
     try:
@@ -87,7 +90,7 @@ def run_trial(
 
     check_instruments(config, data, instruments)
     store.check_images(run, config.data, config.image_size, data.fingerprint)
-    with begun(run, {"config": asdict(config), "trained_on": data.fingerprint}, resume):
+    with begun(run, {"config": asdict(config.stored()), "trained_on": data.fingerprint}, resume):
         reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
         untrained, pictures = score_untrained(config, data.images(config.split))
         with atomic_path(run.folder / "untrained.npz") as temporary:

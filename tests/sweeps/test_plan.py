@@ -328,11 +328,24 @@ STUDIES = {
         ("cnn",),
         (0,),
     ),
+    "cures": (
+        {"patch_overlap": (False, True), "final_conv": (False, True)},
+        {},
+        ("vit", "mamba", "bimamba", "hybrid"),
+        (0, 1, 2),
+    ),
     "code_dim": ({"code_dim": (4, 8, 16, 32, 64), "quantizer": ("ema", "l2")}, {}, ("convnext", "vit"), (0, 1, 2)),
     "codebook_size": ({"codebook_size": (64, 256, 1024, 4096)}, {}, ALL, (0, 1, 2)),
+    "filters": ({"width": (16, 32, 64, 128, 256)}, {}, ("cnn",), (0, 1, 2)),
     "gan_weight": ({"gan_weight": (0.0, 0.1, 0.3, 1.0)}, {}, ALL, (0, 1, 2)),
     "grid_size": ({"grid_size": (1, 2, 4, 8, 16)}, {}, ALL, (0, 1, 2)),
     "learning_rate": ({"lr": (3e-4, 1e-3, 2e-3, 5e-3)}, {}, ALL, (0, 1, 2)),
+    "prior_rate": (
+        {"codebook_size": (128, 256, 512, 1024), "grid_size": (4, 8, 16)},
+        {},
+        ("convnext",),
+        (0, 1, 2),
+    ),
     "priors": ({"grid_size": (4, 8, 16)}, {}, ALL, (0, 1, 2)),
     "variants": (
         {"token_order": ("raster", "hilbert", "cross")}
@@ -350,14 +363,22 @@ STUDIES = {
         (0, 1, 2),
     ),
 }
+OVER_CODES = {
+    "filters": ("independent", "transformer"),
+    "prior_rate": ("pixelcnn", "transformer"),
+    "priors": tuple(PRIORS),
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_an_ablation_sweeps_what_its_docstring_says(name):
     study = importlib.import_module(f"studies.{name}").STUDY
     assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
-    assert study.priors == (tuple(PRIORS) if name == "priors" else ())
     assert study.alone == (name == "variants")
+    assert study.priors == OVER_CODES.get(name, ())
+    metric = ("grid_energy", "grid_edges") if name == "cures" else ("lpips_vgg",)
+    assert parse_study(study, "", []).metric == metric
+    assert parse_study(study, "", ["--metric", "psnr"]).metric == ("psnr",)
 
 
 def test_alone_each_further_value_stands_with_the_first_of_all_others_where_a_backbone_takes_it():
