@@ -195,15 +195,21 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     """Command line → arguments. A swept field takes several values; a searched one is no flag. Raises UserError."""
     values = {**study.settings, "backbone": study.backbones, "seeds": study.seeds}
     if isinstance(study, Search):
-        base, flags = SearchArguments, {name: tyro.conf.Suppress[TYPES[name]] for name in (*study.space, "split")}
+        some, base, flags = (
+            (),
+            SearchArguments,
+            {name: tyro.conf.Suppress[TYPES[name]] for name in (*study.space, "split")},
+        )
     else:
         base = PriorStudyArguments if study.priors else AblationArguments
+        some = study.sweep if study.alone else ()
         told = tyro.conf.arg(help="values to sweep")
         flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
         values |= study.sweep | {"metric": study.metric} | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
-    options = parse(options_type, hide_misplaced(arguments), f"python -m studies.{study.name}", description, **values)
+    words, prog = hide_misplaced(arguments), f"python -m studies.{study.name}"
+    options = parse(options_type, words, prog, description, some, **values)
     if options.metric == () and isinstance(study, Search):
         metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
         options = replace(options, metric=metric)

@@ -80,10 +80,13 @@ _DEFAULTS = {field.name: field.default for field in fields(Config)}
 Parsed = TypeVar("Parsed", bound=Arguments)
 
 
-def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str, **defaults: Any) -> Parsed:
+def parse(
+    kind: type[Parsed], arguments: list[str], prog: str, description: str, some: Collection[str] = (), **defaults: Any
+) -> Parsed:
     """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
-    ``defaults`` replace those of ``kind`` and of the preset, and count as given. Exits with code 2 on an unknown flag,
-    as tyro does; raises UserError on an unknown preset."""
+    ``defaults`` replace those of ``kind`` and of the preset, and count as given; ``some`` are those that not all of
+    several backbones have to know. Exits with code 2 on an unknown flag, as tyro does; raises UserError on an unknown
+    preset."""
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")
@@ -91,18 +94,18 @@ def parse(kind: type[Parsed], arguments: list[str], prog: str, description: str,
     given = frozenset(name for name in _FIELDS if {name, f"no_{name}"} & flags or name in defaults)
     default = kind(**{**preset_settings(preset), **defaults, "preset": preset, "given": given})
     options = command_line(kind, arguments, prog, description, default=default)
-    _check_lists(options, arguments, prog)
+    _check_lists(options, arguments, prog, some)
     return options
 
 
-def _check_lists(options: Arguments, words: Sequence[str], prog: str) -> None:
+def _check_lists(options: Arguments, words: Sequence[str], prog: str, some: Collection[str]) -> None:
     """Raises UserError, with two commands in place of that one, where some of several backbones or quantizers make no
-    use of an option that was given."""
+    use of an option that was given and is not among ``some``."""
     known = {"backbone": (OPTIONS, lambda name: backbone(name).options)}
     known["quantizer"] = SETTINGS, lambda name: QUANTIZERS[name].settings
     for field, (names, options_of) in known.items():
         chosen = getattr(options, field)
-        for name in names if isinstance(chosen, tuple) else ():
+        for name in {*names} - {*some} if isinstance(chosen, tuple) else ():
             with suppress(ValueError, KeyError):  # one that is unknown, which is told elsewhere
                 users = [one for one in chosen if name in options_of(one)]
                 if name in options.given and getattr(options, name) != _DEFAULTS[name] and 0 < len(users) < len(chosen):
