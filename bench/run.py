@@ -4,6 +4,7 @@
     python -m bench.run --backbone cnn convnext vit mamba --seeds 0 1
     python -m bench.run --backbone cnn --data folder:DIR --grid-size 16 --steps 2000
     python -m bench.run --list
+    python -m bench.run --backbone cnn vit --profile
 
 Every setting below is a column of the results. A run that the store already holds is shown, not repeated; one that was
 interrupted goes on where it stopped.
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -55,6 +57,8 @@ class RunArguments(Arguments):
     ] = ()
     list: bool = False
     """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
+    profile: bool = False
+    """show where the time of a training step goes, write traces below --results, and stop"""
 
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, str):  # a preset has one
@@ -88,6 +92,9 @@ def work(arguments: list[str]) -> int:
     options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
     if options.list:
         stdout.print(size_table(options.configs(), options.timed))
+        return 0
+    if options.profile:
+        stdout.print(profile_table(options))
         return 0
     return compare(options, arguments)
 
@@ -236,6 +243,30 @@ def size_table(configs: list[Config], timed: bool = False) -> Table:
         sizes = [str(config.width), str(config.depth)]
         steps = [str(config.steps)] if timed else []
         table.add_row(config.backbone, *sizes, *millions, *flops, f"{config.grid_size}×{config.grid_size}", *steps)
+    return table
+
+
+def profile_table(options: RunArguments) -> Table:
+    """Milliseconds of a training step of each config by part, and their share of it; traces are in ``profiles``."""
+    from bench.tokenizers.profile import PARTS, profile
+    from bench.tokenizers.trial import prepare
+
+    store, found = Store(options.results), {}
+    for config in (one.resolved() for one in options.configs()):
+        data, place = prepare(config, store, options.fid_weights), store.root / "profiles"
+        label = f"{config.backbone} {config.quantizer}" + f" {config.seed}" * (len(set(options.seeds)) > 1)
+        found[label] = profile(config, data.train, place / f"{config.run_id()}.json")
+    table = Table(title="a training step, ms", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    for label in found:
+        table.add_column(label, justify="right")
+    for part in PARTS:
+        if any(part in spent for spent in found.values()):
+            cells = (f"{s[part]:.1f} ({s[part] / s['step']:3.0%})" if part in s else "–" for s in found.values())
+            table.add_row(part, *cells)
+    table.add_section()
+    table.add_row("step", *(f"{spent['step']:.1f}      " for spent in found.values()))
+    table.caption = f"forward and backward passes together; traces for Perfetto or Chrome: {store.root / 'profiles'}"
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 import tyro
 from rich.markup import escape
 
-from .errors import Diverged, Interrupted, UserError
+from .errors import Diverged, Interrupted, UserError, terminations
 from .files import cache_dir, reason
 from .progress import is_text, say
 from .runs import Run
@@ -144,7 +144,8 @@ def refusal(error: OSError) -> str:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, outside of loops that have a better answer (``bench.training.loop``)."""
+    """Makes each of ``terminations`` a KeyboardInterrupt, outside of loops that have a better answer
+    (``bench.training.loop``)."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
@@ -152,11 +153,12 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in terminations()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # What tyro says of a command line → what commands say of it.

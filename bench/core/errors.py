@@ -1,5 +1,6 @@
 """How a run can end without scores, as exceptions that every room knows."""
 
+import signal
 from pathlib import Path
 
 
@@ -31,3 +32,10 @@ class Diverged(Exception):
 
 class Interrupted(Exception):
     """The user stopped the run; the checkpoint is written and the same command continues it."""
+
+
+def terminations() -> list[signal.Signals]:
+    """Signals that ask a process to stop besides Ctrl-C: SIGTERM, and that of a terminal that is gone, unless whoever
+    started this has it ignored, as nohup does."""
+    gone = getattr(signal, "SIGHUP", signal.SIGTERM)
+    return [signal.SIGTERM] if signal.getsignal(gone) == signal.SIG_IGN else [signal.SIGTERM, gone]

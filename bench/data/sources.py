@@ -6,7 +6,7 @@ Every source has three splits: train, val for choosing between settings, test fo
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -183,6 +183,13 @@ def _split_folders(root: str) -> dict[str, str]:
     return {name.lower(): name for name in folders}  # of several in small letters, which sort last
 
 
+def _tell_others(root: str, used: Collection[str]) -> None:
+    """Says which folders of ``root`` are left out, where those ``used`` are its splits."""
+    names = sorted(one.name for one in os.scandir(root) if one.is_dir() and not one.name.startswith("."))
+    if others := [name for name in names if name not in used]:
+        say(f"[yellow]left out:[/] {escape(', '.join(others))} in {escape(root)}, beside the splits")
+
+
 def _check_apart(root: str, *splits: Sequence[str]) -> None:
     """Raises UserError where one file, by links, is in two of ``splits``, which are paths below ``root``."""
     seen: dict[tuple[int, int], tuple[int, str]] = {}
@@ -210,6 +217,7 @@ def folder_source(path: str, image_size: int) -> Source:
     named = [there[name] for name in (*VALIDATION_FOLDERS, "test") if name in there]
     split_folders = int(bool(named) and "train" in there)
     if split_folders:
+        _tell_others(root, {there["train"], named[0], named[-1]})
         train, test = _find_images(root, there["train"]), _find_images(root, named[-1] if "test" in there else named[0])
         if "test" in there and len(named) > 1:
             val, how = _find_images(root, named[0]), f"subfolders {there['train']} / {named[0]} / {there['test']}"

@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -172,11 +173,11 @@ def content_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _load_trunk(net: str, path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
-        found = content_digest(state)
-    except (OSError, SafetensorError):
-        found = "unreadable"
+    found = "unreadable"
+    with suppress(OSError, SafetensorError):
+        if path.is_file():  # nobody waits for a pipe
+            state = load_file(path)
+            found = content_digest(state)
     if found != DIGESTS[net]:
         fix = "delete it, and it is fetched again"
         raise UserError(f"{path} is damaged: content {found[:12]}, expected {DIGESTS[net][:12]}; {fix}.")

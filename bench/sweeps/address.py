@@ -26,7 +26,8 @@ def storage_url(given: str | None, results: Path) -> str:
 
 def default_url(results: Path) -> str:
     """$VQBENCH_STORAGE, or else the SQLite database below ``results``."""
-    return os.environ.get("VQBENCH_STORAGE") or f"sqlite:///{results / 'studies' / 'optuna.db'}"
+    file = sqlalchemy.URL.create("sqlite", database=str(results / "studies" / "optuna.db"))
+    return os.environ.get("VQBENCH_STORAGE") or file.render_as_string()  # in which a ? or % of the path is escaped
 
 
 def check_place(url: str) -> None:
@@ -36,8 +37,9 @@ def check_place(url: str) -> None:
     if parsed is None or not parsed.drivername.startswith("sqlite") or not parsed.database:
         return
     place, fix = parsed.database, "or name another database with --storage"
-    if os.path.exists(place) and not os.path.isfile(place):
-        raise UserError(f"{place} is not a file, so no database; move it away, {fix}")
+    for file in (place, *(place + part for part in ("-journal", "-wal", "-shm"))):  # SQLite waits for a pipe
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{file} is not a file, so no part of a database; move it away, {fix}")
     folder = os.path.dirname(os.path.realpath(place))  # a link leads to where it is made
     if not os.path.isdir(folder):
         raise UserError(f"the database {place} cannot be made, as there is no folder {folder}; make that, {fix}")

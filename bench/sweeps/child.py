@@ -35,6 +35,7 @@ from bench.tokenizers.trial import run_trial
 from .kinds import KINDS, AnyConfig, Row
 
 POLL_SECONDS = 0.2
+FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)  # of a log; nobody waits for a pipe
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
 LONGEST = 500  # characters of a reason: what a pipe takes at once, whether anybody reads it or not
 ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that fits; any other is a crash
@@ -188,7 +189,7 @@ def _child(
         multiprocessing.set_start_method("fork", force=True)  # by which tqdm's lock is none that outlives the child
     store = Store(root)
     try:
-        log = os.open(store.run(config).folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        log = os.open(store.run(config).folder / "log.txt", FLAGS, 0o666)
     except OSError:
         log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):

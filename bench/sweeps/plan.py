@@ -27,6 +27,7 @@ from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
 SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision")  # what the time of a step depends on
+LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
 
 
@@ -112,7 +113,11 @@ class Plan:
                 path = os.path.realpath(os.path.expanduser(value.removeprefix("folder:")))
                 value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
             words.append(value if name == "data" else f"{name}={shown(value)}")
-        return re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
+        name = re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
+        if len(name.encode()) <= LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        return f"{name[: LONGEST_NAME // 5]}-{digest}"  # a letter has four bytes at most
 
     def header(self) -> dict[str, Any]:
         """What the study's file says besides its runs."""
@@ -306,8 +311,9 @@ def ending(parts: list[Part]) -> dict[Run, str]:
 
 
 def shown(value: Any) -> str:
-    """``value`` of a setting, in few characters."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """``value`` of a setting, in few characters, and in others than any other value."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else str(value)
 
 
 def shape_of(config: Config) -> tuple:

@@ -60,6 +60,8 @@ def content(file: str) -> str:
         return file
     try:
         stat = Path(file).stat()
+        if not Path(file).is_file():  # nobody waits for a pipe
+            raise UserError(f"alignment_file {file} is not a file; name one with weights of the alignment_model")
         return _digest(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         fix = "name a file with weights of the alignment_model, or leave it out for those of timm"

@@ -23,7 +23,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bench.core.errors import Damaged, Diverged, Interrupted, UserError
+from bench.core.errors import Damaged, Diverged, Interrupted, UserError, terminations
 from bench.core.files import UNREADABLE, atomic_path, naming, read_rows
 from bench.core.progress import Bar, say
 
@@ -259,7 +259,7 @@ def rewind(history: Path, step: int) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Turns SIGINT and SIGTERM into an event that the loop looks at; a second SIGINT stops at once."""
+    """Turns SIGINT and ``terminations`` into an event that the loop looks at; a second signal stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread only
@@ -270,7 +270,7 @@ def interruptible() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         event.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, *terminations())}
     try:
         yield event
     finally:

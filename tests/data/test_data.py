@@ -1238,6 +1238,19 @@ def test_what_lies_in_the_place_of_decoded_images_is_replaced(tmp_path, cache, w
     assert place.is_dir()
 
 
+def test_folders_beside_the_splits_are_named(tmp_path, cache, capsys):
+    """Also one that would be a split, were there not another of that kind."""
+    for split in (*SPLITS, "other", "Valid"):
+        write_images(tmp_path / "pets" / split, 6)
+    (tmp_path / "pets" / ".cache").mkdir()
+    assert sizes(load(f"folder:{tmp_path / 'pets'}", 8)) == (6, 6, 6)
+    assert f"left out: Valid, other in {tmp_path / 'pets'}, beside the splits" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "pets" / "Valid")
+    shutil.rmtree(tmp_path / "pets" / "other")
+    load(f"folder:{tmp_path / 'pets'}", 8)
+    assert "beside the splits" not in capsys.readouterr().err
+
+
 def test_a_pipe_that_is_called_an_image_is_passed_over(tmp_path, cache, capsys):
     """It would be waited for for ever; a link that leads nowhere is an image that cannot be read."""
     folder = write_images(tmp_path / "pets", 6)

@@ -296,6 +296,15 @@ def test_workers_that_start_together_fetch_once(checkpoint, folder, tmp_path, mo
     assert load_file(folder / "vgg16.safetensors").keys() == states[0].keys()
 
 
+def test_a_pipe_in_the_place_of_a_trunk_is_not_waited_for(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(folder / "alexnet.safetensors")
+    with pytest.raises(UserError, match=r"alexnet.safetensors is damaged: content unreadable.*; delete it"):
+        weights.trunk_state("alex")
+    (row,) = (row for row in weights.status() if row.path == folder / "alexnet.safetensors")
+    assert (row.cached, row.ok) == (True, False)
+
+
 @pytest.mark.parametrize("lost", ["alex", "vgg"])
 def test_only_the_trunk_that_is_missing_is_fetched(checkpoint, folder, tmp_path, monkeypatch, lost):
     """As a user is told to do with a damaged one; the other file stays as it is."""

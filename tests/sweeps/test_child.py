@@ -302,6 +302,14 @@ def test_the_reason_arrives_though_the_log_cannot_be_written(trial, store, error
     assert str(error) in outcome.reason == store.run(config).reason
 
 
+def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(trial, store):
+    trial(raising(UserError("wrong, choose another")))
+    config = make_config("cnn", "smoke")
+    store.run(config).folder.mkdir(parents=True)
+    os.mkfifo(store.run(config).folder / "log.txt")
+    assert run_in_child(config, store) == ("refused", "wrong, choose another")
+
+
 def test_the_reason_arrives_though_the_disk_of_the_log_is_full(trial, store):
     trial(raising(UserError("wrong, choose another")))
     config = make_config("cnn", "smoke")

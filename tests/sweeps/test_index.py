@@ -773,6 +773,24 @@ def test_the_driver_of_another_server_is_asked_for_by_its_own_name(tmp_path):
     assert str(error.value) == driver
 
 
+@pytest.mark.parametrize("name", ["a?b", "p%41", "x{y}", "ü #1"])
+def test_a_database_lies_in_the_results_however_they_are_called(tmp_path, name):
+    folder = tmp_path / name / "studies"
+    folder.mkdir(parents=True)
+    Index(address.default_url(tmp_path / name), folder).storage.engine.dispose()
+    assert (folder / "optuna.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("part", ["-journal", "-wal", "-shm"])
+def test_a_pipe_beside_a_database_is_not_waited_for(tmp_path, part):
+    place = tmp_path / "optuna.db"
+    Index(f"sqlite:///{place}", tmp_path).storage.engine.dispose()
+    os.mkfifo(f"{place}{part}")
+    with pytest.raises(UserError, match=f"optuna.db{part} is not a file, so no part of a database; move it away"):
+        Index(f"sqlite:///{place}", tmp_path)
+
+
 @pytest.mark.parametrize("what", ["pipe", "folder", "link"])
 def test_what_is_in_the_place_of_a_database_is_named_with_the_fix(tmp_path, what):
     place = tmp_path / "optuna.db"
@@ -780,7 +798,7 @@ def test_what_is_in_the_place_of_a_database_is_named_with_the_fix(tmp_path, what
     makes[what](place)
     with pytest.raises(UserError) as error:
         Index(f"sqlite:///{place}", tmp_path)
-    told = f"{place} is not a file, so no database; move it away"
+    told = f"{place} is not a file, so no part of a database; move it away"
     if what == "link":
         told = f"the database {place} cannot be made, as there is no folder {tmp_path / 'no'}; make that"
     assert str(error.value) == f"{told}, or name another database with --storage"

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -391,6 +392,19 @@ def test_alone_each_further_value_stands_with_the_first_of_all_others_where_a_ba
     assert study.combinations("vit", space) == [first, {**first, "rotary": True}, *betas]
     assert study.combinations("mamba", space) == [first, {**first, "token_order": "cross"}, *betas]
     assert len(replace(study, alone=False).combinations("cnn", space)) == 2 * 2 * 3
+
+
+def test_a_study_of_many_settings_has_a_name_that_a_file_can_have(tmp_path):
+    """Another one for every other value."""
+    flags = ("--ema-decay", "0.990001123456", "--grad-clip", "1.00000123456", "--weight-decay", "0.05000123456")
+    flags += ("--weight-ema", "0.9900123456", "--revive-after", "51000001", "--warmup", "51", "--lr", "0.002000123")
+    flags += ("--batch-size", "17", "--code-dim", "17", "--entropy-weight", "0.0123456789", "--reconstruction-end")
+    names = [planned(SWEEP, tmp_path, *flags, value).name for value in ("0.5", "0.6")]
+    assert all(len(name.encode()) <= 200 for name in names)
+    assert names[0] != names[1]
+    assert all(re.fullmatch(r"[\w.=-]+-[0-9a-f]{12}", name) for name in names)
+    ends = [planned(SWEEP, tmp_path, "--lr", lr).name.rpartition("=")[2] for lr in ("0.00200012", "0.002000121")]
+    assert ends == ["0.00200012", "0.002000121"]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -175,7 +175,23 @@ def test_a_row_can_be_read_as_soon_as_it_is_logged(watch, tiny, toys, monkeypatc
     assert [row["step"] for row in read] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_that_is_gone_stops_too_unless_that_is_ignored():
+    """As nohup has it. Nothing is left of the handlers."""
+    before = signal.getsignal(signal.SIGHUP)
+    with loop.interruptible() as event:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert event.is_set()
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.interruptible() as event:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not event.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_call_goes_on(watch, tiny, toys, monkeypatch, number):
     whole = watch.train(tiny, "whole")
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
