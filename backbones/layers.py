@@ -243,7 +243,7 @@ class TokenEncoder(nn.Module):
     residual block on (B, tokens, width); ``depth`` is shared between them. attention: transformer layers after the
     blocks. patch_overlap, errors: see ``patches``. token_order: in which blocks read the tokens, one of TURNS. rotary:
     RotaryBlock in place of TransformerBlock, and no learned positions. Images of other sizes, multiples of a patch, get
-    those or interpolated ``positions``.
+    interpolated ``positions`` where these are learned.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ class Features(nn.Module):
 
     The map is the one whose stride is nearest to image_size / grid_size, behind the model's final norm where it is
     meant to have one. Images are enlarged until that map has a position for every cell of the grid: to 224 pixels for
-    patches of 14 and 16×16 cells. Where they have more positions as they are, a cell gets the mean of its own.
+    patches of 14 and 16×16 cells. Where they have more positions as they are, a cell gets the mean of those in it.
 
     state: the model's weights, for any image size, as timm or its authors published them; without it timm's own, out of
     its cache or from the network. Raises ValueError, one sentence, if the model cannot be had, or not from ``state``.
@@ -93,6 +93,8 @@ class Features(nn.Module):
         try:
             self.model = timm.create_model(name, state is None, num_classes=0, **sized(name, self.image_size))
         except Exception as error:
+            if state is not None:
+                raise ValueError(f"timm's {name} cannot be made ({reason(error)}); choose another model") from error
             raise ValueError(f"{unloaded(name, error)}, or name a file with them: --alignment-file") from error
         if state is not None:
             load(self.model, state, name)

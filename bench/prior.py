@@ -83,7 +83,7 @@ def work(arguments: list[str]) -> int:
     finished, diverged = run_each(trials)
     if finished:
         put(result_table(finished), "their metrics.json, or the report of the tokenizer, python -m bench.report RUN")
-        bound = f" {BOUND}" * ("masked" in options.prior)
+        bound = f" Masked was drawn in {options.passes} passes. {BOUND}" * ("masked" in options.prior)
         stdout.print(escape(protocol_line(finished[0]) + bound), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
     return 1 if diverged else 0

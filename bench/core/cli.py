@@ -190,7 +190,9 @@ def parsed(parse: Callable[[], Parsed], prog: str) -> Parsed:
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return parse()
+            made = parse()
+        sys.stderr.write(said.getvalue())
+        return made
     except SystemExit as stop:
         if stop.code:
             fail(_sentence(said.getvalue(), prog))

@@ -37,5 +37,6 @@ class Interrupted(Exception):
 def terminations() -> list[signal.Signals]:
     """Signals that ask a process to stop besides Ctrl-C: SIGTERM, and that of a terminal that is gone, unless whoever
     started this has it ignored, as nohup does."""
-    gone = getattr(signal, "SIGHUP", signal.SIGTERM)
-    return [signal.SIGTERM] if signal.getsignal(gone) == signal.SIG_IGN else [signal.SIGTERM, gone]
+    gone = getattr(signal, "SIGHUP", None)
+    ignored = gone is None or signal.getsignal(gone) == signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, gone]

@@ -103,6 +103,10 @@ class PriorConfig:
         """Identity of the run: readable head, then a hash of the canonical config and the version."""
         return f"{self.prior}-{self.tokenizer}-{settings.identity(PRIOR_VERSION, self.resolved())[:8]}"
 
+    def stored(self) -> "PriorConfig":
+        """The config as its run keeps it: as it is."""
+        return self
+
     def trains_as(self, other: "PriorConfig") -> bool:
         """Whether both come to the same weights: equal but for how they are sampled from."""
         usual = {field.name: field.default for field in fields(self) if field.name in SAMPLING}

@@ -140,8 +140,9 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
         labels = torch.from_numpy(labels_to_draw(config, train_labels)).to(config.device)
     drawn, batch, how = [], SAMPLE_BATCH, (config.temperature, config.top_k)
     own = {"guidance": config.guidance}
-    if config.prior == "masked":  # has the logits of whole grids
-        own["passes"], batch = config.passes, min(batch, max(1, LOGITS // (prior.grid_size**2 * prior.codebook_size)))
+    if config.prior == "masked":  # has the logits of whole grids, of guidance twice
+        own["passes"], numbers = config.passes, prior.grid_size**2 * prior.codebook_size * (1 + (config.guidance != 1))
+        batch = min(batch, max(1, LOGITS // numbers))
     with Bar("sampling", config.samples) as bar:
         for start in range(0, config.samples, batch):
             count = min(batch, config.samples - start)
@@ -167,9 +168,10 @@ def speedup(prior: Prior, config: PriorConfig) -> float:
     """How many times faster ``sample`` is than a forward pass over the whole grid for each of its positions."""
     generator = torch.Generator(config.device).manual_seed(config.seed)
     labels = torch.zeros(TRIED, dtype=torch.int64, device=config.device) if prior.classes else None
+    passes = {"passes": config.passes} if config.prior == "masked" else {}
     for _ in range(2):  # the first warms up
         began = time.monotonic()
-        codes = prior.sample(TRIED, generator, labels=labels)
+        codes = prior.sample(TRIED, generator, labels=labels, **passes)
         codes.cpu()  # waits for the device
         middle = time.monotonic()
         prior.logits(codes, labels).sum().cpu()

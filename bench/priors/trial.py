@@ -121,7 +121,8 @@ def finish(
 def protocol(config: PriorConfig, codes: Codes, data: Data, split: str, fid_weights: Path | None) -> dict[str, Any]:
     """Everything that must be equal for the scores of two priors to be comparable, and the tokenizer's identity."""
     sampling = {name: getattr(config, name) for name in SAMPLING}
-    later = {"guidance": config.guidance == 1, "passes": config.prior != "masked"}  # than other priors, whose it is not
-    sampling = {name: value for name, value in sampling.items() if not later.get(name)}
+    del sampling["passes"]  # a setting of one kind of prior, whatever its samples are compared with
+    if config.guidance == 1:
+        del sampling["guidance"]  # as of priors that were made before there was any
     images = evaluate.protocol(data, split, config.device, fid_weights)
     return {**images, "version": PRIOR_VERSION, "tokenizer": codes.tokenizer, **sampling}

@@ -97,7 +97,7 @@ def run_in_child(
     if outcome.status in FAILURES:
         try:
             if not (run.folder / "config.json").is_file():  # it fell before it could write that itself
-                run.write("config.json", {"config": asdict(config.resolved()), "environment": environment()})
+                run.write("config.json", {"config": asdict(config.resolved().stored()), "environment": environment()})
             run.fail(*outcome)
         except OSError as error:  # the disk that was full for the child
             return Outcome("blocked", refusal(error))
@@ -186,7 +186,8 @@ def _child(
     """The child's whole life; says through ``tell`` how it ended unless it ended well."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
-        multiprocessing.set_start_method("fork", force=True)  # by which tqdm's lock is none that outlives the child
+        # tqdm's lock then has no name that could outlive the child
+        multiprocessing.set_start_method("fork", force=True)
     store = Store(root)
     try:
         log = os.open(store.run(config).folder / "log.txt", FLAGS, 0o666)

@@ -152,8 +152,8 @@ class Ablation:
 
     ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
     over the codes of each of these tokenizers, with the tokenizer's seed. ``alone``: not every combination, but the
-    first values of all, and each further value with the first of all others, where the backbone takes it. ``metric``:
-    what the dashboard ranks by.
+    first values of all, and each further value with the first of all others; a backbone has options that it does not
+    take at their defaults. ``metric``: what the dashboard ranks by.
     """
 
     name: str
@@ -170,9 +170,9 @@ class Ablation:
         values = {name: tuple(dict.fromkeys(choices)) for name, choices in space.items()}
         if not self.alone:
             return [dict(zip(values, cell, strict=True)) for cell in itertools.product(*values.values())]
-        first = {name: choices[0] for name, choices in values.items()}
         taken = backbone_called(backbone).options
         own = [name for name in values if name in taken or name not in OPTIONS]
+        first = {name: choices[0] if name in own else DEFAULTS[name] for name, choices in values.items()}
         return [first, *({**first, name: value} for name in own for value in values[name][1:])]
 
 

@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from rich import box
 from rich.table import Table
 
+from backbones import OPTIONS
 from bench.analysis.frames import DEFAULTS, frame, statuses
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
@@ -26,7 +28,8 @@ from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
 
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
-SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision")  # what the time of a step depends on
+SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision", "gan_weight", *OPTIONS)
+SHAPE += ("alignment_weight", "alignment_model")  # what the time of a step depends on
 LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
 
@@ -112,7 +115,8 @@ class Plan:
             if name == "data" and value.startswith("folder:"):
                 path = os.path.realpath(os.path.expanduser(value.removeprefix("folder:")))
                 value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
-            words.append(value if name == "data" else f"{name}={shown(value)}")
+            exact = str(value) if isinstance(value, float) and float(shown(value)) != value else shown(value)
+            words.append(value if name == "data" else f"{name}={exact}")
         name = re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))
         if len(name.encode()) <= LONGEST_NAME:
             return name
@@ -202,7 +206,7 @@ class Plan:
         total, unknown, workers = 0.0, [], self.options.workers
         for backbone, (cells, status, missing, _) in rows.items():
             counts = status["finished"], sum(status[name] for name in FAILURES), len(missing)
-            found = estimates(missing, known, threads_each(workers) or os.cpu_count() or 1)
+            found = estimates(missing, known, threads_each(workers) or torch.get_num_threads())
             seconds = None if None in found else sum(found) / workers
             unknown += [backbone] if seconds is None else []
             total += seconds or 0.0
@@ -311,9 +315,8 @@ def ending(parts: list[Part]) -> dict[Run, str]:
 
 
 def shown(value: Any) -> str:
-    """``value`` of a setting, in few characters, and in others than any other value."""
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else str(value)
+    """``value`` of a setting, in few characters."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def shape_of(config: Config) -> tuple:

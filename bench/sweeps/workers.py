@@ -96,6 +96,8 @@ def look(plan: Plan) -> None:
     ):
         work = partial(_look, options=options, stop=stop)
         for number, future in enumerate(as_completed([pool.submit(work, cell) for cell in unseen]), 1):
+            if future.exception():
+                stop.set()  # the others do not begin
             name, outcome, seconds = future.result()
             text = f"[yellow]not looked at:[/] {escape(outcome.reason)}"
             if outcome.status == "finished":
@@ -202,7 +204,8 @@ class Workers:
         self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
         label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
-        began = self.begun[label] = time.monotonic()
+        with self.lock:  # which whoever tells what is left holds
+            began = self.begun[label] = time.monotonic()
         with self.index.heartbeat(trial):
             for config in cell.configs:
                 watched = trial if config is cell.configs[0] and len(part.metrics) == 1 else None

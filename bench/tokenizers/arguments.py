@@ -105,7 +105,7 @@ def _check_lists(options: Arguments, words: Sequence[str], prog: str, some: Coll
     known["quantizer"] = SETTINGS, lambda name: QUANTIZERS[name].settings
     for field, (names, options_of) in known.items():
         chosen = getattr(options, field)
-        for name in {*names} - {*some} if isinstance(chosen, tuple) else ():
+        for name in sorted({*names} - {*some}) if isinstance(chosen, tuple) else ():
             with suppress(ValueError, KeyError):  # one that is unknown, which is told elsewhere
                 users = [one for one in chosen if name in options_of(one)]
                 if name in options.given and getattr(options, name) != _DEFAULTS[name] and 0 < len(users) < len(chosen):
@@ -114,10 +114,13 @@ def _check_lists(options: Arguments, words: Sequence[str], prog: str, some: Coll
 
 
 def _split(field: str, flag: str, users: list[str], others: list[str], words: Sequence[str], prog: str) -> None:
+    names = {flag, flag.replace("-", "_").replace("__", "--")}
+    works = f"{flag} works with {', '.join(users)} and not with {', '.join(others)}"
+    if not names & {word.partition("=")[0] for word in words}:  # a study sweeps it
+        raise UserError(f"{works}; leave out {', '.join(others)}")
     rest = without(words, {f"--{field}"})
     with_it = shlex.join([*rest, f"--{field}", *users])
-    less = shlex.join([*without(rest, {flag, flag.replace("-", "_").replace("__", "--")}), f"--{field}", *others])
-    works = f"{flag} works with {', '.join(users)} and not with {', '.join(others)}"
+    less = shlex.join([*without(rest, names), f"--{field}", *others])
     raise UserError(f"{works}; run {prog} {with_it}, then {prog} {less}, and python -m bench.report compares them")
 
 

@@ -71,7 +71,7 @@ class Config:
     vision_mixer: Annotated[bool, settings.LATER] = False
     """hybrid: MambaVision's mixer, a scan beside a convolution, in place of two scans"""
     rotary: Annotated[bool, settings.LATER] = False
-    """vit, hybrid: rotary positions in attention in place of learned ones, so that other image sizes need none"""
+    """vit, hybrid: rotary positions in attention in place of learned ones, which other sizes would interpolate"""
     rms_norm: Annotated[bool, settings.LATER] = False
     """convnext: RMSNorm in place of LayerNorm, as in NeXtformer; slower on CPUs"""
     full_resolution: Annotated[bool, settings.LATER] = False
@@ -234,6 +234,10 @@ class Config:
             check_order(name, self.grid_size)
         if self.alignment_weight:
             check_model(self.alignment_model)
+        for name in () if self.alignment_weight else ("alignment_model", "alignment_file"):
+            if getattr(self, name) != getattr(Config, name):
+                told = f"{name} is {getattr(self, name)}, and alignment_weight is 0"
+                raise UserError(f"{told}; give that too, such as --alignment-weight 0.5")
         check_device(self.resolved().device)
 
     def _check_backbone(self) -> None:

@@ -117,8 +117,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "own": {
             "cnn": {"width": 384, "depth": 2},
             "convnext": {
-                **{"width": 384, "depth": 2, "grid_size": 64, "attention": 1},
-                **{"rms_norm": True, "full_resolution": True},
+                "width": 384,
+                "depth": 2,
+                "grid_size": 64,
+                "attention": 1,
+                "rms_norm": True,
+                "full_resolution": True,
             },
             **{name: {"width": 768} for name in ("vit", "mamba", "bimamba", "hybrid")},
         },

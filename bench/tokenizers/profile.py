@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 
@@ -93,6 +94,7 @@ def ranges(learner: TokenizerLearner) -> Iterator[None]:
 
 def _shares(events: list[FunctionEvent], cuda: bool) -> dict[str, float]:
     """The part of all steps' time that each of PARTS takes, those that there are; they add up to 1."""
+    events = [event for event in events if event.device_type == DeviceType.CPU]  # kernels have ranges of the same names
     spent = dict.fromkeys(PARTS, 0.0)
     owners = _owners(events)
     steps = [event for event in events if event.name == f"{RANGE}step"]
@@ -109,7 +111,9 @@ def _shares(events: list[FunctionEvent], cuda: bool) -> dict[str, float]:
     for step in steps:
         first = min(event.time_range.start for event in events if event.name == f"{RANGE}encoder" and _in(event, step))
         spent["batch"] += first - step.time_range.start
-    total = sum(_time(step, cuda) for step in steps) + cuda * spent["batch"]
+    # A GPU's backward passes are launched by a thread of their own, outside the range of their step.
+    whole = [event for event in events if event.cpu_parent is None] if cuda else steps
+    total = sum(_time(event, cuda) for event in whole) + cuda * spent["batch"]
     spent["rest"] = max(0.0, total - sum(spent.values()))
     return {name: value / sum(spent.values()) for name, value in spent.items() if value}
 

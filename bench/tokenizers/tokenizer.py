@@ -58,7 +58,8 @@ class Tokenizer(nn.Module):
         check_finished(run)
         config = run.settings(Config)
         # The run's own weights follow, and what it was aligned with is no part of it.
-        plain = replace(config, pretrained=False, alignment_weight=0.0, device=device)
+        none = {name: getattr(Config, name) for name in vars(config) if name.startswith("alignment")}
+        plain = replace(config, pretrained=False, **none, device=device)
         plain.check()
         check_size(plain, device)
         tokenizer = cls(plain)

@@ -241,11 +241,20 @@ def test_samples_are_drawn_in_the_passes_that_were_asked_for(monkeypatch):
 
     fake = SimpleNamespace(sample=sample, grid_size=2, codebook_size=K)
     config = PriorConfig("t", "masked", samples=10, temperature=0.5, top_k=1, passes=3, guidance=2.0, device="cpu")
-    monkeypatch.setattr(generate, "LOGITS", 4 * 2 * K * 2)
+    monkeypatch.setattr(generate, "LOGITS", 4 * 4 * K * 2)  # of four grids, with a label and without
     drawn = generate.draw(fake, config, np.arange(5))
     assert asked == [(4, 0.5, 1, 2.0, 3), (4, 0.5, 1, 2.0, 3), (2, 0.5, 1, 2.0, 3)]
     expected = np.random.default_rng(0).integers(0, 5, 10)
     assert drawn[:, 0, 0].tolist() == expected.tolist()
+
+
+def test_speed_is_that_of_the_passes_that_were_asked_for():
+    asked = []
+    prior = SimpleNamespace(classes=0, logits=lambda codes, labels: torch.zeros(1))
+    prior.sample = lambda n, generator, labels, **own: asked.append(own) or torch.zeros(n, 2, 2)
+    generate.speedup(prior, PriorConfig("t", "masked", passes=3, device="cpu"))
+    generate.speedup(prior, PriorConfig("t", "rnn", device="cpu"))
+    assert asked == [{"passes": 3}] * 2 + [{}] * 2
 
 
 def test_passes_of_a_prior_that_has_none_are_refused():

@@ -139,10 +139,12 @@ def test_scores_are_written_last(world, monkeypatch, writer):
     assert world.run().finished
 
 
-def test_passes_are_in_the_protocol_of_those_alone_that_have_them(world):
-    """Others are compared with runs that were made before there were any."""
-    assert "passes" not in world.run().protocol()
-    assert world.run(prior="masked", passes=3).protocol()["passes"] == 3
+def test_passes_are_a_setting_and_no_part_of_the_protocol(world):
+    """So that priors are ranked beside each other, whatever each is drawn by."""
+    few, many = world.run(prior="masked", passes=3), world.run(prior="masked", passes=4)
+    assert few.folder != many.folder
+    assert few.settings(PriorConfig).passes == 3
+    assert few.protocol() == many.protocol() == world.run().protocol()
 
 
 def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkeypatch):

@@ -392,6 +392,9 @@ def test_alone_each_further_value_stands_with_the_first_of_all_others_where_a_ba
     assert study.combinations("vit", space) == [first, {**first, "rotary": True}, *betas]
     assert study.combinations("mamba", space) == [first, {**first, "token_order": "cross"}, *betas]
     assert len(replace(study, alone=False).combinations("cnn", space)) == 2 * 2 * 3
+    turned = {**space, "token_order": ("cross", "raster"), "rotary": (True,)}
+    assert study.combinations("cnn", turned) == [first, *betas]  # which has neither option
+    assert study.combinations("vit", turned)[0] == {**first, "rotary": True}
 
 
 def test_a_study_of_many_settings_has_a_name_that_a_file_can_have(tmp_path):
@@ -405,6 +408,15 @@ def test_a_study_of_many_settings_has_a_name_that_a_file_can_have(tmp_path):
     assert all(re.fullmatch(r"[\w.=-]+-[0-9a-f]{12}", name) for name in names)
     ends = [planned(SWEEP, tmp_path, "--lr", lr).name.rpartition("=")[2] for lr in ("0.00200012", "0.002000121")]
     assert ends == ["0.00200012", "0.002000121"]
+
+
+def test_a_backbone_that_does_not_take_what_a_study_sweeps_is_to_be_left_out():
+    """Rather than given a command without a flag that nobody wrote; a study of options alone has them all."""
+    cures = importlib.import_module("studies.cures").STUDY
+    with pytest.raises(UserError, match=r"--final-conv works with vit and not with cnn; leave out cnn$"):
+        parse_study(cures, "", ["--backbone", "vit", "cnn"])
+    variants = importlib.import_module("studies.variants").STUDY
+    assert parse_study(variants, "", ["--backbone", "vit", "cnn"]).backbone == ("vit", "cnn")
 
 
 @pytest.mark.parametrize("name", ALL)

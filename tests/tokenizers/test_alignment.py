@@ -1,5 +1,6 @@
 """Alignment with a frozen model: the paper's losses, features that nothing moves, and no trace where it is off."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -182,9 +183,10 @@ def test_files_that_do_not_help_are_one_sentence(files, tmp_path):
     torch.save({"weight": Unsafe()}, tmp_path / "unsafe.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     torch.save({"norm.weight": 3}, tmp_path / "number.pth")
+    os.mkfifo(tmp_path / "pipe.pth")  # which nobody waits for
     for name, sentence in {
+        **dict.fromkeys(("", "pipe.pth"), "is not a file; name one with weights of the alignment_model"),
         "none.pth": "cannot be read .*name a file with weights of the alignment_model, or leave it out",
-        "": "cannot be read",  # a folder
         **dict.fromkeys(("a.safetensors", "b.pth", "empty.pth", "unsafe.pth", "tensor.pth"), "holds no weights"),
         "number.pth": "these are no weights of timm's test_vit",
     }.items():
@@ -338,7 +340,8 @@ def test_a_run_is_known_by_what_is_in_the_file(aligned, files, tmp_path):
 
 
 def test_an_unknown_model_is_refused_where_it_is_used(aligned):
-    replace(aligned, alignment_weight=0.0, alignment_model="test_vut").check()
+    with pytest.raises(UserError, match="alignment_model is test_vut, and alignment_weight is 0; give that too"):
+        replace(aligned, alignment_weight=0.0, alignment_file="", alignment_model="test_vut").check()
     with pytest.raises(UserError, match="unknown timm model 'test_vut'; did you mean test_vit"):
         replace(aligned, alignment_model="test_vut").check()
 

@@ -66,14 +66,14 @@ class MaskedPrior(Prior):
         It is −Σ ln p(code | codes before it) in a random order, the mean over all orders of which is never below −ln p
         (Hoogeboom et al. 2022, arXiv 2110.02037, equation 2), and what an entropy coder would need with one of them.
         Estimated without bias by hiding m codes, m uniform in 1 … h·w, whose terms count h·w / m times: in training
-        once, else HIDINGS times with m spread evenly, at random but the same at each call.
+        once, else HIDINGS times with m spread evenly, at random but the same for every batch of that size.
         """
         self._check(codes, labels)
         flat, total = codes.flatten(1), 0.0
         tokens, times = flat.shape[1], 1 if self.training else HIDINGS
-        generator = None if self.training else torch.Generator(codes.device).manual_seed(0)
+        generator, device = (None, codes.device) if self.training else (torch.Generator().manual_seed(0), "cpu")
         for i in range(times):
-            dice = torch.rand(len(codes), 1 + tokens, generator=generator, device=codes.device)
+            dice = torch.rand(len(codes), 1 + tokens, generator=generator, device=device).to(codes.device)
             count = 1 + ((i + dice[:, :1]) / times * tokens).long().clamp_max(tokens - 1)
             hidden = dice[:, 1:].argsort(1).argsort(1) < count
             given = flat.masked_fill(hidden, self.codebook_size).view_as(codes)
