@@ -32,6 +32,19 @@ def tiny() -> Config:
     return make_config("cnn", "smoke", **size, lpips_weight=0.0, device="cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def heeded() -> Iterator[None]:
+    """Signals mean here what they mean at a terminal, also where whoever started the tests ignores them (nohup, &)."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in usual}
+    for number in usual:
+        if before[number] == signal.SIG_IGN:
+            signal.signal(number, usual[number])
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def impatient() -> Iterator[None]:
     """A test that waits for what never comes fails after a while."""

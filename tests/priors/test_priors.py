@@ -521,7 +521,8 @@ def markov(count: int, side: int, generator: np.random.Generator) -> tuple[np.nd
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_known_entropy_is_reached(name, tmp_path):
-    """Within 3 % of the source's entropy on unseen grids, well below what positions on their own give."""
+    """Within 3 % of the source's entropy on unseen grids, well below what positions on their own give. One without an
+    order, which has to predict any code from any others, is further above it after as many steps."""
     generator = np.random.default_rng(0)
     train, _ = markov(20_000, 6, generator)
     val, entropy = markov(2_000, 6, generator)
@@ -531,7 +532,7 @@ def test_a_known_entropy_is_reached(name, tmp_path):
     )
     prior, _ = train_prior(config.resolved(), codes, tmp_path)
     reached = rate(prior, codes.held_out, None, None)
-    assert entropy * 0.995 < reached < entropy * 1.03
+    assert entropy * 0.995 < reached < entropy * (1.03 if name in CAUSAL else 1.6)
     floor = PRIORS["independent"](STATES, 6)
     floor.fit(torch.from_numpy(train))
     assert rate(floor, codes.held_out, None, None) > 1.3 * reached
