@@ -43,6 +43,12 @@ class Late(nn.Module):
         return _Late.apply(self.slow(*arguments), self.late)
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(module, "WARM", 1)
+    monkeypatch.setattr(module, "STEPS", 2)
+
+
 @pytest.fixture
 def config(tiny):
     return replace(tiny, gan_weight=0.5, gan_start=0.3, gan_width=8, gan_layers=2, lpips_weight=0.5).resolved()
