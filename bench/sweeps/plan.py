@@ -188,6 +188,13 @@ class Plan:
         """Whether a planned run has no scores."""
         return {*ending([*self.tokenizers(), *self.followers()]).values()} != {"finished"}
 
+    def told(self, part: Part, params: dict[str, Any]) -> dict[str, Any]:
+        """What a line on a trial of ``params`` says of them: of options that are swept alone, what is not as usual."""
+        usual = {}
+        if isinstance(self.study, Ablation) and self.study.alone and part.label in self.cells:
+            usual = self.study.combinations(part.label, self.space)[0]
+        return {name: value for name, value in params.items() if name not in usual or usual[name] != value}
+
     def allows(self, part: Part, index: Index, study: Study) -> bool:
         """Whether another trial may begin: in a search, neither are all begun nor is the time over."""
         return True

@@ -203,7 +203,8 @@ class Workers:
             return False
         self.taken.add(trial._trial_id)
         cell = self.plan.claimed(part, trial)
-        label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in cell.params.items())])
+        told = self.plan.told(part, cell.params)
+        label = " ".join([part.label, *(f"{name}={shown(value)}" for name, value in told.items())])
         with self.lock:  # which whoever tells what is left holds
             began = self.begun[label] = time.monotonic()
         with self.index.heartbeat(trial):

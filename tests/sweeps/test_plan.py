@@ -410,6 +410,14 @@ def test_a_study_of_many_settings_has_a_name_that_a_file_can_have(tmp_path):
     assert ends == ["0.00200012", "0.002000121"]
 
 
+def test_a_line_on_a_trial_of_options_alone_tells_what_is_not_as_usual(tmp_path):
+    space = {"rotary": (False, True), "attention": (0, 1)}
+    params = {"rotary": True, "attention": 0, "seed": 3}
+    for alone, told in ((True, {"rotary": True, "seed": 3}), (False, params)):
+        found = planned(Ablation("s", space, backbones=("vit",), seeds=(3,), alone=alone), tmp_path)
+        assert found.told(found.tokenizers()[0], params) == told
+
+
 def test_a_backbone_that_does_not_take_what_a_study_sweeps_is_to_be_left_out():
     """Rather than given a command without a flag that nobody wrote; a study of options alone has them all."""
     cures = importlib.import_module("studies.cures").STUDY
