@@ -207,11 +207,17 @@ def setting_verdicts(
     """Within each backbone, every value of every swept setting against a reference value, per metric.
 
     The reference is the Config field's default where it was run, else the smallest value. Other swept settings are
-    paired and averaged, seeds counted and verdicts reached as in ``backbone_verdicts``.
+    paired and averaged, seeds counted and verdicts reached as in ``backbone_verdicts``. As there, models of equal
+    budget are paired where width or depth differ, as between options that are matched, but for these two themselves.
     """
     swept, pairs = settings(block), []
+    sizes = [name for name in swept if name in ("width", "depth")]
+    budgets = block.assign(**{"M parameters": _budgets(block.params)}) if sizes else block
     for name in swept:
-        coded, known = _coded(block, [other for other in swept if other != name])
+        others = [other for other in swept if other != name]
+        if sizes and name not in sizes:
+            others = [other for other in others if other not in sizes] + ["M parameters"]
+        coded, known = _coded(budgets, others)
         for backbone, rows in coded.groupby("backbone"):
             sides = _sides(rows, name, metrics)
             default = DEFAULTS[name] if DEFAULTS.get(name) in sides else min(sides)

@@ -414,6 +414,16 @@ def test_swept_sizes_are_paired_at_equal_budgets():
     assert only(setting_verdicts(both)).a == "width=999"
 
 
+def test_a_setting_that_changes_the_width_is_compared_at_equal_budgets():
+    """As an option that is matched; at another budget nothing is compared with it."""
+    table = block(("cnn",), effects={"cnn": 0.0}).assign(attention=0, width=64, params=1_000_000.0)
+    option = block(("cnn",), effects={"cnn": -0.3}).assign(attention=1, width=50, params=1_010_000.0)
+    (verdict,) = (v for v in setting_verdicts(pd.concat([table, option], ignore_index=True)) if v.n)
+    assert (verdict.a, verdict.b, verdict.n) == ("attention=1", "attention=0", 5)
+    larger = pd.concat([table, option.assign(params=1_500_000.0)], ignore_index=True)
+    assert not any(v.n for v in setting_verdicts(larger))
+
+
 @pytest.mark.parametrize(("ratio", "shared"), [(1.0, 5), (1.05, 5), (1.09, 5), (1.12, 0), (1.2, 0), (1.4, 0)])
 def test_models_more_than_a_tenth_apart_are_no_pair(ratio, shared):
     """vit at ``ratio`` times the parameters of the smaller cnn; another cnn is three times as large."""
