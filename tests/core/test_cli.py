@@ -17,7 +17,7 @@ import pytest
 import tyro
 
 from bench.core import cli
-from bench.core.cli import command, fail, guarded
+from bench.core.cli import command, fail, guarded, parsed
 from bench.core.errors import Interrupted, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -264,3 +264,14 @@ def test_a_mistake_on_a_command_line_is_one_sentence_with_the_value_and_the_fix(
         cli.command_line(Options, arguments, "python -m it", "Does it.")
     assert capsys.readouterr().err == f"error: {told}; python -m it --help lists all\n"
     assert cli.command_line(Options, ["a", "--steps", "4"], "it", "").steps == 4
+
+
+def test_what_is_said_while_a_command_line_is_read_is_not_lost(capsys):
+    """Only the boxes of mistakes are put into other words."""
+
+    def parse() -> int:
+        print("a warning", file=sys.stderr)
+        return 7
+
+    assert parsed(parse, "prog") == 7
+    assert capsys.readouterr().err == "a warning\n"

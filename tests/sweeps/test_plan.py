@@ -234,7 +234,14 @@ def table(*rows: dict) -> pd.DataFrame:
 SHAPE = {
     **{"backbone": "vit", "width": 48, "depth": 4, "image_size": 64, "grid_size": 8, "batch_size": 32},
     **{"lpips_weight": 0.5, "lpips_net": "vgg", "quantizer": "l2", "codebook_size": 64, "code_dim": 8},
-    **{"device": "cuda", "precision": "bf16"},
+    **{
+        "device": "cuda",
+        "precision": "bf16",
+        "gan_weight": 0.5,
+        "alignment_weight": 0.5,
+        "alignment_model": "test_vit",
+    },
+    **{**dict.fromkeys(OPTIONS, True), "attention": 2, "token_order": "columns"},
 }
 
 
@@ -244,6 +251,7 @@ def test_time_is_estimated_from_runs_of_equal_shape_alone(name):
     config = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=100)
     other = replace(config, **{name: SHAPE[name]})
     assert getattr(other, name) != getattr(config, name)
+    assert {*plan.SHAPE} == {*SHAPE}
     assert estimates([config], table(known(other, 5.0)), 2) == [None]
     same = replace(config, seed=9, beta=3.0, lr=0.5, steps=300)
     assert estimates([config], table(known(other, 5.0), known(same, 30.0)), 2) == pytest.approx([10.0])

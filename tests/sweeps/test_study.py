@@ -1335,6 +1335,31 @@ def test_a_signal_stops_looks_and_no_further_one_begins(child, tmp_path, monkeyp
     assert "stopped after instruments looked at 0 of 4 runs; the same command continues" in capsys.readouterr().err
 
 
+def test_after_a_look_that_cannot_go_on_no_further_one_begins(child, tmp_path, monkeypatch):
+    """Such as of a store that was removed; the error is told at once."""
+    looked = []
+
+    def look(config, *_):
+        looked.append(config)
+        raise UserError("gone")
+
+    monkeypatch.setattr(study, "look_in_child", look)
+    monkeypatch.setattr(study, "check_instruments", Mock())
+    monkeypatch.setattr(study, "_look", slowed(study._look))
+    assert start(BETA, tmp_path, "--instruments", "equivariance") == 2
+    assert len(looked) < 4
+
+
+def slowed(look):
+    """As ``look``, but that whoever waits for the one before has time to hear of it."""
+
+    def later(*arguments, **options):
+        time.sleep(0.2)
+        return look(*arguments, **options)
+
+    return later
+
+
 def test_of_a_search_instruments_look_at_what_confirms_it(child, tmp_path, monkeypatch, capsys):
     looks = Looks()
     monkeypatch.setattr(study, "look_in_child", looks)
