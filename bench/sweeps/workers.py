@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,7 @@ class Workers:
         self.figures: dict[str, str] = {}  # trials under way → how they stand
         self.begun: dict[str, float] = {}  # the same → when they began
         self.seconds: list[float] = []  # that trials took which ended
+        self.took: dict[str, int] = {}  # parts → whole seconds that their last trial took
 
     def run(self) -> None:
         """Returns when nothing is left to run, here or elsewhere. Raises Interrupted after SIGINT or SIGTERM."""
@@ -166,12 +168,13 @@ class Workers:
                 raise Interrupted(f"stopped after {self.done} of {self.missing} {noun}; the same command continues")
 
     def _work(self) -> None:
-        """One worker: takes trials from the part that has had fewest until none is left."""
+        """One worker: takes trials from the part that has had fewest until none is left; of equals from the slowest, so
+        that no long one is alone in the end."""
         try:
             studies = {name: part.open(self.index) for name, part in self.parts.items()}
             since = time.monotonic()
             while not self.stop.is_set():
-                fewest_first = sorted(studies, key=lambda name: self.index.ended(studies[name]))
+                fewest_first = sorted(studies, key=self._order(studies))
                 if any(self._take(self.parts[name], studies[name]) for name in fewest_first):
                     since = time.monotonic()
                     continue
@@ -186,6 +189,9 @@ class Workers:
         except BaseException:
             self.stop.set()
             raise
+
+    def _order(self, studies: dict[str, Study]) -> Callable[[str], tuple[int, int]]:
+        return lambda name: (self.index.ended(studies[name]), -self.took.get(name, 0))
 
     def _say_waiting(self, others: set[int]) -> None:
         """Says once that this command waits for trials that other workers have: they may be gone, and their last
@@ -282,6 +288,7 @@ class Workers:
         with self.lock:
             self.done += 1
             self.seconds.append(seconds)
+            self.took[part.name] = round(seconds)
             self.begun.pop(label, None)
         self._advance(label)
         text = f"{outcome.status}: {outcome.reason}"

@@ -695,6 +695,21 @@ def test_a_worker_takes_from_the_backbone_that_has_had_fewest(child, tmp_path):
     ]
 
 
+def test_of_backbones_that_have_had_as_many_the_slowest_is_next(tmp_path, monkeypatch):
+    """So that in the end no worker is left with a long trial while others have none."""
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
+    class Slow(FakeChild):
+        def __call__(self, config, *rest):
+            now[0] += {"cnn": 10, "vit": 30}[config.backbone]
+            return super().__call__(config, *rest)
+
+    monkeypatch.setattr(study, "run_in_child", slow := Slow())
+    assert start(BETA, tmp_path, "--beta", "0.25", "--seeds", "0", "1", "2") == 0
+    assert [config.backbone for config in slow.calls] == ["cnn", "vit", "vit", "cnn", "vit", "cnn"]
+
+
 @pytest.mark.parametrize(("workers", "threads"), [(1, None), (3, 2)])
 def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads):
     found = []
