@@ -122,6 +122,16 @@ def test_nearest_is_brute_force(n, k, d, seed):
     torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [1, 64, 128, 129, 256, 1024, 1280])
+def test_the_least_of_strips_is_the_least(columns):
+    """Whether there are strips or not, and of equal ones the first."""
+    distances = torch.randn(50, columns)
+    assert torch.equal(parts.least(distances), distances.argmin(1))
+    ties = torch.randint(0, 3, (50, columns)).float()
+    first = (ties == ties.amin(1, keepdim=True)).float().argmax(1)
+    assert torch.equal(parts.least(ties), first)
+
+
 @pytest.fixture
 def blocks(monkeypatch) -> list[torch.Tensor]:
     """Every product of tokens with codes from here on, in chunks of ten rows of 64."""

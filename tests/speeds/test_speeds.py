@@ -108,6 +108,10 @@ def test_ours_agrees_with_the_packages(path: str, monkeypatch: pytest.MonkeyPatc
     next(contests).agree()
 
 
+def test_no_path_is_timed_under_two_names():
+    assert len({*speeds.PATHS.values()}) == len(speeds.PATHS)
+
+
 def test_a_wrong_look_up_is_noticed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layers, "nearest", lambda tokens, codebook: torch.zeros(len(tokens), dtype=torch.int64))
     with pytest.raises(Disagreement, match="distance"):
