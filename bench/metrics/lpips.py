@@ -82,10 +82,13 @@ def pool(features: list[Tensor]) -> Tensor:
 
 
 @functools.cache
-def perceptual(net: str, device: torch.device) -> Perceptual:
-    """The process's one ``Perceptual`` on ``device``, for the training loss and every evaluation."""
+def perceptual(net: str, device: torch.device, trunk: torch.dtype = torch.float32) -> Perceptual:
+    """The process's one ``Perceptual`` on ``device``, for the training loss and every evaluation; under an autocast to
+    the dtype of its ``trunk`` the same to the bit, but for a copy of the weights in each pass."""
     with torch.inference_mode(False):  # else a first call during evaluation would spoil it for training
-        return Perceptual(net).to(device)
+        network = Perceptual(net).to(device)
+        network.trunk.to(trunk)
+        return network
 
 
 class LPIPSScores(Evaluator):

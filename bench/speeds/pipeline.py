@@ -77,7 +77,7 @@ def _operations(learner: TokenizerLearner) -> float:
     count = 3 * (costs["flops_encode"] + costs["flops_decode"])
     if learner.lpips is not None:
         x = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
-        count += 3 * flops(_Trunk(learner.lpips), x)
+        count += 3 * flops(_Trunk(perceptual(config.lpips_net, torch.device("cpu"))), x)
     return config.batch_size * count
 
 

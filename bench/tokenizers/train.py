@@ -45,8 +45,10 @@ class TokenizerLearner:
             self.trained, parts = nn.ModuleList([self.model, self.linear]), {"alignment": self.linear}
         self.optimizer = adamw(self.trained, config.weight_decay)
         self.parts = {"tokenizer": self.model, "optimizer": self.optimizer} | parts
-        self.lpips = perceptual(config.lpips_net, torch.device(config.device)) if config.lpips_weight else None
-        self.autocast = autocast(config)
+        self.autocast, self.lpips = autocast(config), None
+        if config.lpips_weight:
+            trunk = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            self.lpips = perceptual(config.lpips_net, torch.device(config.device), trunk)
         self.adversary = None
         if config.gan_weight:
             with torch.random.fork_rng():  # until gan_start a run is the same, bit for bit, with and without it

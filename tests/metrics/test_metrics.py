@@ -274,6 +274,24 @@ def test_lpips_first_made_during_evaluation_can_train():
     assert x_hat.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_a_trunk_in_half_precision_is_the_same_to_the_bit_under_autocast(net):
+    """In value and gradient; the one that scores stays as it is."""
+    trunk(net)
+    x = torch.rand(2, 3, 64, 64).mul(2).sub(1)
+    found = []
+    for half in (False, True):
+        network = metrics.perceptual(net, CPU, *([torch.bfloat16] if half else []))
+        assert {p.dtype for p in network.trunk.parameters()} == {torch.bfloat16 if half else torch.float32}
+        x_hat = (0.9 * x).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            distance = network(x_hat, x)
+        distance.sum().backward()
+        found.append((distance.detach(), x_hat.grad))
+    for full, half in zip(*found, strict=True):
+        assert torch.equal(full, half)
+
+
 def test_lpips_forgives_rounding_and_evaluates_without_gradients(perceptual):
     x = torch.full((1, 3, 32, 32), 1.0005, requires_grad=True)
     distance, *pooled = perceptual.distance_and_features(x, -x)
