@@ -136,6 +136,19 @@ def test_step_by_step_equals_at_once(name, classes):
             before = codes.flatten(1)[:, position]
 
 
+def test_attention_remembers_more_than_it_has_room_for_at_first():
+    layer, x = CausalTransformerLayer(24), torch.randn(3, 150, 24)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        state, found = layer.start(3), []
+        for position in range(150):
+            y, state = layer.step(x[:, position : position + 1], state)
+            found.append(y)
+        torch.testing.assert_close(torch.cat(found, 1), layer(x), rtol=1e-4, atol=1e-4)
+    assert state[0].shape[2] == 256
+
+
 @pytest.mark.parametrize("name", ORDERED)
 def test_nll_is_a_distribution_and_sampling_follows_it(name):
     """On a grid of two codes: probabilities of all K² × … grids sum to one, and samples come as often as they say."""

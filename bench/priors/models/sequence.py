@@ -16,6 +16,8 @@ from backbones.mamba import MambaBlock
 
 from .prior import Prior
 
+ROOM = 64  # keys and values that attention has room for at first
+
 
 class SequencePrior(Prior):
     """Codes in ``token_order``, each predicted from an embedding of the one before and the layers' memory of the rest;
@@ -96,7 +98,8 @@ class RecurrentLayer(nn.Module):
 
 
 class CausalTransformerLayer(nn.Module):
-    """Pre-norm attention to the tokens up to one's own, then SwiGLU. Keys and values of the past are its state."""
+    """Pre-norm attention to the tokens up to one's own, then SwiGLU. Keys and values of the past are its state, in
+    buffers with room for more, which double when they are full: no step copies all of the past."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -113,16 +116,22 @@ class CausalTransformerLayer(nn.Module):
         q, k, v = self._qkv(x)
         return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
-    def start(self, count: int) -> tuple[Tensor, Tensor]:
-        """No keys and no values."""
-        empty = self.qkv.weight.new_zeros(count, self.heads, 0, self.head_dim)
-        return empty, empty
+    def start(self, count: int) -> tuple[Tensor, Tensor, int]:
+        """Room for a few keys and values, and none of them."""
+        room = self.qkv.weight.new_empty(count, self.heads, ROOM, self.head_dim)
+        return room, torch.empty_like(room), 0
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, 1, width) and (keys, values), each (B, heads, past, head_dim) → the same shape, and those with x's."""
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor, int]) -> tuple[Tensor, tuple[Tensor, Tensor, int]]:
+        """x (B, 1, width) and (keys, values, past), of which the first (B, heads, past, head_dim) count → the same
+        shape, and those with x's. What was given must not be used again: its buffers are written to."""
         q, k, v = self._qkv(x)
-        keys, values = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        return self._rest(x, F.scaled_dot_product_attention(q, keys, values)), (keys, values)
+        keys, values, past = state
+        if past == keys.shape[2]:
+            keys, values = (torch.cat([one, torch.empty_like(one)], 2) for one in (keys, values))
+        keys[:, :, past], values[:, :, past] = k[:, :, 0], v[:, :, 0]
+        past += 1
+        attended = F.scaled_dot_product_attention(q, keys[:, :, :past], values[:, :, :past])
+        return self._rest(x, attended), (keys, values, past)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
