@@ -24,7 +24,8 @@ from bench.core.runs import HELD_OUT
 from . import looks, references
 from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
 from .galleries import codebook_loss, learning_curves, reconstructions, samples, untrained, wrong_codes
-from .looks import BITS, Drawing, brief, is_number, label_of, look_of
+from .labels import BITS, brief, label_of
+from .looks import Drawing, is_number, look_of
 from .slices import Scope, block_scopes, controlled, counted, key_metrics, listed, protocol_scopes, usual, usual_words
 
 STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in a folder's name is no formula

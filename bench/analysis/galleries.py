@@ -19,7 +19,8 @@ from bench.instruments import robustness
 
 from . import looks
 from .frames import METRICS, best_first, main_metric
-from .looks import BITS, Drawing, brief, is_number, label_of, look_of
+from .labels import BITS, brief, label_of
+from .looks import Drawing, is_number, look_of
 from .slices import Scope, first_sweep, representative, seeds_of
 
 HUES = 8  # values of one setting among learning curves and pictures

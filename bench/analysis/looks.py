@@ -1,4 +1,4 @@
-"""What charts look like: figures, the colour and marker of each backbone, labels, axes and legends."""
+"""What charts look like: figures, the colour and marker of each backbone, axes and legends."""
 
 import itertools
 import math
@@ -17,15 +17,13 @@ from backbones import BACKBONES
 from bench.core.plots import label_rows, tile
 from bench.priors.models import PRIORS
 
-from .frames import METRICS
+from .labels import BITS, brief, label_of
 
 WIDTH = 7.2  # inches: at this width a printed page keeps the text at its size
 DPI = 120
 TEXT = 8  # points, the smallest text
 
-BITS = ("codebook_size", "grid_size")  # the settings that change the bits of an image
 DOUBLED = (*BITS, "bits_per_pixel")  # their axes are logarithmic to base 2
-FIELD_LABELS = {"beta": "β", "codebook_size": "K", "grid_size": "grid size", "code_dim": "d", "lr": "learning rate"}
 
 # Far apart in hue and lightness, for the colour-blind and in print as well.
 COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#7a4a00", "#56b4e9", "#949494", "#b8a800", "#5b2a86", "#e377c2")
@@ -44,28 +42,6 @@ class Drawing(NamedTuple):
     title: str
     caption: str
     figure: Figure
-
-
-def label_of(name: str) -> str:
-    """A setting or metric as an axis calls it; the arrow points where it gets better."""
-    if name in METRICS:
-        return f"{METRICS[name].label} {METRICS[name].arrow}".strip()
-    return FIELD_LABELS.get(name, name.replace("_", " "))
-
-
-def brief(value: Any) -> str:
-    """A value in few characters; of a folder its last part."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    text = str(value)
-    text = text.rpartition("/")[2] if text.startswith("folder:") else text
-    return text if len(text) <= 24 else f"{text[:8]}…"
-
-
-def at_words(fixed: dict[str, Any]) -> str:
-    """At which values settings are fixed, after a comma; nothing where none is."""
-    pairs = ", ".join(f"{label_of(name)} = {brief(value)}" for name, value in fixed.items())
-    return f", at {pairs}" if fixed else ""
 
 
 def new_figure(height: float) -> Figure:

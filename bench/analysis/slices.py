@@ -9,7 +9,7 @@ import pandas as pd
 from bench.core.runs import HELD_OUT
 
 from .frames import DEFAULTS, METRICS, PRIOR, best_first, blocks, coded, continuous, main_metric, protocols, settings
-from .looks import BITS, at_words, brief, label_of
+from .labels import BITS, at_words, brief, label_of
 from .searches import BOTH, WINNER
 
 PROTOCOLS, BLOCKS = 3, 6  # drawn at most, the largest first

@@ -8,7 +8,7 @@ import pytest
 
 from bench.analysis.charts import draw
 from bench.analysis.frames import PRIOR, frame, settings
-from bench.analysis.looks import label_of
+from bench.analysis.labels import label_of
 from bench.analysis.report import Selection, contents
 from bench.core.store import Store
 from bench.priors.config import PriorConfig

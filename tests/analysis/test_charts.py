@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from backbones import BACKBONES
-from bench.analysis import charts, galleries, looks, slices
+from bench.analysis import charts, galleries, labels, looks, slices
 from bench.analysis.charts import draw, pareto
 from bench.analysis.frames import METRICS, PRIOR, frame, main_metric
 from bench.analysis.slices import Scope, controlled
@@ -607,13 +607,13 @@ def test_values_stand_in_order_and_of_many_the_range_is_kept():
 
 def test_values_are_shown_in_few_characters():
     shown = {0.123456: "0.123", 12.0: "12", 128: "128", "ema": "ema", "folder:/a/b/birds": "birds", "a/b": "a/b"}
-    assert {value: looks.brief(value) for value in shown} == shown
-    assert looks.brief("x" * 24) == "x" * 24
-    assert looks.brief("0123456789" * 3) == "01234567…"
-    assert looks.label_of("psnr") == "PSNR dB ↑"
-    assert looks.label_of("code_dim") == "d"
-    assert looks.label_of("weight_decay") == "weight decay"
-    assert looks.label_of("sharpness") == "sharpness"
+    assert {value: labels.brief(value) for value in shown} == shown
+    assert labels.brief("x" * 24) == "x" * 24
+    assert labels.brief("0123456789" * 3) == "01234567…"
+    assert labels.label_of("psnr") == "PSNR dB ↑"
+    assert labels.label_of("code_dim") == "d"
+    assert labels.label_of("weight_decay") == "weight decay"
+    assert labels.label_of("sharpness") == "sharpness"
 
 
 @pytest.mark.parametrize("field", ["beta", "quantizer"])
