@@ -213,6 +213,8 @@ def test_a_trial_is_tokenizers_each_with_its_prior_and_worth_their_mean(child, t
     betas = [config.beta for config in child.tokenizers]
     assert study.best_params["beta"] == min(betas, key=lambda beta: abs(math.log(beta / 0.8)))
     assert study.best_params["beta"] != max(betas)  # the best by LPIPS
+    notes = json.dumps(study._storage.get_study_system_attrs(study._study_id))
+    assert notes.count("gFID vgg16") == notes.count("PSNR dB") == 10  # a table for each run
 
 
 def test_what_a_tokenizer_is_scored_with_too_is_the_tokenizers(tmp_path):
@@ -417,7 +419,7 @@ def test_the_report_ranks_by_gfid_and_confirms_on_the_test_with_priors(child, tm
     )
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"gFID vgg16 [\d.]+ promised on validation, [\d.]+ on the test for the winner", said)
-    assert "winner (cnn) better than default (cnn) by" in said
+    assert re.search(r"winner \(cnn\) better than default \(cnn\) by [\d.]+ gFID vgg16", said)
     assert len(child.priors) == len({config.run_id() for config in child.priors})
 
 
@@ -442,6 +444,14 @@ def test_coded_bits_are_the_rate_and_their_winner_spends_no_more_than_the_defaul
     front = [one for one in trials if not any(two.beta > one.beta and spent(two) <= spent(one) for two in trials)]
     assert [row["beta"] for row in rows] == [f"{one.beta:.5g}" for one in sorted(front, key=spent)]
     assert text.count("promised on validation") == 2  # LPIPS, and coded bits
+
+
+def test_a_front_of_coded_bits_heeds_no_other_bits():
+    points = {searches.RATE: [112, 64, 256, 64], searches.CODED: [50, 60, 40, 61], "lpips_vgg": [0.3, 0.2, 0.4, 0.2]}
+    found = pd.DataFrame({"backbone": "cnn", **points})
+    assert searches.front(found, "lpips_vgg", searches.CODED).tolist() == [True, True, True, False]
+    assert searches.winners(found, "lpips_vgg", searches.CODED)[searches.CODED].tolist() == [40, 50, 60]
+    assert searches.front(found, "lpips_vgg").tolist() == [False, True, False, False]
 
 
 def test_a_coded_rate_without_a_trial_of_the_preset_confirms_nothing(child, tmp_path, capsys):
