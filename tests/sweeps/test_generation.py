@@ -96,6 +96,13 @@ def child(monkeypatch):
     return fake
 
 
+@pytest.fixture
+def reported(monkeypatch):
+    """Searches end in a report, without its charts."""
+    monkeypatch.setattr(workers, "conclude", CONCLUDE)
+    monkeypatch.setattr("bench.analysis.charts.draw", lambda *arguments: [])
+
+
 def start(tmp_path, *flags, study=SEARCH):
     return workers.main(study, "", [*SMOKE, "--results", str(tmp_path), *flags])
 
@@ -236,12 +243,12 @@ def test_what_a_tokenizer_is_scored_with_too_is_the_tokenizers(tmp_path):
 
 def test_no_curve_prunes_what_is_judged_by_generation(child, tmp_path):
     """However hopeless it is, which would prune it otherwise."""
-    assert start(tmp_path, *GFID, *RATE, "--trials", "9") == 0
+    assert start(tmp_path, *GFID, *RATE, "--trials", "7") == 0
     assert {*child.asked} == {None}
     (study,) = indexed(tmp_path).values()
     assert all(trial.state.name == "COMPLETE" and not trial.intermediate_values for trial in study.trials)
     child.calls.clear()
-    assert start(tmp_path, *RATE, "--trials", "9") == 0
+    assert start(tmp_path, *RATE, "--trials", "7") == 0
     assert "pruned" in child.asked
     assert TOKENIZERS.has_curve(("psnr",))
     assert not TOKENIZERS.has_curve(("gfid_vgg16",))
@@ -288,7 +295,7 @@ def test_what_the_store_has_finished_is_adopted(child, tmp_path):
     assert not child.calls
 
 
-def test_rebuild_brings_back_trials_with_their_priors(child, tmp_path, capsys):
+def test_rebuild_brings_back_trials_with_their_priors(child, tmp_path):
     """With value, parameters, attributes and how they ended; where only tokenizers are finished, nothing has ended."""
 
     def contents():
@@ -305,9 +312,6 @@ def test_rebuild_brings_back_trials_with_their_priors(child, tmp_path, capsys):
     (tmp_path / "studies" / "optuna.db").unlink()
     assert study_command.rebuild(results=tmp_path) == 0
     assert contents() == before
-    capsys.readouterr()
-    assert study_command.show(tmp_path) == 0
-    assert "8 finished, 1 diverged" not in capsys.readouterr().out
     for prior in Store(tmp_path).priors():
         (prior.folder / "metrics.json").unlink(missing_ok=True)
         prior.forgive()
@@ -342,8 +346,7 @@ def test_a_prior_that_is_missing_of_what_confirms_a_search_is_trained(child, tmp
 
 
 @pytest.mark.parametrize("ending", ["diverged", "damaged"])
-def test_a_prior_that_fails_fails_its_trial_and_is_shown(child, tmp_path, monkeypatch, capsys, ending):
-    monkeypatch.setattr(workers, "conclude", CONCLUDE)
+def test_a_prior_that_fails_fails_its_trial_and_is_shown(child, reported, tmp_path, capsys, ending):
     if ending == "diverged":
         child.endings = {2: "diverged"}
     else:
@@ -383,8 +386,7 @@ def test_the_plan_and_the_list_count_priors_too(child, tmp_path, monkeypatch, ca
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_ranks_by_gfid_and_confirms_on_the_test_with_priors(child, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workers, "conclude", CONCLUDE)
+def test_the_report_ranks_by_gfid_and_confirms_on_the_test_with_priors(child, reported, tmp_path, capsys):
     assert start(tmp_path, *GFID, "--trials", "8", "--confirm", "3", "--prior-steps", "77") == 0
     trials, fresh = ([config for config in child.tokenizers if config.split == split] for split in ("val", "test"))
     assert (len(trials), {config.seed for config in fresh}) == (8, {1, 2, 3})
@@ -423,8 +425,7 @@ def test_the_report_ranks_by_gfid_and_confirms_on_the_test_with_priors(child, tm
     assert len(child.priors) == len({config.run_id() for config in child.priors})
 
 
-def test_coded_bits_are_the_rate_and_their_winner_spends_no_more_than_the_default(child, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "conclude", CONCLUDE)
+def test_coded_bits_are_the_rate_and_their_winner_spends_no_more_than_the_default(child, reported, tmp_path):
     assert start(tmp_path, *CODED, "--trials", "8", "--confirm", "3") == 0
     (study, _) = indexed(tmp_path).values()
     assert study.metric_names == ["lpips_vgg", "coded_bits_per_image"]
@@ -481,6 +482,24 @@ def test_rows_are_joined_with_the_newest_prior_of_the_study_and_finished_when_bo
     assert joined.train_seconds[0] != 30.0  # the tokenizer's
     assert joined.protocol_prior_samples[0] == 512
     assert LABELS["gfid_vgg16"].better == "lower"
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_worth_what_its_prior_scored_on_validation(image_folder, tmp_path, monkeypatch):
+    def train(config, store, fid_weights, *_):
+        KINDS[config.SHELF].train(config, store, fid_weights)
+        return Outcome("finished")
+
+    monkeypatch.setattr(workers, "run_in_child", train)
+    monkeypatch.setattr(workers, "conclude", lambda plan, index: None)
+    sizes = "--width 16 --depth 1 --codebook-size 16 --code-dim 4 --steps 12 --batch-size 8 --warmup 2 --lpips-weight 0"
+    flags = [*sizes.split(), "--data", f"folder:{image_folder}", "--metric", "gfid_vgg16", "coded_bits_per_image"]
+    small = Search("search", {"beta": (0.25,)}, backbones=("cnn",))
+    assert start(tmp_path, *flags, "--prior", "independent", "--samples", "24", "--trials", "1", study=small) == 0
+    (below,), (over,) = Store(tmp_path).runs(), Store(tmp_path).priors()
+    assert below.config()["split"] == over.protocol()["scored_on"] == "val"
+    (study,) = indexed(tmp_path).values()
+    assert study.trials[0].values == [over.metrics()["gfid_vgg16"], over.metrics()["coded_bits_per_image"]]
 
 
 def test_an_old_study_reads_on_as_it_was(child, tmp_path):
