@@ -129,7 +129,7 @@ def rate_sheet(found: pd.DataFrame, fields: Sequence[str], metrics: Sequence[str
     metric, at = goal(metrics), rate(metrics)
     on_front, table = front(found, metric, at), winners(found, metric, at)
     names = [name for name in _scores(metrics, table) if name != at]
-    keys = ["backbone", at, "front", *fields, "n", *names]
+    keys = ["backbone", at, *(["front"] if at == RATE else []), *fields, "n", *names]
     rows = []
     for index, row in table.iterrows():
         best = {name: best_of(table[table[at] == row[at]][name], name) for name in names}

@@ -951,6 +951,8 @@ def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
     assert words == ", each backbone's best by PSNR dB (β differ)"
     chosen, words = slices.representative(made(*few, *rows[:4]))
     assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
+    chosen, words = slices.representative(made({"codebook_size": 16}, {"codebook_size": 64}).assign(role=None))
+    assert (len(chosen), words) == (1, ", each backbone's best by PSNR dB")  # of a search without two of equal bits
 
 
 def test_winners_of_a_search_stand_for_it_and_are_pictured_beside_the_defaults(tmp_path):
