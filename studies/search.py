@@ -9,8 +9,8 @@
 Every backbone has a study and a budget of its own. With one metric, a trial is given up when its training loss is worse
 than the median of earlier trials at the same step. The report draws the Pareto fronts of whatever was tried.
 
-With --prior a tokenizer is judged by what that prior makes of its codes: a trial trains both, once per seed, and none is
-given up early. Coded bits are a rate and have a distortion beside them: alone, they are fewest where nothing is kept.
+With --prior a tokenizer is judged by what that prior makes of its codes: a trial trains both, once per seed, and none
+is given up early. Coded bits are a rate, with a distortion beside them: alone, they are fewest where nothing is kept.
 """
 
 from bench.study import Range, Search, main
