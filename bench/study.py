@@ -17,10 +17,10 @@ from pathlib import Path
 import tyro
 from rich import box
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.extras import subcommand_cli_from_dict
 
-from bench.analysis.frames import statuses
+from bench.analysis.frames import PRIOR, statuses
 from bench.core.cli import command, parsed
 from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
@@ -63,13 +63,13 @@ def rebuild(
 
 
 def show(results: Path = Path("results")) -> int:
-    """Lists all studies and how many of their runs are finished.
+    """Lists all studies and how many of their runs, and of the priors over these, are finished.
 
     Args:
         results: the folder with runs/ and studies/
     """
     store = Store(results)
-    table = Table("study", "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
+    table = Table(Column("study", overflow="fold"), "kind", "swept", "backbones", "runs", box=box.SIMPLE_HEAD)
     for name in store.studies():
         try:
             record = store.study(name)
@@ -77,9 +77,12 @@ def show(results: Path = Path("results")) -> int:
             say(f"[yellow]left out:[/] {escape(str(error))}")
             continue
         status = Counter(statuses(map(store.named, record["runs"])))
+        over = [run_id for run_id, row in record.get("priors", {}).items() if "role" not in row]  # none that confirms
+        priors = Counter(statuses((store.named(run_id, "priors") for run_id in over), PRIOR))
         backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
-        counts = ", ".join(f"{count} {status}" for status, count in status.items())
-        table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), counts)
+        counts = [", ".join(f"{count} {how}" for how, count in each.items()) for each in (status, priors) if each]
+        told = "; priors: ".join(counts)
+        table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), told)
     stdout.print(table if table.row_count else f"no studies below {results}; start one with python -m studies.beta")
     return 0
 

@@ -70,7 +70,10 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.
                 caption = f"{drawing.caption} {scope.note}"
                 yield Drawing(f"{drawing.name}{scope.suffix}", title, caption, drawing.figure)
     for group in protocols(priors)[:1] if priors is not None else ():
-        yield from generation(usual(group), len(group), usual_words(group))
+        if "role" in table:  # of a search, whose trials agree in nothing
+            yield from generation(group, len(group), apart=True)
+        else:
+            yield from generation(usual(group), len(group), usual_words(group))
         yield from samples(usual(group), usual_words(group))
     if importances is not None and len(importances):
         yield importance(importances)
@@ -262,18 +265,20 @@ def _widen(panels: dict[str, Axes], rates: pd.Series, further: pd.Series) -> Non
         axes.set_xlim(low / (high / low) ** 0.1 / 1.05, high * (high / low) ** 0.1 * 1.05)
 
 
-def generation(rows: pd.DataFrame, known: int, words: str = "") -> Iterator[Drawing]:
+def generation(rows: pd.DataFrame, known: int, words: str = "", apart: bool = False) -> Iterator[Drawing]:
     """``generation``: how far samples are from real images against what the prior makes of the codes, per backbone and
     prior; where the grid is swept, its sizes are joined. ``rows``: of ``known`` priors those of equal settings, and in
-    ``words`` which."""
+    ``words`` which. ``apart``: each prior is a point, whatever its settings."""
     metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
     names = ["coded_bits_per_pixel", *metrics, *(f"{metric}_real" for metric in metrics)]
-    means = rows.groupby(["backbone", "prior", "grid_size", "codebook_size"])[names].mean().reset_index()
+    by = ["backbone", "prior", "grid_size", "codebook_size", *(["tokenizer"] if apart else [])]
+    means = rows.groupby(by)[names].mean().reset_index()
     figure, panels = looks.new_panels(len(metrics))
     rates = rows.coded_bits_per_pixel
     for axes, metric in zip(panels, metrics, strict=True):
         for (backbone, prior), line in means.groupby(["backbone", "prior"]):
             look = {"color": look_of(backbone)["color"], "marker": looks.PRIOR_MARKERS.get(prior, "p")}
+            look["linestyle"] = "none" if apart else "-"
             axes.plot(line.coded_bits_per_pixel, line[metric], markersize=5, linewidth=0.9, alpha=0.9, **look)
         for backbone, height in means.groupby("backbone")[f"{metric}_real"].min().items():
             axes.axhline(height, color=look_of(backbone)["color"], linewidth=0.8, linestyle=":", zorder=0)
@@ -292,12 +297,12 @@ def generation(rows: pd.DataFrame, known: int, words: str = "") -> Iterator[Draw
         if len(rows) == known
         else f"{len(rows)} of {known} priors, those with equal settings{words}"
     )
+    how, joined = ("each a point", "") if apart else ("means over seeds", " Lines join grid sizes.")
     caption = (
-        f"{count}, means over seeds; {first.samples} samples each, at temperature {first.temperature:g}, against all "
+        f"{count}, {how}; {first.samples} samples each, at temperature {first.temperature:g}, against all "
         f"{first.protocol_count:.0f} {HELD_OUT[first.protocol_scored_on]} images of {brief(first.data)} at "
-        f"{first.image_size}×{first.image_size}."
-        " Lines join grid sizes. Dotted: training codes, decoded, which a perfect prior would reach, at the grid where "
-        "they are best."
+        f"{first.image_size}×{first.image_size}.{joined}"
+        " Dotted: training codes, decoded, which a perfect prior would reach, at the grid where they are best."
     )
     yield Drawing("generation", "Rate and generation", caption, figure)
 

@@ -34,8 +34,10 @@ PARTS = (*EVALUATORS, curves, costs)
 METRICS: dict[str, Metric] = {name: metric for part in PARTS for name, metric in part.METRICS.items()}
 METRICS |= INSTRUMENT_METRICS
 PRIOR_METRICS: dict[str, Metric] = generate.METRICS  # of priors, in frames of their own
+LABELS: dict[str, Metric] = METRICS | PRIOR_METRICS
+GENERATION = tuple(name for name in PRIOR_METRICS if name not in METRICS)  # what priors alone are scored with
 # True of one machine only.
-CLOCKED = (*(name for name in METRICS | PRIOR_METRICS if "per_second" in name), "sampling_speedup", "train_seconds")
+CLOCKED = (*(name for name in LABELS if "per_second" in name), "sampling_speedup", "train_seconds")
 REFERENCES = (
     "_kmeans",
     *(f"_{name}" for name in FORMATS),
@@ -300,7 +302,7 @@ def main_metric(table: pd.DataFrame) -> str:
 
 def best_first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """``rows`` in order of ``metric``."""
-    return rows.sort_values(metric, ascending=METRICS[metric].better == "lower", kind="stable")
+    return rows.sort_values(metric, ascending=LABELS[metric].better == "lower", kind="stable")
 
 
 def machines(table: pd.DataFrame) -> int:

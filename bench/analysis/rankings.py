@@ -17,7 +17,7 @@ from . import frames, references
 from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .slices import listed
 from .statistics import Verdict
-from .tables import NONE, Cell, Sheet, best_of, cell, text_of
+from .tables import NONE, Cell, Sheet, best_of, cell, sampling, text_of
 
 LIMIT = 500  # rows of one table on the page
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
@@ -99,7 +99,7 @@ def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
     for block in blocks(finished.assign(bits_per_image=bits)):
         first = block.iloc[0]
-        what = f"{images_of(block)}, {first.bits_per_image:.0f} bits per image before coding, {_sampling(first)}"
+        what = f"{images_of(block)}, {first.bits_per_image:.0f} bits per image before coding, {sampling(first)}"
         yield what, prior_ranking(block)
     if len(unfinished := priors[priors.status != "finished"]):
         yield "Priors without scores", _listing(unfinished, ["status", "reason", "prior", "seed", "tokenizer"])
@@ -128,7 +128,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     first, floor = block.iloc[0], block.coded_bits_per_token_independent
     images = f"{HELD_OUT[first.protocol_scored_on]} images of {first.data} at {first.image_size}×{first.image_size}"
     notes = [
-        f"{_sampling(first)}, against all {first.protocol_count:.0f} {images}; bits on their codes. "
+        f"{sampling(first)}, against all {first.protocol_count:.0f} {images}; bits on their codes. "
         f"Extractor: {first.protocol_extractor_vgg16}. Independent codes take {floor.min():.2f} to "
         f"{floor.max():.2f} bits per token.",
         "Real codes are those of training images, decoded: what a perfect prior would reach. Shuffled ones are "
@@ -138,13 +138,6 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
     notes += [BOUND] if "masked" in {*block.prior} else []
     notes += _every_row([name for name in by if name not in (*frames.PRIOR.models, "n")])
     return Sheet([*by, *names], rows, bounds, [*notes, *_cut(len(table))], main)
-
-
-def _sampling(prior: pd.Series) -> str:
-    top = f", top {prior.top_k}" if prior.top_k else ""
-    guided = prior.get("guidance", 1.0)
-    guidance = f", guidance {guided:g}" if guided > 1 or guided < 1 else ""
-    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}{guidance}"
 
 
 def protocol_of(block: pd.DataFrame) -> dict[str, str]:

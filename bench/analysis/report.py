@@ -212,7 +212,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
     parts = list(frames.blocks(table))
     unscored = table[table.status != "finished"]
     latents = frames.continuous(table)
-    search, answers = _search(selection.study, table) if selection.study else ([], [])
+    search, answers = searches.report(selection.study, table, priors) if selection.study else ([], [])
     found = []
     for number, block in enumerate(_watched("comparing", parts), 1):
         head = f"{number}. " if len(parts) > 1 else ""
@@ -230,23 +230,6 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
         answers=answers,
         generation=list(rankings.generation(priors)),
     )
-
-
-def _search(study: dict[str, Any], table: pd.DataFrame) -> tuple[list[tuple[str, Sheet]], list[str]]:
-    """Titles and sheets on the trials of a search, and on the runs that confirm it, and what these say in sentences."""
-    sheets, answers = [], []
-    if study["kind"] != "search":
-        return sheets, answers
-    fields, metric = study["sweep"], searches.goal(study["metrics"])
-    found = searches.trials(table[table.run_id.isin(study["runs"])], fields)
-    if len(found):
-        sheets.append(("Best of the search at each rate", searches.rate_sheet(found, fields, metric)))
-    roles = {run_id: row.get("role") for run_id, row in study.get("confirmed", {}).items()}
-    rows = table[(table.status == "finished") & table.run_id.isin(roles)]
-    for group in frames.protocols(rows.assign(role=rows.run_id.map(roles))):
-        sheets.append(("Confirmed on fresh seeds", searches.confirmed_sheet(group, found, fields, metric)))
-        answers += searches.answers(group, found, fields, metric)
-    return sheets, answers
 
 
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:

@@ -123,7 +123,8 @@ def representative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     block = max(blocks(rows), key=len)
     metric = main_metric(block)
     best = best_first(block, metric).groupby("backbone").head(1)
-    return best, f", each backbone's best by {METRICS[metric].label} ({listed(settings(block))} differ)"
+    differing = f" ({listed(settings(block))} differ)" if settings(block) else ""
+    return best, f", each backbone's best by {METRICS[metric].label}{differing}"
 
 
 def listed(names: list[str]) -> str:

@@ -21,7 +21,7 @@ from scipy import stats
 from bench.core.errors import Damaged
 from bench.core.runs import Run
 
-from .frames import DEFAULTS, METRICS, settings
+from .frames import DEFAULTS, LABELS, settings
 
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
@@ -63,7 +63,7 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict in words, the better one first; numbers to two digits of the interval's width."""
-        place, label = f"{self.within}: " if self.within else "", METRICS[self.metric].label
+        place, label = f"{self.within}: " if self.within else "", LABELS[self.metric].label
         if self.n == 0:
             return f"{place}{self.a} and {self.b} share no seed and setting"
         seeds = f"{self.n} paired seed{'s' if self.n > 1 else ''}"
@@ -91,7 +91,7 @@ class Verdict:
     def _number(self, value: float) -> str:
         low, high = self.interval or (0, self.difference)
         width = abs(high - low) or abs(self.difference)
-        digits = int(METRICS[self.metric].form[1:-1])
+        digits = int(LABELS[self.metric].form[1:-1])
         if width:
             digits = max(digits, 1 - math.floor(math.log10(width)))
         return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus sign before a zero
@@ -311,7 +311,7 @@ def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
         witnessed = image_interval is None or all(difference * end > 0 for end in image_interval)
         better = None
         if p is not None and p < LEVEL and witnessed:
-            better = pair.a if (difference < 0) == (METRICS[metric].better == "lower") else pair.b
+            better = pair.a if (difference < 0) == (LABELS[metric].better == "lower") else pair.b
         within = ", ".join(filter(None, [pair.within, _described(pair.settings, table.columns)]))
         numbers = len(table), difference, interval, image_interval, p
         yield Verdict(metric, pair.a, pair.b, within, *numbers, better)

@@ -12,9 +12,8 @@ from rich.table import Table
 
 from bench.core.progress import stdout
 
-from .frames import METRICS, PRIOR_METRICS
+from .frames import LABELS
 
-LABELS = METRICS | PRIOR_METRICS
 MILLIONS = {"params": ".2f", "flops": ",.0f", "params_prior": ".2f", "flops_prior": ",.0f"}  # so shown
 HEADINGS = {"n": "seeds", "run_id": "run", **{name: f"{LABELS[name].label} M" for name in MILLIONS}}
 SHORT = {  # headings on the terminal, by lines, where labels are too wide
@@ -86,6 +85,14 @@ def best_of(column: pd.Series, key: str) -> str | None:
         return None
     low, high = text_of(known.min(), key), text_of(known.max(), key)
     return None if low == high else low if better == "lower" else high
+
+
+def sampling(prior: pd.Series) -> str:
+    """How a prior, a row of a frame, was sampled from."""
+    top = f", top {prior.top_k}" if prior.top_k else ""
+    guided = prior.get("guidance", 1.0)
+    guidance = f", guidance {guided:g}" if guided > 1 or guided < 1 else ""
+    return f"{prior.samples} samples, temperature {prior.temperature:g}{top}{guidance}"
 
 
 def heading(key: str) -> str:

@@ -71,8 +71,8 @@ class Store:
     def study(self, name: str) -> dict[str, Any]:
         """What a study consists of: ``name``, ``kind`` (ablation or search), ``sweep`` (Config fields), ``metrics``,
         ``runs`` (run_id → backbone, seed and the values of the swept fields) and, where it has any, ``priors`` (run_id
-        → prior and the same of its tokenizer) or ``confirmed`` (runs that confirm a search, with their role). Raises
-        UserError on an unknown name, and Damaged.
+        → prior and the same of its tokenizer, be that among ``runs`` or ``confirmed``) and ``confirmed`` (runs that
+        confirm a search, with their role). Raises UserError on an unknown name, and Damaged.
         """
         path = self.root / "studies" / f"{name}.json"
         if name not in self.studies():

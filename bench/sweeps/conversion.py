@@ -1,5 +1,6 @@
 """Runs as trials: how they ended, what they have cost, and their curves, as Optuna has it of a trial."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from bench.core.runs import Run
 
 from .definition import Space, distribution
-from .kinds import KINDS, AnyConfig, Row, kind_of
+from .kinds import KINDS, AnyConfig, Row, by_kind, kind_of
 
 MAX_REPORTS = 40  # intermediate values per trial
 Metrics = tuple[str, ...]
@@ -46,24 +47,34 @@ def scores(run: Run) -> dict[str, float]:
     return {name: metrics[name] for name in kind_of(run).metrics if name in metrics}
 
 
+def first_scores(runs: list[Run]) -> dict[str, float]:
+    """Metrics of the first of a trial's finished ``runs``, and those that it lacks of the first prior over them."""
+    found: dict[str, float] = {}
+    for _, (first, *_) in by_kind(runs):
+        found = {**found, **scores(first), **found}
+    return found
+
+
 def attributes(runs: list[Run]) -> dict[str, Any]:
-    """What a trial of ``runs`` is known by and has cost, the scores of its first run, and why one of them failed."""
+    """What a trial of ``runs`` is known by and has cost, its first scores, and why one of them failed."""
     about = {"run_id": runs[0].folder.name, "seconds": sum(map(seconds, runs))}
-    about |= scores(runs[0]) if runs[0].finished else {}
+    about |= first_scores(list(itertools.takewhile(lambda run: run.finished, runs)))
     failed = next((run for run in runs if not run.finished), None)
     return about if failed is None else {**about, "status": failed.status, "reason": failed.reason}
 
 
 def result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] | None]:
-    """How a trial of ``runs`` ended: with the means of ``metrics``, or without."""
+    """How a trial of ``runs`` ended: with the means of ``metrics``, or without. One that tokenizers and priors are both
+    scored with is that of the tokenizers."""
     status = next((run.status for run in runs if not run.finished), None)
     if status is not None:
         return (TrialState.PRUNED if status == "pruned" else TrialState.FAIL), None
-    rows = [run.metrics() for run in runs]
-    values = [[row.get(name) for row in rows] for name in metrics]
+    rows = [(kind.metrics, [run.metrics() for run in own]) for kind, own in by_kind(runs)]
+    scored = [next((own for known, own in rows if name in known), [{}]) for name in metrics]
+    values = [[row.get(name) for row in own] for name, own in zip(metrics, scored, strict=True)]
     if any(None in column for column in values):  # such as a metric that was not asked for then
         return TrialState.FAIL, None
-    return TrialState.COMPLETE, [sum(column) / len(rows) for column in values]
+    return TrialState.COMPLETE, [sum(column) / len(column) for column in values]
 
 
 def ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> FrozenTrial:
@@ -71,7 +82,7 @@ def ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metric
     trial = drawn(params, space)
     trial.user_attrs = attributes(runs)
     trial.state, trial.values = result(runs, metrics)
-    if len(metrics) == 1 and runs[0].status != "damaged":
+    if kind_of(runs[0]).has_curve(metrics) and runs[0].status != "damaged":
         config = runs[0].settings(kind_of(runs[0]).config)
         trial.intermediate_values = dict(curve(runs[0].history(), config, study.direction))
         *_, last = math.nan, *trial.intermediate_values.values()

@@ -12,7 +12,7 @@ from optuna.trial import Trial
 from backbones import BACKBONES, OPTIONS
 from backbones import backbone as backbone_called
 from bench import instruments
-from bench.analysis.frames import DEFAULTS, METRICS
+from bench.analysis.frames import DEFAULTS, LABELS, METRICS
 from bench.core.errors import UserError
 from bench.core.settings import OneOf
 from bench.metrics import EXTRACTORS, weights
@@ -22,6 +22,7 @@ from bench.tokenizers.arguments import LOOKS, Arguments, parse
 from bench.tokenizers.config import Config
 
 from .address import hide_misplaced
+from .objectives import UNSOUGHT, objectives
 
 TYPES = get_type_hints(Config)
 POSITIVE = ("workers", "trials", "timeout", "trial_timeout", "bits_per_image")
@@ -115,8 +116,8 @@ class AblationArguments(StudyArguments):
 
 
 @dataclass(frozen=True)
-class PriorStudyArguments(AblationArguments):
-    """What an ablation with priors takes."""
+class PriorArguments(StudyArguments):
+    """What a study takes that trains priors."""
 
     prior: tuple[str, ...] = ()
     """priors to train over every tokenizer's codes"""
@@ -129,12 +130,22 @@ class PriorStudyArguments(AblationArguments):
 
 
 @dataclass(frozen=True)
-class SearchArguments(StudyArguments):
+class PriorStudyArguments(AblationArguments, PriorArguments):
+    """What an ablation with priors takes."""
+
+
+@dataclass(frozen=True)
+class SearchArguments(PriorArguments):
     """What a search takes."""
 
     metric: tuple[str, ...] = ()
     """what is optimised: by default lpips_vgg at one rate, or lpips_vgg and bits_per_image, whose trials are not pruned
-    and end in a front"""
+    and end in a front. With --prior it may be what a prior makes of the codes: gfid_vgg16 and the like, beside
+    bits_per_image unless all have one rate; or coded_bits_per_image as the rate, beside lpips_vgg or what else is
+    named: alone, it would be best of a tokenizer that keeps nothing. No such trial is pruned, since how a tokenizer
+    trains does not tell what will be generated"""
+    prior: tuple[str, ...] = ()
+    """the prior that is trained over the codes of each tokenizer, for a metric of generation"""
     bits_per_image: int | None = None
     """search at this rate alone: K follows from the grid"""
     confirm: int = 0
@@ -178,8 +189,8 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Search:
-    """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric. Its trials
-    are scored on validation, whatever ``settings`` say: the test is for what was chosen."""
+    """A search of ``space`` for each backbone by TPE, pruned on the training loss when it has one metric, and that of
+    tokenizers. Its trials are scored on validation, whatever ``settings`` say: the test is for what was chosen."""
 
     name: str
     space: Space
@@ -210,23 +221,25 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     words, prog = hide_misplaced(arguments), f"python -m studies.{study.name}"
     options = parse(options_type, words, prog, description, some, **values)
-    if options.metric == () and isinstance(study, Search):
-        metric = ("lpips_vgg",) if options.bits_per_image else ("lpips_vgg", "bits_per_image")
-        options = replace(options, metric=metric)
     instruments.choose(options.instruments)  # raises UserError on an unknown one
     # not on every machine; of a codebook that collapses the best; not measured by trials
-    unsought = {"peak_memory_mb", *curves.METRICS, *instruments.METRICS}
-    known = [name for name, shown in METRICS.items() if shown.better and name not in unsought]
+    unsought = {"peak_memory_mb", *curves.METRICS, *instruments.METRICS, *UNSOUGHT}
+    measured = METRICS if isinstance(study, Ablation) else LABELS
+    known = [name for name, shown in measured.items() if shown.better and name not in unsought]
     for metric in options.metric:
         if metric not in known:
             raise UserError(f"metric {metric!r} cannot be optimised; choose from {', '.join(known)}")
+    if isinstance(study, Search):
+        options = replace(options, metric=objectives(options.metric, options.prior, options.bits_per_image))
     for extractor, missing in (("inception", weights.inception_missing), ("dinov2", weights.dinov2_missing)):
-        name = EXTRACTORS[extractor].metric
-        if name in options.metric and EXTRACTORS[extractor].digest(options.fid_weights) is None:
-            raise UserError(f"metric {name!r} cannot be had: {missing()}; --metric fid_vgg16 can")
+        for of in ("", "g"):  # of reconstructions, and of what is generated
+            name = f"{of}{EXTRACTORS[extractor].metric}"
+            if name in options.metric and EXTRACTORS[extractor].digest(options.fid_weights) is None:
+                raise UserError(f"metric {name!r} cannot be had: {missing()}; --metric {of}fid_vgg16 can")
+    optional = ("--prior",) if isinstance(study, Search) else ()
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
-        if value == ():
+        if value == () and flag not in optional:
             raise UserError(f"{flag} needs at least one value")
         if name == "confirm" and value < 0:
             raise UserError(f"{flag} is {value}; it must be 0 or more")

@@ -21,7 +21,6 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bench.analysis.frames import statuses
 from bench.core.errors import Damaged, UserError
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
@@ -31,7 +30,7 @@ from .address import without_password
 from .bulk import Unwritten
 from .conversion import Metrics
 from .definition import Space, read_space
-from .kinds import KINDS, TOKENIZERS, kind_of
+from .kinds import KINDS, PRIORS, TOKENIZERS, endings, kind_of
 from .patience import PatientStorage, opening
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
@@ -241,8 +240,9 @@ class Index:
 
     def _note(self, study: Study, trial: Trial | FrozenTrial, runs: list[Run]) -> str:
         """How each run ended, its picture, which becomes an artifact, and its scores."""
-        kind, lines = kind_of(runs[0]), []
+        lines = []
         for run in runs:
+            kind = kind_of(run)
             status, reason = run.ending()
             lines.append(f"**{run.folder.name}**: {status}{f', {reason}' if reason else ''}\n")
             if status == "finished":
@@ -280,7 +280,8 @@ def rebuild(index: Index, store: Store, name: str) -> int:
     were. Raises UserError on an unknown name, and Damaged where the study's file is."""
     record, added = store.study(name), 0
     search = record["kind"] == "search"
-    parts = [*((shelf, kind, name, search) for shelf, kind in KINDS.items())]
+    parts = [("runs", TOKENIZERS, name, search), *([] if search else [("priors", PRIORS, name, False)])]
+    judges = _judges(record, store) if search else {}
     for shelf, kind, title, searching in (*parts, ("confirmed", TOKENIZERS, f"{name}-confirm", False)):
         metrics = kind.ranked or tuple(record["metrics"])
         trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
@@ -294,7 +295,8 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 }  # the seeds of a search's trial are runs of it
                 params = {name: value for name, value in row.items() if name not in aside}
                 identity = (row[kind.key], *(params.items() if searching else [run_id]))
-                trials.setdefault(identity, (params, []))[1].append(store.named(run_id, kind.config.SHELF))
+                own = [store.named(run_id, kind.config.SHELF), *judges.get(frozenset(row.items()), [])]
+                trials.setdefault(identity, (params, []))[1].extend(own)
                 conversion.drawn(params, space)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
             raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
@@ -305,7 +307,7 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 index.recover(study)
             known = {label: index.states(study) for label, study in studies.items()}
             every = [run for _, runs in trials.values() for run in runs]
-            how = dict(zip(every, statuses(every, kind.frame), strict=True))
+            how = endings(every)
             ended: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {label: [] for label in labels}
             for (label, *_), (params, runs) in trials.items():
                 found = {how[run] for run in runs}
@@ -315,3 +317,12 @@ def rebuild(index: Index, store: Store, name: str) -> int:
                 index.add(studies[label], ended[label], metrics, space)
                 added += len(ended[label])
     return added
+
+
+def _judges(record: dict[str, Any], store: Store) -> dict[frozenset, list[Run]]:
+    """The prior over each tokenizer of a search, by the row of that: the last that is listed."""
+    found = {}
+    for run_id, row in record.get("priors", {}).items():
+        below = frozenset(item for item in row.items() if item[0] != PRIORS.key)
+        found[below] = [store.named(run_id, PRIORS.config.SHELF)]
+    return found

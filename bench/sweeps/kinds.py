@@ -1,7 +1,7 @@
 """What differs between the runs of tokenizers and of priors to a study; all else in this room is the same for both."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,11 @@ class Kind(NamedTuple):
     def metrics(self) -> dict[str, Metric]:
         """What its runs are scored with, in the order of tables."""
         return self.frame.metrics
+
+    def has_curve(self, metrics: Sequence[str]) -> bool:
+        """Whether trials that are ranked by ``metrics`` have a curve, by which a search gives them up: by one alone,
+        and one of their own. A tokenizer's curve does not tell what a prior will make of its codes."""
+        return len(metrics) == 1 and metrics[0] in self.metrics
 
     def study(self, name: str, label: str) -> str:
         """Name of the Optuna study that belongs to ``name`` and has ``label``, a value of ``key``."""
@@ -78,3 +83,18 @@ KINDS = {kind.config.SHELF: kind for kind in (TOKENIZERS, PRIORS)}
 def kind_of(run: Run) -> Kind:
     """The kind of ``run``, by the folder it lies in."""
     return KINDS[run.folder.parent.name]
+
+
+def by_kind(runs: Iterable[Run]) -> list[tuple[Kind, list[Run]]]:
+    """Those of ``runs`` that are of a kind, for each that any is of, tokenizers first."""
+    every = [*runs]
+    found = [(kind, [run for run in every if kind_of(run) is kind]) for kind in KINDS.values()]
+    return [(kind, own) for kind, own in found if own]
+
+
+def endings(runs: Iterable[Run]) -> dict[Run, str]:
+    """How each of ``runs`` ended; see ``frames.statuses``."""
+    found: dict[Run, str] = {}
+    for kind, own in by_kind(runs):
+        found |= zip(own, frames.statuses(own, kind.frame), strict=True)
+    return found

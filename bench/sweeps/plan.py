@@ -24,7 +24,7 @@ from bench.tokenizers.presets import PRESETS
 
 from .definition import Ablation, Search, Space, StudyArguments
 from .index import Index, Study, Trial, TrialState
-from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind
+from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind, endings
 
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
@@ -35,7 +35,8 @@ PACED = 20  # runs of a shape that its time is estimated by
 
 
 class Cell(NamedTuple):
-    """One trial: its Optuna parameters and its runs, which are one or, in a search, one per seed."""
+    """One trial: its Optuna parameters and its runs, which are one or, in a search, one per seed, each followed by the
+    prior over its codes if trials are judged by one."""
 
     params: dict[str, Any]
     configs: list[AnyConfig]
@@ -68,13 +69,17 @@ class Part(NamedTuple):
         """Its Optuna study, made if need be."""
         return index.open(self.name, self.metrics, self.steps)
 
-    def rows(self, cells: list[Cell]) -> dict[str, dict[str, Any]]:
-        """Runs of ``cells`` as the study's file has them."""
-        return {
-            run.folder.name: {self.kind.key: self.label, **cell.params, "seed": config.seed} | cell.told
-            for cell in cells
-            for config, run in zip(cell.configs, cell.runs, strict=True)
-        }
+    def rows(self, cells: list[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Runs of ``cells`` as each part of the study's file has them: a prior in a tokenizer's trial as its tokenizer,
+        and what it is called. Priors come first: a trial that is listed is listed with them."""
+        found: dict[str, dict[str, dict[str, Any]]] = {PRIORS.config.SHELF: {}, self.shelf: {}}
+        for cell in cells:
+            for config, run in zip(cell.configs, cell.runs, strict=True):
+                row = {self.kind.key: self.label, **cell.params, "seed": config.seed} | cell.told
+                own = isinstance(config, self.kind.config)
+                shelf, row = (self.shelf, row) if own else (config.SHELF, {PRIORS.key: config.prior, **row})
+                found[shelf][run.folder.name] = row
+        return {shelf: rows for shelf, rows in found.items() if rows or shelf == self.shelf}
 
 
 class Row(NamedTuple):
@@ -98,6 +103,7 @@ class Plan:
         self.study, self.options, self.space, self.store = study, options, space, Store(options.results)
         self.backbones = tuple(dict.fromkeys(options.backbone))
         self.seeds = tuple(dict.fromkeys(options.seeds))
+        self._prior_names = tuple(dict.fromkeys(vars(options).get("prior", ())))
         self._enqueued: set[str] = set()  # by this plan, which tries what failed before once more
         self.cells = {backbone: self._cells(backbone) for backbone in self.backbones}
 
@@ -160,8 +166,7 @@ class Plan:
             return self._fill(part, index, study)
 
     def _fill(self, part: Part, index: Index, study: Study) -> int:
-        rows = part.rows(part.cells)
-        self.store.extend_study(self.name, self.header(), rows, part.shelf)
+        self._list(part, part.cells)
         states = index.states(study)
         missing: list[tuple[dict[str, Any], str]] = []
         ended: list[tuple[dict[str, Any], list[Run]]] = []
@@ -178,7 +183,13 @@ class Plan:
                 ended.append((cell.params, cell.runs))
         index.enqueue(study, missing)
         index.add(study, ended, part.metrics, {})
-        return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=rows))
+        ours = {cell.run.folder.name for cell in part.cells}
+        return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=ours))
+
+    def _list(self, part: Part, cells: list[Cell]) -> None:
+        """Records the runs of ``cells`` in the study's file."""
+        for shelf, rows in part.rows(cells).items():
+            self.store.extend_study(self.name, self.header(), rows, shelf)
 
     def claimed(self, part: Part, trial: Trial) -> Cell:
         """The runs of a trial that was taken."""
@@ -223,7 +234,14 @@ class Plan:
         if unknown:
             others = "" if len(unknown) == len(rows) else f"{table.caption}; "
             table.caption = f"{others}unknown of {', '.join(unknown)}, until a run of the same size is finished"
+        if self._prior_names:
+            planned, finished = self._priors_done()
+            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
         return table
+
+    def _priors_done(self) -> tuple[int, int]:
+        """How many priors are planned, and how many of them are finished."""
+        raise NotImplementedError
 
     def _known(self, rows: Iterable[Row]) -> pd.DataFrame:
         """Runs by which the time of those that are missing can be told: a few of this study of each shape, or all that
@@ -243,9 +261,18 @@ class Plan:
     def _cell(self, params: dict[str, Any], configs: list[AnyConfig], role: str = "") -> Cell:
         return Cell(params, configs, [self.store.run(config) for config in configs], role)
 
+    def _prior(self, prior: str, tokenizer: str, seed: int) -> PriorConfig:
+        """Config of a prior over the codes of the tokenizer of that run id, as the command line has it."""
+        given = {field: vars(self.options)[flag] for flag, field in PRIOR_SETTINGS.items()}
+        given |= {"precision": self.options.precision, "device": self.options.device, "seed": seed}
+        return PriorConfig(tokenizer=tokenizer, prior=prior, **given)
+
     def _words(self) -> list[str]:
         """What the name says besides settings."""
-        return [f"match={self.options.match}"] if self.options.match else []
+        given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS if self._prior_names}
+        usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
+        match = [f"match={self.options.match}"] if self.options.match else []
+        return match + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
 
 
 class AblationPlan(Plan):
@@ -255,7 +282,6 @@ class AblationPlan(Plan):
 
     def __init__(self, study: Ablation, options: StudyArguments):
         self.final = {"finished"} if options.retry_failed else self.final - {"pruned"}  # which says nothing of a cell
-        self._prior_names = tuple(dict.fromkeys(options.prior)) if study.priors else ()
         super().__init__(study, options, {name: vars(options)[name] for name in study.sweep})
 
     def _cells(self, backbone: str) -> list[Cell]:
@@ -269,7 +295,7 @@ class AblationPlan(Plan):
                 config.check()
             cells.append(self._cell(params, [config]))
             for prior in self._prior_names if new else ():
-                self._prior(prior, cells[-1]).check()  # before any tokenizer is trained
+                self._over(prior, cells[-1]).check()  # before any tokenizer is trained
         return cells
 
     def followers(self) -> list[Part]:
@@ -279,21 +305,14 @@ class AblationPlan(Plan):
         for prior in self._prior_names if done else ():
             cells = [
                 # timm's models go by one name: Optuna has to know all values beforehand
-                self._cell({"backbone": name.partition(":")[0], **one.params}, [self._prior(prior, one).resolved()])
+                self._cell({"backbone": name.partition(":")[0], **one.params}, [self._over(prior, one).resolved()])
                 for name, one in done
             ]
             parts.append(self._part(PRIORS, prior, self.options.prior_steps, cells))
         return parts
 
-    def _prior(self, prior: str, cell: Cell) -> PriorConfig:
-        given = {field: vars(self.options)[flag] for flag, field in PRIOR_SETTINGS.items()}
-        given |= {"precision": self.options.precision, "device": self.options.device, "seed": cell.params["seed"]}
-        return PriorConfig(tokenizer=cell.run.folder.name, prior=prior, **given)
-
-    def _words(self) -> list[str]:
-        given = {flag: vars(self.options)[flag] for flag in PRIOR_SETTINGS if self._prior_names}
-        usual = {flag: getattr(PriorConfig, field) for flag, field in PRIOR_SETTINGS.items()}
-        return super()._words() + [f"{flag}={value}" for flag, value in given.items() if value != usual[flag]]
+    def _over(self, prior: str, cell: Cell) -> PriorConfig:
+        return self._prior(prior, cell.run.folder.name, cell.params["seed"])
 
     def _row(self, backbone: str) -> Row:
         cells = self.cells[backbone]
@@ -303,22 +322,16 @@ class AblationPlan(Plan):
         done = [cell for cell, how in ended if how == "finished"]
         return Row(len(cells) // len(self.seeds), Counter(status), missing, done)
 
-    def table(self) -> Table:
-        table = super().table()
-        if self._prior_names:
-            planned = len(self._prior_names) * sum(map(len, self.cells.values()))
-            finished = Counter(ending(self.followers()).values())["finished"]
-            table.caption += f"; priors, not in these minutes: {finished} of {planned} finished"
-        return table
+    def _priors_done(self) -> tuple[int, int]:
+        planned = len(self._prior_names) * sum(map(len, self.cells.values()))
+        return planned, Counter(ending(self.followers()).values())["finished"]
 
 
 def ending(parts: list[Part]) -> dict[Run, str]:
-    """How the runs of all cells of ``parts`` ended."""
-    found: dict[Run, str] = {}
-    for part in parts:
-        runs = [cell.run for cell in part.cells]
-        found |= zip(runs, statuses(runs, part.kind.frame), strict=True)
-    return found
+    """How all cells of ``parts`` ended, by their first runs: finished, or as the first of its runs that is not."""
+    cells = [cell for part in parts for cell in part.cells]
+    how = endings(run for cell in cells for run in cell.runs)
+    return {cell.run: next((how[run] for run in cell.runs if how[run] != "finished"), "finished") for cell in cells}
 
 
 def shown(value: Any) -> str:

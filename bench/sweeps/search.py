@@ -8,16 +8,17 @@ from typing import Any
 import pandas as pd
 
 from bench.analysis import searches
-from bench.analysis.frames import frame, statuses
+from bench.analysis.frames import best_first, frame, statuses
 from bench.core.errors import UserError
 from bench.core.runs import FAILURES
 from bench.instruments import choose
+from bench.priors.config import PriorConfig
 from bench.tokenizers.config import Config
 
 from .definition import Ablation, Range, Search, Space, StudyArguments, suggest
 from .index import Index, Study, Trial, TrialState
-from .kinds import TOKENIZERS
-from .plan import AblationPlan, Cell, Part, Plan, Row
+from .kinds import PRIORS, TOKENIZERS, AnyConfig, endings
+from .plan import PRIOR_SETTINGS, AblationPlan, Cell, Part, Plan, Row
 
 LARGEST_POWER = 24  # K is at most 2 to this power
 
@@ -38,12 +39,30 @@ class SearchPlan(Plan):
             raise UserError(f"--match {options.match} {words}")
         if choose(options.instruments) and not options.confirm:
             raise UserError("--instruments looks at what confirms a search; add --confirm N, or leave it out")
+        for flag, field in PRIOR_SETTINGS.items():
+            value = vars(options)[flag]
+            if not options.prior and value != getattr(PriorConfig, field):
+                words = f"--{flag.replace('_', '-')} is {value}, and no prior is trained"
+                raise UserError(f"{words}; add --prior transformer and --metric gfid_vgg16, or leave it out")
+        self.metric, self.rate = searches.goal(options.metric), searches.rate(options.metric)
         super().__init__(study, options, tied(study.space, options))
-        self.metric = searches.goal(options.metric)
+        if self._prior_names:  # of a run that another search gave up, nothing is known of what its codes would give
+            self.final = self.final - {"pruned"}
 
     def _cells(self, backbone: str) -> list[Cell]:
-        self.example(backbone).check()
+        example = self.example(backbone)
+        example.check()
+        for name in self._prior_names:
+            self._prior(name, example.run_id(), example.seed).check()
         return []
+
+    def _trial(self, params: dict[str, Any], tokenizers: list[Config], role: str = "") -> Cell:
+        """Each of ``tokenizers``, and right after it what trains the prior over its codes, if there is one."""
+        configs: list[AnyConfig] = []
+        for config in tokenizers:
+            over = [self._prior(name, config.run_id(), config.seed).resolved() for name in self._prior_names]
+            configs += [config, *over]
+        return self._cell(params, configs, role)
 
     def header(self) -> dict[str, Any]:
         stored = {name: one._asdict() if isinstance(one, Range) else one for name, one in self.space.items()}
@@ -111,29 +130,45 @@ class SearchPlan(Plan):
         seen, scored on the test. Raises UserError where no trial has that rate."""
         if not self.options.confirm:
             return []
-        known = self.store.study(self.name)["runs"]
-        found = searches.trials(frame(map(self.store.named, known)), self.fields)
+        record = self.store.study(self.name)
+        table = frame(map(self.store.named, record["runs"]))
+        if self._prior_names:
+            priors = (self.store.named(run_id, "priors") for run_id in record.get("priors", {}))
+            table = searches.with_priors(table, frame(priors, PRIORS.frame))
+        found = searches.trials(table, self.fields)
         return [self._confirming(name, found[found.backbone == name]) for name in self.backbones]
 
     def _confirming(self, backbone: str, found: pd.DataFrame) -> Part:
         preset = self._preset(backbone)
-        bits = preset.tokens * math.log2(preset.codebook_size)
-        best = searches.winners(found[found[searches.RATE] == bits], self.metric)
-        if best.empty:
-            fix = f"search on, or at that rate alone with --bits-per-image {bits:.0f}"
-            raise UserError(f"no trial of {backbone} has the preset's {bits:.0f} bits per image to be confirmed; {fix}")
-        winner = {name: kind(best.iloc[0][name]) for name, kind in self._kinds(preset).items()}
         default = {name: getattr(preset, name) for name in self.fields}
+        best = self._best(backbone, found, preset, default)
+        winner = {name: kind(best[name]) for name, kind in self._kinds(preset).items()}
         roles = {searches.WINNER: winner, searches.DEFAULT: default}
         if winner == default:
             roles = {searches.BOTH: winner}
         first = max(self.seeds) + 1
         cells = [
-            self._cell({**values, "seed": seed}, [self._fresh(backbone, seed, values)], role)
+            self._trial({**values, "seed": seed}, [self._fresh(backbone, seed, values)], role)
             for seed in range(first, first + self.options.confirm)
             for role, values in roles.items()
         ]
         return self._part(TOKENIZERS, backbone, self.options.steps, cells, "-confirm", "confirmed")
+
+    def _best(self, backbone: str, found: pd.DataFrame, preset: Config, default: dict[str, Any]) -> pd.Series:
+        """Of the trials ``found`` the best at the preset's rate; at coded rates, of those that need no more than the
+        trial of the preset's own values. Raises UserError where there is none."""
+        bits = preset.tokens * math.log2(preset.codebook_size)
+        if self.rate == searches.CODED:
+            own = found[(found[[*default]] == pd.Series(default)).all(axis=1)]
+            if own.empty:
+                fix = "search on, or over a space that holds them"
+                raise UserError(f"no trial of {backbone} has the preset's values, whose rate is the limit; {fix}")
+            return best_first(found[found[self.rate] <= own[self.rate].iloc[0]], self.metric).iloc[0]
+        best = searches.winners(found[found[searches.RATE] == bits], self.metric)
+        if best.empty:
+            fix = f"search on, or at that rate alone with --bits-per-image {bits:.0f}"
+            raise UserError(f"no trial of {backbone} has the preset's {bits:.0f} bits per image to be confirmed; {fix}")
+        return best.iloc[0]
 
     def _kinds(self, preset: Config) -> dict[str, type]:
         """Types of the values of ``fields``, which a frame may hold as others."""
@@ -157,21 +192,23 @@ class SearchPlan(Plan):
         if part.cells:
             return super().claimed(part, trial)
         params = suggest(trial, self.space)
-        cell = self._cell(params, self.configs(part.label, params))
-        self.store.extend_study(self.name, self.header(), part.rows([cell]))
+        cell = self._trial(params, self.configs(part.label, params))
+        self._list(part, [cell])
         return cell
 
     def failed(self) -> bool:
         """Whether a run failed, which a pruned one has not."""
         record = self.store.study(self.name)
-        found = statuses(map(self.store.named, {**record["runs"], **record.get("confirmed", {})}))
-        return bool({*found} & {*FAILURES} - {"pruned"})
+        runs = [*map(self.store.named, {**record["runs"], **record.get("confirmed", {})})]
+        runs += [self.store.named(run_id, "priors") for run_id in record.get("priors", {})]
+        return bool({*endings(runs).values()} & {*FAILURES} - {"pruned"})
 
     def _words(self) -> list[str]:
         # a trial's value is the mean over its seeds
         seeds = [f"seeds={'+'.join(map(str, self.seeds))}"] if self.seeds != self.study.seeds else []
         rate = [f"bits_per_image={self.options.bits_per_image}"] if self.options.bits_per_image else []
-        return seeds + rate + super()._words()
+        judged = [f"metric={'+'.join(self.options.metric)}", *(f"prior={name}" for name in self._prior_names)]
+        return seeds + rate + (judged if self._prior_names else []) + super()._words()
 
     def _row(self, backbone: str) -> Row:
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
@@ -180,6 +217,13 @@ class SearchPlan(Plan):
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
         return Row(self.options.trials, status, [self.example(backbone)] * left)
+
+    def _priors_done(self) -> tuple[int, int]:
+        record = self.store.study(self.name) if self.name in self.store.studies() else {}
+        rows = {run_id: row for run_id, row in record.get("priors", {}).items() if "role" not in row}
+        ours = [self.store.named(run_id, "priors") for run_id, row in rows.items() if row["backbone"] in self.backbones]
+        planned = self.options.trials * len(self.seeds) * len(self.backbones)
+        return planned, statuses(ours, PRIORS.frame).count("finished")
 
 
 def tied(space: Space, options: StudyArguments) -> Space:

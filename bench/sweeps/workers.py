@@ -13,10 +13,11 @@ from shutil import which
 
 from rich.markup import escape
 
-from bench.analysis.frames import statuses
+from bench.analysis.frames import LABELS
 from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
+from bench.core.runs import Run
 from bench.instruments import choose
 from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import prepare
@@ -24,11 +25,11 @@ from bench.training.loop import interruptible
 
 from .address import storage_url, without_password
 from .child import Outcome, look_in_child, run_in_child
-from .conversion import report
+from .conversion import first_scores, report
 from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState
-from .kinds import TOKENIZERS, AnyConfig, Row
+from .kinds import KINDS, TOKENIZERS, AnyConfig, Row, endings
 from .plan import Cell, Part, Plan, shown, threads_each
 from .search import make_plan
 
@@ -124,19 +125,25 @@ def _look(cell: Cell, options: tuple, stop: threading.Event) -> tuple[str, Outco
 
 
 def conclude(plan: Plan, index: Index) -> None:
-    """Counts how tokenizers ended, writes the report, attaches its plots."""
+    """Counts how runs ended, writes the report, attaches its plots."""
     from bench.analysis.report import write_report  # and what draws charts: not before it is needed
 
     record = plan.store.study(plan.name)
     runs = [plan.store.named(run_id) for run_id in {**record["runs"], **record.get("confirmed", {})}]
-    status = Counter(statuses(runs))
-    say(f"study {plan.name}: " + ", ".join(f"{count} {name}" for name, count in status.items()))
+    priors = [plan.store.named(run_id, "priors") for run_id in record.get("priors", {})]
+    told = [f"study {plan.name}: {_counts(runs)}", *([f"priors: {_counts(priors)}"] if priors else [])]
+    say("; ".join(told))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
         for part in (*plan.tokenizers(), *plan.followers()):
             text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`"
             pictures = [(chart.title, chart.path) for chart in written.charts]
             index.attach(part.open(index), text, pictures)
+
+
+def _counts(runs: list[Run]) -> str:
+    status = Counter(endings(runs).values())
+    return ", ".join(f"{count} {name}" for name, count in status.items())
 
 
 class Workers:
@@ -215,7 +222,7 @@ class Workers:
             began = self.begun[label] = time.monotonic()
         with self.index.heartbeat(trial):
             for config in cell.configs:
-                watched = trial if config is cell.configs[0] and len(part.metrics) == 1 else None
+                watched = trial if config is cell.configs[0] and part.kind.has_curve(part.metrics) else None
                 outcome = self._attempt(config, label, part, watched)
                 if outcome.status != "finished":
                     break
@@ -242,7 +249,7 @@ class Workers:
         def watch(rows: list[Row]) -> str | None:
             nonlocal reported
             if rows:
-                figures = self.kind.figures(rows[-1])
+                figures = KINDS[config.SHELF].figures(rows[-1])
                 self._advance(label, f"{label}: {rows[-1]['step']}/{config.steps} {figures}")
             if self.stop.is_set():
                 return "interrupted"
@@ -293,7 +300,7 @@ class Workers:
         self._advance(label)
         text = f"{outcome.status}: {outcome.reason}"
         if outcome.status == "finished":
-            metrics, known = cell.run.metrics(), self.kind.metrics
+            metrics = first_scores(cell.runs)
             names = [name for name in dict.fromkeys((*part.metrics, *self.kind.told)) if name in metrics]
-            text = ", ".join(f"{known[name].label} {metrics[name]:{known[name].form}}" for name in names)
+            text = ", ".join(f"{LABELS[name].label} {metrics[name]:{LABELS[name].form}}" for name in names)
         say(f"{self.done}/{self.missing} {label}: {escape(text)} ({seconds:.0f} s)")

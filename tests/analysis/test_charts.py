@@ -768,6 +768,16 @@ def test_priors_of_one_protocol_share_a_chart_and_their_legend_names_backbones_a
     assert "real codes" in shown
 
 
+def test_every_prior_of_a_search_is_a_point_whatever_its_tokenizers_settings():
+    rows = [{"tokenizer": name, "tokenizer_lr": lr} for lr, name in ((0.1, "a"), (0.2, "b"), (0.3, "c"))]
+    drawings = charts._drawings(made().assign(role=None), None, made_priors(*rows))
+    (drawing,) = (one for one in drawings if one.name == "generation")
+    assert drawing.caption.startswith("3 priors, each a point; 512 samples each")
+    assert "Lines join" not in drawing.caption
+    (line,) = (line for line in drawing.figure.axes[0].get_lines() if line.get_marker() != "None")
+    assert (line.get_linestyle(), len(line.get_xydata())) == ("None", 3)
+
+
 @pytest.mark.parametrize(("rates", "scale"), [((0.1, 0.3), "linear"), ((0.1, 0.5), "log")])
 def test_rates_far_apart_stand_on_a_logarithmic_axis(rates, scale):
     (drawing,) = charts.generation(made_priors(*({"coded_bits_per_pixel": rate} for rate in rates)), 2)
@@ -941,6 +951,8 @@ def test_no_backbone_is_missing_among_the_runs_that_stand_for_all():
     assert words == ", each backbone's best by PSNR dB (β differ)"
     chosen, words = slices.representative(made(*few, *rows[:4]))
     assert (set(chosen.codebook_size), len(chosen), words) == ({64}, 4, ", at K = 64")
+    chosen, words = slices.representative(made({"codebook_size": 16}, {"codebook_size": 64}).assign(role=None))
+    assert (len(chosen), words) == (1, ", each backbone's best by PSNR dB")  # of a search without two of equal bits
 
 
 def test_winners_of_a_search_stand_for_it_and_are_pictured_beside_the_defaults(tmp_path):
