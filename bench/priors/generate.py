@@ -28,6 +28,7 @@ from .models.independent import PSEUDOCOUNT, Independent
 BATCH = 64  # grids to score or decode at a time
 LOGITS = 1 << 25  # numbers to hold of them at once
 SAMPLE_BATCH = 256  # grids to sample at a time: one step is little work for each
+POSITIONS = 1 << 20  # of those together, at most: a transformer remembers all of them
 NEAREST_SIDE = 32  # pixels of the images among which neighbours are looked for
 NEAREST_IMAGES = 50_000  # of the training set, evenly spaced, at most
 SHOWN = 64  # samples in the picture
@@ -87,7 +88,7 @@ def score_prior(
     held-out images, which cannot be copies, are; so 0.05 is innocent.
     """
     device, pixels = torch.device(config.device), tokenizer.config.image_size**2
-    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.held_out), dtype=int)
+    tokens, evenly = prior.tokens, np.linspace(0, len(codes.train) - 1, len(codes.held_out), dtype=int)
     labels = codes.train_labels if prior.classes else None
     own = None if labels is None else labels[evenly]
     with full_precision(device):
@@ -138,17 +139,16 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
     labels = None
     if train_labels is not None:
         labels = torch.from_numpy(labels_to_draw(config, train_labels)).to(config.device)
-    drawn, batch, how = [], SAMPLE_BATCH, (config.temperature, config.top_k)
-    own = {"guidance": config.guidance}
+    drawn, batch = [], min(SAMPLE_BATCH, max(1, POSITIONS // prior.tokens))
+    how, own = (config.temperature, config.top_k), {"guidance": config.guidance}
     if config.prior == "masked":  # has the logits of whole grids, of guidance twice
-        own["passes"], numbers = config.passes, prior.grid_size**2 * prior.codebook_size * (1 + (config.guidance != 1))
+        own["passes"], numbers = config.passes, prior.tokens * prior.codebook_size * (1 + (config.guidance != 1))
         batch = min(batch, max(1, LOGITS // numbers))
-    with Bar("sampling", config.samples) as bar:
+    with Bar("sampling codes", config.samples * prior.tokens) as bar:
         for start in range(0, config.samples, batch):
             count = min(batch, config.samples - start)
             given = None if labels is None else labels[start : start + count]
-            drawn.append(prior.sample(count, generator, *how, given, **own).cpu())
-            bar.advance(count)
+            drawn.append(prior.sample(count, generator, *how, given, **own, progress=bar.advance).cpu())
     return torch.cat(drawn)
 
 
@@ -159,7 +159,7 @@ def labels_to_draw(config: PriorConfig, train_labels: np.ndarray) -> np.ndarray:
 
 def whole_grid_flops(prior: Prior) -> int:
     """FLOPs (see ``costs.flops``) of the logits of one whole grid, as training and scoring compute them."""
-    codes = torch.zeros(1, prior.grid_size, prior.grid_size, dtype=torch.int64)
+    codes = torch.zeros(1, *prior.grid, dtype=torch.int64)
     return costs.flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
 
 
@@ -235,8 +235,8 @@ def _references(
         scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
         scores["nearest_train_psnr"] = float(nearest(images, data.train, config.device)[0].median())
         found |= {f"{metric}_{name}": value for metric, value in scores.items()}
-    floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
-    floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
+    floor = Independent(codes.codebook_size, codes.grid).to(config.device)
+    floor.fit(codes.train)
     found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.held_out, None, None)
     images = decode(tokenizer, torch.from_numpy(codes.held_out.astype(np.int64)), config.device)
     psnr = nearest(images, data.train, config.device)[0]

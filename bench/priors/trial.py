@@ -61,14 +61,14 @@ def run_prior(
     if config.top_k >= codes.codebook_size:
         raise UserError(f"top_k is {config.top_k}, of {codes.codebook_size} codes; take fewer, or 0 for all")
     classes = len(codes.classes) if config.conditional else 0
-    build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
+    build(config, codes.codebook_size, codes.grid, classes)  # before anything is written: can it be?
 
     twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
     if twin is not None:  # also before: its files may be damaged
         lent = Prior.from_run(twin.folder, config.device)
         twin.check_file("history.jsonl")
 
-    shape = {"codebook_size": codes.codebook_size, "grid_size": codes.grid_size, "classes": list(codes.classes)}
+    shape = {"codebook_size": codes.codebook_size, "grid": codes.grid, "classes": list(codes.classes)}
     about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
     with begun(run, about, resume):
         known = references(tokenizer, codes, data, config, tokenizer_run.folder / "codes", fid_weights)
@@ -108,7 +108,7 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         kind = np.min_scalar_type(prior.codebook_size - 1)
         np.savez_compressed(temporary, codes=generated.codes.astype(kind), x=generated.images)
-    size, bits = f"{prior.grid_size}×{prior.grid_size} of {prior.codebook_size}", metrics["coded_bits_per_token"]
+    size, bits = f"{'×'.join(map(str, prior.grid))} of {prior.codebook_size}", metrics["coded_bits_per_token"]
     title = f"{config.prior} over {run.tokenizer()['backbone']}, {size}: {bits:.2f} bits per token"
     plots.samples(run.folder / "samples.png", generated.images, title, generated.classes)
     plots.neighbours(run.folder / "neighbours.png", generated.images, generated.neighbours, title)
