@@ -24,6 +24,7 @@ from .codes import Codes
 from .config import PRIOR_VERSION, PriorConfig
 from .models import Prior
 from .models.independent import PSEUDOCOUNT, Independent
+from .pixels import Pixels
 
 BATCH = 64  # grids to score or decode at a time
 LOGITS = 1 << 25  # numbers to hold of them at once
@@ -72,7 +73,7 @@ class Generated(NamedTuple):
 
 def score_prior(
     prior: Prior,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Pixels,
     codes: Codes,
     data: Data,
     config: PriorConfig,
@@ -180,7 +181,7 @@ def speedup(prior: Prior, config: PriorConfig) -> float:
 
 
 @torch.inference_mode()
-def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
+def decode(tokenizer: Tokenizer | Pixels, grids: Tensor, device: str) -> Tensor:
     """Images of ``grids`` (n, h, w) int64: (n, 3, H, W) uint8 on the CPU, decoded in float32."""
     with full_precision(torch.device(device)):
         return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
@@ -205,7 +206,12 @@ def real_features(data: Data, split: str, device: str, fid_weights: Path | None)
 
 
 def references(
-    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, folder: Path, fid_weights: Path | None
+    tokenizer: Tokenizer | Pixels,
+    codes: Codes,
+    data: Data,
+    config: PriorConfig,
+    folder: Path,
+    fid_weights: Path | None,
 ) -> dict[str, float]:
     """What every prior over these codes is read against, computed once and kept in ``folder``.
 
@@ -224,7 +230,7 @@ def references(
 
 
 def _references(
-    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
+    tokenizer: Tokenizer | Pixels, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
 ) -> dict[str, float]:
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
     grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
