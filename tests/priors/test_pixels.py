@@ -77,13 +77,14 @@ def test_codes_are_the_decoded_arrays_and_no_copies(made, channels):
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("channel", range(3))
 def test_one_pixel_that_is_not_grey_makes_three_channels(made, monkeypatch, split, channel):
-    """The last one that is looked at, of either split that is used."""
+    """Of any image of either split that is used, however many are looked at together."""
     monkeypatch.setattr(module, "COMPARED", 4)
-    images = {"train": noise(9, 1), "test": noise(6, 1)}
-    assert made(**images).config.channels == 1
-    images[split][-1, -1, -1, channel] ^= 1
-    assert made(**images).config.channels == 3
-    assert not is_grey(images[split])
+    for place in (0, 3, 4, -1):
+        images = {"train": noise(9, 1), "test": noise(6, 1)}
+        assert made(**images).config.channels == 1
+        images[split][place, -1, -1, channel] ^= 1
+        assert made(**images).config.channels == 3
+        assert not is_grey(images[split])
 
 
 def test_bits_per_token_are_bits_per_dimension(made, tmp_path):
