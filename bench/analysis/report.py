@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,13 +160,11 @@ def _is_over(tokenizers: set[str], prior: Run) -> bool:
 
 
 def _over_pixels(selection: Selection) -> list[Run]:
-    """Of a whole store the priors over no tokenizer at all, or so damaged that they do not tell."""
+    """Of a whole store the priors over no tokenizer at all."""
     found = []
     for prior in Store(selection.root).priors() if selection.name == "all" else ():
-        try:
+        with suppress(Damaged):  # it is told as one that may be over any
             found += [prior] * over_pixels(prior)
-        except Damaged:
-            found.append(prior)
     return found
 
 

@@ -99,8 +99,8 @@ class Pixels:
 
 
 def over_pixels(run: Run) -> bool:
-    """Whether a prior is over pixels and no tokenizer's codes. Raises Damaged as ``run.tokenizer`` does."""
-    return run.tokenizer().get("backbone") == PIXELS
+    """Whether a prior is over pixels and no tokenizer's codes. Raises Damaged as ``run.config`` does."""
+    return str(run.config().get("tokenizer")).startswith(f"{PIXELS}-")
 
 
 def is_grey(images: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 """Priors over pixels from the command line: trained, scored, shown, reported apart; mistakes in one sentence."""
 
+import json
 import math
 import shutil
 import signal
@@ -176,8 +177,18 @@ def test_a_report_lists_priors_over_pixels_apart(results, capsys):
 
 
 def test_a_store_of_nothing_else_is_reported(results, capsys):
+    """And in it what is damaged, by name: settings, or what it says of its pixels."""
     assert report.main(["--results", str(results)]) == 0
     assert BITS in (results / "reports/all/tables.md").read_text()
+    one, other = (run.folder / "config.json" for run in runs_of(results).values())
+    stored = json.loads(one.read_text())
+    one.write_text(json.dumps({**{part: stored[part] for part in ("config", "codes", "environment")}, "tokenizer": 3}))
+    capsys.readouterr()
+    assert report.main(["--results", str(results)]) == 0
+    assert f"{one} is damaged: its tokenizer is no object" in capsys.readouterr().err
+    other.write_text("{")
+    assert report.main(["--results", str(results)]) == 0
+    assert f"{other} is damaged" in capsys.readouterr().err
 
 
 def test_other_commands_say_what_they_want(results, capsys):
