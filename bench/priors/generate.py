@@ -124,10 +124,12 @@ def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_label
     device = next(iter(prior.state_dict().values())).device
     count = max(1, min(BATCH, LOGITS // (codes[0].size * prior.codebook_size)))
     total = 0.0
-    for start in range(0, len(codes), count):
-        grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
-        given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
-        total += float(prior.nll(grids, given).double().sum())
+    with Bar("rating grids", len(codes)) as bar:
+        for start in range(0, len(codes), count):
+            grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
+            given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
+            total += float(prior.nll(grids, given).double().sum())
+            bar.advance(len(grids))
     if prior.classes:
         weights = np.bincount(train_labels, minlength=prior.classes) + PSEUDOCOUNT
         total -= float(np.log(weights / weights.sum())[labels].sum())

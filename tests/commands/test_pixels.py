@@ -150,7 +150,7 @@ def test_classes_of_images_condition_a_prior_over_their_pixels(image_folder, tmp
             target = tmp_path / "classes" / split / ("even" if number % 2 == 0 else "odd") / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    assert command(tmp_path / "classes", tmp_path, "--prior", "rnn", "--conditional", "--steps", "1") == 0
+    assert command(tmp_path / "classes", tmp_path, "--prior", "pixelcnn", "--conditional") == 0
     (run,) = Store(tmp_path).priors()
     assert run.codes()["classes"] == ["even", "odd"]
 

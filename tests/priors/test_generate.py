@@ -647,6 +647,7 @@ def test_bars_say_what_takes_its_time_and_count_all_of_it(monkeypatch, tmp_path)
     scored(Recorder(codes.train), codes, data)
     assert [(bar.label, bar.done) for bar in bars] == [
         *(("features of test images", 20), ("scoring real codes", 30), ("scoring shuffled codes", 30)),
+        *(("rating grids", 20), ("rating grids", 20), ("rating grids", 20)),  # the floor's, held-out ones, of training
         *(("sampling codes", 40 * SIDE**2), ("scoring samples", 40)),
     ]
     assert all(bar.done == bar.total for bar in bars)
