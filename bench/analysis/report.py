@@ -309,7 +309,8 @@ def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str,
         facts = {"kind": selection.study["kind"], **facts}
         planned = len(selection.study["runs"] | selection.study.get("confirmed", {})) - len(table) - damaged
         runs += [f"{planned} planned but not started"] if planned else []
-    return {**facts, "seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
+    facts |= {"seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
+    return {name: text or "none" for name, text in facts.items()}
 
 
 def _values(column: pd.Series) -> str:

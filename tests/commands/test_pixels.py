@@ -180,6 +180,7 @@ def test_a_store_of_nothing_else_is_reported(results, capsys):
     """And in it what is damaged, by name: settings, or what it says of its pixels."""
     assert report.main(["--results", str(results)]) == 0
     assert BITS in (results / "reports/all/tables.md").read_text()
+    assert "Runs: none." in capsys.readouterr().out
     one, other = (run.folder / "config.json" for run in runs_of(results).values())
     stored = json.loads(one.read_text())
     one.write_text(json.dumps({**{part: stored[part] for part in ("config", "codes", "environment")}, "tokenizer": 3}))
