@@ -54,7 +54,7 @@ def work(arguments: list[str]) -> int:
         size = (codes.train.nbytes + codes.held_out.nbytes) / 1e6
         stdout.print(
             f"{how}: {folder / 'codes'}, {len(codes.train)} train / "
-            f"{len(codes.held_out)} {tokenizer.config.split} grids of {codes.grid_size}×{codes.grid_size} "
+            f"{len(codes.held_out)} {tokenizer.config.split} grids of {'×'.join(map(str, codes.grid))} "
             f"as {codes.train.dtype}, {size:.1f} MB",
             soft_wrap=True,
         )

@@ -1,12 +1,15 @@
-"""Train priors over a tokenizer's codes, generate images, and compare the priors in one table.
+"""Train priors over a tokenizer's codes, or over pixels, generate images, and compare the priors in one table.
 
     python -m bench.prior results/runs/RUN --prior transformer
     python -m bench.prior RUN --prior pixelcnn rnn transformer mamba independent
     python -m bench.prior RUN --prior transformer --temperature 0.9 --top-k 100     the same weights, sampled otherwise
     python -m bench.prior RUN --prior pixelcnn --conditional
+    python -m bench.prior pixels --data photos --image-size 32 --prior pixelcnn     no tokenizer: bits per dimension
 
-RUN is the folder or the id of a tokenizer that python -m bench.run has finished; it is encoded once. A prior that the
-store already holds is shown, not repeated; one that was interrupted goes on where it stopped.
+RUN is the folder or the id of a tokenizer that python -m bench.run has finished; it is encoded once. The word pixels in
+its place is no tokenizer: the codes are the values of all pixels, 3072 of 32×32 in colour. A step of pixelcnn on 64 of
+those takes some 10 GB and, on one core, half a minute; smaller --batch-size, --parameters and --samples take less. A
+prior that the store already holds is shown, not repeated; one that was interrupted goes on where it stopped.
 """
 
 import itertools
@@ -28,6 +31,7 @@ from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
 from bench.priors.models.masked import BOUND
+from bench.priors.pixels import BITS, PIXELS, Pixels
 from bench.priors.trial import run_prior
 
 # Metrics that the table shows, those of them that the runs have.
@@ -42,7 +46,11 @@ class PriorArguments(PriorConfig):
     """A PriorConfig of several tokenizers, priors and seeds."""
 
     tokenizer: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
-    """folders or ids of finished tokenizer runs"""
+    """folders or ids of finished tokenizer runs; or pixels, the images themselves"""
+    data: str | None = None
+    """of pixels alone: whose, as python -m bench.run takes them; photos unless given"""
+    image_size: int | None = None
+    """of pixels alone: side of the images, 32 unless given"""
     prior: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("transformer",)
     """pixelcnn, rnn, transformer, mamba, masked, or independent, the floor: a histogram of the codes of each position;
     several are trained in turn and compared"""
@@ -50,7 +58,8 @@ class PriorArguments(PriorConfig):
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per prior; weights, batches, dropout and samples follow from it"""
     results: Path = Path("results")
-    """where ids are looked up, in runs/; priors are stored beside the tokenizer's runs/, in priors/"""
+    """where ids are looked up, in runs/; priors are stored beside the tokenizer's runs/, in priors/, and those over
+    pixels here"""
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
     both, under their published names"""
@@ -62,6 +71,16 @@ class PriorArguments(PriorConfig):
         shared = {field.name: getattr(self, field.name) for field in fields(PriorConfig)}
         return PriorConfig(**{**shared, "tokenizer": tokenizer, "prior": prior, "seed": seed})
 
+    def pixels(self) -> Pixels | None:
+        """What the word pixels means, if it is there. Raises UserError on what is said of them where it is not."""
+        given = {name: value for name in ("data", "image_size") if (value := getattr(self, name)) is not None}
+        if PIXELS in self.tokenizer:
+            return Pixels(**given)
+        for name, value in given.items():
+            fix = f"leave it out, or put the word {PIXELS} in the place of RUN"
+            raise UserError(f"{name} is {value}, and a tokenizer has images of its own; {fix}")
+        return None
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
@@ -71,20 +90,23 @@ def main(arguments: list[str] | None = None) -> int:
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
     options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__)
-    tokenizers = [find_tokenizer(name, options.results) for name in options.tokenizer]
-    if not tokenizers:
-        raise UserError(f"name the run of a tokenizer: {known_tokenizers(options.results)}")
+    if not options.tokenizer:
+        raise UserError(f"name the run of a tokenizer, or pixels: {known_tokenizers(options.results)}")
+    pixels = options.pixels()
+    tokenizers = [pixels if name == PIXELS else find_tokenizer(name, options.results) for name in options.tokenizer]
     trials = []
-    for run, prior, seed in itertools.product(tokenizers, options.prior, options.seeds):
-        config, store = options.config(run.folder.name, prior, seed), Store(run.folder.parent.parent)
+    for over, prior, seed in itertools.product(tokenizers, options.prior, options.seeds):
+        config = options.config(over.name if over is pixels else over.folder.name, prior, seed)
+        store = Store(options.results if over is pixels else over.folder.parent.parent)
         config.check()  # all of them, before any is trained
-        work = partial(run_prior, config, run, store, options.fid_weights, options.resume)
+        work = partial(run_prior, config, over, store, options.fid_weights, options.resume)
         trials.append(Trial(f"{prior} {seed}", store.run(config), work))
     finished, diverged = run_each(trials)
     if finished:
         put(result_table(finished), "their metrics.json, or the report of the tokenizer, python -m bench.report RUN")
         bound = f" Masked was drawn in {options.passes} passes. {BOUND}" * ("masked" in options.prior)
-        stdout.print(escape(protocol_line(finished[0]) + bound), soft_wrap=True)
+        line = protocol_line(finished[0]) + bound + f" {BITS}" * (pixels is not None)
+        stdout.print(escape(line), soft_wrap=True)
         stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
     return 1 if diverged else 0
 

@@ -157,10 +157,10 @@ def generated(prior, tokenizer, codes, data, config, known, fid_weights):
     return generate.Generated(scores, grids.numpy(), images, images)
 
 
-def small(config, codebook_size, grid_size, classes):
+def small(config, codebook_size, grid, classes):
     """A prior of a width that need not be looked for."""
     shape = () if config.prior == "independent" else (8, 1, 0.1)
-    return PRIORS[config.prior](codebook_size, grid_size, *shape, classes)
+    return PRIORS[config.prior](codebook_size, grid, *shape, classes)
 
 
 def picture(path, *rest):

@@ -23,6 +23,7 @@ from bench.instruments import readings
 from bench.metrics import EVALUATORS, Metric
 from bench.priors import generate
 from bench.priors.config import PriorConfig
+from bench.priors.pixels import PixelConfig, over_pixels
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers import costs, curves
 from bench.tokenizers.codecs import FORMATS
@@ -79,7 +80,10 @@ def _tokenizer_row(run: Run) -> dict[str, Any]:
 
 def _prior_row(run: Run) -> dict[str, Any]:
     tokenizer = run.tokenizer()
-    if tokenizer or run.finished:
+    if over_pixels(run):
+        pixels = run.settings(PixelConfig, "tokenizer")
+        tokenizer = {**vars(pixels), "bits_per_image": pixels.bits_per_image}
+    elif tokenizer or run.finished:
         tokenizer = {**tokenizer, **vars(run.settings(Config, "tokenizer"))}
     return {**{_renamed(name): value for name, value in tokenizer.items()}, **vars(run.settings(PriorConfig))}
 
@@ -127,9 +131,10 @@ def frame(runs: Iterable[Run], kind: Kind = TOKENIZER) -> pd.DataFrame:
     the path of its ``folder``.
 
     Of a tokenizer every Config field. Of a prior every PriorConfig field, those Config fields of its tokenizer that
-    PriorConfig does not have, the others as ``tokenizer_FIELD``, and ``tokenizer_digest``. A run that was not finished
-    has missing metrics, but its bits, which follow from the Config. Columns exist also when there are no rows. Left out
-    is a run of which not even the settings can be read.
+    PriorConfig does not have, the others as ``tokenizer_FIELD``, and ``tokenizer_digest``; over pixels what a
+    PixelConfig has, and ``bits_per_image``. A run that was not finished has missing metrics, but its bits, which follow
+    from the Config. Columns exist also when there are no rows. Left out is a run of which not even the settings can be
+    read.
     """
     return read(runs, kind)[0]
 

@@ -11,6 +11,7 @@ from bench.core.runs import HELD_OUT
 from bench.instruments import INSTRUMENTS, SHOWN
 from bench.metrics import EVALUATORS
 from bench.priors.models.masked import BOUND
+from bench.priors.pixels import BITS, PIXELS
 from bench.tokenizers import curves
 
 from . import frames, references
@@ -93,10 +94,11 @@ def instruments(block: pd.DataFrame, latents: pd.DataFrame | None = None) -> She
 
 
 def generation(priors: pd.DataFrame) -> Iterator[tuple[str, Sheet]]:
-    """Title and ranking of each group of priors over tokenizers that spend equal bits, scored by one protocol; and the
-    priors without scores."""
+    """Title and ranking of each group of priors over tokenizers that spend equal bits, or over pixels, scored by one
+    protocol; and the priors without scores."""
     finished = priors[priors.status == "finished"]
     bits = finished.grid_size**2 * np.log2(finished.codebook_size.astype(float))
+    bits = finished.get("bits_per_image", bits).fillna(bits)  # which pixels alone are told by
     for block in blocks(finished.assign(bits_per_image=bits)):
         first = block.iloc[0]
         what = f"{images_of(block)}, {first.bits_per_image:.0f} bits per image before coding, {sampling(first)}"
@@ -136,6 +138,7 @@ def prior_ranking(block: pd.DataFrame) -> Sheet:
         "reconstructed held-out images are; 0.05 is innocent.",
     ]
     notes += [BOUND] if "masked" in {*block.prior} else []
+    notes += [BITS] if PIXELS in {*block.backbone} else []
     notes += _every_row([name for name in by if name not in (*frames.PRIOR.models, "n")])
     return Sheet([*by, *names], rows, bounds, [*notes, *_cut(len(table))], main)
 

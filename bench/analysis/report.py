@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from bench.core.files import atomic_path
 from bench.core.progress import Bar, say, stdout
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
+from bench.priors.pixels import over_pixels
 
 from . import charts, frames, rankings, searches
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
@@ -117,14 +119,16 @@ def write_report(
         table["role"] = table.run_id.map(roles)
     known = {run.folder.name for run in selection.runs}
     priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
+    pixels, beyond = frames.read(_over_pixels(selection), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors, damaged)
-    scored = [folder for rows in (table, priors) for folder in rows[rows.status == "finished"].folder]
+    report.generation.extend(rankings.generation(pixels))
+    scored = [folder for rows in (table, priors, pixels) for folder in rows[rows.status == "finished"].folder]
     if len(scored) > CHECKED:
         say(f"more than {CHECKED} runs: their files are checked where they are read, and not all of them")
         scored = []
     altered = (Run(Path(folder)).snapshot().altered() for folder in _watched("checking files", scored))
-    others = dict.fromkeys(itertools.chain(further, *altered))
+    others = dict.fromkeys(itertools.chain(further, beyond, *altered))
     report.damaged.extend(sentence for sentence in others if sentence not in report.damaged)
     figures = []
     if report.blocks:
@@ -136,9 +140,9 @@ def write_report(
         if old.stem not in {chart.name for chart in figures} and not old.name.startswith("."):
             old.unlink(missing_ok=True)  # of an earlier report; hidden ones are being written by another worker
     write_data(table, folder)
-    if len(priors):
+    if there := [rows for rows in (priors, pixels) if len(rows)]:
         with atomic_path(folder / "priors.csv") as temporary:
-            priors.to_csv(temporary, index=False)
+            pd.concat(there).to_csv(temporary, index=False)
     for name, text in (("tables.md", markdown(report)), ("report.html", html(report, figures))):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -153,6 +157,15 @@ def _is_over(tokenizers: set[str], prior: Run) -> bool:
         return str(prior.config().get("tokenizer")) in tokenizers
     except Damaged:
         return True
+
+
+def _over_pixels(selection: Selection) -> list[Run]:
+    """Of a whole store the priors over no tokenizer at all."""
+    found = []
+    for prior in Store(selection.root).priors() if selection.name == "all" else ():
+        with suppress(Damaged):  # it is told as one that may be over any
+            found += [prior] * over_pixels(prior)
+    return found
 
 
 def _watched(label: str, items: list[Any]) -> Iterator[Any]:
@@ -175,7 +188,7 @@ def select(names: Sequence[str], results: Path) -> Selection:
     else:  # which may mean the same run twice
         runs = {run.folder.resolve(): run for part in found for run in part.runs}
         selection = Selection("selection", [runs[folder] for folder in sorted(runs)], results)
-    if not selection.runs:
+    if not selection.runs and not _over_pixels(selection):
         what = f" of study {selection.name}" if selection.study else ""
         raise UserError(f"no runs{what} below {selection.root / 'runs'}; start with python -m bench.run")
     return selection
@@ -279,7 +292,8 @@ def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str,
         facts = {"kind": selection.study["kind"], **facts}
         planned = len(selection.study["runs"] | selection.study.get("confirmed", {})) - len(table) - damaged
         runs += [f"{planned} planned but not started"] if planned else []
-    return {**facts, "seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
+    facts |= {"seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
+    return {name: text or "none" for name, text in facts.items()}
 
 
 def _values(column: pd.Series) -> str:

@@ -42,7 +42,7 @@ HELD_OUT = {"test": "test", "val": "validation"}  # splits that runs are scored 
 RENAMED = {"copies": "copy_rate"}  # metrics that older runs were written with
 KEPT = ("*.safetensors", "*.npz", "history.jsonl")  # files of a finished run that are read again
 ROUNDING = 1e-6  # of a mean, whoever sums
-LARGEST = 2**24  # codebook_size, and far beyond any grid_size
+LARGEST = 2**24  # codebook_size, and far beyond the sides of any grid
 BOTH_SIDES = (("params", "params_encoder", "params_decoder"), ("flops", "flops_encode", "flops_decode"))
 # By the folder that a finished run lies in: metrics and parts of its protocol that every version has written.
 SCORED = {
@@ -149,14 +149,16 @@ class Run:
         return self._read("config.json", "config")["config"]
 
     def codes(self) -> dict[str, Any]:
-        """Of a prior: ``codebook_size``, ``grid_size`` and ``classes`` of what it is a prior over."""
+        """Of a prior: ``codebook_size``, ``grid`` (rows, columns) and ``classes`` of what it is a prior over."""
         codes, path = self._read("config.json", "codes")["codes"], self.folder / "config.json"
-        for name in ("codebook_size", "grid_size"):
-            if type(codes.get(name)) is not int or not 0 < codes[name] <= LARGEST:
-                raise Damaged(path, f"the {name} of its codes is {codes.get(name)!r}")
+        size, grid = codes.get("codebook_size"), codes.get("grid", [codes.get("grid_size")] * 2)  # as in older runs
+        if not _is_size(size):
+            raise Damaged(path, f"the codebook_size of its codes is {size!r}")
+        if not isinstance(grid, list) or len(grid) != 2 or not all(map(_is_size, grid)):
+            raise Damaged(path, f"the grid of its codes is {grid!r}")
         if not isinstance(codes.get("classes"), list):
             raise Damaged(path, "its codes have no classes")
-        return codes
+        return {"codebook_size": size, "grid": tuple(grid), "classes": codes["classes"]}
 
     def tokenizer(self) -> dict[str, Any]:
         """Of a prior: the Config of its tokenizer as a dict; empty when it failed before it could read that."""
@@ -387,6 +389,10 @@ class _Snapshot(Run):
 
     def _scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return self._checked
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def check_whole(run: Run) -> None:

@@ -36,7 +36,8 @@ ENCODE_BATCH = 64
 
 class Codes(NamedTuple):
     """A data set of codes: train and held_out are (N, h, w) unsigned integers in [0, K), memory-mapped, labels are
-    places in ``classes``, None where the data has none; tokenizer is the digest of the weights that made them."""
+    places in ``classes``, None where the data has none; tokenizer is the digest of the weights that made them, or of
+    the images, if the codes are their pixels."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -47,9 +48,9 @@ class Codes(NamedTuple):
     held_out_labels: np.ndarray | None
 
     @property
-    def grid_size(self) -> int:
-        """Side of the grid."""
-        return self.train.shape[1]
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid, (h, w)."""
+        return self.train.shape[1:]
 
 
 def digest(folder: Path) -> str:

@@ -28,7 +28,7 @@ from .models.masked import PASSES
 # 2: seeds other than 0 have random draws of their own.
 # 3: on the codes of the split that the tokenizer was scored on.
 PRIOR_VERSION = 3
-# Layers, unless given; pixelcnn has as many as see the whole grid.
+# Layers, unless given; pixelcnn has as many as see all rows, and so the whole of a square grid.
 DEPTH = {"rnn": 3, "transformer": 4, "mamba": 4, "masked": 4}
 SAMPLING = ("samples", "temperature", "top_k", "guidance", "passes")  # fields that training knows nothing of
 
@@ -46,7 +46,7 @@ class PriorConfig:
     position"""
     depth: Annotated[int | None, at_least(1), at_most(1000)] = None
     """layers; unless given 4 for transformer, mamba and masked, 3 for rnn, and for pixelcnn, which sees 2 rows and
-    columns further with each, half the grid's side but at least 5"""
+    columns further with each, half as many as the grid has rows but at least 5"""
     parameters: Annotated[int, at_least(1), at_most(10**11)] = 1_000_000
     """of the prior; its width is chosen so that it has so many, within 2 %"""
     token_order: Annotated[str, OneOf(ORDERS), settings.LATER] = "raster"

@@ -24,10 +24,12 @@ from .codes import Codes
 from .config import PRIOR_VERSION, PriorConfig
 from .models import Prior
 from .models.independent import PSEUDOCOUNT, Independent
+from .pixels import Pixels
 
 BATCH = 64  # grids to score or decode at a time
 LOGITS = 1 << 25  # numbers to hold of them at once
 SAMPLE_BATCH = 256  # grids to sample at a time: one step is little work for each
+POSITIONS = 1 << 20  # of those together, at most: a transformer remembers all of them
 NEAREST_SIDE = 32  # pixels of the images among which neighbours are looked for
 NEAREST_IMAGES = 50_000  # of the training set, evenly spaced, at most
 SHOWN = 64  # samples in the picture
@@ -71,7 +73,7 @@ class Generated(NamedTuple):
 
 def score_prior(
     prior: Prior,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Pixels,
     codes: Codes,
     data: Data,
     config: PriorConfig,
@@ -87,7 +89,7 @@ def score_prior(
     held-out images, which cannot be copies, are; so 0.05 is innocent.
     """
     device, pixels = torch.device(config.device), tokenizer.config.image_size**2
-    tokens, evenly = codes.grid_size**2, np.linspace(0, len(codes.train) - 1, len(codes.held_out), dtype=int)
+    tokens, evenly = prior.tokens, np.linspace(0, len(codes.train) - 1, len(codes.held_out), dtype=int)
     labels = codes.train_labels if prior.classes else None
     own = None if labels is None else labels[evenly]
     with full_precision(device):
@@ -122,10 +124,12 @@ def rate(prior: Prior, codes: np.ndarray, labels: np.ndarray | None, train_label
     device = next(iter(prior.state_dict().values())).device
     count = max(1, min(BATCH, LOGITS // (codes[0].size * prior.codebook_size)))
     total = 0.0
-    for start in range(0, len(codes), count):
-        grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
-        given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
-        total += float(prior.nll(grids, given).double().sum())
+    with Bar("rating grids", len(codes)) as bar:
+        for start in range(0, len(codes), count):
+            grids = torch.from_numpy(codes[start : start + count].astype(np.int64)).to(device)
+            given = torch.from_numpy(labels[start : start + count]).to(device) if prior.classes else None
+            total += float(prior.nll(grids, given).double().sum())
+            bar.advance(len(grids))
     if prior.classes:
         weights = np.bincount(train_labels, minlength=prior.classes) + PSEUDOCOUNT
         total -= float(np.log(weights / weights.sum())[labels].sum())
@@ -138,17 +142,16 @@ def draw(prior: Prior, config: PriorConfig, train_labels: np.ndarray | None) -> 
     labels = None
     if train_labels is not None:
         labels = torch.from_numpy(labels_to_draw(config, train_labels)).to(config.device)
-    drawn, batch, how = [], SAMPLE_BATCH, (config.temperature, config.top_k)
-    own = {"guidance": config.guidance}
+    drawn, batch = [], min(SAMPLE_BATCH, max(1, POSITIONS // prior.tokens))
+    how, own = (config.temperature, config.top_k), {"guidance": config.guidance}
     if config.prior == "masked":  # has the logits of whole grids, of guidance twice
-        own["passes"], numbers = config.passes, prior.grid_size**2 * prior.codebook_size * (1 + (config.guidance != 1))
+        own["passes"], numbers = config.passes, prior.tokens * prior.codebook_size * (1 + (config.guidance != 1))
         batch = min(batch, max(1, LOGITS // numbers))
-    with Bar("sampling", config.samples) as bar:
+    with Bar("sampling codes", config.samples * prior.tokens) as bar:
         for start in range(0, config.samples, batch):
             count = min(batch, config.samples - start)
             given = None if labels is None else labels[start : start + count]
-            drawn.append(prior.sample(count, generator, *how, given, **own).cpu())
-            bar.advance(count)
+            drawn.append(prior.sample(count, generator, *how, given, **own, progress=bar.advance).cpu())
     return torch.cat(drawn)
 
 
@@ -159,7 +162,7 @@ def labels_to_draw(config: PriorConfig, train_labels: np.ndarray) -> np.ndarray:
 
 def whole_grid_flops(prior: Prior) -> int:
     """FLOPs (see ``costs.flops``) of the logits of one whole grid, as training and scoring compute them."""
-    codes = torch.zeros(1, prior.grid_size, prior.grid_size, dtype=torch.int64)
+    codes = torch.zeros(1, *prior.grid, dtype=torch.int64)
     return costs.flops(prior, codes, *([torch.zeros(1, dtype=torch.int64)] if prior.classes else []))
 
 
@@ -180,7 +183,7 @@ def speedup(prior: Prior, config: PriorConfig) -> float:
 
 
 @torch.inference_mode()
-def decode(tokenizer: Tokenizer, grids: Tensor, device: str) -> Tensor:
+def decode(tokenizer: Tokenizer | Pixels, grids: Tensor, device: str) -> Tensor:
     """Images of ``grids`` (n, h, w) int64: (n, 3, H, W) uint8 on the CPU, decoded in float32."""
     with full_precision(torch.device(device)):
         return torch.cat([to_uint8(tokenizer.decode(part.to(device))).cpu() for part in grids.split(BATCH)])
@@ -205,7 +208,12 @@ def real_features(data: Data, split: str, device: str, fid_weights: Path | None)
 
 
 def references(
-    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, folder: Path, fid_weights: Path | None
+    tokenizer: Tokenizer | Pixels,
+    codes: Codes,
+    data: Data,
+    config: PriorConfig,
+    folder: Path,
+    fid_weights: Path | None,
 ) -> dict[str, float]:
     """What every prior over these codes is read against, computed once and kept in ``folder``.
 
@@ -224,7 +232,7 @@ def references(
 
 
 def _references(
-    tokenizer: Tokenizer, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
+    tokenizer: Tokenizer | Pixels, codes: Codes, data: Data, config: PriorConfig, fid_weights: Path | None
 ) -> dict[str, float]:
     count = min(config.samples, len(data.train))  # one image twice would fool precision and recall
     grids = codes.train[np.linspace(0, len(data.train) - 1, count, dtype=int)].astype(np.int64)
@@ -235,8 +243,8 @@ def _references(
         scores = ImageSet.of(_bar(images, f"scoring {name} codes"), config.device, fid_weights).distances(real)
         scores["nearest_train_psnr"] = float(nearest(images, data.train, config.device)[0].median())
         found |= {f"{metric}_{name}": value for metric, value in scores.items()}
-    floor = Independent(codes.codebook_size, codes.grid_size).to(config.device)
-    floor.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
+    floor = Independent(codes.codebook_size, codes.grid).to(config.device)
+    floor.fit(codes.train)
     found["coded_bits_per_token_independent"] = rate(floor.eval(), codes.held_out, None, None)
     images = decode(tokenizer, torch.from_numpy(codes.held_out.astype(np.int64)), config.device)
     psnr = nearest(images, data.train, config.device)[0]

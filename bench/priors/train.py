@@ -28,7 +28,7 @@ def train_prior(
     learner = PriorLearner(config, codes)
     if config.prior not in LEARNED:
         began = time.monotonic()
-        learner.model.fit(torch.from_numpy(codes.train.astype(np.int64)).to(config.device))
+        learner.model.fit(codes.train)
         return learner.model.eval(), max(0.0, time.monotonic() - began)
     return fit(learner, f"{config.prior} seed {config.seed}", folder, resume, checkpoint_seconds)
 
@@ -42,7 +42,7 @@ class PriorLearner:
         torch.manual_seed(config.seed)
         self.config, self.codes = config, codes
         classes = len(codes.classes) if config.conditional else 0
-        self.model = build(config, codes.codebook_size, codes.grid_size, classes).to(config.device).train()
+        self.model = build(config, codes.codebook_size, codes.grid, classes).to(config.device).train()
         self.optimizer = adamw(self.model, config.weight_decay)
         self.parts = {"prior": self.model, "optimizer": self.optimizer}
         self.autocast = autocast(config)
@@ -78,25 +78,25 @@ def batch(codes: Codes, config: PriorConfig, step: int) -> tuple[Tensor, Tensor 
     return grids, labels
 
 
-def build(config: PriorConfig, codebook_size: int, grid_size: int, classes: int) -> Prior:
+def build(config: PriorConfig, codebook_size: int, grid: tuple[int, int], classes: int) -> Prior:
     """The untrained prior of ``config`` for such codes, at the width, and if need be a neighbouring depth, at which it
     has ``config.parameters`` within 2 %. Raises UserError where no width does."""
     if config.prior not in LEARNED:
-        return PRIORS[config.prior](codebook_size, grid_size, classes)
+        return PRIORS[config.prior](codebook_size, grid, classes)
 
     own = {"token_order": config.token_order} if config.prior in SEQUENCES else {}
     own["unlabelled"] = config.label_dropout > 0
-    check_order(config.token_order, grid_size)
+    check_order(config.token_order, *grid)
 
     def make(width: int, depth: int) -> Prior:
-        return LEARNED[config.prior](codebook_size, grid_size, width, depth, config.dropout, classes, **own)
+        return LEARNED[config.prior](codebook_size, grid, width, depth, config.dropout, classes, **own)
 
     def count(width: int, depth: int) -> int:
         with torch.device("meta"):  # one layer is as large as any other, and a thousand take seconds to make
             one, two = (parameter_count(make(width, layers)) for layers in (1, 2))
         return one + (depth - 1) * (two - one)
 
-    usual = config.depth or DEPTH.get(config.prior) or max(5, grid_size // 2)
+    usual = config.depth or DEPTH.get(config.prior) or max(5, grid[0] // 2)
     size = nearest_size(count, config.parameters, (usual, usual + 1, usual + 2, usual - 1))
     if abs(count(*size) / config.parameters - 1) > TOLERANCE:
         raise UserError(

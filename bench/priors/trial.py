@@ -16,6 +16,7 @@ from bench.core.store import Store
 from bench.data import Data
 from bench.metrics import PRECISION_NEIGHBOURS
 from bench.tokenizers import evaluate
+from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
@@ -23,55 +24,59 @@ from .codes import Codes, digest, encode, load_data
 from .config import PRIOR_VERSION, SAMPLING, PriorConfig
 from .generate import Generated, references, score_prior
 from .models import LEARNED, Prior
+from .pixels import PIXELS, PixelConfig, Pixels
 from .train import build, train_prior
 
 MINIMUM_IMAGES = PRECISION_NEIGHBOURS + 1
 
 
 def run_prior(
-    config: PriorConfig, tokenizer_run: Run, store: Store, fid_weights: Path | None = None, resume: bool = True
+    config: PriorConfig, over: Run | Pixels, store: Store, fid_weights: Path | None = None, resume: bool = True
 ) -> Run:
-    """Trains and scores a prior on the codes of ``tokenizer_run``, or returns at once when the store has it finished. A
-    finished prior that was trained alike and sampled from otherwise lends its weights. Errors are ``run_trial``'s."""
+    """Trains and scores a prior on the codes of ``over``, the run of a tokenizer or pixels, or returns at once when the
+    store has it finished. A finished prior that was trained alike and sampled from otherwise lends its weights. Errors
+    are ``run_trial``'s."""
     config = config.resolved()
     config.check()
     store.check_writable(200)
-    identity = digest(tokenizer_run.folder)
+    pixels = over if isinstance(over, Pixels) else None
+    identity = pixels.digest if pixels else digest(over.folder)
     run = store.run(config)
     check_whole(run)
     if run.finished:
         made_with = run.protocol().get("tokenizer")
         if made_with != identity:
-            raise UserError(
-                f"{run.folder} is a prior over the codes of another tokenizer ({made_with}) than "
-                f"{tokenizer_run.folder} now holds ({identity}); move that folder"
-            )
+            what = "other images" if pixels else "the codes of another tokenizer"
+            now = f"{pixels.data.name} now has" if pixels else f"{over.folder} now holds"
+            what += f" ({made_with}) than {now} ({identity})"
+            raise UserError(f"{run.folder} is a prior over {what}; move that folder")
         check_weights(run, "prior.safetensors")
         tidy(run)
         return run
 
-    tokenizer = Tokenizer.from_run(tokenizer_run.folder, config.device)
-    data = load_data(tokenizer_run.folder, tokenizer)
+    tokenizer = pixels or Tokenizer.from_run(over.folder, config.device)
+    data = pixels.data if pixels else load_data(over.folder, tokenizer)
     if config.conditional and not data.classes:
         raise UserError(f"{data.name} has no classes to condition on; leave out --conditional")
-    codes = encode(tokenizer_run.folder, tokenizer, data)
+    codes = pixels.codes() if pixels else encode(over.folder, tokenizer, data)
     if min(len(data.train), len(codes.held_out)) < MINIMUM_IMAGES:
         found = f"{data.name} has {len(data.train)} train and {len(codes.held_out)} {tokenizer.config.split} images"
         raise UserError(f"{found}; scoring generation needs at least {MINIMUM_IMAGES} of each")
     if config.top_k >= codes.codebook_size:
         raise UserError(f"top_k is {config.top_k}, of {codes.codebook_size} codes; take fewer, or 0 for all")
     classes = len(codes.classes) if config.conditional else 0
-    build(config, codes.codebook_size, codes.grid_size, classes)  # before anything is written: can it be?
+    build(config, codes.codebook_size, codes.grid, classes)  # before anything is written: can it be?
 
     twin = next((other for other in store.priors() if _lends(other, config, identity)), None)
     if twin is not None:  # also before: its files may be damaged
         lent = Prior.from_run(twin.folder, config.device)
         twin.check_file("history.jsonl")
 
-    shape = {"codebook_size": codes.codebook_size, "grid_size": codes.grid_size, "classes": list(codes.classes)}
+    shape = {"codebook_size": codes.codebook_size, "grid": codes.grid, "classes": list(codes.classes)}
     about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
     with begun(run, about, resume):
-        known = references(tokenizer, codes, data, config, tokenizer_run.folder / "codes", fid_weights)
+        beside = pixels.references if pixels else over.folder / "codes"
+        known = references(tokenizer, codes, data, config, beside, fid_weights)
         with peak_memory(config.device) as peak:
             if twin is None:
                 prior, seconds = train_prior(config, codes, run.folder, resume)
@@ -83,7 +88,7 @@ def run_prior(
                         shutil.copyfile(twin.folder / "history.jsonl", temporary)
         generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)
         metrics = {**generated.metrics, **known, **costs}
-        finish(run, prior, generated, metrics, protocol(config, codes, data, tokenizer.config.split, fid_weights))
+        finish(run, prior, generated, metrics, protocol(config, codes, data, tokenizer.config, fid_weights))
     return run
 
 
@@ -108,7 +113,7 @@ def finish(
     with atomic_path(run.folder / "samples.npz") as temporary:
         kind = np.min_scalar_type(prior.codebook_size - 1)
         np.savez_compressed(temporary, codes=generated.codes.astype(kind), x=generated.images)
-    size, bits = f"{prior.grid_size}×{prior.grid_size} of {prior.codebook_size}", metrics["coded_bits_per_token"]
+    size, bits = f"{'×'.join(map(str, prior.grid))} of {prior.codebook_size}", metrics["coded_bits_per_token"]
     title = f"{config.prior} over {run.tokenizer()['backbone']}, {size}: {bits:.2f} bits per token"
     plots.samples(run.folder / "samples.png", generated.images, title, generated.classes)
     plots.neighbours(run.folder / "neighbours.png", generated.images, generated.neighbours, title)
@@ -118,11 +123,15 @@ def finish(
     complete(run, {**metrics, "grids_seen": seen}, conditions)
 
 
-def protocol(config: PriorConfig, codes: Codes, data: Data, split: str, fid_weights: Path | None) -> dict[str, Any]:
+def protocol(
+    config: PriorConfig, codes: Codes, data: Data, tokenizer: Config | PixelConfig, fid_weights: Path | None
+) -> dict[str, Any]:
     """Everything that must be equal for the scores of two priors to be comparable, and the tokenizer's identity."""
     sampling = {name: getattr(config, name) for name in SAMPLING}
     del sampling["passes"]  # a setting of one kind of prior, whatever its samples are compared with
     if config.guidance == 1:
         del sampling["guidance"]  # as of priors that were made before there was any
-    images = evaluate.protocol(data, split, config.device, fid_weights)
+    images = evaluate.protocol(data, tokenizer.split, config.device, fid_weights)
+    if isinstance(tokenizer, PixelConfig):
+        images["codes"] = PIXELS
     return {**images, "version": PRIOR_VERSION, "tokenizer": codes.tokenizer, **sampling}

@@ -234,7 +234,7 @@ def samplings(device: str) -> Iterator[Contest]:
     for name in CAUSAL:
         config = PriorConfig("none", name, device=resolve_device(device)).resolved()
         torch.manual_seed(0)
-        prior: Prior = build(config, 512, 16, 0).to(device).eval()
+        prior: Prior = build(config, 512, (16, 16), 0).to(device).eval()
 
         def draw(prior: Prior = prior) -> Tensor:
             return prior.sample(64, torch.Generator(device).manual_seed(0))

@@ -231,7 +231,7 @@ class Config:
         if self.full_resolution and self.grid_size == self.image_size:
             raise UserError("full_resolution adds no level to a grid as large as the image; leave it out")
         for name in TURNS[self.token_order]:
-            check_order(name, self.grid_size)
+            check_order(name, self.grid_size, self.grid_size)
         if self.alignment_weight:
             check_model(self.alignment_model)
         for name in () if self.alignment_weight else ("alignment_model", "alignment_file"):
@@ -261,10 +261,10 @@ class Config:
         quantizer.check(self.codebook_size, self.code_dim, **own)
 
 
-def check_order(name: str, grid_size: int) -> None:
-    """Raises UserError where a grid of that side has no order ``name``."""
+def check_order(name: str, height: int, width: int) -> None:
+    """Raises UserError where a grid of so many rows and columns has no order ``name``."""
     try:
-        order(name, grid_size, grid_size)
+        order(name, height, width)
     except ValueError as error:
         raise UserError(f"{error}; take another grid_size, or the order snake") from error
 

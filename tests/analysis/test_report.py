@@ -31,6 +31,7 @@ from bench.core.progress import SafeConsole
 from bench.core.store import Store
 from bench.metrics import EVALUATORS
 from bench.priors.config import PriorConfig
+from bench.priors.pixels import BITS
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior, seal, sweep
 
@@ -253,6 +254,15 @@ def prior_rows(*rows: dict) -> pd.DataFrame:
     usual |= {"coded_bits_per_token": 4.0, "coded_bits_per_token_independent": 6.5, "prior": "rnn"}
     columns = dict.fromkeys([*frame([], PRIOR).columns, *usual, *(name for row in rows for name in row)])
     return pd.DataFrame([usual | row for row in rows], columns=list(columns))
+
+
+def test_pixels_are_never_ranked_beside_codes():
+    """Of as many bits, scored alike but for what they are, in one frame; that table alone tells what its bits are."""
+    of_pixels = {"backbone": "pixels", "grid_size": math.nan, "codebook_size": 256, "bits_per_image": 112}
+    rows = [{"gfid_vgg16": 80.0}, {"gfid_vgg16": 70.0, **of_pixels, "protocol_codes": "pixels"}]
+    (_, codes), (_, pixels) = generation(prior_rows(*rows))
+    assert [[row[0].text for row in sheet.rows] for sheet in (codes, pixels)] == [["cnn"], ["pixels"]]
+    assert [BITS in sheet.notes for sheet in (codes, pixels)] == [False, True]
 
 
 def test_priors_of_equal_bits_are_ranked_by_how_far_their_images_are():

@@ -183,8 +183,8 @@ def test_classes_condition_the_prior(image_folder, tmp_path):
 def test_the_class_is_coded_too():
     """A conditional prior is told the class; an entropy coder would have to send it."""
     codes, labels = np.zeros((6, 2, 2), dtype=np.uint8), np.array([0, 1, 0, 1, 0, 1])
-    given = rate(PRIORS["independent"](16, 2, 2).eval(), codes, labels, labels)
-    free = rate(PRIORS["independent"](16, 2).eval(), codes, None, None)
+    given = rate(PRIORS["independent"](16, (2, 2), 2).eval(), codes, labels, labels)
+    free = rate(PRIORS["independent"](16, (2, 2)).eval(), codes, None, None)
     assert (free, given) == (pytest.approx(4), pytest.approx(4 + 1 / 4))
 
 

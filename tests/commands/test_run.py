@@ -611,7 +611,7 @@ def test_encode_takes_the_gpu_where_there_is_one_and_counts_both_splits(tmp_path
     """Unless it is told otherwise; megabytes are those of all codes together."""
     asked = []
     grids = [np.zeros((count, 32, 32), dtype=np.uint16) for count in (1000, 500)]
-    codes = SimpleNamespace(train=grids[0], held_out=grids[1], grid_size=32)
+    codes = SimpleNamespace(train=grids[0], held_out=grids[1], grid=(32, 32))
     reader = SimpleNamespace(config=SimpleNamespace(split="val"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(encode, "check_device", asked.append)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 from dataclasses import asdict
@@ -507,21 +508,36 @@ def test_a_folder_that_is_taken_is_named_at_once(run):
         ({"codebook_size": 0}, "the codebook_size of its codes is 0"),
         ({"codebook_size": 2**24 + 1}, "the codebook_size of its codes is 16777217"),
         ({"codebook_size": "512"}, "the codebook_size of its codes is '512'"),
-        ({"grid_size": -1}, "the grid_size of its codes is -1"),
-        ({"grid_size": None}, "the grid_size of its codes is None"),
-        ({"grid_size": True}, "the grid_size of its codes is True"),
+        ({"grid": [4, -1]}, "the grid of its codes is [4, -1]"),
+        ({"grid": [True, 4]}, "the grid of its codes is [True, 4]"),
+        ({"grid": [4]}, "the grid of its codes is [4]"),
+        ({"grid": 4}, "the grid of its codes is 4"),
+        ({"grid": None}, "the grid of its codes is None"),
+        ({"grid": [2**24 + 1, 1]}, "the grid of its codes is [16777217, 1]"),
         ({"classes": None}, "its codes have no classes"),
         ({"classes": 3}, "its codes have no classes"),
     ],
 )
 def test_codes_that_no_tokenizer_has_are_damage(run, change, what):
-    codes = {"codebook_size": 2**24, "grid_size": 1, "classes": []}
+    codes = {"codebook_size": 2**24, "grid": [1, 2**24], "classes": []}
     run.write("config.json", {"config": {}, "environment": {}, "codes": codes})
-    assert run.codes() == codes
+    assert run.codes() == {**codes, "grid": (1, 2**24)}
     run.write("config.json", {"config": {}, "environment": {}, "codes": codes | change})
     with pytest.raises(Damaged) as error:
         run.codes()
     assert str(error.value).startswith(f"{run.folder / 'config.json'} is damaged: {what}; ")
+
+
+@pytest.mark.parametrize("grid_size", [8, 0, None])
+def test_codes_of_older_priors_are_square(run, grid_size):
+    """They tell the one side alone."""
+    codes = {"codebook_size": 4, "grid_size": grid_size, "classes": ["a"]}
+    run.write("config.json", {"config": {}, "environment": {}, "codes": codes})
+    if grid_size:
+        assert run.codes() == {"codebook_size": 4, "grid": (8, 8), "classes": ["a"]}
+        return
+    with pytest.raises(Damaged, match=re.escape(f"the grid of its codes is [{grid_size}, {grid_size}]")):
+        run.codes()
 
 
 def test_settings_that_lack_a_field_without_a_default_are_damage(run):

@@ -72,7 +72,7 @@ def test_mirror_images_follow_all_images_where_training_mirrors(folder, augment)
     assert np.array_equal(codes.train, np.concatenate(mirrored))
     assert np.array_equal(codes.held_out, expected(data.test))
     assert sum(reader.batches) == 70 * len(mirrored) + 66
-    assert (codes.codebook_size, codes.grid_size) == (512, SIDE)
+    assert (codes.codebook_size, codes.grid) == (512, (SIDE, SIDE))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -43,17 +43,19 @@ class Recorder(Prior):
     """Draws given grids in turn, and remembers what it was asked for; its p of code k is proportional to k + 1."""
 
     def __init__(self, drawn: np.ndarray, classes: int = 0):
-        super().__init__(K, SIDE, classes)
+        super().__init__(K, (SIDE, SIDE), classes)
         self.drawn, self.asked, self.at = torch.from_numpy(drawn.astype(np.int64)), [], 0
         self.register_buffer("log_p", (torch.arange(1, K + 1) / (K * (K + 1) / 2)).log())
 
     def logits(self, codes, labels=None):
         return self.log_p.expand(*codes.shape, K)
 
-    def sample(self, n, generator, temperature=1.0, top_k=0, labels=None, guidance=1.0):
+    def sample(self, n, generator, temperature=1.0, top_k=0, labels=None, guidance=1.0, progress=None):
         told = {"temperature": temperature, "top_k": top_k, "labels": labels, "guidance": guidance}
         self.asked.append(SimpleNamespace(n=n, **told))
         self.asked[-1].random = torch.rand((), generator=generator).item()
+        if progress:
+            progress(n * self.tokens)
         rows = torch.arange(self.at, self.at + n) % len(self.drawn)
         self.at += n
         return self.drawn[rows]
@@ -174,6 +176,38 @@ def test_as_many_grids_are_drawn_as_told_and_as_told(monkeypatch):
         again = Recorder(random_codes(40, 1))
         draw(again, config(seed=seed), None)
         assert ([asked.random for asked in again.asked] == random) == (seed == 0)
+
+
+@pytest.mark.parametrize("positions", [1, SIDE**2, 7 * SIDE**2 + 1])
+def test_positions_bound_the_grids_that_are_drawn_at_a_time(monkeypatch, positions):
+    """One at least; of grids as large as any tokenizer's the bound is none."""
+    assert generate.POSITIONS // 64**2 == generate.SAMPLE_BATCH
+    monkeypatch.setattr(generate, "POSITIONS", positions)
+    prior = Recorder(random_codes(40, 1))
+    assert np.array_equal(draw(prior, config(), None).numpy(), prior.drawn.numpy())
+    assert {asked.n for asked in prior.asked[:-1]} == {max(1, positions // SIDE**2)}
+
+
+def test_the_bar_of_samples_counts_their_codes(monkeypatch):
+    """It moves while grids are drawn, and ends where it should."""
+    bars = []
+
+    class Bar(generate.Bar):
+        def __init__(self, label, total):
+            super().__init__(label, total)
+            self.seen = []
+            bars.append(self)
+
+        def advance(self, count=1, figures=""):
+            self.seen.append(count)
+
+    monkeypatch.setattr(generate, "Bar", Bar)
+    monkeypatch.setattr(generate, "SAMPLE_BATCH", 30)
+    prior = PRIORS["independent"](K, (3, 6))
+    draw(prior.eval(), config(), None)
+    (bar,) = bars
+    assert bar.total == sum(bar.seen) == 40 * 18
+    assert len(bar.seen) == 2 * 18
 
 
 def test_labels_are_drawn_as_often_as_the_training_set_has_them(monkeypatch):
@@ -478,7 +512,7 @@ def test_references_are_real_and_shuffled_codes_and_the_floor(tmp_path, features
     assert found["nearest_train_psnr_real"] > 60 > found["nearest_train_psnr_shuffled"]
     assert found["recall_vgg16_real"] == found["recall_vgg16_shuffled"] == pytest.approx(data.test.mean())
 
-    floor = PRIORS["independent"](K, SIDE)
+    floor = PRIORS["independent"](K, (SIDE, SIDE))
     floor.fit(torch.from_numpy(mirrored.astype(np.int64)))
     bits = floor.nll(torch.from_numpy(val.astype(np.int64))).double().mean().item() / math.log(2)
     assert found["coded_bits_per_token_independent"] == pytest.approx(bits)
@@ -613,7 +647,8 @@ def test_bars_say_what_takes_its_time_and_count_all_of_it(monkeypatch, tmp_path)
     scored(Recorder(codes.train), codes, data)
     assert [(bar.label, bar.done) for bar in bars] == [
         *(("features of test images", 20), ("scoring real codes", 30), ("scoring shuffled codes", 30)),
-        *(("sampling", 40), ("scoring samples", 40)),
+        *(("rating grids", 20), ("rating grids", 20), ("rating grids", 20)),  # the floor's, held-out ones, of training
+        *(("sampling codes", 40 * SIDE**2), ("scoring samples", 40)),
     ]
     assert all(bar.done == bar.total for bar in bars)
 
@@ -624,7 +659,7 @@ def test_flops_of_a_prior_are_those_of_one_whole_grid(classes):
 
     class Linear(Prior):
         def __init__(self):
-            super().__init__(K, SIDE, classes)
+            super().__init__(K, (SIDE, SIDE), classes)
             self.head = torch.nn.Linear(5, K, bias=False)
 
         def logits(self, codes, labels=None):

@@ -24,7 +24,7 @@ GRIDS = torch.tensor(list(itertools.product(range(K), repeat=4))).view(-1, 2, 2)
 def prior() -> MaskedPrior:
     """Of grids of four codes, far from uniform and from independent."""
     torch.manual_seed(0)
-    made = MaskedPrior(K, 2, 16, 2, 0.0, 2, unlabelled=True)
+    made = MaskedPrior(K, (2, 2), 16, 2, 0.0, 2, unlabelled=True)
     for parameter in made.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.4)
@@ -70,7 +70,7 @@ class Oracle(MaskedPrior):
     """Knows the true conditional distribution of each code of ``source``."""
 
     def __init__(self):
-        super().__init__(K, 2, 8, 1, 0.0)
+        super().__init__(K, (2, 2), 8, 1, 0.0)
 
     def logits(self, codes, labels=None):
         p = source()
@@ -235,11 +235,11 @@ def test_samples_are_drawn_in_the_passes_that_were_asked_for(monkeypatch):
     """And in batches whose logits fit; the labels are those of their own grids."""
     asked = []
 
-    def sample(n, generator, temperature, top_k, given, guidance, passes):
+    def sample(n, generator, temperature, top_k, given, guidance, progress, passes):
         asked.append((n, temperature, top_k, guidance, passes))
         return given.view(-1, 1, 1).expand(n, 2, 2)
 
-    fake = SimpleNamespace(sample=sample, grid_size=2, codebook_size=K)
+    fake = SimpleNamespace(sample=sample, tokens=4, codebook_size=K)
     config = PriorConfig("t", "masked", samples=10, temperature=0.5, top_k=1, passes=3, guidance=2.0, device="cpu")
     monkeypatch.setattr(generate, "LOGITS", 4 * 4 * K * 2)  # of four grids, with a label and without
     drawn = generate.draw(fake, config, np.arange(5))

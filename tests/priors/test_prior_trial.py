@@ -81,10 +81,10 @@ def world(tmp_path, monkeypatch, tiny) -> World:
     made = World(tmp_path, tiny)
     train = prior_trial.train_prior
 
-    def small(config, codebook_size, grid_size, classes):
+    def small(config, codebook_size, grid, classes):
         """Of a width that need not be looked for."""
         shape = () if config.prior == "independent" else (8, 1, 0.1)
-        return PRIORS[config.prior](codebook_size, grid_size, *shape, classes)
+        return PRIORS[config.prior](codebook_size, grid, *shape, classes)
 
     monkeypatch.setattr("bench.priors.train.build", small)
 
@@ -162,7 +162,7 @@ def test_a_finished_run_holds_scores_references_costs_and_protocol(world, monkey
         **{"version": 77, "tokenizer": digest(world.tokenizer.folder)},
         **{"samples": 6, "temperature": 0.7, "top_k": 5},
     }
-    assert run.codes() == {"codebook_size": K, "grid_size": SIDE, "classes": ["a", "b", "c"]}
+    assert run.codes() == {"codebook_size": K, "grid": (SIDE, SIDE), "classes": ["a", "b", "c"]}
     assert run.settings(PriorConfig) == world.config(temperature=0.7, top_k=5, samples=6)
     assert [row["step"] for row in run.history()] == [1, 2, 3]
     assert not (run.folder / "checkpoint.pt").exists()
@@ -340,7 +340,7 @@ def test_a_prior_that_cannot_be_built_leaves_nothing_behind(world, monkeypatch):
     for conditional, classes in ((False, 0), (True, 3)):
         with pytest.raises(UserError, match="no width will do"):
             world.run(conditional=conditional)
-        assert asked[-1] == (world.config(conditional=conditional).resolved(), K, SIDE, classes)
+        assert asked[-1] == (world.config(conditional=conditional).resolved(), K, (SIDE, SIDE), classes)
     assert not (world.store.root / "priors").exists()
 
 
@@ -354,7 +354,7 @@ def test_drawn_codes_are_kept_in_the_smallest_type_that_holds_them(world, codebo
     run, images = world.run(prior="independent"), np.zeros((4, 8, 8, 3), dtype=np.uint8)
     drawn = np.full((4, SIDE, SIDE), codebook_size - 1)
     generated = Generated({"coded_bits_per_token": 2.5}, drawn, images, images)
-    prior_trial.finish(run, PRIORS["independent"](codebook_size, SIDE), generated, generated.metrics, {})
+    prior_trial.finish(run, PRIORS["independent"](codebook_size, (SIDE, SIDE)), generated, generated.metrics, {})
     with np.load(run.folder / "samples.npz") as stored:
         assert stored["codes"].dtype == kind
         assert np.array_equal(stored["codes"], drawn)

@@ -34,38 +34,40 @@ from bench.training import loop
 from bench.training.loop import parameter_groups
 
 K, SIDE = 7, 4
+GRID, LONG = (SIDE, SIDE), (3, 6)  # rows and columns: of codes, and of two pixels of three channels in each row
 ORDERED = ("independent", *CAUSAL)  # what is left of PRIORS has tests of its own, in test_masked.py
 NO_LABELS = ("0", (), None, None)  # tokenizer, classes, labels
 
 
-def build(name: str, grid_size: int = SIDE, classes: int = 0, width: int = 24, depth: int = 2):
+def build(name: str, grid: tuple[int, int] = GRID, classes: int = 0, width: int = 24, depth: int = 2):
     """A prior in eval mode whose every parameter matters: what starts as zero is random here."""
     torch.manual_seed(0)
     if name not in LEARNED:
-        prior = PRIORS[name](K, grid_size, classes)
-        prior.fit(torch.randint(K, (50, grid_size, grid_size)))
+        prior = PRIORS[name](K, grid, classes)
+        prior.fit(torch.randint(K, (50, *grid)))
         return prior.eval()
-    prior = LEARNED[name](K, grid_size, width, depth, 0.1, classes)
+    prior = LEARNED[name](K, grid, width, depth, 0.1, classes)
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
     return prior.eval()
 
 
-def grids(count: int, grid_size: int = SIDE) -> torch.Tensor:
-    return torch.randint(K, (count, grid_size, grid_size), generator=torch.Generator().manual_seed(1))
+def grids(count: int, grid: tuple[int, int] = GRID) -> torch.Tensor:
+    return torch.randint(K, (count, *grid), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("grid", [GRID, LONG])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_each_position_sees_all_before_it_and_nothing_else(name):
+def test_each_position_sees_all_before_it_and_nothing_else(name, grid):
     """Gradients of every position's logits on every code: none from itself and later ones (bug 8), and one from every
-    earlier one, so there is no blind spot."""
-    prior = build(name, depth=4)
-    table = torch.randn(SIDE**2, prior.embedding.embedding_dim, requires_grad=True)  # every position its own code
+    earlier one, so there is no blind spot. Of a pixel's channels green sees red, and blue both."""
+    prior, tokens = build(name, grid, depth=4), math.prod(grid)
+    table = torch.randn(tokens, prior.embedding.embedding_dim, requires_grad=True)  # every position its own code
     prior.embedding = torch.nn.Module()
     prior.embedding.forward = lambda codes: F.embedding(codes, table)
-    logits = prior.logits(torch.arange(SIDE**2).view(1, SIDE, SIDE)).flatten(1, 2)
-    for position in range(SIDE**2):
+    logits = prior.logits(torch.arange(tokens).view(1, *grid)).flatten(1, 2)
+    for position in range(tokens):
         weights = torch.randn(K, generator=torch.Generator().manual_seed(position))
         (gradient,) = torch.autograd.grad(logits[0, position] @ weights, table, retain_graph=True)
         reach = gradient.abs().sum(-1)
@@ -78,7 +80,7 @@ def test_each_position_sees_all_before_it_and_nothing_else(name):
 def test_in_another_order_a_code_sees_what_its_order_has_before_it(name, order):
     """Step by step the same, and samples lie where they were drawn; the distribution is a whole one."""
     torch.manual_seed(0)
-    prior = SEQUENCES[name](3, 2, 16, 1, 0.0, 0, token_order=order).eval()
+    prior = SEQUENCES[name](3, (2, 2), 16, 1, 0.0, 0, token_order=order).eval()
     torch.nn.init.normal_(prior.head.weight, std=0.4)
     sequence = token_order(order, 2, 2).tolist()
     grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
@@ -104,13 +106,13 @@ def test_an_order_that_a_prior_has_no_use_for_or_a_grid_has_not_is_refused():
     with pytest.raises(UserError, match="token_order is snake, of which prior 'pixelcnn' makes no use; leave it"):
         PriorConfig("none", "pixelcnn", token_order="snake").check()
     with pytest.raises(UserError, match="power of two, not 6×6; take another grid_size, or the order snake"):
-        build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, 6, 0)
+        build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, (6, 6), 0)
 
 
 @pytest.mark.parametrize("grid_size", [8, 16])
 def test_pixelcnn_is_as_deep_as_the_grid_needs(grid_size):
     """The last position sees every other, at the depth that it has unless told otherwise."""
-    prior = build_prior(PriorConfig("none", "pixelcnn", parameters=100_000), K, grid_size, 0).eval()
+    prior = build_prior(PriorConfig("none", "pixelcnn", parameters=100_000), K, (grid_size, grid_size), 0).eval()
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -122,15 +124,16 @@ def test_pixelcnn_is_as_deep_as_the_grid_needs(grid_size):
     assert (gradient.abs().sum(-1).flatten() > 0).tolist() == [True] * (grid_size**2 - 1) + [False]
 
 
+@pytest.mark.parametrize("grid", [GRID, LONG])
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("name", ORDERED)
-def test_step_by_step_equals_at_once(name, classes):
-    prior, codes = build(name, classes=classes), grids(5)
+def test_step_by_step_equals_at_once(name, classes, grid):
+    prior, codes = build(name, grid, classes=classes), grids(5, grid)
     labels = torch.tensor([0, 1, 2, 2, 1]) if classes else None
     with torch.no_grad():
         whole = prior.logits(codes, labels).flatten(1, 2)
         state, before = prior.start(labels, len(codes)), None
-        for position in range(SIDE**2):
+        for position in range(prior.tokens):
             logits, state = prior.step(position, before, state)
             torch.testing.assert_close(logits, whole[:, position], rtol=1e-5, atol=1e-5)
             before = codes.flatten(1)[:, position]
@@ -149,16 +152,45 @@ def test_attention_remembers_more_than_it_has_room_for_at_first():
     assert state[0].shape[2] == 256
 
 
+@pytest.mark.parametrize("order", ["columns", "snake"])
+def test_in_another_order_a_long_grid_is_read_step_by_step_as_at_once(order):
+    """And what is drawn there lies where it was drawn: its logits are those that it was drawn from."""
+    torch.manual_seed(0)
+    prior = SEQUENCES["rnn"](K, LONG, 16, 1, 0.0, 0, token_order=order).eval()
+    torch.nn.init.normal_(prior.head.weight, std=0.4)
+    codes, sequence = prior.sample(5, torch.Generator().manual_seed(0), top_k=1), token_order(order, *LONG).tolist()
+    assert codes.shape == (5, *LONG)
+    with torch.no_grad():
+        whole = prior.logits(codes)
+        assert codes.equal(whole.argmax(-1))
+        state, before = prior.start(None, len(codes)), None
+        for position, cell in enumerate(sequence):
+            logits, state = prior.step(position, before, state)
+            torch.testing.assert_close(logits, whole.flatten(1, 2)[:, cell], rtol=1e-5, atol=1e-5)
+            before = codes.flatten(1)[:, cell]
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_whoever_waits_for_samples_is_told_of_every_code(name):
+    """Of a long grid more than once."""
+    told, prior = [], build(name, LONG)
+    drawn = prior.sample(5, torch.Generator().manual_seed(0), progress=told.append)
+    assert drawn.equal(prior.sample(5, torch.Generator().manual_seed(0)))
+    assert sum(told) == drawn.numel() == 5 * 18
+    assert len(told) > 5
+    assert min(told) > 0
+
+
 @pytest.mark.parametrize("name", ORDERED)
 def test_nll_is_a_distribution_and_sampling_follows_it(name):
     """On a grid of two codes: probabilities of all K² × … grids sum to one, and samples come as often as they say."""
     torch.manual_seed(0)
     k, prior = 3, None
     if name in LEARNED:
-        prior = LEARNED[name](k, 2, 16, 1, 0.0, 0)
+        prior = LEARNED[name](k, (2, 2), 16, 1, 0.0, 0)
         torch.nn.init.normal_(prior.head.weight, std=0.4)
     else:
-        prior = PRIORS[name](k, 2)
+        prior = PRIORS[name](k, (2, 2))
         prior.fit(torch.randint(k, (20, 2, 2)))
     prior.eval()
     grids = torch.tensor(list(itertools.product(range(k), repeat=4))).view(-1, 2, 2)
@@ -192,10 +224,10 @@ def test_sampling_is_deterministic_and_obeys_temperature_and_top_k(name):
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_one_code_per_image_and_one_code_in_all(name):
-    prior = build(name, grid_size=1)
-    assert prior.nll(grids(5, 1)).shape == (5, 1, 1)
+    prior = build(name, grid=(1, 1))
+    assert prior.nll(grids(5, (1, 1))).shape == (5, 1, 1)
     assert prior.sample(3, torch.Generator()).shape == (3, 1, 1)
-    lone = PRIORS[name](1, 2, *((8, 1, 0.0) if name in LEARNED else ())).eval()
+    lone = PRIORS[name](1, (2, 2), *((8, 1, 0.0) if name in LEARNED else ())).eval()
     assert not lone.nll(torch.zeros(2, 2, 2, dtype=torch.int64)).any()
 
 
@@ -212,7 +244,7 @@ def test_labels_matter(name):
 def test_guidance_draws_away_from_what_is_said_without_a_label(name, guidance):
     """From softmax(ℓ(none) + g · (ℓ(label) − ℓ(none))), code by code; 1 is the labelled distribution itself."""
     torch.manual_seed(0)
-    prior = LEARNED[name](3, 2, 16, 1, 0.0, 2, unlabelled=True).eval()
+    prior = LEARNED[name](3, (2, 2), 16, 1, 0.0, 2, unlabelled=True).eval()
     for part in (prior.head.weight, *(table.weight for table in prior.modules() if isinstance(table, nn.Embedding))):
         nn.init.normal_(part, std=0.4)
     grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
@@ -270,7 +302,7 @@ def test_guidance_without_labels_is_refused(changes, words):
 def test_what_does_not_fit_is_refused_in_one_sentence(name):
     prior = build(name)
     with pytest.raises(UserError, match="grids of 8×8 and this prior is for 4×4"):
-        prior.nll(grids(2, 8))
+        prior.nll(grids(2, (8, 8)))
     with pytest.raises(UserError, match=f"this prior knows {K}; they are of another tokenizer"):
         prior.nll(grids(2) + 1)
     with pytest.raises(UserError, match="they are of another tokenizer"):
@@ -289,6 +321,13 @@ def test_what_does_not_fit_is_refused_in_one_sentence(name):
         conditional.nll(grids(2), torch.tensor([0, 2]))
 
 
+def test_a_long_grid_has_no_order_of_hilbert_and_is_not_one_of_as_many_codes():
+    with pytest.raises(UserError, match="power of two, not 32×96; take another grid_size, or the order snake"):
+        build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, (32, 96), 0)
+    with pytest.raises(UserError, match="grids of 6×3 and this prior is for 3×6"):
+        build("rnn", LONG).nll(grids(2, (6, 3)))
+
+
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("name", PRIORS)
 def test_other_grids_of_a_batch_change_nothing(name, classes):
@@ -304,7 +343,7 @@ def test_other_grids_of_a_batch_change_nothing(name, classes):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_untrained_prior_is_the_uniform_distribution(name):
-    prior = LEARNED[name](K, SIDE, 24, 2, 0.0).eval()
+    prior = LEARNED[name](K, GRID, 24, 2, 0.0).eval()
     assert prior.nll(grids(3)).mean((1, 2)).detach().numpy() == pytest.approx(math.log(K))
     assert not prior.logits(grids(3)).any()
 
@@ -340,7 +379,7 @@ def test_every_position_is_told_its_own_place(name):
 def test_tables_start_small_and_never_decay(name):
     """Codes, labels and positions are tables, not weights: decay would pull rare rows to zero."""
     torch.manual_seed(0)
-    prior = LEARNED[name](512, 8, 32, 2, 0.1, 100)
+    prior = LEARNED[name](512, (8, 8), 32, 2, 0.1, 100)
     decayed, free = parameter_groups(prior, 0.05)
     names = {id(parameter): name for name, parameter in prior.named_parameters()}
     tables = {"embedding.weight", "position", "first.weight" if name in SEQUENCES else "label.weight"}
@@ -420,12 +459,12 @@ def test_the_gate_is_equation_two():
 def test_a_layer_of_pixelcnn_sees_two_rows_and_columns_further(depth):
     """From a position in the middle of a large grid: 2 · depth + 1 rows above, that many pixels to the left."""
     side, r, c = 15, 8, 7
-    prior = build("pixelcnn", grid_size=side, depth=depth)
+    prior = build("pixelcnn", grid=(side, side), depth=depth)
     x = torch.randn(1, side, side, 24, requires_grad=True)
     prior.embedding = torch.nn.Module()
     prior.embedding.forward = lambda codes: x
     weights = torch.randn(K)
-    (gradient,) = torch.autograd.grad(prior.logits(grids(1, side))[0, r, c] @ weights, x)
+    (gradient,) = torch.autograd.grad(prior.logits(grids(1, (side, side)))[0, r, c] @ weights, x)
     seen = gradient[0].abs().sum(-1) > 0
     expected = torch.zeros(side, side, dtype=torch.bool)
     expected[r, c - 2 * depth - 1 : c] = True
@@ -461,8 +500,8 @@ def test_codes_are_drawn_from_what_whole_grids_would_say(name, classes, monkeypa
 
 def test_a_histogram_gives_every_code_half_a_count_more():
     """p = (n + ½) / (N + K/2) at every position of its own, whatever was counted before."""
-    codes = grids(9, 2)
-    prior = PRIORS["independent"](K, 2)
+    codes = grids(9, (2, 2))
+    prior = PRIORS["independent"](K, (2, 2))
     for _ in range(2):  # in place of the former counts
         prior.fit(codes)
     expected = [
@@ -475,7 +514,7 @@ def test_a_histogram_gives_every_code_half_a_count_more():
 
 
 def test_a_histogram_that_is_fitted_again_has_forgotten_what_it_had():
-    again, once = PRIORS["independent"](K, SIDE, 0), PRIORS["independent"](K, SIDE, 0)
+    again, once = PRIORS["independent"](K, GRID, 0), PRIORS["independent"](K, GRID, 0)
     for codes in (grids(9), grids(20)):
         again.fit(codes)
     once.fit(grids(20))
@@ -498,7 +537,7 @@ def test_training_looks_at_no_code_and_no_label(classes):
 def test_independent_is_the_closed_form_entropy():
     """With every code seen often, the smoothed histogram's rate is the entropy of the codes' own histogram."""
     codes = torch.multinomial(torch.tensor([0.5, 0.25, 0.125, 0.125]), 40_000, replacement=True).view(-1, 2, 2)
-    prior = PRIORS["independent"](4, 2)
+    prior = PRIORS["independent"](4, (2, 2))
     prior.fit(codes)
     p = torch.stack([torch.bincount(column, minlength=4) for column in codes.flatten(1).T]).double()
     p /= p.sum(1, keepdim=True)
@@ -546,7 +585,7 @@ def test_a_known_entropy_is_reached(name, tmp_path):
     prior, _ = train_prior(config.resolved(), codes, tmp_path)
     reached = rate(prior, codes.held_out, None, None)
     assert entropy * 0.995 < reached < entropy * (1.03 if name in CAUSAL else 1.6)
-    floor = PRIORS["independent"](STATES, 6)
+    floor = PRIORS["independent"](STATES, (6, 6))
     floor.fit(torch.from_numpy(train))
     assert rate(floor, codes.held_out, None, None) > 1.3 * reached
 
@@ -669,9 +708,9 @@ def toy(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
 
-    def make(config, codebook_size, grid_size, classes):
+    def make(config, codebook_size, grid, classes):
         torch.rand(7)  # as initialisation would
-        built.append(Toy(codebook_size, grid_size, classes))
+        built.append(Toy(codebook_size, grid, classes))
         return built[-1]
 
     monkeypatch.setattr(training, "build", make)
@@ -819,6 +858,19 @@ def test_the_floor_counts_training_codes(tmp_path):
     assert prior.counts.tolist() == expected
 
 
+def test_the_floor_counts_alike_whatever_is_counted_at_a_time(monkeypatch):
+    """Neither grid nor batch is counted twice or left out, of any kind of whole number."""
+    codes, found = toy_codes().train, []
+    for count in (1, 7, 64, 1000):
+        monkeypatch.setattr("bench.priors.models.independent.COUNTED", count)
+        for given in (codes, codes.astype(np.uint16), torch.from_numpy(codes.astype(np.int64))):
+            prior = PRIORS["independent"](K, codes.shape[1:])
+            prior.fit(given)
+            found.append(prior.counts)
+    assert all(counts.equal(found[0]) for counts in found)
+    assert found[0].sum() == codes.size
+
+
 def test_the_floor_takes_as_long_as_it_counts(tmp_path, monkeypatch):
     """It comes in eval mode, and neither history nor checkpoint is left of it."""
     now = [100.0]
@@ -893,14 +945,14 @@ def test_every_setting_changes_something(field, tmp_path):
 def test_parameters_are_matched(name, parameters, classes):
     """Those of labels included; of 8 to 512 codes, so that tables do not decide."""
     for codebook_size in (8, 512):
-        prior = build_prior(PriorConfig("none", name, parameters=parameters), codebook_size, 8, classes)
+        prior = build_prior(PriorConfig("none", name, parameters=parameters), codebook_size, (8, 8), classes)
         count = sum(parameter.numel() for parameter in prior.parameters())
         assert count == pytest.approx(parameters, rel=0.02)
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_labels_of_each_class_reach_the_model(name):
-    prior = build_prior(PriorConfig("none", name, parameters=60_000, depth=1), K, SIDE, 5)
+    prior = build_prior(PriorConfig("none", name, parameters=60_000, depth=1), K, GRID, 5)
     assert prior.classes == 5
     assert len(prior.first.weight if name in SEQUENCES else prior.label.weight) == 5
 
@@ -910,13 +962,21 @@ def test_depth_and_dropout_are_as_told(name):
     """At a budget that a width meets; unless told 4 layers, 3 of the LSTM, half the side of PixelCNN but at least 5."""
     usual = {"rnn": {4: 3, 16: 3}, "pixelcnn": {4: 5, 16: 8}}.get(name, {4: 4, 16: 4})
     for side, depth, told in ((SIDE, 1, 1), (SIDE, 6, 6), *((side, depth, None) for side, depth in usual.items())):
-        budget = sum(parameter.numel() for parameter in LEARNED[name](K, side, 33, depth, 0.0, 0).parameters())
+        budget = sum(parameter.numel() for parameter in LEARNED[name](K, (side, side), 33, depth, 0.0, 0).parameters())
         config = PriorConfig("none", name, depth=told, parameters=budget, dropout=0.37)
-        prior = build_prior(config, K, side, 0)
+        prior = build_prior(config, K, (side, side), 0)
         assert len(prior.layers) == depth
         assert sum(parameter.numel() for parameter in prior.parameters()) == budget
     rates = {module.p for module in prior.modules() if isinstance(module, torch.nn.Dropout) and module.p}
     assert rates == {0.37}
+
+
+def test_pixelcnn_of_a_long_grid_is_as_deep_as_its_rows_need():
+    """Not as its columns: 32×32 pixels of three channels would take 48 layers."""
+    config = PriorConfig("none", "pixelcnn", parameters=200_000)
+    with torch.device("meta"):
+        depths = [len(build_prior(config, K, grid, 0).layers) for grid in ((32, 96), (28, 28), (4, 96))]
+    assert depths == pytest.approx([16, 14, 5], abs=1)  # one more or less where that meets the budget
 
 
 def test_every_auto_is_replaced_and_the_floor_ignores_training(monkeypatch):
@@ -975,16 +1035,16 @@ def test_settings_are_checked_at_their_very_bounds(field, allowed, refused):
 
 def test_too_few_parameters_are_refused():
     with pytest.raises(UserError, match="cannot have 1,000 parameters within 2%; the nearest is"):
-        build_prior(PriorConfig("none", "rnn", parameters=1000), 512, 8, 0)
+        build_prior(PriorConfig("none", "rnn", parameters=1000), 512, (8, 8), 0)
 
 
 def test_a_budget_that_cannot_be_met_is_answered_with_the_nearest():
     """Of all the depths that were tried: here the shallowest of the narrowest."""
     config = PriorConfig("run", prior="rnn", depth=3, parameters=1, device="cpu")
-    counts = [parameter_count(LEARNED["rnn"](7, 2, 1, depth, 0.1, 0)) for depth in (2, 3, 4, 5)]
+    counts = [parameter_count(LEARNED["rnn"](7, (2, 2), 1, depth, 0.1, 0)) for depth in (2, 3, 4, 5)]
     for parameters in (1, round(0.9 * min(counts))):  # nor will one do that is 10 % off
         with pytest.raises(UserError, match=f"the nearest is {min(counts):,}$"):
-            build_prior(replace(config, parameters=parameters), 7, 2, 0)
+            build_prior(replace(config, parameters=parameters), 7, (2, 2), 0)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -992,21 +1052,21 @@ def test_a_deep_prior_is_sized_without_being_made(monkeypatch, name):
     """A thousand layers take seconds to make, and a search for the width asks many times: two tell what all take."""
     made, learned = [], LEARNED[name]
 
-    def note(codebook_size, grid_size, width, depth, *others, **options):
+    def note(codebook_size, grid, width, depth, *others, **options):
         made.append(depth)
-        return learned(codebook_size, grid_size, width, depth, *others, **options)
+        return learned(codebook_size, grid, width, depth, *others, **options)
 
     monkeypatch.setitem(LEARNED, name, note)
-    prior = build_prior(PriorConfig("none", name, depth=40, parameters=500_000, device="cpu"), 32, 4, 0)
+    prior = build_prior(PriorConfig("none", name, depth=40, parameters=500_000, device="cpu"), 32, (4, 4), 0)
     assert made.pop() >= 39
     assert {*made} == {1, 2}
     assert parameter_count(prior) == pytest.approx(500_000, rel=0.02)
     with pytest.raises(UserError, match="cannot have 1,000 parameters within 2%"):
-        build_prior(PriorConfig("none", name, depth=1000, parameters=1000, device="cpu"), 32, 4, 0)
+        build_prior(PriorConfig("none", name, depth=1000, parameters=1000, device="cpu"), 32, (4, 4), 0)
     assert {*made} == {1, 2}
 
 
 def test_a_prior_that_no_machine_holds_is_not_made(monkeypatch):
     monkeypatch.setattr("bench.core.device.os.sysconf", lambda name: 1 << 10)
     with pytest.raises(UserError, match=r"a model of these settings takes .* GB and cpu has 0 GB"):
-        build_prior(PriorConfig("none", "rnn", parameters=500_000, device="cpu"), 32, 4, 0)
+        build_prior(PriorConfig("none", "rnn", parameters=500_000, device="cpu"), 32, (4, 4), 0)

@@ -122,7 +122,7 @@ def test_flops_of_the_cures_for_grids_are_the_closed_form(grid):
 @pytest.mark.parametrize("name", ["pixelcnn", "rnn", "transformer", "mamba", "independent"])
 def test_flops_of_a_prior_are_the_closed_form(name, grid):
     codebook_size, count = 512, grid * grid
-    prior = build(PriorConfig("run", name, depth=5, parameters=300_000), codebook_size, grid, classes=0)
+    prior = build(PriorConfig("run", name, depth=5, parameters=300_000), codebook_size, (grid, grid), classes=0)
     width = prior.embedding.embedding_dim if name != "independent" else 0
     inner = math.ceil(width / max(1, width // HEAD)) * max(1, width // HEAD)
     gated = linear(count, width, 2 * width, 15) + linear(count, width, 2 * width, 3)  # 3 × 5 above, 1 × 3 to the left
@@ -140,7 +140,7 @@ def test_flops_of_a_prior_are_the_closed_form(name, grid):
 
 def test_flops_of_a_conditional_prior_are_those_of_an_unconditional_one():
     config = PriorConfig("run", "transformer", depth=1)
-    width = {"codebook_size": 64, "grid_size": 4}
+    width = {"codebook_size": 64, "grid": (4, 4)}
     one, other = (build(config, **width, classes=classes) for classes in (0, 1))  # one row for no label and for one
     assert whole_grid_flops(one) == whole_grid_flops(other)
 

@@ -9,7 +9,7 @@ from .pixelcnn import PixelCNN
 from .prior import Prior
 from .sequence import CausalMambaLayer, CausalTransformerLayer, RecurrentLayer, SequencePrior
 
-# Learned priors are built as (codebook_size, grid_size, width, depth, dropout, classes, unlabelled=…), those that read
+# Learned priors are built as (codebook_size, grid, width, depth, dropout, classes, unlabelled=…), those that read
 # the grid as a sequence also with token_order=…
 SEQUENCES: dict[str, Callable[..., Prior]] = {
     "rnn": partial(SequencePrior, RecurrentLayer),
@@ -18,5 +18,5 @@ SEQUENCES: dict[str, Callable[..., Prior]] = {
 }
 CAUSAL: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}  # have an order, and so a likelihood
 LEARNED: dict[str, Callable[..., Prior]] = {**CAUSAL, "masked": MaskedPrior}
-# ... and the floor under them as (codebook_size, grid_size, classes)
+# ... and the floor under them as (codebook_size, grid, classes)
 PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}

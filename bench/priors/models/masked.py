@@ -1,6 +1,7 @@
 """A prior that fills in what is hidden, many codes at a time: MaskGIT (Chang et al. 2022, arXiv 2202.04200)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,17 @@ class MaskedPrior(Prior):
     def __init__(
         self,
         codebook_size: int,
-        grid_size: int,
+        grid: tuple[int, int],
         width: int,
         depth: int,
         dropout: float,
         classes: int = 0,
         unlabelled: bool = False,
     ):
-        super().__init__(codebook_size, grid_size, classes, unlabelled=unlabelled)
+        super().__init__(codebook_size, grid, classes, unlabelled=unlabelled)
         self.embedding = nn.Embedding(codebook_size + 1, width)
         self.label = nn.Embedding(max(classes, 1) + unlabelled, width)  # one row per label
-        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        self.position = nn.Parameter(0.02 * torch.randn(self.tokens, width))
         for table in (self.embedding, self.label):
             nn.init.normal_(table.weight, std=0.02)
             table.weight._no_weight_decay = True
@@ -90,6 +91,7 @@ class MaskedPrior(Prior):
         top_k: int = 0,
         labels: Tensor | None = None,
         guidance: float = 1.0,
+        progress: Callable[[int], object] | None = None,
         passes: int = PASSES,
     ) -> Tensor:
         """The same as of its siblings, but drawn in ``passes``, at most one for each code. Each draws all codes that
@@ -98,10 +100,9 @@ class MaskedPrior(Prior):
         self._check_sampling(n, temperature, top_k, labels, guidance)
         if guidance != 1:  # both at once, side by side
             labels = torch.cat([labels, torch.full_like(labels, self.classes)])
-        shape, tokens = (self.grid_size, self.grid_size), self.grid_size**2
-        codes = torch.full((n, tokens), self.codebook_size, device=self.position.device)
-        for i, left in enumerate(schedule := hidden_after(passes, tokens), 1):
-            logits = self.logits(codes.repeat(1 + (guidance != 1), 1).unflatten(1, shape), labels).flatten(0, 2)
+        codes = torch.full((n, self.tokens), self.codebook_size, device=self.position.device)
+        for i, left in enumerate(schedule := hidden_after(passes, self.tokens), 1):
+            logits = self.logits(codes.repeat(1 + (guidance != 1), 1).unflatten(1, self.grid), labels).flatten(0, 2)
             chances = self._chances(logits, temperature, top_k, guidance)
             drawn = torch.multinomial(chances, 1, generator=generator)
             noise = -torch.empty_like(chances[:, :1]).exponential_(generator=generator).log()  # Gumbel's
@@ -110,7 +111,9 @@ class MaskedPrior(Prior):
             sure = sure.view_as(codes).masked_fill(known, torch.inf)
             codes = torch.where(known, codes, drawn.view_as(codes))
             codes.scatter_(1, sure.topk(left, largest=False).indices, self.codebook_size)
-        return codes.unflatten(1, shape)
+            if progress:
+                progress(n * ([self.tokens, *schedule][i - 1] - left))
+        return codes.unflatten(1, self.grid)
 
 
 def hidden_after(passes: int, tokens: int) -> list[int]:

@@ -61,22 +61,26 @@ def gate(x: Tensor) -> Tensor:
 
 class PixelCNN(Prior):
     """``depth`` gated layers over an embedding of the codes, shifted by one so that a pixel never sees itself. Sampling
-    keeps the last rows and pixels of each layer, so that every one is computed once (Ramachandran et al. 2017)."""
+    keeps the last rows and pixels of each layer, so that every one is computed once (Ramachandran et al. 2017).
+
+    A pixel here is a code: each layer sees two rows and columns further, whatever these are. Where a column is one of
+    three channels of an image's pixel, 16 layers see 32 rows above, and of the image 11 pixels to either side.
+    """
 
     def __init__(
         self,
         codebook_size: int,
-        grid_size: int,
+        grid: tuple[int, int],
         width: int,
         depth: int,
         dropout: float,
         classes: int = 0,
         unlabelled: bool = False,
     ):
-        super().__init__(codebook_size, grid_size, classes, unlabelled=unlabelled)
+        super().__init__(codebook_size, grid, classes, unlabelled=unlabelled)
         self.embedding = nn.Embedding(codebook_size, width)
         self.label = nn.Embedding(max(classes, 1) + unlabelled, width)
-        self.position = nn.Parameter(0.02 * torch.randn(width, grid_size, grid_size))
+        self.position = nn.Parameter(0.02 * torch.randn(width, *grid))
         for table in (self.embedding, self.label):
             nn.init.normal_(table.weight, std=0.02)
             table.weight._no_weight_decay = True
@@ -96,14 +100,14 @@ class PixelCNN(Prior):
         return self.head(self.norm(h)).movedim(1, -1)
 
     def start(self, labels: Tensor | None, count: int) -> Any:
-        width, side = self.position.shape[:2]
+        width, _, columns = self.position.shape
         context = self._context(labels, count).expand(count, -1, -1, -1)
-        rows = [context.new_zeros(count, width, ROWS - 1, side) for _ in self.layers]
-        return context, context.new_zeros(count, width, 1, side), rows, None, None
+        rows = [context.new_zeros(count, width, ROWS - 1, columns) for _ in self.layers]
+        return context, context.new_zeros(count, width, 1, columns), rows, None, None
 
     def step(self, position: int, before: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         context, row, rows, above, pixels = state  # row: embedded codes of the row above; rows, pixels: normed windows
-        r, c = divmod(position, self.grid_size)
+        r, c = divmod(position, self.grid[1])
         if before is not None:
             left = self.embedding(before)[:, :, None, None]
             row = torch.cat([row[..., 1:], left], 3)  # in a row's first column, all of the row above

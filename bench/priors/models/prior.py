@@ -1,5 +1,7 @@
 """What priors are: a distribution over grids of codes, read one code after the other."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from bench.training.trial import read_weights
 class Prior(nn.Module):
     """p(codes) = Π p(code_i | codes before i in its order, label): the interface, and what all of them share.
 
-    codebook_size: K ≥ 1. grid_size: side of the grid, h = w. classes: how many labels there are; 0 is unconditional.
+    codebook_size: K ≥ 1. grid: its rows and columns (h, w). classes: how many labels there are; 0 is unconditional.
     token_order: one of ORDERS. unlabelled: whether a label may be missing, for which number ``classes`` stands then.
     Siblings define ``logits`` for whole grids, and ``start`` and ``step`` for one position at a time.
     """
@@ -26,15 +28,15 @@ class Prior(nn.Module):
     def __init__(
         self,
         codebook_size: int,
-        grid_size: int,
+        grid: tuple[int, int],
         classes: int = 0,
         token_order: str = "raster",
         unlabelled: bool = False,
     ):
         super().__init__()
-        self.codebook_size, self.grid_size, self.classes = codebook_size, grid_size, classes
-        self.unlabelled = unlabelled
-        self.register_buffer("order", order(token_order, grid_size, grid_size), persistent=False)
+        self.codebook_size, self.grid, self.classes = codebook_size, grid, classes
+        self.tokens, self.unlabelled = math.prod(grid), unlabelled
+        self.register_buffer("order", order(token_order, *grid), persistent=False)
         self.register_buffer("places", self.order.argsort(), persistent=False)  # of each cell in that order
 
     @classmethod
@@ -49,9 +51,9 @@ class Prior(nn.Module):
             raise UserError(f"{folder} holds no finished prior; train one with python -m bench.prior")
         config, codes = run.settings(PriorConfig), run.codes()
         replace(config, device=device).check()
-        check_memory(config.parameters + codes["codebook_size"] * codes["grid_size"], device)
+        check_memory(config.parameters + codes["codebook_size"] * codes["grid"][0], device)
         classes = len(codes["classes"]) if config.conditional else 0
-        prior = build(config, codes["codebook_size"], codes["grid_size"], classes)
+        prior = build(config, codes["codebook_size"], codes["grid"], classes)
         prior.config = config
         read_weights(run, "prior.safetensors", prior)
         return prior.to(device).eval().requires_grad_(False)
@@ -92,12 +94,14 @@ class Prior(nn.Module):
         top_k: int = 0,
         labels: Tensor | None = None,
         guidance: float = 1.0,
+        progress: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Draws ``n`` grids: (n, h, w) int64. A function of the weights and of ``generator``, on the prior's device.
 
         temperature: logits are divided by it; below 1 likely codes become likelier. top_k: so many likeliest codes can
         be drawn, 0 is all. labels: (n,) int64. guidance: g, by which logits are ℓ(none) + g · (ℓ(label) − ℓ(none)), of
         a prior that may go without labels; 1 is none (Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6).
+        progress: called with how many codes were drawn since it was called before.
         Raises UserError on labels, temperature, top_k or guidance that cannot be.
         """
         self._check_sampling(n, temperature, top_k, labels, guidance)
@@ -105,12 +109,14 @@ class Prior(nn.Module):
         if guided:  # both at once, side by side
             labels = torch.cat([labels, torch.full_like(labels, self.classes)])
         state, before, drawn = self.start(labels, n * (1 + guided)), None, []
-        for position in range(self.grid_size**2):
+        for position in range(self.tokens):
             logits, state = self.step(position, before.repeat(1 + guided) if drawn else None, state)
             chances = self._chances(logits, temperature, top_k, guidance)
             before = torch.multinomial(chances, 1, generator=generator)[:, 0]
             drawn.append(before)
-        return torch.stack(drawn, 1)[:, self.places].view(n, self.grid_size, self.grid_size)
+            if progress:
+                progress(n)
+        return torch.stack(drawn, 1)[:, self.places].view(n, *self.grid)
 
     def _chances(self, logits: Tensor, temperature: float, top_k: int, guidance: float) -> Tensor:
         """What codes are drawn with, (n, K), from logits (n, K); of guidance (2n, K), with labels and then without."""
@@ -136,8 +142,8 @@ class Prior(nn.Module):
         self._check_labels(labels, n)
 
     def _check(self, codes: Tensor, labels: Tensor | None) -> None:
-        if codes.shape[1:] != (self.grid_size, self.grid_size):
-            theirs, own = "×".join(map(str, codes.shape[1:])), f"{self.grid_size}×{self.grid_size}"
+        if codes.shape[1:] != self.grid:
+            theirs, own = ("×".join(map(str, shape)) for shape in (codes.shape[1:], self.grid))
             raise UserError(f"the codes are grids of {theirs} and this prior is for {own}; train one for them")
         # not in training: there a GPU would have to be waited for
         if not self.training and codes.numel() and not 0 <= codes.min() <= codes.max() < self.codebook_size:

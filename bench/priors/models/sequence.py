@@ -27,7 +27,7 @@ class SequencePrior(Prior):
         self,
         layer: Layer,
         codebook_size: int,
-        grid_size: int,
+        grid: tuple[int, int],
         width: int,
         depth: int,
         dropout: float,
@@ -35,10 +35,10 @@ class SequencePrior(Prior):
         token_order: str = "raster",
         unlabelled: bool = False,
     ):
-        super().__init__(codebook_size, grid_size, classes, token_order, unlabelled)
+        super().__init__(codebook_size, grid, classes, token_order, unlabelled)
         self.embedding = nn.Embedding(codebook_size, width)
         self.first = nn.Embedding(max(classes, 1) + unlabelled, width)  # one row per label
-        self.position = nn.Parameter(0.02 * torch.randn(grid_size**2, width))
+        self.position = nn.Parameter(0.02 * torch.randn(self.tokens, width))
         for table in (self.embedding, self.first):
             nn.init.normal_(table.weight, std=0.02)
             table.weight._no_weight_decay = True
