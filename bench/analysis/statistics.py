@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from bench.core.errors import Damaged
 from bench.core.runs import Run
@@ -338,6 +337,8 @@ def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
 def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
     """95 % interval and two-sided p-value of a paired t test over ``differences`` (n,); see backbone_verdicts for
     differences without spread."""
+    from scipy import stats  # half a second, which commands that compare nothing do not have
+
     mean, error = float(differences.mean()), float(stats.sem(differences))
     if error <= 1e-12 * abs(mean):  # equal up to rounding
         return (mean, mean), float(mean == 0)
@@ -376,6 +377,8 @@ def _image_intervals(differences: dict[int, np.ndarray]) -> dict[int, Interval]:
     rows = np.stack(list(differences.values()))
     batch = max(1, 2_000_000 // rows.size)  # resamples held in memory at a time
     options = {"n_resamples": RESAMPLES, "batch": batch, "confidence_level": 1 - LEVEL, "method": "percentile"}
+    from scipy import stats
+
     found = stats.bootstrap((rows,), np.mean, axis=-1, **options, rng=np.random.default_rng(0)).confidence_interval
     ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
     return dict(zip(differences, ends, strict=True))

@@ -343,10 +343,22 @@ STUDIES = {
         ("vit", "mamba", "bimamba", "hybrid"),
         (0, 1, 2),
     ),
+    "codebooks": (
+        {"quantizer": ("product", "residual"), "codebooks": (2, 4)},
+        {"codebook_size": 256},
+        ("cnn", "vit"),
+        (0, 1, 2),
+    ),
     "code_dim": ({"code_dim": (4, 8, 16, 32, 64), "quantizer": ("ema", "l2")}, {}, ("convnext", "vit"), (0, 1, 2)),
     "codebook_size": ({"codebook_size": (64, 256, 1024, 4096)}, {}, ALL, (0, 1, 2)),
     "filters": ({"width": (16, 32, 64, 128, 256)}, {}, ("cnn",), (0, 1, 2)),
     "gan_weight": ({"gan_weight": (0.0, 0.1, 0.3, 1.0)}, {}, ALL, (0, 1, 2)),
+    "gumbel": (
+        {"uniform_weight": (0.0, 0.0005, 0.005), "temperature_end": (1.0, 0.0625)},
+        {"quantizer": "gumbel"},
+        ("cnn",),
+        (0, 1, 2),
+    ),
     "grid_size": ({"grid_size": (1, 2, 4, 8, 16)}, {}, ALL, (0, 1, 2)),
     "learning_rate": ({"lr": (3e-4, 1e-3, 2e-3, 5e-3)}, {}, ALL, (0, 1, 2)),
     "prior_rate": (
@@ -356,6 +368,16 @@ STUDIES = {
         (0, 1, 2),
     ),
     "priors": ({"grid_size": (4, 8, 16)}, {}, ALL, (0, 1, 2)),
+    "tricks": (
+        {
+            **{"kmeans_init": (False, True), "gradient": ("straight_through", "rotation")},
+            **{"entropy_weight": (0.0, 0.01), "revive_after": (50, 0)},
+            **{"reconstruction_weight": (1.0, 4.0), "reconstruction_end": (1.0, 4.0)},
+        },
+        {"quantizer": "standard"},
+        ("cnn", "vit"),
+        (0, 1, 2),
+    ),
     "variants": (
         {"token_order": ("raster", "hilbert", "cross")}
         | dict.fromkeys(("two_streams", "vision_mixer", "rotary", "rms_norm", "full_resolution"), (False, True))
@@ -383,7 +405,7 @@ OVER_CODES = {
 def test_an_ablation_sweeps_what_its_docstring_says(name):
     study = importlib.import_module(f"studies.{name}").STUDY
     assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
-    assert study.alone == (name == "variants")
+    assert study.alone == (name in ("gumbel", "tricks", "variants"))
     assert study.priors == OVER_CODES.get(name, ())
     metric = ("grid_energy", "grid_edges") if name == "cures" else ("lpips_vgg",)
     assert parse_study(study, "", []).metric == metric
