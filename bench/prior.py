@@ -103,7 +103,8 @@ def work(arguments: list[str]) -> int:
         trials.append(Trial(f"{prior} {seed}", store.run(config), work))
     finished, diverged = run_each(trials)
     if finished:
-        put(result_table(finished), "their metrics.json, or the report of the tokenizer, python -m bench.report RUN")
+        reports = "python -m bench.report" if pixels else "the report of the tokenizer, python -m bench.report RUN"
+        put(result_table(finished), f"their metrics.json, or {reports}")
         bound = f" Masked was drawn in {options.passes} passes. {BOUND}" * ("masked" in options.prior)
         line = protocol_line(finished[0]) + bound + f" {BITS}" * (pixels is not None)
         stdout.print(escape(line), soft_wrap=True)

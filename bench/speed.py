@@ -5,9 +5,10 @@
     python -m bench.speed --check                exit code 1 where a number misses its goal
     python -m bench.speed --device cuda
 
-Ours and the others take turns in one process, on the same inputs, after their results were seen to agree; a number is
-the median over rounds of how they stand to each other in that round. Peers are packages that are used where they are
-installed: vector-quantize-pytorch, transformers, lpips, torchmetrics, torchvision. Nothing else should run meanwhile.
+Ours and the others take turns in one process (commands in their own), on the same inputs, after results that both have
+were seen to agree; a number is the median over rounds of how they stand to each other in that round. Peers are packages
+that are used where they are installed: vector-quantize-pytorch, transformers, lpips, torchmetrics, torchvision. Nothing
+else should run meanwhile.
 """
 
 import sys
@@ -61,23 +62,23 @@ def work(arguments: list[str]) -> int:
     about, failed = speeds.machine(device), []
     for name in (name for name in known if name in (options.paths or known)):
         if name == "growth":
-            grown = [{**row, **about} for one in speeds.GROWTH.items() for row in speeds.grow(*one, device)]
-            speeds.keep(options.out / speeds.GROWTH_FILE, grown, "growth")
+            for one, growth in speeds.GROWTH.items():
+                grown = [{**row, **about} for row in speeds.grow(one, growth, device)]
+                speeds.keep(options.out / speeds.GROWTH_FILE, grown, growth=one, device=device)
             continue
-        rows = []
-        for contest in speeds.PATHS[name](device):
-            try:
+        rows, of = [], name
+        try:
+            for contest in speeds.PATHS[name](device):
+                of = f"{name}, {contest.name}"
                 found = speeds.compete(name, contest, device, options.seconds)
-            except speeds.Disagreement as error:
-                say(f"[red]not timed:[/] {escape(f'{name}, {contest.name}: {error}')}")
-                failed.append(f"{name}, {contest.name}")
-                continue
-            for row in found:
-                stdout.print(escape(speeds.line(row)), soft_wrap=True)
-            failed += [f"{name}, {row['case']}" for row in found if speeds.met(row) is False]
-            rows += [{**row, **about} for row in found]
-        if rows:
-            speeds.keep(options.out / speeds.SPEED_FILE, rows, "path")
+                for row in found:
+                    stdout.print(escape(speeds.line(row)), soft_wrap=True)
+                failed += [of for row in found if speeds.met(row) is False]
+                rows += [{**row, **about} for row in found]
+        except Exception as error:  # of a peer whatever it may raise; the other paths have nothing to do with it
+            say(f"[red]not timed:[/] {escape(f'{of}: {error}')}")
+            failed.append(of)
+        speeds.keep(options.out / speeds.SPEED_FILE, rows, path=name, device=device)
     speeds.publish(options.out)
     say(escape(f"tables and pictures: {options.out}"))
     if failed:

@@ -223,8 +223,9 @@ def rate_distortion(scope: Scope) -> Iterator[Drawing]:
         caption = f"{joined}; bands: ± standard deviation. {counted(scope, rows, list(BITS), fixed)}"
     else:
         _fronts(panels, rows)
-        varied = listed([name for name in settings(rows) if name not in BITS])
-        caption = f"All {len(rows)} scored runs, whatever their {varied}; steps: the best of each backbone so far."
+        others = [name for name in settings(rows) if name not in BITS]
+        varied = f", whatever their {listed(others)}" if others else ""
+        caption = f"All {len(rows)} scored runs{varied}; steps: the best of each backbone so far."
     if len(coded):
         caption += " Hollow: the same at the rate of an entropy coder with the best prior trained over those codes."
     caption += references.caption(rows, latents)
@@ -271,7 +272,7 @@ def generation(rows: pd.DataFrame, known: int, words: str = "", apart: bool = Fa
     ``words`` which. ``apart``: each prior is a point, whatever its settings."""
     metrics = [name for name in ("gfid", "gfid_vgg16", "gkid_vgg16") if rows[name].notna().all()][:2]
     names = ["coded_bits_per_pixel", *metrics, *(f"{metric}_real" for metric in metrics)]
-    by = ["backbone", "prior", "grid_size", "codebook_size", *(["tokenizer"] if apart else [])]
+    by = ["backbone", "prior", "grid_size", "codebook_size", *(["run_id"] if apart else [])]
     means = rows.groupby(by)[names].mean().reset_index()
     figure, panels = looks.new_panels(len(metrics))
     rates = rows.coded_bits_per_pixel

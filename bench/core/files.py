@@ -43,6 +43,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("VQBENCH_CACHE") or platformdirs.user_cache_dir("vqbench"))
 
 
+def located(data: str) -> str:
+    """``data``, of folder:PATH with its real path: what such images go by, wherever a command is started."""
+    kind, _, path = data.partition(":")
+    return f"folder:{os.path.realpath(os.path.expanduser(path))}" if kind == "folder" and path else data
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; on success it is flushed to disk and renamed to ``path``.

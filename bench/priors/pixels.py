@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from bench.core import settings
-from bench.core.files import cache_dir
+from bench.core.files import cache_dir, located
 from bench.core.runs import Run
 from bench.core.settings import Count, Natural
 from bench.data import from_uint8, load
@@ -60,9 +60,9 @@ class Pixels:
     """
 
     def __init__(self, data: str = "photos", image_size: int = 32):
-        config = PixelConfig(data, image_size)
+        config = PixelConfig(located(data), image_size)
         settings.check_fields(config)
-        self.data = load(data, image_size)
+        self.data = load(config.data, image_size)
         grey = is_grey(self.data.train) and is_grey(self.data.images(config.split))
         self.config = replace(config, channels=1 if grey else 3)
 

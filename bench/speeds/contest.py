@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy
@@ -85,11 +86,12 @@ def compete(path: str, contest: Contest, device: str, seconds: float) -> list[di
 
 
 def clocked(work: Callable[[], object], device: str) -> float:
-    """Seconds that ``work`` takes, the device's included."""
+    """Seconds that ``work`` takes, the device's included, but for what it was still at."""
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    wait()
     began = time.perf_counter()
     work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - began
 
 
@@ -112,5 +114,5 @@ def met(row: dict[str, Any]) -> bool | None:
 def same(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
     """Raises Disagreement where two tensors differ by more than ``tolerance`` of the second's largest number."""
     scale = theirs.abs().max().clamp_min(1e-12)
-    if (apart := float((ours - theirs).abs().max() / scale)) > tolerance:
+    if not (apart := float((ours - theirs).abs().max() / scale)) <= tolerance:  # NaN agrees with nothing
         raise Disagreement(f"{what}: {apart:.1e} of the largest number apart, more than {tolerance:.0e}")

@@ -73,7 +73,7 @@ def look_ups(device: str) -> Iterator[Contest]:
             lambda tokens=tokens, codebook=codebook: nearest(tokens, codebook),
             {"its GEMM": Other(_products(z, codebook), "bound", 1.4 if codes >= 8192 else None)},
             agree,
-            extra_memory=64,
+            extra_memory=64 if device == "cpu" else None,  # a GPU's chunks are larger
         )
 
 
@@ -116,10 +116,13 @@ def mambas(device: str) -> Iterator[Contest]:
             if peer is not None:
                 others[name] = Other(lambda m=peer, work=work: work(m), "peer", 2.5)
 
-            def agree(u: Tensor = u, layer: nn.Module = layer, peer: nn.Module | None = peer) -> None:
-                if peer is not None:
-                    with torch.no_grad():
-                        same("output", layer(u), peer(u), 1e-4)
+            def agree(
+                u: Tensor = u, weight: Tensor = weight, ours: nn.Module = layer, theirs: nn.Module | None = peer
+            ) -> None:
+                if theirs is not None:
+                    found = [(y := m(u), *torch.autograd.grad((y * weight).sum(), u)) for m in (ours, theirs)]
+                    for what, (mine, other) in zip(("output", "gradient"), zip(*found, strict=True), strict=True):
+                        same(what, mine, other, 1e-4)
 
             case = f"{batch} × {length} × {width}, {precision}"
             yield Contest(case, lambda m=layer, work=work: work(m), others, agree)

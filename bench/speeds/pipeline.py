@@ -153,6 +153,10 @@ def _packages(pairs: list[tuple[Tensor, Tensor]], device: str, lpips: object, im
 
     @torch.inference_mode()
     def work() -> dict[str, float]:
+        with full_precision(torch.device(device)):  # as ours
+            return score_one_by_one()
+
+    def score_one_by_one() -> dict[str, float]:
         found: dict[str, float] = {}
         for name, net in nets.items():
             found[f"lpips_{name}"] = float(torch.cat([net(b, a).flatten() for a, b in pairs]).mean())
@@ -235,6 +239,8 @@ def samplings(device: str) -> Iterator[Contest]:
         config = PriorConfig("none", name, device=resolve_device(device)).resolved()
         torch.manual_seed(0)
         prior: Prior = build(config, 512, (16, 16), 0).to(device).eval()
+        for parameter in prior.parameters():  # what starts at zero would agree with anything
+            torch.nn.init.normal_(parameter, std=0.05)
 
         def draw(prior: Prior = prior) -> Tensor:
             return prior.sample(64, torch.Generator(device).manual_seed(0))
@@ -246,10 +252,11 @@ def samplings(device: str) -> Iterator[Contest]:
             prior.logits(codes)
 
         def agree(prior: Prior = prior, codes: Tensor = codes[:4]) -> None:
-            state, before = prior.start(None, len(codes)), None
-            logits, flat = prior.logits(codes).flatten(1, 2), codes.flatten(1)
-            with torch.no_grad():
-                for position in range(32):
+            flat = codes.flatten(1)
+            with torch.no_grad(), full_precision(torch.device(device)):
+                state, before = prior.start(None, len(codes)), None
+                logits = prior.logits(codes).flatten(1, 2)
+                for position in range(100):
                     step, state = prior.step(position, before, state)
                     same(f"logits at {position}", step, logits[:, position], 1e-3)
                     before = flat[:, position]

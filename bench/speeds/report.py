@@ -11,7 +11,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from bench.core.environment import PACKAGES, environment
+from bench.core.environment import environment
 from bench.core.files import atomic_path
 
 from .contest import met
@@ -26,7 +26,10 @@ def machine(device: str) -> dict[str, Any]:
     """What a time depends on besides the code: columns of every row."""
     about = environment()
     processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
-    return {"device": device, "processor": processor, "threads": about["threads"], "commit": about["commit"]}
+    versions = {**about["versions"], **{name: _version(name) for name in PEERS}}
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    found = {"device": device, "processor": processor, "threads": about["threads"], "commit": about["commit"]}
+    return {**found, "packages": packages}
 
 
 def _processor() -> str:
@@ -47,17 +50,21 @@ def _lines(path: str) -> list[str]:
 def line(row: dict[str, Any]) -> str:
     """A row of speeds in one line."""
     number = "unknown" if row["number"] is None else f"{row['number']:.2f}"
-    goal = f" (goal {row['goal']:g}{'' if met(row) else ', missed'})" if row["goal"] is not None else ""
+    goal = f" (goal {row['goal']:g}{', missed' if met(row) is False else ''})" if row["goal"] is not None else ""
     return f"{row['path']}, {row['case']}: {number} {WORDS[row['kind']]} {row['against']}{goal}"
 
 
-def keep(path: Path, rows: list[dict[str, Any]], by: str) -> None:
-    """Writes ``rows`` into the CSV file ``path``, in place of those there of the same values of the column ``by``."""
+def keep(file: Path, rows: list[dict[str, Any]], /, **place: str) -> None:
+    """Writes ``rows`` into the CSV ``file``, in place of those there that have the values ``place`` of columns."""
     table = pd.DataFrame(rows)
-    if path.is_file():
-        before = pd.read_csv(path)
-        table = pd.concat([before[~before[by].isin(table[by])], table], ignore_index=True)
-    with atomic_path(path) as temporary:
+    if file.is_file():
+        before = pd.read_csv(file)
+        old = (before[[*place]] == pd.Series(place)).all(axis=1)
+        table = pd.concat([before[~old], table], ignore_index=True) if rows else before[~old]
+    if table.empty:
+        file.unlink(missing_ok=True)
+        return
+    with atomic_path(file) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
 
 
@@ -72,10 +79,8 @@ def publish(folder: Path) -> None:
         rows = pd.read_csv(folder / GROWTH_FILE)
         sections += [_growths(rows)]
         _picture_growths(rows, folder / "growth.png")
-    versions = {name: _version(name) for name in (*PACKAGES, *PEERS)}
-    told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     words = "# Speed\n\nMade by `python -m bench.speed`, which says how. Numbers are medians over rounds, in brackets "
-    words += f"what 5 and 95 % of the rounds stay below.\n\nPackages: {told}.\n\n"
+    words += "what 5 and 95 % of the rounds stay below.\n\n"
     with atomic_path(folder / "tables.md") as temporary:
         temporary.write_text(words + "\n".join(sections))
 
@@ -111,11 +116,12 @@ def _growths(rows: pd.DataFrame) -> str:
 
 
 def _machines(rows: pd.DataFrame) -> list[str]:
-    """One line for each machine and commit that rows are from."""
-    found = []
-    for (processor, threads, commit), own in rows.groupby(["processor", "threads", "commit"], sort=False, dropna=False):
-        name = "path" if "path" in own else "growth"
-        found.append(f"{', '.join(own[name].unique())}: {processor}, {threads} threads, commit {str(commit)[:10]}.  ")
+    """One line for each machine, commit and list of packages that rows are from."""
+    found, name = [], "path" if "path" in rows else "growth"
+    by = ["processor", "threads", "commit", "packages"]
+    for (processor, threads, commit, packages), own in rows.groupby(by, sort=False, dropna=False):
+        where = f"{processor}, {threads} threads, commit {str(commit)[:10]}"
+        found.append(f"{', '.join(own[name].unique())}: {where}; {packages}.  ")
     return found
 
 

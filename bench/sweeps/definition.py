@@ -116,7 +116,7 @@ class AblationArguments(StudyArguments):
 
 
 @dataclass(frozen=True)
-class PriorArguments(StudyArguments):
+class WithPriors(StudyArguments):
     """What a study takes that trains priors."""
 
     prior: tuple[str, ...] = ()
@@ -130,12 +130,12 @@ class PriorArguments(StudyArguments):
 
 
 @dataclass(frozen=True)
-class PriorStudyArguments(AblationArguments, PriorArguments):
+class PriorStudyArguments(AblationArguments, WithPriors):
     """What an ablation with priors takes."""
 
 
 @dataclass(frozen=True)
-class SearchArguments(PriorArguments):
+class SearchArguments(WithPriors):
     """What a search takes."""
 
     metric: tuple[str, ...] = ()
@@ -149,8 +149,8 @@ class SearchArguments(PriorArguments):
     bits_per_image: int | None = None
     """search at this rate alone: K follows from the grid"""
     confirm: int = 0
-    """then train the best trial of each backbone at the preset's rate, and the preset itself, on so many fresh seeds
-    and score them on the test"""
+    """then train the best trial of each backbone at the preset's rate (at coded rates: that needs no more than the
+    preset's own trial), and the preset itself, on so many fresh seeds and score them on the test"""
     trials: int = 30
     """trials per backbone, those of earlier commands included"""
     timeout: float | None = None

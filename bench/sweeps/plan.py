@@ -16,6 +16,7 @@ from rich.table import Table
 
 from backbones import OPTIONS
 from bench.analysis.frames import DEFAULTS, frame, statuses
+from bench.core.files import located
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
@@ -119,7 +120,7 @@ class Plan:
             if name in unnamed or (value == usual.get(name) and name not in uneven):
                 continue
             if name == "data" and value.startswith("folder:"):
-                path = os.path.realpath(os.path.expanduser(value.removeprefix("folder:")))
+                path = located(value).removeprefix("folder:")
                 value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
             exact = str(value) if isinstance(value, float) and float(shown(value)) != value else shown(value)
             words.append(value if name == "data" else f"{name}={exact}")

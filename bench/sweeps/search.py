@@ -46,6 +46,10 @@ class SearchPlan(Plan):
                 raise UserError(f"{words}; add --prior transformer and --metric gfid_vgg16, or leave it out")
         self.metric, self.rate = searches.goal(options.metric), searches.rate(options.metric)
         super().__init__(study, options, tied(study.space, options))
+        for backbone in self.backbones if options.confirm and self.rate == searches.CODED else ():
+            if not self._default(backbone):
+                words = f"the preset's values of {backbone} are not in the space, and their trial would set the rate"
+                raise UserError(f"{words} that --confirm compares at; take another preset or its own grid and K")
         if self._prior_names:  # of a run that another search gave up, nothing is known of what its codes would give
             self.final = self.final - {"pruned"}
 
@@ -126,8 +130,9 @@ class SearchPlan(Plan):
         return config.resolved()
 
     def followers(self) -> list[Part]:
-        """Per backbone the best trial at the preset's rate and the preset itself, on seeds that the search has not
-        seen, scored on the test. Raises UserError where no trial has that rate."""
+        """Per backbone the best trial at the preset's rate (at coded rates: with no more bits than the trial of the
+        preset's values) and the preset itself, on seeds that the search has not seen, scored on the test. Raises
+        UserError where there is no such trial."""
         if not self.options.confirm:
             return []
         record = self.store.study(self.name)

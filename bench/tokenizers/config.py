@@ -3,7 +3,6 @@
 A field's name is the command-line flag, the Optuna parameter and the DataFrame column; its type says what it may be.
 """
 
-import os
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ from backbones.orders import TURNS, order
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
+from bench.core.files import located
 from bench.core.settings import (
     Count,
     Features,
@@ -189,9 +189,7 @@ class Config:
         quantizer's own, and a data folder's real path."""
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device)
-        data = self.data
-        if data.removeprefix("folder:") not in (data, ""):  # no path is not the present folder
-            data = f"folder:{os.path.realpath(os.path.expanduser(data.removeprefix('folder:')))}"
+        data = located(self.data)
         entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
         found = {"device": device, "precision": precision, "data": data, "entropy_weight": entropy_weight}
         changes = {name: value for name, value in found.items() if value != getattr(self, name)}
@@ -266,7 +264,7 @@ def check_order(name: str, height: int, width: int) -> None:
     try:
         order(name, height, width)
     except ValueError as error:
-        raise UserError(f"{error}; take another grid_size, or the order snake") from error
+        raise UserError(f"{error}; take the order snake, or a grid that has it") from error
 
 
 def _useless(name: str, value: Any, chosen: str, users: list[str]) -> UserError:

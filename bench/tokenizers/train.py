@@ -47,8 +47,8 @@ class TokenizerLearner:
         self.parts = {"tokenizer": self.model, "optimizer": self.optimizer} | parts
         self.autocast, self.lpips = autocast(config), None
         if config.lpips_weight:
-            trunk = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            self.lpips = perceptual(config.lpips_net, torch.device(config.device), trunk)
+            trunk = [torch.bfloat16] if config.precision == "bf16" else []  # else the one that scores
+            self.lpips = perceptual(config.lpips_net, torch.device(config.device), *trunk)
         self.adversary = None
         if config.gan_weight:
             with torch.random.fork_rng():  # until gan_start a run is the same, bit for bit, with and without it

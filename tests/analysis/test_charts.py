@@ -769,13 +769,15 @@ def test_priors_of_one_protocol_share_a_chart_and_their_legend_names_backbones_a
 
 
 def test_every_prior_of_a_search_is_a_point_whatever_its_tokenizers_settings():
-    rows = [{"tokenizer": name, "tokenizer_lr": lr} for lr, name in ((0.1, "a"), (0.2, "b"), (0.3, "c"))]
+    """Nor is one prior averaged with another over the same codes."""
+    rows = [{"tokenizer": name, "tokenizer_lr": lr} for lr, name in ((0.1, "a"), (0.2, "b"), (0.3, "c"), (0.3, "c"))]
+    rows = [{**row, "run_id": str(i)} for i, row in enumerate(rows)]
     drawings = charts._drawings(made().assign(role=None), None, made_priors(*rows))
     (drawing,) = (one for one in drawings if one.name == "generation")
-    assert drawing.caption.startswith("3 priors, each a point; 512 samples each")
+    assert drawing.caption.startswith("4 priors, each a point; 512 samples each")
     assert "Lines join" not in drawing.caption
     (line,) = (line for line in drawing.figure.axes[0].get_lines() if line.get_marker() != "None")
-    assert (line.get_linestyle(), len(line.get_xydata())) == ("None", 3)
+    assert (line.get_linestyle(), len(line.get_xydata())) == ("None", 4)
 
 
 @pytest.mark.parametrize(("rates", "scale"), [((0.1, 0.3), "linear"), ((0.1, 0.5), "log")])
@@ -978,6 +980,13 @@ def test_winners_of_a_search_stand_for_it_and_are_pictured_beside_the_defaults(t
     trials = frame(run for run in store.runs() if run.config()["split"] == "val").assign(role=None)
     (drawing,) = charts.rate_distortion(scope(trials))
     assert "All 5 scored runs" in drawing.caption
+
+
+def test_a_search_whose_trials_differ_in_nothing_but_bits_has_a_chart():
+    """Nor in bits, where formats stand beside one trial."""
+    trials = made({"codebook_size": 16, "seed": 0}, {"codebook_size": 64, "seed": 0}).assign(role=None)
+    (drawing,) = charts.rate_distortion(scope(trials))
+    assert drawing.caption.startswith("All 2 scored runs; steps")
 
 
 def test_failures_are_counted_with_those_on_the_same_images():

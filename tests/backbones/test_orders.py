@@ -89,7 +89,7 @@ def test_an_order_changes_what_a_scan_makes_of_the_same_weights(name, turns):
         ({"backbone": "mamba", "token_order": "spiral"}, "unknown token_order 'spiral'; choose from raster, columns"),
         (
             {"backbone": "mamba", "token_order": "hilbert", "image_size": 48, "grid_size": 6},
-            "power of two, not 6×6; take another grid_size, or the order snake",
+            "power of two, not 6×6; take the order snake, or a grid that has it",
         ),
     ],
 )

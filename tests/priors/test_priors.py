@@ -105,7 +105,7 @@ def test_in_another_order_a_code_sees_what_its_order_has_before_it(name, order):
 def test_an_order_that_a_prior_has_no_use_for_or_a_grid_has_not_is_refused():
     with pytest.raises(UserError, match="token_order is snake, of which prior 'pixelcnn' makes no use; leave it"):
         PriorConfig("none", "pixelcnn", token_order="snake").check()
-    with pytest.raises(UserError, match="power of two, not 6×6; take another grid_size, or the order snake"):
+    with pytest.raises(UserError, match="power of two, not 6×6; take the order snake, or a grid that has it"):
         build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, (6, 6), 0)
 
 
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(name):
 
 
 def test_a_long_grid_has_no_order_of_hilbert_and_is_not_one_of_as_many_codes():
-    with pytest.raises(UserError, match="power of two, not 32×96; take another grid_size, or the order snake"):
+    with pytest.raises(UserError, match="power of two, not 32×96; take the order snake, or a grid that has it"):
         build_prior(PriorConfig("none", "rnn", token_order="hilbert"), K, (32, 96), 0)
     with pytest.raises(UserError, match="grids of 6×3 and this prior is for 3×6"):
         build("rnn", LONG).nll(grids(2, (6, 3)))

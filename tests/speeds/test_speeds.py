@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import speed, speeds
+from bench.priors.models.sequence import RecurrentLayer
 from bench.speeds import commands, contest, growth, layers, pipeline
 from bench.speeds.contest import Contest, Disagreement, Other, compete, met
 from bench.tokenizers.config import make_config
@@ -92,6 +93,9 @@ def test_same_knows_how_far_apart():
     contest.same("x", x, x * (1 + 1e-6), 1e-5)
     with pytest.raises(Disagreement, match=r"1\.0e-01"):
         contest.same("x", x, torch.tensor([1.4, -4.0]), 1e-2)
+    for broken in ((x * torch.nan, x), (x, x * torch.nan)):
+        with pytest.raises(Disagreement):
+            contest.same("x", *broken, 1e-2)
 
 
 @pytest.mark.parametrize("path", ["quantizer", "look-up", "mamba", "sampling"])
@@ -116,6 +120,14 @@ def test_a_wrong_look_up_is_noticed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layers, "nearest", lambda tokens, codebook: torch.zeros(len(tokens), dtype=torch.int64))
     with pytest.raises(Disagreement, match="distance"):
         next(layers.look_ups("cpu")).agree()
+
+
+def test_a_prior_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    step = RecurrentLayer.step
+    monkeypatch.setattr(RecurrentLayer, "step", lambda layer, x, state: step(layer, x, None))
+    contests = [one for one in pipeline.samplings("cpu") if one.name.startswith("rnn")]
+    with pytest.raises(Disagreement, match="logits at 1"):
+        contests[0].agree()
 
 
 def test_a_wrong_quantizer_is_noticed(monkeypatch: pytest.MonkeyPatch):
@@ -170,10 +182,31 @@ def test_tables_are_renewed_by_path_and_check_says_what_was_missed(tmp_path, cap
 
 
 @pytest.mark.usefixtures("two_paths")
-def test_what_disagrees_is_told_and_not_timed(tmp_path, capsys: pytest.CaptureFixture):
+def test_what_disagrees_is_told_and_its_older_times_are_gone(tmp_path, capsys: pytest.CaptureFixture, monkeypatch):
     assert speed.main(["bad", "--check", "--out", str(tmp_path)]) == 1
     assert "they are 3 apart" in capsys.readouterr().err
     assert not (tmp_path / "speed.csv").exists()
+    monkeypatch.setitem(speeds.PATHS, "bad", speeds.PATHS["good"])
+    assert speed.main(["--out", str(tmp_path), "good", "bad"]) == 0
+    assert set(pd.read_csv(tmp_path / "speed.csv").path) == {"good", "bad"}
+
+    def broken(device: str) -> Iterator[Contest]:
+        raise RuntimeError("no kernel image")
+        yield
+
+    monkeypatch.setitem(speeds.PATHS, "bad", broken)
+    assert speed.main(["bad", "--out", str(tmp_path)]) == 0
+    assert "not timed: bad: no kernel image" in " ".join(capsys.readouterr().err.split())
+    assert set(pd.read_csv(tmp_path / "speed.csv").path) == {"good"}
+
+
+def test_tables_are_renewed_by_path_and_device(tmp_path):
+    rows = [{"path": path, "device": device, "number": 1} for path in "ab" for device in ("cpu", "cuda")]
+    for row in rows:
+        speeds.keep(tmp_path / "x.csv", [row], path=row["path"], device=row["device"])
+    speeds.keep(tmp_path / "x.csv", [{**rows[0], "number": 2}], path="a", device="cpu")
+    table = pd.read_csv(tmp_path / "x.csv").set_index(["path", "device"]).number
+    assert table.to_dict() == {("a", "cpu"): 2, ("a", "cuda"): 1, ("b", "cpu"): 1, ("b", "cuda"): 1}
 
 
 def test_growth_has_a_table_and_a_picture(clock: Clock, tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -173,6 +173,13 @@ def test_what_does_not_fit_together_is_one_sentence_and_trains_nothing(child, tm
     assert not Store(tmp_path).studies()
 
 
+def test_what_could_not_be_confirmed_in_the_end_is_refused_at_the_start(child, tmp_path, capsys):
+    """The trial of the preset's values sets the rate at which winners are confirmed: it has to be one."""
+    assert start(tmp_path, *CODED, "--confirm", "2", "--preset", "vqgan64") == 2
+    assert "are not in the space, and their trial would set the rate" in " ".join(capsys.readouterr().err.split())
+    assert not child.calls
+
+
 def test_an_ablation_is_ranked_by_scores_of_tokenizers_alone():
     study = Ablation("a", {"beta": (0.25,)}, backbones=("cnn",), seeds=(0,), priors=("rnn",))
     with pytest.raises(UserError, match=r"metric 'gfid_vgg16' cannot be optimised; choose from (?!.*gfid)"):
@@ -456,8 +463,9 @@ def test_a_front_of_coded_bits_heeds_no_other_bits():
 
 
 def test_a_coded_rate_without_a_trial_of_the_preset_confirms_nothing(child, tmp_path, capsys):
-    study = Search("search", {**SPACE, "codebook_size": (64, 256)}, backbones=("cnn",))
-    assert start(tmp_path, *CODED, "--trials", "2", "--confirm", "1", study=study) == 2
+    """It is tried first, and may diverge."""
+    child.endings = {1: "diverged"}
+    assert start(tmp_path, *CODED, "--trials", "2", "--confirm", "1") == 2
     assert "no trial of cnn has the preset's values, whose rate is the limit" in " ".join(
         capsys.readouterr().err.split()
     )

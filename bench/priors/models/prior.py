@@ -51,7 +51,7 @@ class Prior(nn.Module):
             raise UserError(f"{folder} holds no finished prior; train one with python -m bench.prior")
         config, codes = run.settings(PriorConfig), run.codes()
         replace(config, device=device).check()
-        check_memory(config.parameters + codes["codebook_size"] * codes["grid"][0], device)
+        check_memory(config.parameters + codes["codebook_size"] * math.prod(codes["grid"]), device)
         classes = len(codes["classes"]) if config.conditional else 0
         prior = build(config, codes["codebook_size"], codes["grid"], classes)
         prior.config = config
