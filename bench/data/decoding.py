@@ -31,6 +31,7 @@ from .sources import SPLITS, Source, Split, folder_source
 DECODING_VERSION = 3  # part of the cache key: raise it when the same files would decode to other pixels
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
+SHARE = 16  # of them that a thread takes at a time: each hand-over costs as much as a small image
 
 
 Skipped = tuple[str, str]  # name of an image that cannot be decoded, and why where its file is not at fault
@@ -192,7 +193,8 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
     skipped: list[Skipped] = []
     labels: dict[str, list[str]] = {split: [] for split in SPLITS}  # of the images that can be decoded
     try:
-        with Bar(f"decoding {name}", total) as bar, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        workers = ThreadPoolExecutor(os.cpu_count())
+        with Bar(f"decoding {name}", total) as bar, workers as pool, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for (part, found), split in zip(labels.items(), splits, strict=True):
@@ -254,7 +256,8 @@ def _decode_blocks(
 
     for start in range(0, len(split.items), DECODING_CHUNK):
         chunk = split.items[start : start + DECODING_CHUNK]
-        images = list(pool.map(try_read, chunk))
+        shares = [chunk[i : i + SHARE] for i in range(0, len(chunk), SHARE)]
+        images = [image for share in pool.map(lambda items: list(map(try_read, items)), shares) for image in share]
         for item, image in zip(chunk, images, strict=True):
             if isinstance(image, str):
                 skipped.append((_text(item), image))

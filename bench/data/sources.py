@@ -21,6 +21,7 @@ from bench.core.files import cache_dir
 from bench.core.progress import say
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+ORIENTATION = 0x0112  # EXIF's tag
 SPLITS = ("train", "val", "test")
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 
@@ -45,7 +46,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     ValueError for floating-point pixels, whose white is undefined.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # of one that is upright already it would make a copy
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     if image.mode.startswith("I"):  # I;16 and its relatives; convert() would clip them at 255
@@ -54,7 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:  # hidden colours may be anything
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies, too
 
 
 def to_pixels(image: Image.Image, image_size: int) -> np.ndarray:

@@ -113,6 +113,7 @@ def met(row: dict[str, Any]) -> bool | None:
 
 def same(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
     """Raises Disagreement where two tensors differ by more than ``tolerance`` of the second's largest number."""
+    ours, theirs = ours.detach(), theirs.detach()
     scale = theirs.abs().max().clamp_min(1e-12)
     if not (apart := float((ours - theirs).abs().max() / scale)) <= tolerance:  # NaN agrees with nothing
         raise Disagreement(f"{what}: {apart:.1e} of the largest number apart, more than {tolerance:.0e}")

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,9 @@ def _packages(pairs: list[tuple[Tensor, Tensor]], device: str, lpips: object, im
     """Each metric by its own package: LPIPS twice, PSNR, SSIM, and VGG16's features for the distance between sets."""
     nets = {}
     for name in ("alex", "vgg"):
-        net = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).to(device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision dislikes how the package calls it
+            net = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).to(device).eval()
         ours = perceptual(name, torch.device(device))
         net.net.load_state_dict(ours.trunk.state_dict())
         nets[name] = net
