@@ -96,7 +96,8 @@ GROWTH: dict[str, Growth] = {
 
 
 def grow(name: str, growth: Growth, device: str) -> list[dict[str, Any]]:
-    """A row for each size of ``growth``: the median of seconds, and the exponent that all sizes together have."""
+    """A row for each size of ``growth``: the median of seconds, the exponent that all sizes together have, and that of
+    the two largest alone, which says more of what grows without end."""
     rows = []
     with Bar(f"growth of {name}", len(growth.sizes)) as bar:
         for size in growth.sizes:
@@ -106,5 +107,7 @@ def grow(name: str, growth: Growth, device: str) -> list[dict[str, Any]]:
             seconds = statistics.median(clocked(work, device) for _ in range(ROUNDS))
             rows.append({"growth": name, "variable": growth.variable, "size": size, "seconds": seconds})
             bar.advance(1)
-    slope = float(np.polyfit(*(np.log([row[key] for row in rows]) for key in ("size", "seconds")), 1)[0])
-    return [{**row, "exponent": slope, "expected": growth.why} for row in rows]
+    sizes, seconds = (np.log([row[key] for row in rows]) for key in ("size", "seconds"))
+    slopes = {"exponent": float(np.polyfit(sizes, seconds, 1)[0])}
+    slopes["exponent_at_end"] = float(np.polyfit(sizes[-2:], seconds[-2:], 1)[0])
+    return [{**row, **slopes, "expected": growth.why} for row in rows]

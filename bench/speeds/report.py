@@ -10,7 +10,9 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from bench.analysis.looks import plain_log
 from bench.core.environment import environment
 from bench.core.files import atomic_path
 
@@ -107,11 +109,13 @@ def _speeds(rows: pd.DataFrame) -> str:
 
 
 def _growths(rows: pd.DataFrame) -> str:
-    text = ["", "| work | grows with | times at these sizes | exponent | expected |", "|---|---|---|---|---|"]
+    heads = ("work", "grows with", "times at these sizes", "exponent", "of the two largest", "expected")
+    text = ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, own in rows.groupby("growth", sort=False):
         first = own.iloc[0]
         times = ", ".join(f"{size:,}: {_time(seconds)}" for size, seconds in zip(own["size"], own.seconds, strict=True))
-        text.append(f"| {name} | {first.variable} | {times} | {first.exponent:.2f} | {first.expected} |")
+        slopes = f"{first.exponent:.2f} | {first.exponent_at_end:.2f}"
+        text.append(f"| {name} | {first.variable} | {times} | {slopes} | {first.expected} |")
     return "\n".join(["## Growth", "", *_machines(rows), *text, ""])
 
 
@@ -143,9 +147,9 @@ def _picture_speeds(rows: pd.DataFrame, path: Path) -> None:
     colours = [sns.color_palette()[2 if value >= 1 else 3] for value in share]
     axes.barh(range(len(share)), np.clip(share, 1e-2, 1e2) - 1, left=1, color=colours, height=0.7)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(
-        xscale="log", xlabel="number over goal, or where it has to be small goal over number: met to the right of 1"
-    )
+    axes.set(xscale="log", xlabel="how far beyond its goal, as a ratio (right of 1: met)")
+    plain_log(axes.xaxis)
+    axes.margins(y=0.01)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
     sns.despine(ax=axes, left=True)
@@ -159,9 +163,13 @@ def _picture_growths(rows: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(3.4 * len(variables), 3.2), layout="constrained")
     for axes, variable in zip(np.atleast_1d(figure.subplots(1, len(variables))), variables, strict=True):
         for name, own in rows[rows.variable == variable].groupby("growth", sort=False):
-            label = f"{name}: {own.exponent.iloc[0]:.2f}"
-            sns.lineplot(x=own["size"], y=own.seconds, marker="o", ax=axes, label=label)
-        axes.set(xscale="log", yscale="log", xlabel=variable, ylabel="seconds")
-        axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+            label = f"{name}: {own.exponent.iloc[0]:.2f}, {own.exponent_at_end.iloc[0]:.2f}"
+            sns.lineplot(x=own["size"], y=1e3 * own.seconds, marker="o", ax=axes, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=variable, ylabel="ms")
+        sizes = sorted(rows["size"][rows.variable == variable].unique())
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
+        axes.xaxis.set_minor_locator(NullLocator())
+        plain_log(axes.yaxis)
+        axes.legend(fontsize=7, title="exponent, and of the two largest", title_fontsize=7)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)

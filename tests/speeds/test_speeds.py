@@ -143,6 +143,9 @@ def test_a_power_law_has_its_exponent(clock: Clock):
     rows = speeds.grow("known", made, "cpu")
     assert [row["seconds"] for row in rows] == pytest.approx([3 * size**1.5 for size in (1, 2, 4, 8)])
     assert rows[0]["exponent"] == pytest.approx(1.5)
+    assert rows[0]["exponent_at_end"] == pytest.approx(1.5)
+    late = growth.Growth("size", (1, 2, 4, 8), lambda size, device: clock.takes(1.0 if size < 8 else 4.0), "")
+    assert speeds.grow("known", late, "cpu")[0]["exponent_at_end"] == pytest.approx(2)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def test_growth_has_a_table_and_a_picture(clock: Clock, tmp_path, monkeypatch: p
     made = growth.Growth("size", (1, 2, 4), lambda size, device: clock.takes(size**2), "2: pairs")
     monkeypatch.setattr(speeds, "GROWTH", {"pairs": made})
     assert speed.main(["growth", "--out", str(tmp_path)]) == 0
-    assert "| pairs | size | 1: 1 s, 2: 4 s, 4: 16 s | 2.00 | 2: pairs |" in (tmp_path / "tables.md").read_text()
+    assert "| pairs | size | 1: 1 s, 2: 4 s, 4: 16 s | 2.00 | 2.00 | 2: pairs |" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
 
