@@ -658,7 +658,7 @@ def test_a_prior_that_cannot_be_is_refused_before_it_is_built(world, monkeypatch
     monkeypatch.setattr("bench.core.device.check_memory", None)
     monkeypatch.setattr("bench.priors.models.prior.check_memory", lambda *given: asked.append(given))
     Prior.from_run(run.folder)
-    assert asked == [(20_000 + K * SIDE, "cpu")]
+    assert asked == [(20_000 + K * SIDE**2, "cpu")]
     with pytest.raises(UserError, match="device 'cuda:77' is not available"):
         Prior.from_run(run.folder, "cuda:77")
     changed(run, prior="lstm")
