@@ -1,6 +1,6 @@
 """Times our hot paths against what others have for the same work and against what bounds it.
 
-    python -m bench.speed                        everything, about twenty minutes on two quiet cores
+    python -m bench.speed                        everything, about a quarter of an hour on two quiet cores
     python -m bench.speed quantizer mamba        some of it
     python -m bench.speed --check                exit code 1 where a number misses its goal
     python -m bench.speed --device cuda
