@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from .commands import starts, studies
-from .contest import Contest, Disagreement, Other, compete, met
+from .contest import Contest, compete, met
 from .growth import GROWTH, grow
 from .layers import look_ups, mambas, quantizers
 from .pipeline import decodings, samplings, scoring, steps

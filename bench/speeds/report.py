@@ -137,7 +137,7 @@ def _time(seconds: float | None) -> str:
 
 def _picture_speeds(rows: pd.DataFrame, path: Path) -> None:
     """How far each ratio is from its goal, as bars: to the right of 1 it is met."""
-    ratios = rows[rows.kind.isin(["peer", "bound", "beyond", "memory"]) & rows.goal.notna() & rows.number.notna()]
+    ratios = rows[rows.goal.notna() & rows.number.notna()]
     if ratios.empty:
         return
     share = np.where(ratios.kind == "peer", ratios.number / ratios.goal, ratios.goal / ratios.number.clip(lower=1e-3))
