@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich import box
@@ -20,18 +22,28 @@ from rich.markup import escape
 from rich.table import Column, Table
 from tyro.extras import subcommand_cli_from_dict
 
-from bench.analysis.frames import PRIOR, statuses
+from bench.core import catalogue
 from bench.core.cli import command, parsed
 from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
+from bench.core.runs import Run
 from bench.core.store import Store
-from bench.priors.models import PRIORS
-from bench.sweeps import index
-from bench.sweeps.address import hide_misplaced, storage_url, without_password
-from bench.sweeps.definition import Ablation, Range, Search
-from bench.sweeps.workers import main
 
-__all__ = ["PRIORS", "Ablation", "Range", "Search", "main"]  # what a study file needs
+# What a study file needs, and imports: seconds, which the list of a hundred thousand runs is shown in.
+_HOMES = {
+    "PRIORS": "bench.priors.models",
+    "Ablation": "bench.sweeps.definition",
+    "Range": "bench.sweeps.definition",
+    "Search": "bench.sweeps.definition",
+    "main": "bench.sweeps.workers",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def rebuild(
@@ -46,6 +58,9 @@ def rebuild(
         results: the folder with runs/ and studies/
         storage: Optuna storage URL; $VQBENCH_STORAGE or else SQLite below --results by default
     """
+    from bench.sweeps import index
+    from bench.sweeps.address import storage_url, without_password
+
     store = Store(results)
     if not (results / "studies").is_dir():
         raise UserError(f"there are no studies in {results}; name the folder with --results")
@@ -76,9 +91,9 @@ def show(results: Path = Path("results")) -> int:
         except Damaged as error:
             say(f"[yellow]left out:[/] {escape(str(error))}")
             continue
-        status = Counter(statuses(map(store.named, record["runs"])))
+        status = Counter(catalogue.statuses(results / "runs", record["runs"], _entry))
         over = [run_id for run_id, row in record.get("priors", {}).items() if "role" not in row]  # none that confirms
-        priors = Counter(statuses((store.named(run_id, "priors") for run_id in over), PRIOR))
+        priors = Counter(catalogue.statuses(results / "priors", over, _entry))
         backbones = dict.fromkeys(str(row.get("backbone", "?")) for row in record["runs"].values())
         counts = [", ".join(f"{count} {how}" for how, count in each.items()) for each in (status, priors) if each]
         told = "; priors: ".join(counts)
@@ -87,13 +102,25 @@ def show(results: Path = Path("results")) -> int:
     return 0
 
 
+def _entry(run: Run) -> catalogue.Entry:
+    """What the catalogue remembers of a run that it does not know."""
+    from bench.analysis.frames import entry
+    from bench.sweeps.kinds import kind_of
+
+    return entry(run, kind_of(run).frame)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 for what the user can fix."""
     known = {"list": _later(show), "rebuild": _later(rebuild)}
     prog = "python -m bench.study"
 
     def work(words: list[str]) -> int:
-        options = {"args": hide_misplaced(words), "prog": prog, "description": __doc__}
+        if any("://" in word for word in words):
+            from bench.sweeps.address import hide_misplaced
+
+            words = hide_misplaced(words)
+        options = {"args": words, "prog": prog, "description": __doc__}
         return parsed(lambda: subcommand_cli_from_dict(known, **options), prog)()
 
     return command(work, arguments, addresses=True)

@@ -144,12 +144,12 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
     columns: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}  # one object for equal ones: a large table has few
     count, damaged = 0, []
-    for entry in catalogue.entries(runs, partial(_entry, kind=kind)):
-        if "left_out" in entry:
-            damaged.append(entry["left_out"])
+    for told in catalogue.entries(runs, partial(entry, kind=kind)):
+        if "left_out" in told:
+            damaged.append(told["left_out"])
             continue
-        damaged.extend(entry.get("lacking", ()))
-        row = entry["row"]
+        damaged.extend(told.get("lacking", ()))
+        row = told["row"]
         if row.keys() != columns.keys():
             for name in row.keys() - columns.keys():
                 columns[name] = [math.nan] * count
@@ -164,13 +164,14 @@ def read(runs: Iterable[Run], kind: Kind = TOKENIZER) -> tuple[pd.DataFrame, lis
     return table.astype(dict.fromkeys(numeric, float)).copy(), damaged  # in one piece, which has room for more columns
 
 
-def statuses(runs: Iterable[Run], kind: Kind = TOKENIZER) -> list[str]:
-    """How each of ``runs`` ended, see ``Run.status``; damaged also where its settings cannot be read."""
-    return list(catalogue.statuses(runs, partial(_entry, kind=kind)))
+def statuses(parent: Path, names: Iterable[str], kind: Kind = TOKENIZER) -> list[str]:
+    """How each of the runs that go by ``names`` in the folder ``parent`` ended, see ``Run.status``; damaged also where
+    its settings cannot be read."""
+    return list(catalogue.statuses(parent, names, partial(entry, kind=kind)))
 
 
-def _entry(run: Run, kind: Kind) -> dict[str, Any]:
-    """How ``run`` ended, with its row or with why it is left out."""
+def entry(run: Run, kind: Kind) -> catalogue.Entry:
+    """How ``run`` ended, with its row or with why it is left out: what a catalogue remembers of it."""
     try:
         run = run.snapshot()
         row, found, lacking = _row(run, kind), {}, []

@@ -33,35 +33,36 @@ Entry = dict[str, Any]
 def entries(runs: Iterable[Run], read: Callable[[Run], Entry]) -> Iterator[Entry]:
     """``read`` of each of ``runs``: JSON with a ``status``, and ``lacking`` where a file beside the scores is damaged,
     made from nothing but the run's JSON files."""
-    return _remembered(runs, read, _Shelf.entries)
+    for parent, shelf in groupby(runs, key=lambda run: run.folder.parent):
+        yield from _remembered(parent, (run.folder.name for run in shelf), read, _Shelf.entries)
 
 
-def statuses(runs: Iterable[Run], read: Callable[[Run], Entry]) -> Iterator[str]:
-    """The ``status`` alone of what ``entries`` gives, in a small part of the time."""
-    return (entry["status"] for entry in _remembered(runs, read, _Shelf.statuses))
+def statuses(parent: Path, names: Iterable[str], read: Callable[[Run], Entry]) -> Iterator[str]:
+    """The ``status`` alone of what ``entries`` gives, of the runs that go by ``names`` in the folder ``parent``, in a
+    small part of the time."""
+    return (entry["status"] for entry in _remembered(parent, names, read, _Shelf.statuses))
 
 
-def _remembered(runs: Iterable[Run], read: Callable[[Run], Entry], look_up: Callable) -> Iterator[Entry]:
-    runs = iter(runs)
-    first = list(islice(runs, BATCH))
+def _remembered(parent: Path, names: Iterable[str], read: Callable[[Run], Entry], look_up: Callable) -> Iterator[Entry]:
+    names = iter(names)
+    first = list(islice(names, BATCH))
     if len(first) < BATCH:
-        yield from map(read, first)
+        yield from (read(Run(parent / name)) for name in first)
         return
-    for parent, shelf in groupby(chain(first, runs), key=lambda run: run.folder.parent):
-        with closing(_Shelf(parent)) as copy:
-            while batch := list(islice(shelf, BATCH)):
-                stamps = {run.folder.name: _stamp(run) for run in batch}
-                known, new = look_up(copy, stamps), {}
-                for run in batch:
-                    name = run.folder.name
-                    entry = known.get(name)
-                    if entry is None:
-                        entry = read(run)
-                        damaged = entry["status"] == "damaged" or "lacking" in entry  # may pass: the disk's fault
-                        if stamps[name] and not damaged:
-                            new[name] = stamps[name], entry
-                    yield entry
-                copy.keep(new)
+    names = chain(first, names)
+    with closing(_Shelf(parent)) as copy:
+        while batch := list(islice(names, BATCH)):
+            stamps = {name: _stamp(f"{parent}/{name}") for name in batch}
+            known, new = look_up(copy, stamps), {}
+            for name in batch:
+                entry = known.get(name)
+                if entry is None:
+                    entry = read(Run(parent / name))
+                    damaged = entry["status"] == "damaged" or "lacking" in entry  # may pass: the disk's fault
+                    if stamps[name] and not damaged:
+                        new[name] = stamps[name], entry
+                yield entry
+            copy.keep(new)
 
 
 class _Shelf:
@@ -130,10 +131,10 @@ class _Shelf:
         return None
 
 
-def _stamp(run: Run) -> str:
-    """What tells whether the JSON files of ``run`` are still the same; empty when they may change without its
-    telling."""
-    folder, seen, youngest = str(run.folder), [_code()], 0.0
+def _stamp(folder: str) -> str:
+    """What tells whether the JSON files of the run in ``folder`` are still the same; empty when they may change without
+    its telling."""
+    seen, youngest = [_code()], 0.0
     for name in ("config.json", "instruments.json", "metrics.json", "failure.json"):
         try:
             file = os.stat(f"{folder}/{name}")

@@ -93,8 +93,9 @@ def by_kind(runs: Iterable[Run]) -> list[tuple[Kind, list[Run]]]:
 
 
 def endings(runs: Iterable[Run]) -> dict[Run, str]:
-    """How each of ``runs`` ended; see ``frames.statuses``."""
+    """How each of ``runs``, which are of one store, ended; see ``frames.statuses``."""
     found: dict[Run, str] = {}
     for kind, own in by_kind(runs):
-        found |= zip(own, frames.statuses(own, kind.frame), strict=True)
+        names = (run.folder.name for run in own)
+        found |= zip(own, frames.statuses(own[0].folder.parent, names, kind.frame), strict=True)
     return found

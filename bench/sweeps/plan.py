@@ -317,7 +317,7 @@ class AblationPlan(Plan):
 
     def _row(self, backbone: str) -> Row:
         cells = self.cells[backbone]
-        status = statuses(cell.run for cell in cells)
+        status = statuses(self.store.root / Config.SHELF, (cell.run.folder.name for cell in cells))
         ended = list(zip(cells, status, strict=True))
         missing = [cell.configs[0] for cell, how in ended if how not in self.final]
         done = [cell for cell, how in ended if how == "finished"]

@@ -217,8 +217,8 @@ class SearchPlan(Plan):
 
     def _row(self, backbone: str) -> Row:
         runs = self.store.study(self.name)["runs"] if self.name in self.store.studies() else {}
-        ours = [self.store.named(run_id) for run_id, row in runs.items() if row["backbone"] == backbone]
-        status = Counter(statuses(ours))
+        ours = [run_id for run_id, row in runs.items() if row["backbone"] == backbone]
+        status = Counter(statuses(self.store.root / Config.SHELF, ours))
         ended = sum(status[name] for name in ("finished", *FAILURES))
         left = max(0, self.options.trials * len(self.seeds) - ended)
         return Row(self.options.trials, status, [self.example(backbone)] * left)
@@ -226,9 +226,9 @@ class SearchPlan(Plan):
     def _priors_done(self) -> tuple[int, int]:
         record = self.store.study(self.name) if self.name in self.store.studies() else {}
         rows = {run_id: row for run_id, row in record.get("priors", {}).items() if "role" not in row}
-        ours = [self.store.named(run_id, "priors") for run_id, row in rows.items() if row["backbone"] in self.backbones]
+        ours = [run_id for run_id, row in rows.items() if row["backbone"] in self.backbones]
         planned = self.options.trials * len(self.seeds) * len(self.backbones)
-        return planned, statuses(ours, PRIORS.frame).count("finished")
+        return planned, statuses(self.store.root / PRIORS.config.SHELF, ours, PRIORS.frame).count("finished")
 
 
 def tied(space: Space, options: StudyArguments) -> Space:

@@ -66,17 +66,22 @@ def look(runs: list[Run]) -> tuple[list[str], list[dict]]:
     return reader.asked, found
 
 
+def endings(runs: list[Run], reader: Reader | None = None) -> list[str]:
+    """The statuses alone."""
+    return list(statuses(runs[0].folder.parent, (run.folder.name for run in runs), reader or Reader()))
+
+
 def test_what_was_read_once_is_not_read_again(shelf):
     assert look(shelf)[0] == [run.folder.name for run in shelf]
     assert look(shelf)[0] == []
     reader = Reader()
-    assert list(statuses(shelf, reader)) == ["config.json"] * COUNT
+    assert endings(shelf, reader) == ["config.json"] * COUNT
     assert not reader.asked
     assert look(shelf[::-1])[0] == []  # in whatever order
 
 
 def test_statuses_alone_fill_it_too(shelf):
-    list(statuses(shelf, Reader()))
+    endings(shelf)
     assert look(shelf)[0] == []
 
 
@@ -94,7 +99,7 @@ def test_a_run_whose_files_changed_is_read_again(shelf, name, how):
     else:
         write(run, name, "new")
     assert look(shelf)[0] == [run.folder.name]
-    assert list(statuses(shelf, Reader())) == [Reader()(one)["status"] for one in shelf]
+    assert endings(shelf) == [Reader()(one)["status"] for one in shelf]
 
 
 def test_a_file_with_its_old_size_and_time_is_another_one_still(shelf):
@@ -168,7 +173,7 @@ def test_a_damaged_catalogue_is_forgotten(shelf, damage):
     else:
         for place in range(0, len(content), 97):
             path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-            assert list(statuses(shelf, Reader())) == ["config.json"] * COUNT
+            assert endings(shelf) == ["config.json"] * COUNT
             look(shelf)
         return
     look(shelf)
@@ -213,7 +218,7 @@ def test_a_catalogue_of_another_version_is_read_or_made_anew(shelf, change):
     with sqlite3.connect(database(shelf)) as other:
         for table in ("statuses", "entries"):
             other.execute(change.format(table))
-    assert list(statuses(shelf, Reader())) == ["config.json"] * COUNT
+    assert endings(shelf) == ["config.json"] * COUNT
     look(shelf)
 
 
