@@ -10,6 +10,7 @@ import torch
 
 import backbones
 from backbones import BACKBONES, PYRAMID, Backbone
+from bench.analysis.frames import LABELS
 from bench.data import DATASETS, load
 from bench.metrics import Batch, Setup
 from bench.quantizers import QUANTIZERS
@@ -104,3 +105,18 @@ def test_links_to_sections_have_their_heading():
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert section in slugs, f"{page.name} links to {target}#{section}"
+
+
+def test_every_metric_is_explained():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    named = {name for words in re.findall(r"`([^`\n]+)`", page) for name in re.split(r"[,\s]+", words)}
+    series = (
+        "psnr_random_",
+        "psnr_near_",
+        "lpips_random_",
+        "lpips_near_",
+        "psnr_size_",
+        "lpips_size_",
+        "equivariance_",
+    )
+    assert [name for name in LABELS if name not in named and not name.startswith(series)] == []

@@ -83,10 +83,10 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_s_examples_run_as_they_stand(tmp_path, monkeypatch):
+def test_the_examples_from_python_run_as_they_stand(tmp_path, monkeypatch):
     """With a prior over the very tokenizer that they train."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     before, name, after = code.partition("results/priors/RUN")
     assert name
     train, prior = before.rsplit("\n", 1)
