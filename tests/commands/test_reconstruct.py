@@ -79,7 +79,7 @@ def test_a_row_per_image_and_a_column_per_tokenizer_with_its_decibels(store, pho
             x_hat = tokenizer.decode(tokenizer.encode(x / 127.5 - 1)).add(1).mul(127.5).round().to(torch.uint8)
             assert (x_hat[0].permute(1, 2, 0).numpy() == shown).all()
             assert own[column].endswith(f"|{psnr(x_hat, x).item():.2f} dB")
-    assert (figure.axes[0].images[0].get_array()[2:-2, 2:-2] == (255, 0, 0)).all()  # the central square alone
+    assert figure.axes[0].images[0].get_array()[..., 1].max() < 20  # the central square alone: no white
 
 
 def test_runs_that_would_be_called_alike_are_told_apart(store, photo, drawn, tmp_path):
