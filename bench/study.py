@@ -26,7 +26,7 @@ from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
-from bench.sweeps import index
+from bench.sweeps import index, overview
 from bench.sweeps.address import hide_misplaced, storage_url, without_password
 from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
@@ -53,6 +53,7 @@ def rebuild(
     for name in names or store.studies():
         try:
             added = index.rebuild(built, store, name)
+            overview.write(built, store, name)
         except Damaged as error:
             if name in names:
                 raise

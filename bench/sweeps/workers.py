@@ -23,6 +23,7 @@ from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
 
+from . import overview
 from .address import storage_url, without_password
 from .child import Outcome, look_in_child, run_in_child
 from .conversion import first_scores, report
@@ -135,9 +136,13 @@ def conclude(plan: Plan, index: Index) -> None:
     say("; ".join(told))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
+        pictures = [(chart.title, chart.path) for chart in written.charts]
+        for study in overview.write(index, plan.store, plan.name):
+            text = f"## {study.study_name}, all backbones\n\nReport: `{written.page}`\n\n{overview.TOLD}"
+            index.attach(study, text, pictures)
         for part in (*plan.tokenizers(), *plan.followers()):
-            text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`"
-            pictures = [(chart.title, chart.path) for chart in written.charts]
+            text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`\n\n"
+            text += f"{overview.ELSEWHERE} {plan.name}{overview.ENDINGS[part.shelf]}."
             index.attach(part.open(index), text, pictures)
 
 

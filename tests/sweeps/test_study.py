@@ -98,9 +98,11 @@ def planned(tmp_path, *arguments) -> Plan:
     return make_plan(BETA, parse_study(BETA, "", [*common, *arguments]))
 
 
-def optuna_studies(tmp_path) -> dict[str, optuna.Study]:
+def optuna_studies(tmp_path, overview: bool = False) -> dict[str, optuna.Study]:
+    """By name those that trials are taken from, or those that show all backbones."""
     url = default_url(tmp_path)
-    return {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
+    found = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
+    return {one.study_name: one for one in found if one.user_attrs.get("overview", False) == overview}
 
 
 def states(tmp_path) -> Counter:
