@@ -98,10 +98,10 @@ def narrow(storage: RDBStorage, study_id: int, holding: Callable[[Iterable[Any]]
         told = set(known) if seeds else set()
         new = [(row.trial_id, value) for row, value in seeds if row.trial_id not in told]
         for pairs in found.values():
-            one = holding(value for _, value in pairs)
-            text = distribution_to_json(one)
+            held = holding(value for _, value in pairs)
+            text = distribution_to_json(held)
             changed += [
-                {"param_id": row.param_id, "param_value": one.to_internal_repr(value), "distribution_json": text}
+                {"param_id": row.param_id, "param_value": held.to_internal_repr(value), "distribution_json": text}
                 for row, value in pairs
                 if row.distribution_json != text
             ]

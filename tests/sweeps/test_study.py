@@ -457,6 +457,22 @@ def test_the_dashboard_has_pictures_metrics_and_names(child, tmp_path):
         assert len(get_all_artifact_meta(one)) == 1
 
 
+def test_the_dashboard_has_a_page_on_all_backbones_and_one_on_all_priors(child, tmp_path):
+    """With the report's plots, and named by the studies that trials are taken from."""
+    assert start(GRIDS, tmp_path, "--backbone", "cnn", "vit", "--seeds", "0", "1") == 0
+    found = optuna_studies(tmp_path, overview=True)
+    assert {name: len(one.trials) for name, one in found.items()} == {"priors-smoke": 4, "priors-smoke-priors": 8}
+    for name, one in found.items():
+        assert {trial.user_attrs["n"] for trial in one.trials} == {2}
+        assert {trial.params["backbone"] for trial in one.trials} == {"cnn", "vit"}
+        assert "![plot](/artifacts/" in get_note(one)
+        assert get_note(one).startswith(f"## {name}, all backbones\n")
+    for name, one in optuna_studies(tmp_path).items():
+        shown = "priors-smoke-priors" if "-prior-" in name else "priors-smoke"
+        assert get_note(one).splitlines()[4].endswith(f" are in {shown}.")
+        assert all("seed" not in trial.params and trial.user_attrs["seed"] in (0, 1) for trial in one.trials)
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_fields_flags_parameters_and_columns_have_the_same_names(name, tmp_path, capsys):
     module = importlib.import_module(f"studies.{name}")
@@ -855,7 +871,7 @@ def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path
     start(other, tmp_path)
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     assert study_command.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
-    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke-cnn", "beta-smoke-vit"]
+    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke", "beta-smoke-cnn", "beta-smoke-vit"]
     ended = [trial.state.name for trial in optuna.load_study(study_name="beta-smoke-vit", storage=elsewhere).trials]
     assert sorted(ended) == ["COMPLETE", "FAIL"]  # failures are on file, too
     assert study_command.rebuild(results=tmp_path, storage=elsewhere) == 0
@@ -989,7 +1005,7 @@ def test_priors_are_trials_in_the_dashboard(child, tmp_path):
             assert run.config()["prior"] == prior
             if trial.state.name == "COMPLETE":
                 grid = run.tokenizer()["grid_size"]
-                assert trial.params == {"backbone": "cnn", "grid_size": grid, "seed": 0}
+                assert (trial.params, trial.user_attrs["seed"]) == ({"backbone": "cnn", "grid_size": grid}, 0)
                 assert trial.value == run.metrics()["coded_bits_per_token"] == 5.0
                 assert trial.user_attrs["gfid_vgg16"] == 100.0
                 assert list(trial.intermediate_values.values()) == [7.0]
