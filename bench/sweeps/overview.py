@@ -7,7 +7,7 @@ are made of the study's file and its runs, each time anew; nobody takes a trial 
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.artifacts import get_all_artifact_meta
 from optuna.distributions import BaseDistribution
@@ -20,20 +20,32 @@ from bench.core.store import Store
 from . import conversion
 from .conversion import Metrics
 from .definition import distribution, holding
-from .index import Index, Listed, Shelf, Study, has_ended, shelves
+from .index import BETTER, Index, Listed, Shelf, Study, has_ended, shelves
 from .kinds import PRIORS, endings
 
 Values = dict[str, Any]
+
+
+class Page(NamedTuple):
+    """An overview, and what is on it."""
+
+    study: Study
+    trials: list[FrozenTrial]
+
+
 ENDINGS = {"runs": "", "priors": "-priors", "confirmed": "-confirm"}  # of their names, by part of the study's file
 # What notes say of trials here, and of those in the studies that workers take trials from.
-TOLD = "A trial is a cell: one setting of one backbone, worth the mean over its seeds; it waits until all have ended."
+TOLD = (
+    "A trial is a cell: one setting of one backbone, worth the mean over its seeds; it waits until all have ended. "
+    "Hold those against each other whose bits_per_image are equal."
+)
 ELSEWHERE = "A trial is what one worker does; means over seeds, of all backbones, are in"
 
 
-def write(index: Index, store: Store, name: str) -> list[Study]:
+def write(index: Index, store: Store, name: str) -> list[Page]:
     """Makes the overviews of the study called ``name``, of its tokenizers, of the priors over them and of what confirms
     a search, and returns them. Raises UserError on an unknown name, and Damaged where the study's file is."""
-    studies = []
+    pages = []
     with index.planning:
         for shelf in shelves(store, name):
             if not shelf.listed:
@@ -48,8 +60,22 @@ def write(index: Index, store: Store, name: str) -> list[Study]:
                 for values, distributions, listed in _cells(store, name, shelf)
             ]
             index.replace(study, cells)
-            studies.append(study)
-    return studies
+            pages.append(Page(study, [trial for trial, _ in cells]))
+    return pages
+
+
+def best(page: Page, metric: str) -> FrozenTrial | None:
+    """The cell of a page that has the best mean of ``metric``, which it is ranked by alone; None where fewer than two
+    have one, or where they spend unequal numbers of bits, of which the larger would win."""
+    scored = [trial for trial in page.trials if trial.state == TrialState.COMPLETE]
+    if (
+        len(scored) < 2
+        or len(scored[0].values) > 1
+        or len({trial.user_attrs.get("bits_per_image") for trial in scored}) > 1
+    ):
+        return None
+    pick = min if BETTER[metric] == "lower" else max
+    return pick(scored, key=lambda trial: trial.value)
 
 
 def _cells(store: Store, name: str, shelf: Shelf) -> list[tuple[Values, dict[str, BaseDistribution], list[Listed]]]:

@@ -48,8 +48,9 @@ def test_the_best_is_the_best_mean_over_seeds_of_all_backbones(store, indexed, t
     steady = {("vit", 0.25, 0): 22.0, ("vit", 0.25, 1): 24.0, ("vit", 0.5, 0): 21.0, ("vit", 0.5, 1): 21.0}
     runs = [*listed(store, {**lucky, **steady})]
     assert index.rebuild(indexed, store, "s") == 6
-    (study,) = overview.write(indexed, store, "s")
-    assert study.study_name == "s"
+    (page,) = overview.write(indexed, store, "s")
+    assert page.study.study_name == "s"
+    assert overview.best(page, "psnr").params == {"backbone": "vit", "beta": 0.25}
     found = shown(tmp_path)
     assert found.metric_names == ["psnr"]
     assert [(trial.params, trial.value) for trial in found.trials] == [
@@ -89,7 +90,7 @@ def test_what_is_written_again_is_in_the_place_of_what_was_there(store, indexed,
         overview.write(indexed, store, name)
     listed(store, {("cnn", 0.25, 1): 30.0, ("vit", 2.5, 0): 15.0})
     for _ in range(2):
-        (study,) = overview.write(indexed, store, "s")
+        ((study, _),) = overview.write(indexed, store, "s")
         found = shown(tmp_path)
         assert found._study_id == study._study_id
         assert [(trial.number, trial.value) for trial in found.trials] == [(0, 25.0), (1, 21.0), (2, 15.0)]
@@ -124,7 +125,7 @@ def test_priors_have_a_page_and_two_models_of_timm_are_two_cells(store, indexed,
             **{"prior": "rnn", "backbone": "timm", "beta": 0.25, "seed": 0}
         }
     store.extend_study("s", HEADER, priors, "priors")
-    assert [one.study_name for one in overview.write(indexed, store, "s")] == ["s", "s-priors"]
+    assert [page.study.study_name for page in overview.write(indexed, store, "s")] == ["s", "s-priors"]
     found = shown(tmp_path, "s-priors")
     assert found.best_value == 4.0
     assert [trial.params["backbone"] for trial in found.trials] == ["timm:resnet18", "timm:resnet34"]

@@ -1185,6 +1185,55 @@ def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ende
         assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
 
 
+def nexts(err: str) -> list[list[str]]:
+    return [shlex.split(line.removeprefix("next: ")) for line in err.splitlines() if line.startswith("next: ")]
+
+
+def test_a_study_ends_with_the_best_mean_and_commands_that_go_on(child, tmp_path, capsys):
+    """FakeChild's runs are the better the larger β is; a second command has one more seed, and nothing else."""
+    assert start(BETA, tmp_path, "--seeds", "0", "1") == 0
+    err = capsys.readouterr().err
+    (best,) = [line for line in err.splitlines() if line.startswith("best of ")]
+    assert re.fullmatch(r"best of 4: backbone=(cnn|vit) beta=1, LPIPS vgg 0\.\d+ ± 0\.\d+, the mean of 2 seeds", best)
+    more, prior = nexts(err)
+    assert more[:3] == ["python", "-m", "studies.beta"]
+    assert more[-4:] == ["--seeds", "0", "1", "2"]
+    child.calls.clear()
+    assert study.main(BETA, "", more[3:]) == 0
+    assert {config.seed for config in child.calls} == {2}
+    assert prior[:3] == ["python", "-m", "bench.prior"]
+    assert Store(tmp_path).find(prior[3]).config()["beta"] == 1.0
+
+
+def test_what_failed_is_to_be_tried_again_first(child, tmp_path, capsys):
+    child.endings = ["diverged"]
+    assert start(BETA, tmp_path) == 1
+    again = nexts(capsys.readouterr().err)[0]
+    assert again[-1] == "--retry-failed"
+    assert study.main(BETA, "", again[3:]) == 0
+    assert "one seed, an observation and no verdict" in capsys.readouterr().err
+
+
+def test_a_search_at_one_rate_is_to_be_confirmed_and_other_rates_have_no_best(child, tmp_path, capsys):
+    words = ("--trials", "2", "--bits-per-image", "112")
+    assert start(SEARCH, tmp_path, *words) == 0
+    confirm = nexts(capsys.readouterr().err)[0]
+    assert confirm[-2:] == ["--confirm", "3"]
+    assert study.main(SEARCH, "", confirm[3:]) == 0
+    assert not any("--confirm" in words for words in nexts(capsys.readouterr().err))
+    assert start(SEARCH, tmp_path, "--trials", "2") == 0  # the front of rate and distortion
+    err = capsys.readouterr().err
+    assert "best of" not in err
+    assert nexts(err) == []
+
+
+def test_a_password_on_the_command_line_is_not_in_the_next_one(child, tmp_path):
+    url = "postgresql+psycopg://me:secret@host/x"
+    what = planned(tmp_path, "--storage", url)
+    assert study.next_commands(what, [], ["--storage", url]) == []
+    assert study.next_commands(planned(tmp_path), [], ["--preset", "smoke"]) != []
+
+
 def test_a_command_takes_its_arguments_from_the_shell(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["studies/beta.py", "--metric", "beauty"])
     assert study.main(BETA, "") == 2
