@@ -30,6 +30,10 @@ from bench.core.store import Store
 from bench.priors.config import PriorConfig
 
 LABEL = 30  # characters of what a metric is called in one line
+TIMELESS = {"seed", "beta", "lr", "weight_decay"}  # settings that no clock shows
+CLOCKS = {"train_seconds": ("s", "of training"), "images_per_second_encode": ("images/s", "encoded")}
+CLOCKS |= {"images_per_second_decode": ("images/s", "decoded")}
+FACTOR = 1.5  # of two clocks that a quiet machine does not explain
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
 
@@ -62,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(a: Run, b: Run) -> None:
-    """Prints how ``b`` differs from ``a``. Clocked metrics of two machines are not ranked."""
+    """Prints how ``b`` differs from ``a``. Clocked metrics of two machines, or of a busy one, are not ranked."""
     for letter, run in (("A", a), ("B", b)):
         _say(f"{letter}: {run.folder}" + ("" if run.finished else f" ({run.status}: {run.reason or 'no scores yet'})"))
 
@@ -71,7 +75,10 @@ def show(a: Run, b: Run) -> None:
     if set(config) == {"seed"}:
         _say("The same configuration with another seed: the differences are seed noise.")
     environment = _unequal(_flat(a.environment()), _flat(b.environment()))
-    _show_pairs("Environment", environment, "The same environment.")
+    unlike = [] if environment or config.keys() - TIMELESS else unlike_clocks(a, b)
+    busy = f"The same environment, but the clocks differ: {', '.join(unlike)}; other work ran beside one of them, so"
+    same = f"{busy} what is clocked is not ranked." if unlike else "The same environment."
+    _show_pairs("Environment", environment, same)
     if not (a.finished and b.finished):
         _say("No metrics to compare: both runs must be finished.")
         return
@@ -86,7 +93,7 @@ def show(a: Run, b: Run) -> None:
     if refusals:
         _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
     ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
-    if environment.keys() & {"processor", "threads"}:
+    if unlike or environment.keys() & {"processor", "threads"}:
         ranked -= set(CLOCKED)
     shown, equal = metric_table(table, ranked)
     if shown.row_count:
@@ -97,6 +104,18 @@ def show(a: Run, b: Run) -> None:
         _say("All that instruments found is in instruments.json of either run.")
     if ranked:
         _say(_images(a, b))
+
+
+def unlike_clocks(a: Run, b: Run) -> list[str]:
+    """Which clocks of two runs of the same work are FACTOR or more apart, each in words; none of unfinished ones."""
+    if not (a.finished and b.finished):
+        return []
+    clocks = [(told, a.metrics().get(name), b.metrics().get(name)) for name, told in CLOCKS.items()]
+    return [
+        f"{one:.4g} {unit} against {other:.4g} {unit} {what}"
+        for (unit, what), one, other in clocks
+        if one and other and max(one, other) >= FACTOR * min(one, other)
+    ]
 
 
 def metric_table(table: pd.DataFrame, ranked: set[str]) -> tuple[Table, list[str]]:

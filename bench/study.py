@@ -58,7 +58,7 @@ def rebuild(
         results: the folder with runs/ and studies/
         storage: Optuna storage URL; $VQBENCH_STORAGE or else SQLite below --results by default
     """
-    from bench.sweeps import index
+    from bench.sweeps import index, overview
     from bench.sweeps.address import storage_url, without_password
 
     store = Store(results)
@@ -68,6 +68,7 @@ def rebuild(
     for name in names or store.studies():
         try:
             added = index.rebuild(built, store, name)
+            overview.write(built, store, name)
         except Damaged as error:
             if name in names:
                 raise

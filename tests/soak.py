@@ -154,7 +154,8 @@ def twice(soak: Soak) -> list[str]:
     """Runs that two trials of the database finished, or whose history went back."""
     names = optuna.get_all_study_names(soak.url)
     trials = [trial for name in names for trial in optuna.load_study(study_name=name, storage=soak.url).trials]
-    complete = Counter(trial.user_attrs["run_id"] for trial in trials if trial.state.name == "COMPLETE")
+    taken = [trial for trial in trials if "run_id" in trial.user_attrs]  # and not those of overviews
+    complete = Counter(trial.user_attrs["run_id"] for trial in taken if trial.state.name == "COMPLETE")
     found = [run_id for run_id, count in complete.items() if count > 1]
     for run in soak.store.runs():
         steps = [row["step"] for row in run.history()]

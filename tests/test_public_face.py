@@ -3,19 +3,20 @@
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import bench
+from bench.analysis.frames import METRICS, REFERENCES
 from bench.core.errors import UserError
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.priors.trial import run_prior
 from bench.tokenizers.config import make_config
-from tests.fabricate import fabricate
+from tests.fabricate import fabricate, fabricate_failed
 
 ROOT = Path(__file__).parent.parent
 OFFERED = ["Config", "make_config", "run_trial", "Tokenizer", "Prior", "load_data", "load_runs", "score"]
@@ -75,6 +76,24 @@ def test_data_and_runs_of_a_folder(image_folder, images, tmp_path, monkeypatch):
     fabricate(Store(tmp_path), make_config("vit", "smoke", device="cpu"))
     assert bench.load_runs(str(tmp_path)).backbone.tolist() == ["vit"]
     assert bench.load_runs(tmp_path / "none").empty
+
+
+def test_every_column_of_the_table_is_of_a_group_that_load_runs_tells(tmp_path):
+    """By its name and its type, also where a run has no scores."""
+    fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))
+    fabricate_failed(Store(tmp_path), make_config("vit", "smoke", device="cpu"))
+    table = bench.load_runs(tmp_path)
+    settings = {field.name for field in fields(bench.Config)}
+    texts = {"run_id", "status", "reason", "commit", "processor", "folder", "backbone", "quantizer"}
+    for name in table:
+        if name in settings | texts | {"threads"} or name.startswith("protocol_"):
+            assert name not in texts or pd.api.types.is_string_dtype(table[name])
+        else:
+            assert name in METRICS or name.endswith(REFERENCES), name
+            assert table[name].dtype == "float64"
+    assert settings <= {*table}
+    for group in ("protocol_*", "*_kmeans", "*_webp", "*_avif", "*_jpeg", "loss_near", "threads", "reason"):
+        assert group in bench.load_runs.__doc__
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path):

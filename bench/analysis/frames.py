@@ -119,7 +119,27 @@ PRIOR = Kind(
 
 
 def load_runs(results: str | Path = "results") -> pd.DataFrame:
-    """All runs of tokenizers below ``results``, one row each: see ``frame``. Warns of those that cannot be read."""
+    """All runs of tokenizers below ``results``, one row each. Warns of those that cannot be read.
+
+    Columns, in this order, but that the last two groups are sorted as one; ``table.filter(like="protocol_")`` picks all
+    that are called so:
+
+    ``run_id``, ``status``, ``reason``
+        Texts: the name of the run's folder; finished, unfinished, or how it failed, and why.
+    settings, such as ``backbone``, ``beta`` and ``seed``
+        One per field of Config, under its name and with its type; one that may be left open has None there.
+    scores and costs, such as ``psnr``, ``bits_per_image``, ``params`` and ``train_seconds``
+        Float64, missing where a run is not finished or was not scored so. Shares are of 1, seconds and MB are in the
+        name, ``flops`` and ``images_per_second`` are of one image.
+    what instruments found, such as ``loss_near`` and ``probe_chance``
+        The same, missing where none has looked.
+    ``commit``, ``processor``, ``threads``, ``folder``
+        The code and the machine that trained it, and the path of the run.
+    scores of something else at the same bits: ``*_kmeans``, ``*_webp``, ``*_avif``, ``*_jpeg``
+        Float64, of the score that they are named after.
+    ``protocol_*``
+        How it was measured. Hold rows against each other only where all of these and ``bits_per_image`` are equal.
+    """
     table, damaged = read(Store(Path(results)).runs())
     for sentence in damaged:
         warnings.warn(sentence, stacklevel=2)

@@ -4,4 +4,4 @@ from .batches import AUGMENTATIONS, batch, batch_indices, eval_batches, from_uin
 from .datasets import DATASETS
 from .decoding import Data, load
 from .photos import photographs
-from .sources import SPLITS, to_pixels, to_rgb
+from .sources import SPLITS, find_images, to_pixels, to_rgb

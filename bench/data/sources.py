@@ -117,7 +117,7 @@ def _torchvision_split(dataset: Any, image_size: int) -> Split:
 # --- a folder of images ---------------------------------------------------------------------------------------------
 
 
-def _find_images(root: str, below: str = "") -> list[str]:
+def find_images(root: str, below: str = "") -> list[str]:
     """Sorted paths, relative to ``root`` and with slashes, of the image files at any depth in its subfolder ``below``.
 
     What is hidden is left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once. UserError where a
@@ -147,7 +147,7 @@ def _find_images(root: str, below: str = "") -> list[str]:
                 found.append(PurePath(os.path.relpath(path, root)).as_posix())
     if not found:
         endings = " ".join(sorted(ENDINGS))
-        raise UserError(f"no images in {top}: put some there, or give folder:PATH another path ({endings})")
+        raise UserError(f"no images in {top}: put some there, or name another folder ({endings})")
     return sorted(found)
 
 
@@ -220,9 +220,9 @@ def folder_source(path: str, image_size: int) -> Source:
     split_folders = int(bool(named) and "train" in there)
     if split_folders:
         _tell_others(root, {there["train"], named[0], named[-1]})
-        train, test = _find_images(root, there["train"]), _find_images(root, named[-1] if "test" in there else named[0])
+        train, test = find_images(root, there["train"]), find_images(root, named[-1] if "test" in there else named[0])
         if "test" in there and len(named) > 1:
-            val, how = _find_images(root, named[0]), f"subfolders {there['train']} / {named[0]} / {there['test']}"
+            val, how = find_images(root, named[0]), f"subfolders {there['train']} / {named[0]} / {there['test']}"
         else:
             if len(train) < 2:
                 place = os.path.join(root, there["train"])
@@ -230,7 +230,7 @@ def folder_source(path: str, image_size: int) -> Source:
             train, val = _held_out(train, min(_tenth(train), len(test)))
             how = f"subfolders {there['train']} / {named[0]}, val: a share of train by a hash of the path"
     else:
-        train = _find_images(root)
+        train = find_images(root)
         if len(train) < 3:
             raise UserError(f"too few images in {root} ({len(train)}): add some, train, val and test need one each")
         count = _tenth(train)

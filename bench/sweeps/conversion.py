@@ -80,7 +80,7 @@ def result(runs: list[Run], metrics: Metrics) -> tuple[TrialState, list[float] |
 def ended(study: Study, params: dict[str, Any], runs: list[Run], metrics: Metrics, space: Space) -> FrozenTrial:
     """A trial whose runs ended elsewhere, as ``tell`` would have left it."""
     trial = drawn(params, space)
-    trial.user_attrs = attributes(runs)
+    trial.user_attrs |= attributes(runs)
     trial.state, trial.values = result(runs, metrics)
     if kind_of(runs[0]).has_curve(metrics) and runs[0].status != "damaged":
         config = runs[0].settings(kind_of(runs[0]).config)
@@ -101,16 +101,23 @@ def seconds(run: Run) -> float:
 
 
 def drawn(params: dict[str, Any], space: Space, run_id: str | None = None) -> FrozenTrial:
-    """A trial to be taken, of ``params`` from ``space``. Raises ValueError where that has no such value."""
-    return waiting(params, {name: distribution(name, space.get(name)) for name in params}, run_id)
+    """A trial to be taken, of ``params`` from ``space``; a seed among them is an attribute, since nothing is to be
+    learned of which is best. Raises ValueError where the space has no such value."""
+    kept = {"run_id": run_id} if run_id else {}
+    if "seed" in params:
+        kept["seed"] = params["seed"]
+        if type(params["seed"]) is not int:
+            raise ValueError(f"seed is {params['seed']!r}, which is no whole number")
+    values = {name: value for name, value in params.items() if name != "seed"}
+    return waiting(values, {name: distribution(name, space.get(name)) for name in values}, kept)
 
 
-def waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], run_id: str | None) -> FrozenTrial:
-    """A trial to be taken; what ``params`` leaves open is sampled then."""
+def waiting(params: dict[str, Any], distributions: dict[str, BaseDistribution], kept: dict[str, Any]) -> FrozenTrial:
+    """A trial to be taken, with the attributes that it has ``kept``; what ``params`` leaves open is sampled then."""
     return create_trial(
         state=TrialState.WAITING,
         params=params,
         distributions=distributions,
-        user_attrs={"run_id": run_id} if run_id else {},
+        user_attrs=kept,
         system_attrs={"fixed_params": params},
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -75,6 +76,17 @@ def _widest(name: str) -> Range | tuple:
         if isinstance(rule, OneOf):
             return tuple(rule.choices)
     raise UserError(f"{name} is text without a list of choices and cannot be swept")
+
+
+def holding(values: Iterable[Any]) -> BaseDistribution:
+    """The distribution that just holds ``values``: of numbers their range, by orders of magnitude from a ratio of ten
+    on, of anything else each of them."""
+    found = tuple(dict.fromkeys(values))
+    if not all(type(value) in (int, float) for value in found):
+        return CategoricalDistribution(found)
+    low, high = min(found), max(found)
+    kind = int if all(type(value) is int for value in found) else float
+    return distribution("", Range(kind(low), kind(high), log=low > 0 and high >= 10 * low))
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:

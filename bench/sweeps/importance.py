@@ -1,11 +1,14 @@
 """How much each swept setting mattered."""
 
+from typing import Any
+
 import optuna
 import pandas as pd
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 
 from bench.analysis.frames import settings
+
+from .definition import holding
 
 MAX_ROWS = 150  # runs of a backbone that importance is computed from
 
@@ -25,7 +28,7 @@ def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
             continue
         names = [*swept, "seed"] if rows.seed.nunique() > 1 else list(swept)
         rows = rows[[*names, metric]].astype(object)  # Python's own numbers, not NumPy's
-        distributions = {name: _range_of(rows[name]) for name in names}
+        distributions = {name: holding(_numbers(rows[name])) for name in names}
         study = optuna.create_study()
         study.add_trials(
             create_trial(params=dict(zip(names, values, strict=True)), distributions=distributions, value=value)
@@ -37,9 +40,6 @@ def importances(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["backbone", "parameter", "importance"])
 
 
-def _range_of(values: pd.Series) -> BaseDistribution:
-    """The distribution that just holds ``values``: a number's order and scale help the forest, and cost it less."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        low, high = float(values.min()), float(values.max())
-        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
-    return CategoricalDistribution(tuple(values.unique()))
+def _numbers(values: pd.Series) -> list[Any]:
+    """``values``, whole numbers as others: a number's order and scale help the forest, and cost it less."""
+    return [float(value) if type(value) is int else value for value in values]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import optuna
 from filelock import FileLock
@@ -29,8 +29,8 @@ from . import conversion
 from .address import without_password
 from .bulk import Unwritten
 from .conversion import Metrics
-from .definition import Space, read_space
-from .kinds import KINDS, PRIORS, TOKENIZERS, endings, kind_of
+from .definition import Space, holding, read_space
+from .kinds import KINDS, PRIORS, TOKENIZERS, Kind, endings, kind_of
 from .patience import PatientStorage, opening
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
@@ -197,11 +197,24 @@ class Index:
                 trials.append((conversion.ended(study, params, runs, metrics, space), runs))
             self.storage.add_trials(study._study_id, trials, partial(self._note_attributes, study))
 
+    def replace(self, study: Study, trials: Sequence[tuple[FrozenTrial, str]]) -> None:
+        """Puts ``trials``, each with its note, in place of all that ``study`` has."""
+        self.storage.add_trials(study._study_id, trials, self._note_rows, anew=True)
+
+    def narrow(self, study: Study) -> None:
+        """Gives every parameter of an ablation's trials the distribution that just holds the values of all of them, as
+        charts and importances of the dashboard need it, and has a seed that older versions wrote as a parameter an
+        attribute. Values that come later may be any."""
+        self.storage.narrow(study._study_id, holding)
+
     def _note_attributes(self, study: Study, trial: FrozenTrial, runs: list[Run]) -> dict[str, Any]:
+        return self._note_rows(trial, self._note(study, trial, runs))
+
+    def _note_rows(self, trial: FrozenTrial, note: str) -> dict[str, Any]:
         """What ``save_note`` writes of a trial without a note, without reading those of all others."""
         from optuna_dashboard._note import note_ver_key, split_body  # and scikit-learn: not before it is needed
 
-        return {note_ver_key(trial._trial_id): 1, **split_body(self._note(study, trial, runs), trial._trial_id)}
+        return {note_ver_key(trial._trial_id): 1, **split_body(note, trial._trial_id)}
 
     def tell(self, study: Study, trial: Trial, runs: list[Run], metrics: Metrics) -> None:
         """Ends ``trial`` as its runs (one per seed) ended: their mean metrics, or why one of them failed. A trial that
@@ -232,7 +245,9 @@ class Index:
                 raise
             return  # another worker took it for dead, and has put its copy there
         ended = self.storage.get_trial(trial._trial_id)
-        study.add_trial(conversion.waiting(ended.params, ended.distributions, ended.user_attrs.get("run_id")))
+        kept = {name: ended.user_attrs[name] for name in ("run_id", "seed") if name in ended.user_attrs}
+        again = conversion.waiting(ended.params, ended.distributions, kept)
+        self.storage.add_trials(study._study_id, [(again, None)], lambda *_: {})
 
     def _runs(self, trial: Trial) -> bool:
         """Whether nobody has ended ``trial`` or put it back into the queue."""
@@ -275,48 +290,82 @@ class Index:
         self._save_note(study, "\n\n".join(lines))
 
 
-def rebuild(index: Index, store: Store, name: str) -> int:
-    """Adds the trials of the study called ``name`` that ended without ``index`` knowing, and returns how many those
-    were. Raises UserError on an unknown name, and Damaged where the study's file is."""
-    record, added = store.study(name), 0
+class Listed(NamedTuple):
+    """A run that a study's file lists."""
+
+    label: str  # the backbone, or the prior
+    params: dict[str, Any]  # of its trial, the seed among them unless a trial has a run of each
+    row: dict[str, Any]  # what the file says of it
+    runs: list[Run]  # itself, and the prior that it is judged by
+
+
+class Shelf(NamedTuple):
+    """A part of a study's file."""
+
+    key: str
+    kind: Kind
+    title: str  # what the names of its Optuna studies begin with
+    metrics: Metrics
+    space: Space | None  # that a search drew from; None where nothing was drawn
+    listed: list[Listed]
+
+
+def shelves(store: Store, name: str) -> list[Shelf]:
+    """What the file of the study called ``name`` lists. Raises UserError on an unknown name, and Damaged."""
+    record = store.study(name)
     search = record["kind"] == "search"
     parts = [("runs", TOKENIZERS, name, search), *([] if search else [("priors", PRIORS, name, False)])]
     judges = _judges(record, store) if search else {}
+    found = []
     for shelf, kind, title, searching in (*parts, ("confirmed", TOKENIZERS, f"{name}-confirm", False)):
-        metrics = kind.ranked or tuple(record["metrics"])
-        trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
+        listed = []
         try:
             space = read_space(record["space"]) if searching else {}
             for run_id, row in record.get(shelf, {}).items():
-                aside = {
-                    kind.key,
-                    "role",
-                    *(("seed",) if searching else ()),
-                }  # the seeds of a search's trial are runs of it
+                # the seeds of a search's trial are runs of it
+                aside = {kind.key, "role", *(("seed",) if searching else ())}
                 params = {name: value for name, value in row.items() if name not in aside}
-                identity = (row[kind.key], *(params.items() if searching else [run_id]))
                 own = [store.named(run_id, kind.config.SHELF), *judges.get(frozenset(row.items()), [])]
-                trials.setdefault(identity, (params, []))[1].extend(own)
+                listed.append(Listed(row[kind.key], params, row, own))
                 conversion.drawn(params, space)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:  # its values are nobody's
             raise Damaged(store.root / "studies" / f"{name}.json", f"{type(error).__name__} {error}") from error
+        metrics = kind.ranked or tuple(record["metrics"])
+        found.append(Shelf(shelf, kind, title, metrics, space if searching else None, listed))
+    return found
+
+
+def rebuild(index: Index, store: Store, name: str) -> int:
+    """Adds the trials of the study called ``name`` that ended without ``index`` knowing, and returns how many those
+    were. Raises UserError on an unknown name, and Damaged where the study's file is."""
+    added = 0
+    for _, kind, title, metrics, space, listed in shelves(store, name):
+        trials: dict[tuple, tuple[dict[str, Any], list[Run]]] = {}
+        for label, params, _, own in listed:
+            identity = (label, *(own[:1] if space is None else params.items()))
+            trials.setdefault(identity, (params, []))[1].extend(own)
         with index.planning:
             labels = dict.fromkeys(label for label, *_ in trials)
             studies = {label: index.open(kind.study(title, label), metrics) for label in labels}
             for study in studies.values():
                 index.recover(study)
             known = {label: index.states(study) for label, study in studies.items()}
-            every = [run for _, runs in trials.values() for run in runs]
-            how = endings(every)
+            how = endings(run for _, runs in trials.values() for run in runs)
             ended: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {label: [] for label in labels}
             for (label, *_), (params, runs) in trials.items():
-                found = {how[run] for run in runs}
-                if runs[0].folder.name not in known[label] and (found == {"finished"} or found & {*FAILURES}):
+                if runs[0].folder.name not in known[label] and has_ended({how[run] for run in runs}):
                     ended[label].append((params, runs))
             for label in labels:
-                index.add(studies[label], ended[label], metrics, space)
+                index.add(studies[label], ended[label], metrics, space or {})
+                if space is None:
+                    index.narrow(studies[label])
                 added += len(ended[label])
     return added
+
+
+def has_ended(found: set[str]) -> bool:
+    """Whether a trial whose runs are ``found`` to be so has ended: all are finished, or one of them failed."""
+    return found == {"finished"} or bool(found & {*FAILURES})
 
 
 def _judges(record: dict[str, Any], store: Store) -> dict[frozenset, list[Run]]:

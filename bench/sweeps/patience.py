@@ -21,7 +21,7 @@ from bench.core.errors import UserError
 from bench.core.progress import say
 
 from .address import EXAMPLES, check_place, without_password
-from .bulk import add_trials
+from .bulk import add_trials, narrow
 
 PATIENCE_SECONDS = 60.0  # until a database that is away is given up
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts; each is twice the one before
@@ -128,7 +128,7 @@ def _is_stored(error: Exception, reading: bool) -> bool:
 
 
 def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
-    reading = method.__name__.lstrip("_").startswith("get")
+    reading = method.__name__.lstrip("_").startswith(("get", "narrow"))  # which is told nothing but a study
 
     @wraps(method)
     def call(self: PatientStorage, *arguments: Any, **options: Any) -> Any:
@@ -174,3 +174,4 @@ for _name in {
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 PatientStorage.first_heartbeat = _patient(RDBStorage.record_heartbeat)  # for further ones the next is soon enough
 PatientStorage.add_trials = _patient(add_trials)
+PatientStorage.narrow = _patient(narrow)

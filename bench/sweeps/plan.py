@@ -184,6 +184,7 @@ class Plan:
                 ended.append((cell.params, cell.runs))
         index.enqueue(study, missing)
         index.add(study, ended, part.metrics, {})
+        index.narrow(study)
         ours = {cell.run.folder.name for cell in part.cells}
         return len(index.trials(study, TrialState.WAITING, TrialState.RUNNING, of=ours))
 

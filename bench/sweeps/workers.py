@@ -19,10 +19,13 @@ from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, say, stdout
 from bench.core.runs import Run
 from bench.instruments import choose
+from bench.quantizers import QUANTIZERS
+from bench.tokenizers.arguments import without
 from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
 
+from . import overview
 from .address import storage_url, without_password
 from .child import Outcome, look_in_child, run_in_child
 from .conversion import first_scores, report
@@ -62,7 +65,11 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     if idle:
         say(f"study {plan.name}: nothing to do, every planned trial is done")
     look(plan)
-    conclude(plan, index)
+    pages = conclude(plan, index)
+    if told := recommendation(plan, pages):
+        say(escape(told))
+    for line in next_commands(plan, pages, arguments):
+        say(f"[bold]next:[/] {escape(line)}")
     program = "optuna-dashboard"
     if not which(program):  # of an environment that is not activated
         program = str(Path(sys.executable).with_name(program))
@@ -124,8 +131,8 @@ def _look(cell: Cell, options: tuple, stop: threading.Event) -> tuple[str, Outco
     return name, outcome, time.monotonic() - began
 
 
-def conclude(plan: Plan, index: Index) -> None:
-    """Counts how runs ended, writes the report, attaches its plots."""
+def conclude(plan: Plan, index: Index) -> list[overview.Page]:
+    """Counts how runs ended, writes the report and the pages on all backbones, which it returns, attaches plots."""
     from bench.analysis.report import write_report  # and what draws charts: not before it is needed
 
     record = plan.store.study(plan.name)
@@ -135,10 +142,48 @@ def conclude(plan: Plan, index: Index) -> None:
     say("; ".join(told))
     with index.planning:  # workers that end together write the same files
         written = write_report([plan.name], plan.store.root, importances=importances)
+        pictures = [(chart.title, chart.path) for chart in written.charts]
+        pages = overview.write(index, plan.store, plan.name)
+        for study, _ in pages:
+            text = f"## {study.study_name}, all backbones\n\nReport: `{written.page}`\n\n{overview.TOLD}"
+            index.attach(study, text, pictures)
         for part in (*plan.tokenizers(), *plan.followers()):
-            text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`"
-            pictures = [(chart.title, chart.path) for chart in written.charts]
+            text = f"## {plan.name}, {part.label}\n\nReport: `{written.page}`\n\n"
+            text += f"{overview.ELSEWHERE} {plan.name}{overview.ENDINGS[part.shelf]}."
             index.attach(part.open(index), text, pictures)
+    return pages
+
+
+def recommendation(plan: Plan, pages: list[overview.Page]) -> str | None:
+    """Which cell has the best mean over seeds, in a sentence; None where a study has several metrics, too few cells, or
+    cells of unequal rates."""
+    metric, *more = plan.options.metric
+    if more or not pages or (trial := overview.best(pages[0], metric)) is None:
+        return None
+    shown_as, about = LABELS[metric], trial.user_attrs
+    settings = " ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
+    spread = f" ± {about[f'{metric}_std']:{shown_as.form}}" if f"{metric}_std" in about else ""
+    seeds = f"the mean of {about['n']} seeds" if about["n"] > 1 else "one seed, an observation and no verdict"
+    others = sum(one.state == TrialState.COMPLETE for one in pages[0].trials) - 1
+    return f"best of {others + 1}: {settings}, {shown_as.label} {trial.value:{shown_as.form}}{spread}, {seeds}"
+
+
+def next_commands(plan: Plan, pages: list[overview.Page], given: list[str]) -> list[str]:
+    """The commands that are most useful after this one, whose words were ``given``: what failed again, or an ablation
+    with more seeds, or a search at one rate confirmed; and images from the best tokenizer, if it has codes."""
+    found, url, more = [], plan.options.storage, ["--seeds", *map(str, range(max(plan.seeds) + 2))]
+    if isinstance(plan.study, Search):
+        more = ["--confirm", "3"] if plan.options.bits_per_image and not plan.options.confirm else []
+    elif plan.failed():
+        more = ["--retry-failed"]
+    if more and (url is None or without_password(url) == url):  # which is not printed, and must not be another
+        words = [*without(given, {more[0]}), *more]
+        found.append(shlex.join(["python", "-m", f"studies.{plan.study.name}", *words]))
+    if pages and (trial := overview.best(pages[0], plan.options.metric[0])) and not vars(plan.options).get("prior"):
+        run = plan.store.named(trial.user_attrs["runs"].split()[0])
+        if QUANTIZERS[run.config()["quantizer"]].discrete:
+            found.append(shlex.join(["python", "-m", "bench.prior", str(run.folder)]))
+    return found
 
 
 def _counts(runs: list[Run]) -> str:

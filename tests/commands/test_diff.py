@@ -136,6 +136,31 @@ def test_environment_differences(store, diff):
     assert words_on_b(out)["train_seconds"] in ("better", "worse")
 
 
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"beta": 0.5, "lr": 1e-3}])
+def test_one_machine_that_was_busy_is_told_by_its_clocks(store, diff, changes):
+    """Of the same work, and what is clocked is then not ranked; half as much again is what machines do."""
+    quick = fabricate(store, smoke(), train_seconds=120.0)
+    slow = fabricate(store, smoke(**changes), 0.1, train_seconds=480.0, images_per_second_encode=100.0)
+    _, out, _ = diff(quick, slow)
+    told = "The same environment, but the clocks differ: 120 s against 480 s of training, "
+    assert told in out
+    assert "images/s against 100 images/s encoded; other work ran beside one of them, so what is clocked" in out
+    words = words_on_b(out)
+    assert words["train_seconds"] == words["images_per_second_encode"] == "–"
+    assert words["psnr"] in ("better", "worse")
+    near = fabricate(store, smoke(seed=2), train_seconds=170.0)
+    _, out, _ = diff(quick, near)
+    assert "The same environment." in out
+    assert words_on_b(out)["train_seconds"] == "worse"
+
+
+def test_other_work_has_other_clocks_and_nobody_was_busy(store, diff):
+    other = fabricate(store, smoke("vit"), train_seconds=480.0)
+    _, out, _ = diff(fabricate(store, smoke(), train_seconds=120.0), other)
+    assert "The same environment." in out
+    assert words_on_b(out)["train_seconds"] == "worse"
+
+
 def test_clocks_of_two_machines_are_not_ranked(store, diff):
     a, b = fabricate(store, smoke()), changed_environment(fabricate(store, smoke("vit")), threads=64)
     words = words_on_b(diff(a, b)[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import diff, encode, prior, report, run, study
+from bench import diff, encode, prior, reconstruct, report, run, study
 from bench.core.progress import stdout
 from bench.core.store import Store
 from bench.sweeps import workers
@@ -44,6 +44,10 @@ COMMANDS = {
     "diff --results": lambda name: diff.main(["cnn", "cnn", "--results", name]),
     "encode RUN": lambda name: encode.main([name, "--results", "good"]),
     "encode --results": lambda name: encode.main(["cnn", "--results", name]),
+    "reconstruct IMAGE": lambda name: reconstruct.main([name, "--run", "cnn", "--results", "good"]),
+    "reconstruct --run": lambda name: reconstruct.main(["x.png", "--run", name, "--results", "good"]),
+    "reconstruct --results": lambda name: reconstruct.main(["x.png", "--run", "cnn", "--results", name]),
+    "reconstruct --out": lambda name: reconstruct.main(["x.png", "--run", "cnn", "--results", "good", "--out", name]),
     "report NAME": lambda name: report.main([name, "--results", "good"]),
     "report --results": lambda name: report.main(["--results", name]),
     "report --out": lambda name: report.main(["--results", "good", "--out", name]),

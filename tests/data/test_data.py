@@ -270,7 +270,7 @@ def test_hidden_files_and_what_lies_in_hidden_folders_are_no_images(tmp_path):
     seen = ("one.png", "shown/two.png")
     for number, name in enumerate((*seen, ".hidden.png", ".thumbnails/one.png", "shown/.trash/deeper/three.png")):
         Image.fromarray(noise(8 + number, 8, 3)).save(tmp_path / name)
-    assert sources._find_images(str(tmp_path)) == list(seen)
+    assert sources.find_images(str(tmp_path)) == list(seen)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
@@ -389,7 +389,7 @@ def test_a_class_that_is_called_test_is_no_split_where_nothing_is_called_train(t
 
 def hashed(paths: list[str]) -> list[list[str]]:
     """The splits of a folder that holds ``paths`` and names no split."""
-    with mock.patch.object(sources, "_find_images", return_value=paths):
+    with mock.patch.object(sources, "find_images", return_value=paths):
         *splits, _ = sources.folder_source("nowhere", 8).open()
     return [split.items for split in splits]
 

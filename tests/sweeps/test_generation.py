@@ -108,8 +108,10 @@ def start(tmp_path, *flags, study=SEARCH):
 
 
 def indexed(tmp_path) -> dict[str, optuna.Study]:
+    """By name those that trials are taken from."""
     url = default_url(tmp_path)
-    return {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
+    found = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
+    return {one.study_name: one for one in found if "overview" not in one.user_attrs}
 
 
 def table_of(text: str, title: str) -> list[dict[str, str]]:

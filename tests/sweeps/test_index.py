@@ -31,7 +31,7 @@ from bench.quantizers import QUANTIZERS
 from bench.sweeps import address, conversion, importance, index
 from bench.sweeps.address import EXAMPLES, storage_url, without_password
 from bench.sweeps.conversion import MAX_REPORTS, report
-from bench.sweeps.definition import Range, distribution, suggest
+from bench.sweeps.definition import Range, distribution, holding, suggest
 from bench.sweeps.importance import importances
 from bench.sweeps.index import Index
 from bench.sweeps.kinds import KINDS
@@ -181,8 +181,9 @@ def test_waiting_trials_are_taken_once_in_their_order(indexed):
         indexed.enqueue(study, [({"beta": 0.5, "seed": number}, run_id)])
     assert (waiting(indexed, study, set()), waiting(indexed, study, {"a"}), running(indexed, study, set())) == (4, 2, 0)
     assert indexed.claim(study, {"x"}) is None
-    assert indexed.claim(study, {"c"}).params == {"beta": 0.5, "seed": 2}
-    assert [indexed.claim(study, set()).params["seed"] for _ in range(3)] == [0, 1, 3]
+    third = indexed.claim(study, {"c"})
+    assert (third.params, third.user_attrs["seed"]) == ({"beta": 0.5}, 2)
+    assert [indexed.claim(study, set()).user_attrs["seed"] for _ in range(3)] == [0, 1, 3]
     assert indexed.claim(study, set()) is None
     assert (running(indexed, study, set()), running(indexed, study, {"a"}), running(indexed, study, {"x"})) == (4, 2, 0)
     assert waiting(indexed, study, set()) == 0
@@ -215,7 +216,7 @@ def test_one_worker_at_a_time_looks_for_a_trial_and_takes_it(tmp_path):
 
     def work():
         one = Slow(url, folder)
-        found.append(one.claim(one.open("one", ("psnr",)), set()).params["seed"])
+        found.append(one.claim(one.open("one", ("psnr",)), set()).user_attrs["seed"])
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -265,7 +266,8 @@ def test_a_trial_that_was_given_back_comes_again_as_it_was(indexed):
     indexed.give_back(study, trial)
     old, new = study.trials
     assert (old.state, old.user_attrs["status"]) == (TrialState.FAIL, "interrupted")
-    assert (new.state, new.params, new.user_attrs) == (TrialState.WAITING, {"beta": 0.5, "seed": 3}, {"run_id": "a"})
+    assert (new.state, new.params) == (TrialState.WAITING, {"beta": 0.5})
+    assert new.user_attrs == {"run_id": "a", "seed": 3}
     assert indexed.states(study) == {"a": {"FAIL", "WAITING"}}
     assert suggest(indexed.claim(study, {"a"}), {"beta": Range(0.1, 4.0)}) == {"beta": 0.5}
     indexed.give_back(study, trial)  # another worker took it for dead meanwhile: no further copy
@@ -325,7 +327,8 @@ def test_a_run_that_ended_elsewhere_is_recorded_with_its_curve(indexed, store):
     run = made(store, rows=rows, config=smoke(steps=150))
     indexed.add(study, [({"beta": 0.25, "seed": 0}, [run])], ("psnr",), {})
     (trial,) = study.trials
-    assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, 20.0, {"beta": 0.25, "seed": 0})
+    assert (trial.state, trial.value, trial.params) == (TrialState.COMPLETE, 20.0, {"beta": 0.25})
+    assert trial.user_attrs["seed"] == 0
     assert trial.intermediate_values == {step: pytest.approx(-1 / step) for step in (50, 100, 150)}
     assert indexed.states(study) == {run.folder.name: {"COMPLETE"}}
 
@@ -377,14 +380,13 @@ def test_trials_that_wait_are_those_that_optuna_adds(indexed, monkeypatch):
     monkeypatch.setattr(index, "AT_ONCE", 2)
     study = indexed.open("one", ("psnr",))
     indexed.enqueue(study, [({"beta": 0.5, "seed": seed}, f"run {seed}") for seed in range(3)])
-    params = {"beta": 0.5, "seed": 3}
-    space = {name: distribution(name) for name in params}
-    fixed = {"system_attrs": {"fixed_params": params}, "user_attrs": {"run_id": "run 3"}}
+    params, space = {"beta": 0.5}, {"beta": distribution("beta")}
+    fixed = {"system_attrs": {"fixed_params": params}, "user_attrs": {"run_id": "run 3", "seed": 3}}
     study.add_trial(create_trial(state=TrialState.WAITING, params=params, distributions=space, **fixed))
     for seed, trial in enumerate(study.trials):
         assert (trial.number, trial.state.name, trial.datetime_start) == (seed, "WAITING", None)
-        assert trial.params == trial.system_attrs["fixed_params"] == params | {"seed": seed}
-        assert (trial.user_attrs, trial.distributions) == ({"run_id": f"run {seed}"}, space)
+        assert trial.params == trial.system_attrs["fixed_params"] == params
+        assert (trial.user_attrs, trial.distributions) == ({"run_id": f"run {seed}", "seed": seed}, space)
     taken = indexed.claim(study)
     assert (taken.number, study.trials[0].datetime_complete) == (0, None)
     assert study.trials[0].datetime_start is not None
@@ -472,6 +474,37 @@ def test_an_ablations_values_have_one_distribution_each_so_that_it_can_grow(inde
             assert indexed.claim(study, set()).params == {name: value}
     with pytest.raises(UserError, match="data is text"):
         distribution("data")
+
+
+def test_parameters_have_the_range_of_the_values_that_were_swept(tmp_path, store):
+    """Of all trials, also of those from before a value came, and in a database whose seeds were parameters."""
+    url = address.default_url(tmp_path)
+    indexed = Index(url, tmp_path / "studies")
+    study = indexed.open("one", ("psnr",))
+    old = {name: distribution(name) for name in ("beta", "quantizer", "codebook_size", "seed")}
+    params = {"beta": 0.5, "quantizer": "l2", "codebook_size": 64, "seed": 7}
+    study.add_trial(create_trial(params=params, distributions=old, value=20.0, user_attrs={"run_id": "a"}))
+    run = made(store, config=smoke(beta=1.0, seed=3))
+    indexed.add(study, [({**params, "beta": 1.0, "quantizer": "ema", "seed": 3}, [run])], ("psnr",), {})
+    other = indexed.open("other", ("psnr",))
+    indexed.enqueue(other, [({"beta": 99.0}, "c")])
+    for beta, low, high, log in ((4.0, 0.5, 4.0, False), (8.0, 0.5, 8.0, True), (0.25, 0.25, 8.0, True)):
+        indexed.enqueue(study, [({**params, "beta": beta, "codebook_size": 128, "seed": 1}, f"run {beta}")])
+        for _ in range(2):  # the second time changes nothing
+            indexed.narrow(study)
+        every = optuna.load_study(study_name="one", storage=url).trials  # as the dashboard reads it
+        assert {trial.distributions["beta"] for trial in every} == {FloatDistribution(low, high, log=log)}
+        assert {trial.distributions["codebook_size"] for trial in every} == {IntDistribution(64, 128)}
+        assert {trial.distributions["quantizer"] for trial in every} == {CategoricalDistribution(("l2", "ema"))}
+        assert every[-1].params == {"beta": beta, "quantizer": "l2", "codebook_size": 128}
+    assert [trial.params["beta"] for trial in every] == [0.5, 1.0, 4.0, 8.0, 0.25]
+    assert [trial.params["quantizer"] for trial in every] == ["l2", "ema", "l2", "l2", "l2"]
+    assert [trial.user_attrs["seed"] for trial in every] == [7, 3, 1, 1, 1]
+    assert [trial.user_attrs["run_id"] for trial in every][:2] == ["a", run.folder.name]
+    assert other.trials[0].distributions == {"beta": distribution("beta")}
+    taken = indexed.claim(study, {"run 4.0"})
+    indexed.give_back(study, taken)
+    assert indexed.claim(study, {"run 4.0"}).params == taken.params
 
 
 def test_shares_of_importance_sum_to_one_in_each_backbone():
@@ -574,9 +607,11 @@ def test_whole_numbers_are_drawn_by_orders_of_magnitude_where_asked():
 def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
     known = {(1, 10): True, (1, 9): False, (0, 100): False, (-1, 100): False}
     for values, log in known.items():
-        assert importance._range_of(pd.Series(values)) == FloatDistribution(*map(float, values), log=log)
-    for values in ((True, False), ("ema", "l2"), (1, "auto")):
-        assert importance._range_of(pd.Series(values, dtype=object)) == CategoricalDistribution(values)
+        assert holding(values) == IntDistribution(*values, log=log)
+        assert holding(importance._numbers(pd.Series(values, dtype=object))) == FloatDistribution(*values, log=log)
+    assert holding((4, 0.5, 2)) == FloatDistribution(0.5, 4.0)
+    for values in ((True, False), ("ema", "l2"), (1, "auto"), (0.5, None)):
+        assert holding(values) == CategoricalDistribution(values)
 
 
 def test_importance_is_of_scores_that_exist_and_of_a_fair_sample(monkeypatch):
@@ -624,7 +659,8 @@ def test_trials_of_a_worker_that_is_gone_wait_again(indexed, monkeypatch):
     monkeypatch.setattr(indexed.storage, "_get_stale_trial_ids", lambda study_id: [study.trials[0]._trial_id])
     indexed.recover(study)
     assert (running(indexed, study, set()), waiting(indexed, study, {"a"})) == (0, 1)
-    assert indexed.claim(study, {"a"}).params == {"beta": 0.5, "seed": 3}
+    again = indexed.claim(study, {"a"})
+    assert (again.params, again.user_attrs["seed"]) == ({"beta": 0.5}, 3)
 
 
 # -- workers that share a database ------------------------------------------------------------------------------------

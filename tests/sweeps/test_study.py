@@ -98,9 +98,11 @@ def planned(tmp_path, *arguments) -> Plan:
     return make_plan(BETA, parse_study(BETA, "", [*common, *arguments]))
 
 
-def optuna_studies(tmp_path) -> dict[str, optuna.Study]:
+def optuna_studies(tmp_path, overview: bool = False) -> dict[str, optuna.Study]:
+    """By name those that trials are taken from, or those that show all backbones."""
     url = default_url(tmp_path)
-    return {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
+    found = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
+    return {one.study_name: one for one in found if one.user_attrs.get("overview", False) == overview}
 
 
 def states(tmp_path) -> Counter:
@@ -453,6 +455,22 @@ def test_the_dashboard_has_pictures_metrics_and_names(child, tmp_path):
     start(BETA, tmp_path)  # attaches again: replaces
     for one in optuna_studies(tmp_path).values():
         assert len(get_all_artifact_meta(one)) == 1
+
+
+def test_the_dashboard_has_a_page_on_all_backbones_and_one_on_all_priors(child, tmp_path):
+    """With the report's plots, and named by the studies that trials are taken from."""
+    assert start(GRIDS, tmp_path, "--backbone", "cnn", "vit", "--seeds", "0", "1") == 0
+    found = optuna_studies(tmp_path, overview=True)
+    assert {name: len(one.trials) for name, one in found.items()} == {"priors-smoke": 4, "priors-smoke-priors": 8}
+    for name, one in found.items():
+        assert {trial.user_attrs["n"] for trial in one.trials} == {2}
+        assert {trial.params["backbone"] for trial in one.trials} == {"cnn", "vit"}
+        assert "![plot](/artifacts/" in get_note(one)
+        assert get_note(one).startswith(f"## {name}, all backbones\n")
+    for name, one in optuna_studies(tmp_path).items():
+        shown = "priors-smoke-priors" if "-prior-" in name else "priors-smoke"
+        assert get_note(one).splitlines()[4].endswith(f" are in {shown}.")
+        assert all("seed" not in trial.params and trial.user_attrs["seed"] in (0, 1) for trial in one.trials)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -853,7 +871,7 @@ def test_rebuild_takes_what_is_named_and_writes_where_it_is_told(child, tmp_path
     start(other, tmp_path)
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     assert study_command.rebuild(("beta-smoke",), tmp_path, elsewhere) == 0
-    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke-cnn", "beta-smoke-vit"]
+    assert sorted(optuna.get_all_study_names(elsewhere)) == ["beta-smoke", "beta-smoke-cnn", "beta-smoke-vit"]
     ended = [trial.state.name for trial in optuna.load_study(study_name="beta-smoke-vit", storage=elsewhere).trials]
     assert sorted(ended) == ["COMPLETE", "FAIL"]  # failures are on file, too
     assert study_command.rebuild(results=tmp_path, storage=elsewhere) == 0
@@ -987,7 +1005,7 @@ def test_priors_are_trials_in_the_dashboard(child, tmp_path):
             assert run.config()["prior"] == prior
             if trial.state.name == "COMPLETE":
                 grid = run.tokenizer()["grid_size"]
-                assert trial.params == {"backbone": "cnn", "grid_size": grid, "seed": 0}
+                assert (trial.params, trial.user_attrs["seed"]) == ({"backbone": "cnn", "grid_size": grid}, 0)
                 assert trial.value == run.metrics()["coded_bits_per_token"] == 5.0
                 assert trial.user_attrs["gfid_vgg16"] == 100.0
                 assert list(trial.intermediate_values.values()) == [7.0]
@@ -1165,6 +1183,55 @@ def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ende
     for backbone in ("cnn", "vit"):
         note = get_note(optuna.load_study(study_name=f"beta-smoke-{backbone}", storage=url)).splitlines()
         assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
+
+
+def nexts(err: str) -> list[list[str]]:
+    return [shlex.split(line.removeprefix("next: ")) for line in err.splitlines() if line.startswith("next: ")]
+
+
+def test_a_study_ends_with_the_best_mean_and_commands_that_go_on(child, tmp_path, capsys):
+    """FakeChild's runs are the better the larger β is; a second command has one more seed, and nothing else."""
+    assert start(BETA, tmp_path, "--seeds", "0", "1") == 0
+    err = capsys.readouterr().err
+    (best,) = [line for line in err.splitlines() if line.startswith("best of ")]
+    assert re.fullmatch(r"best of 4: backbone=(cnn|vit) beta=1, LPIPS vgg 0\.\d+ ± 0\.\d+, the mean of 2 seeds", best)
+    more, prior = nexts(err)
+    assert more[:3] == ["python", "-m", "studies.beta"]
+    assert more[-4:] == ["--seeds", "0", "1", "2"]
+    child.calls.clear()
+    assert study.main(BETA, "", more[3:]) == 0
+    assert {config.seed for config in child.calls} == {2}
+    assert prior[:3] == ["python", "-m", "bench.prior"]
+    assert Store(tmp_path).find(prior[3]).config()["beta"] == 1.0
+
+
+def test_what_failed_is_to_be_tried_again_first(child, tmp_path, capsys):
+    child.endings = ["diverged"]
+    assert start(BETA, tmp_path) == 1
+    again = nexts(capsys.readouterr().err)[0]
+    assert again[-1] == "--retry-failed"
+    assert study.main(BETA, "", again[3:]) == 0
+    assert "one seed, an observation and no verdict" in capsys.readouterr().err
+
+
+def test_a_search_at_one_rate_is_to_be_confirmed_and_other_rates_have_no_best(child, tmp_path, capsys):
+    words = ("--trials", "2", "--bits-per-image", "112")
+    assert start(SEARCH, tmp_path, *words) == 0
+    confirm = nexts(capsys.readouterr().err)[0]
+    assert confirm[-2:] == ["--confirm", "3"]
+    assert study.main(SEARCH, "", confirm[3:]) == 0
+    assert not any("--confirm" in words for words in nexts(capsys.readouterr().err))
+    assert start(SEARCH, tmp_path, "--trials", "2") == 0  # the front of rate and distortion
+    err = capsys.readouterr().err
+    assert "best of" not in err
+    assert nexts(err) == []
+
+
+def test_a_password_on_the_command_line_is_not_in_the_next_one(child, tmp_path):
+    url = "postgresql+psycopg://me:secret@host/x"
+    what = planned(tmp_path, "--storage", url)
+    assert study.next_commands(what, [], ["--storage", url]) == []
+    assert study.next_commands(planned(tmp_path), [], ["--preset", "smoke"]) != []
 
 
 def test_a_command_takes_its_arguments_from_the_shell(monkeypatch, capsys):

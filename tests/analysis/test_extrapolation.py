@@ -1,0 +1,52 @@
+"""Power laws of curves that are power laws are found again, and cross where they do."""
+
+import numpy as np
+import pytest
+
+from bench.analysis.extrapolation import COOL, WARM, Law, crossing, law
+
+STEPS = np.arange(10, 2001, 10)
+
+
+@pytest.mark.parametrize(("floor", "scale", "exponent"), [(0.02, 0.5, 0.5), (0.0, 0.3, 0.2), (0.01, 4.0, 1.0)])
+def test_a_power_law_is_found_again(floor, scale, exponent):
+    found = law(STEPS, floor + scale * STEPS**-exponent)
+    for steps in (100, 2000, 20_000):
+        assert found(steps) == pytest.approx(floor + scale * steps**-exponent, rel=0.02)
+    assert found.error < 1e-3
+
+
+def test_noise_costs_little_and_shows_as_error():
+    rng = np.random.default_rng(0)
+    truth = Law(0.02, 0.5, 0.5, 0.0)
+    found = law(STEPS, truth(STEPS) * np.exp(0.05 * rng.standard_normal(len(STEPS))))
+    assert found(4000) == pytest.approx(truth(4000), rel=0.1)
+    assert 0.03 < found.error < 0.07
+
+
+def test_warm_up_and_the_falling_rate_are_left_out():
+    losses = Law(0.02, 0.5, 0.5, 0.0)(STEPS)
+    share = STEPS / STEPS[-1]
+    bent = np.select([share < WARM, share > COOL], [9.0, 0.001], losses)
+    assert law(STEPS, bent) == law(STEPS, losses)
+
+
+@pytest.mark.parametrize("losses", [[1.0] * 5, [0.0] * 200, [np.nan] * 200, []])
+def test_what_is_no_curve_has_no_law(losses):
+    assert law(STEPS[: len(losses)], losses) is None
+
+
+def test_a_slow_start_that_ends_lower_crosses_where_the_formulas_say():
+    quick, slow = Law(0.02, 1.0, 1.0, 0.0), Law(0.01, 1.0, 0.8, 0.0)
+    at = crossing(quick, slow, 20)
+    assert quick(at) == pytest.approx(slow(at))
+    assert quick(0.9 * at) < slow(0.9 * at)
+    assert quick(1.1 * at) > slow(1.1 * at)
+    assert crossing(slow, quick, 20) == pytest.approx(at)
+
+
+def test_what_is_below_and_stays_below_does_not_cross():
+    assert crossing(Law(0.02, 1.0, 1.0, 0.0), Law(0.03, 1.0, 1.0, 0.0), 100) is None
+    late = Law(0.0199, 1.0, 0.99, 0.0)  # at some 670 steps
+    assert crossing(Law(0.02, 1.0, 1.0, 0.0), late, 20) == pytest.approx(673, rel=0.01)
+    assert crossing(Law(0.02, 1.0, 1.0, 0.0), late, 2) is None  # beyond reach
