@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.errors import Damaged
+from bench.core.plots import whole_windows
 from bench.core.runs import FAILURES, Run
 from bench.instruments import robustness
 
@@ -76,7 +77,7 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
 
 def _history(folder: str, points: int = CURVE_POINTS) -> pd.DataFrame:
     """A run's history as means over at most ``points`` windows; no rows where it has none."""
-    history = pd.DataFrame(Run(Path(folder)).history())
+    history = pd.DataFrame(whole_windows(Run(Path(folder)).history()))
     return history.groupby(np.arange(len(history)) // math.ceil(max(1, len(history) / points))).mean()
 
 

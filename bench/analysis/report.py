@@ -385,11 +385,12 @@ def _brief(ranking: Sheet, title: str, shown: Sequence[str]) -> Table:
 
 def show(report: Report) -> None:
     """Prints the best rows of each block, what it says about its backbones, and what has no scores."""
-    for block in report.blocks[:BRIEF]:
+    first = report.blocks[:BRIEF]
+    for block in first:
         stdout.print(f"[bold]{escape(block.title)}.[/] {escape(block.advice.line)}", soft_wrap=True)
         for sentence in block.advice.warnings:
             stdout.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True)
-    for block in report.blocks[:BRIEF]:
+    for block in first:
         ranking, keys = block.ranking, block.ranking.keys
         settings = [key for key in keys[1:] if key not in (*rankings.RANKED, "n", "failed")]
         scores = [key for key in dict.fromkeys((ranking.order, "psnr", "perplexity")) if key in keys]
