@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bench.core.errors import Damaged
+from bench.core.plots import whole_windows
 from bench.core.runs import FAILURES, Run
 from bench.instruments import robustness
 
@@ -56,13 +57,13 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
     if not known:
         return
     ramp = sns.color_palette("viridis" if is_number(rows[by]) else "Dark2", len(values) + 1)
-    colours = {value: ramp[i] if field else look_of(value)["color"] for i, value in enumerate(values)}
+    drawn = {value: {"color": ramp[i]} if field else look_of(value) for i, value in enumerate(values)}
     figure, grid = _curve_axes(known, sorted(rows.backbone.unique()) if field else [""])
     for (quantity, backbone), axes in grid.items():
         shown = rows[rows.backbone == backbone] if backbone else rows
         for value, runs in shown.groupby(by):
-            _curves(axes, runs, curves, quantity, colours[value])
-    lines = {brief(value): {"color": colours[value]} for value in values}  # without viridis' last: too faint a yellow
+            _curves(axes, runs, curves, quantity, drawn[value])
+    lines = {brief(value): {"markersize": 4, **drawn[value]} for value in values}  # viridis' last is too faint a yellow
     if (rows.status != "finished").any():
         lines["stopped"] = {"color": "0.3", "linestyle": "--", "marker": "x", "markersize": 5}
     looks.add_legend(figure, [], lines, title=label_of(field) if field else None)
@@ -76,7 +77,7 @@ def learning_curves(scope: Scope) -> Iterator[Drawing]:
 
 def _history(folder: str, points: int = CURVE_POINTS) -> pd.DataFrame:
     """A run's history as means over at most ``points`` windows; no rows where it has none."""
-    history = pd.DataFrame(Run(Path(folder)).history())
+    history = pd.DataFrame(whole_windows(Run(Path(folder)).history()))
     return history.groupby(np.arange(len(history)) // math.ceil(max(1, len(history) / points))).mean()
 
 
@@ -104,9 +105,9 @@ def _curve_axes(quantities: list[str], names: list[str]) -> tuple[Figure, dict[t
     return figure, grid
 
 
-def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], quantity: str, colour: Any) -> None:
-    """One thin line per run, dashed to × for one that failed, and the bold mean of the finished."""
-    finished = []
+def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], quantity: str, look: dict) -> None:
+    """One thin line per run, dashed to × for one that failed, and the bold mean of the finished with its markers."""
+    finished, colour = [], look["color"]
     for index, row in rows.iterrows():
         if quantity not in curves[index]:
             continue
@@ -120,7 +121,7 @@ def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], qua
             axes.plot(line.index[-1:], line.iloc[-1:], color=colour, marker="x", markersize=5, markeredgewidth=1.5)
     if finished:
         mean = pd.concat(finished, axis=1).mean(axis=1)
-        axes.plot(mean.index, mean, color=colour, linewidth=1.4)
+        axes.plot(mean.index, mean, linewidth=1.4, markersize=4, markevery=looks.EVERY, **look)
 
 
 def codebook_loss(scope: Scope) -> Iterator[Drawing]:
@@ -136,10 +137,10 @@ def codebook_loss(scope: Scope) -> Iterator[Drawing]:
         losses = losses.where(losses > 0).dropna(how="all")
         if losses.empty:
             continue  # no loss of its own, as of fixed codes
-        colour = look_of(backbone)["color"]
-        axes.plot(losses.index, np.exp(np.log(losses).mean(axis=1)), color=colour, linewidth=1.2)
-        axes.fill_between(losses.index, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2, linewidth=0)
-        entries[f"{backbone}{_roughness(own)}"] = {"color": colour}
+        look = {"markersize": 4, "markevery": looks.EVERY, **look_of(backbone)}
+        axes.plot(losses.index, np.exp(np.log(losses).mean(axis=1)), linewidth=1.2, **look)
+        axes.fill_between(losses.index, losses.min(axis=1), losses.max(axis=1), color=look["color"], alpha=0.2, lw=0)
+        entries[f"{backbone}{_roughness(own)}"] = {**look, "markevery": None}
     if len(entries) < 2:
         return
     axes.set(xlabel="step", ylabel="codebook loss", yscale="log")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +26,19 @@ TEXT = 8  # points, the smallest text
 
 DOUBLED = (*BITS, "bits_per_pixel")  # their axes are logarithmic to base 2
 
-# Far apart in hue and lightness, for the colour-blind and in print as well.
-COLOURS = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#7a4a00", "#56b4e9", "#949494", "#b8a800", "#5b2a86", "#e377c2")
-# The same for a backbone in every chart, whichever others stand beside it; a new one takes the next.
-PALETTE = dict(zip(BACKBONES, itertools.cycle(COLOURS), strict=False))
+# What each backbone looks like in every chart, whichever others stand beside it. The colours are far apart to all
+# kinds of sight, differ in lightness, for prints in grey, and show on white and on black.
+LOOKS: dict[str, tuple[str, str]] = {
+    "cnn": ("#139c75", "o"),
+    "convnext": ("#756200", "s"),
+    "vit": ("#9c3aff", "D"),
+    "mamba": ("#ff9c00", "^"),
+    "bimamba": ("#891375", "v"),
+    "hybrid": ("#9c9ceb", "P"),
+}
+FURTHER = (("#0173b2", "X"), ("#c0392b", "*"), ("#4fc3e8", "<"), ("#5a3d1e", ">"))  # of those that come later
+EVERY = 0.17  # of an axes' diagonal between the markers of a curve
 PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
-MARKERS = dict(zip(BACKBONES, itertools.cycle("osD^vP*X"), strict=False))
 
 Entries = dict[str, dict[str, Any]]  # of a legend: how each label's line looks
 
@@ -42,6 +50,11 @@ class Drawing(NamedTuple):
     title: str
     caption: str
     figure: Figure
+
+
+def looks_for(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """LOOKS, and of others of ``names`` the next of FURTHER, in their order; after the last of them the first again."""
+    return LOOKS | dict(zip((name for name in names if name not in LOOKS), itertools.cycle(FURTHER), strict=False))
 
 
 def new_figure(height: float) -> Figure:
@@ -61,7 +74,8 @@ def new_panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def look_of(backbone: str) -> dict[str, Any]:
     """Colour and marker; a backbone that is no longer registered is dark grey."""
-    return {"color": PALETTE.get(backbone, "0.25"), "marker": MARKERS.get(backbone, "p")}
+    colour, marker = looks_for(BACKBONES).get(backbone, ("0.25", "p"))
+    return {"color": colour, "marker": marker}
 
 
 def add_legend(

@@ -29,6 +29,7 @@ from bench.core.store import Store
 from bench.priors.pixels import over_pixels
 
 from . import charts, frames, rankings, searches
+from .advice import Advice, advice
 from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
 from .statistics import COMPARED, Images, backbone_verdicts, sentences, setting_verdicts
 from .tables import LABELS, Sheet, fits, heading, put, text_of
@@ -48,11 +49,12 @@ class Selection(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows that may be ranked against each other, how they were measured, the settings they share, and verdicts: the
-    main ones as sentences that hold ``within``, the first of the others, ``more`` in all, as sentences, both as tables
-    by title; and sentences on the damaged scores per image that they do without."""
+    """Rows that may be ranked against each other, what to take from them, how they were measured, the settings they
+    share, and verdicts: the main ones as sentences that hold ``within``, the first of the others, ``more`` in all, as
+    sentences, both as tables by title; and sentences on the damaged scores per image that they do without."""
 
     title: str
+    advice: Advice
     ranking: Sheet
     instruments: Sheet
     protocol: dict[str, str]
@@ -257,6 +259,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
     return Block(
         title=title,
+        advice=advice(block, backbones),
         ranking=rankings.ranking(block, failed, latents),
         instruments=rankings.instruments(block, latents),
         protocol=rankings.protocol_of(block),
@@ -331,7 +334,11 @@ def html(report: Report, figures: Sequence[charts.Chart]) -> str:
 def markdown(report: Report) -> str:
     """Rankings, verdicts and refusals as Markdown that a paper could print."""
     facts = "\n".join(f"- {name}: {_inline(text)}" for name, text in report.facts.items())
-    parts = [f"# {_inline(report.title)}", facts, "\n".join(f"- {_inline(sentence)}" for sentence in report.answers)]
+    parts = [f"# {_inline(report.title)}"]
+    for block in report.blocks:
+        parts += [f"**{_inline(block.title)}.** {_inline(block.advice.line)}"]
+        parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.advice.warnings)]
+    parts += [facts, "\n".join(f"- {_inline(sentence)}" for sentence in report.answers)]
     for block in report.blocks:
         parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
         found = block.instruments.rows or block.instruments.references
@@ -378,7 +385,12 @@ def _brief(ranking: Sheet, title: str, shown: Sequence[str]) -> Table:
 
 def show(report: Report) -> None:
     """Prints the best rows of each block, what it says about its backbones, and what has no scores."""
-    for block in report.blocks[:BRIEF]:
+    first = report.blocks[:BRIEF]
+    for block in first:
+        stdout.print(f"[bold]{escape(block.title)}.[/] {escape(block.advice.line)}", soft_wrap=True)
+        for sentence in block.advice.warnings:
+            stdout.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True)
+    for block in first:
         ranking, keys = block.ranking, block.ranking.keys
         settings = [key for key in keys[1:] if key not in (*rankings.RANKED, "n", "failed")]
         scores = [key for key in dict.fromkeys((ranking.order, "psnr", "perplexity")) if key in keys]

@@ -8,7 +8,6 @@ of a call, and, as a second witness, a paired bootstrap over the held-out images
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
@@ -21,87 +20,24 @@ from bench.core.errors import Damaged
 from bench.core.runs import Run
 
 from .frames import DEFAULTS, LABELS, settings
+from .verdict import FEWEST, LEVEL, Interval, Verdict
 
 COMPARED = ("lpips_alex", "lpips_vgg", "psnr")
-LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
-FEWEST = 3  # paired seeds for an interval and a test
 IMAGE_SEEDS = 3  # per-image scores are read of so many seeds of a comparison, to bound the files that are opened,
 IMAGE_RUNS = 2000  # and where these are more runs of a block, of part of its settings
 RESAMPLES = 2000
 SAME_BUDGET = 1.1  # parameter counts up to this ratio apart are one budget; presets agree within 5 %
 NOTHING = pd.DataFrame()
+MARGIN = "margin over k-means"
 LISTED = 6  # values of a setting that a sentence lists; of more it gives the range
-
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the runs say about ``a`` against ``b``: two backbones, or two values of a setting such as ``beta=0.25``.
-
-    ``within`` says where: the backbone whose setting is compared, and the other swept settings that both sides share
-    ("over beta 0.25, 1"), which are averaged. ``n`` counts paired seeds, ``difference`` is the mean over them of a - b
-    in the metric's unit (nan without a pair), ``interval`` its 95 % t interval, ``image_interval`` its 95 % percentile
-    interval over resampled images of the first IMAGE_SEEDS seeds (None without scores per image; of part of the
-    settings in a very large block, see ``Images``), ``p`` the Holm-adjusted p-value; these three are None below FEWEST
-    seeds. The intervals are not adjusted.
-
-    ``better`` is ``a``, ``b`` or None, not distinguishable: see ``backbone_verdicts`` for the rule.
-    """
-
-    metric: str
-    a: str
-    b: str
-    within: str
-    n: int
-    difference: float
-    interval: Interval | None
-    image_interval: Interval | None
-    p: float | None
-    better: str | None
-
-    def sentence(self) -> str:
-        """The verdict in words, the better one first; numbers to two digits of the interval's width."""
-        place, label = f"{self.within}: " if self.within else "", LABELS[self.metric].label
-        if self.n == 0:
-            return f"{place}{self.a} and {self.b} share no seed and setting"
-        seeds = f"{self.n} paired seed{'s' if self.n > 1 else ''}"
-        if self.interval is None:
-            few = f"{seeds}: too few for an interval ({FEWEST} needed)"
-            if self.difference == 0:
-                return f"{place}{self.a} and {self.b} equal in {label} on {few}"
-            lower = "lower" if self.difference < 0 else "higher"
-            return f"{place}{self.a} {self._number(abs(self.difference))} {label} {lower} than {self.b} on {few}"
-        if self.better:
-            other, sign = self.b if self.better == self.a else self.a, -1 if self.difference < 0 else 1
-            claim = f"{self.better} better than {other} by {self._number(abs(self.difference))} {label}"
-        else:
-            sign, number = 1, self._number(self.difference)
-            claim = f"{self.a} and {self.b} not distinguishable in {label}: difference {number}"
-        words = f"{place}{claim} {self._range(self.interval, sign)}, {seeds}"
-        if self.better is None and not self.interval[0] <= 0 <= self.interval[1]:
-            words += f", p {self.p:.2g} after Holm's correction"
-        return words + (f"; over images {self._range(self.image_interval, sign)}" if self.image_interval else "")
-
-    def _range(self, interval: Interval, sign: int) -> str:
-        low, high = sorted(sign * end for end in interval)
-        return f"[{self._number(low)}, {self._number(high)}]"
-
-    def _number(self, value: float) -> str:
-        low, high = self.interval or (0, self.difference)
-        width = abs(high - low) or abs(self.difference)
-        digits = int(LABELS[self.metric].form[1:-1])
-        if width:
-            digits = max(digits, 1 - math.floor(math.log10(width)))
-        return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus sign before a zero
 
 
 class _Side:
-    """One side of a pair: the ``part`` of ``cells`` that are its own, and ``scored``, the metrics that one of them
-    has."""
+    """One side of a pair: the ``part`` of ``cells`` that are its own, ``scored``, the metrics that one of them has, and
+    whether it is ``below`` k-means on average."""
 
-    def __init__(self, cells: pd.DataFrame, part: slice, scored: set[str]):
-        self._cells, self._part, self.scored = cells, part, scored
+    def __init__(self, cells: pd.DataFrame, part: slice, scored: set[str], below: bool):
+        self._cells, self._part, self.scored, self.below = cells, part, scored, below
 
     @cached_property
     def cells(self) -> pd.DataFrame:
@@ -259,6 +195,13 @@ def role_verdicts(rows: pd.DataFrame, metrics: Sequence[str] = COMPARED) -> list
     return _verdicts(within, metrics, read) + _verdicts(between, metrics, read)
 
 
+def kmeans_margin(rows: pd.DataFrame) -> pd.Series:
+    """By how many dB of PSNR each of ``rows`` is better than k-means on patches at its bits; nan where either is not
+    known."""
+    none = pd.Series(math.nan, rows.index)
+    return rows.get("psnr", none) - rows.get("psnr_kmeans", none)
+
+
 def _budgets(parameters: pd.Series) -> pd.Series:
     """The typical parameter count, in millions, of the models that differ by no more than SAME_BUDGET from the next."""
     ordered = parameters.sort_values()
@@ -275,8 +218,9 @@ def _coded(block: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFra
 def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any, _Side]:
     """Every value of ``column`` as a side, in its order."""
     rows = rows[rows[column].notna()]
+    rows = rows.assign(**{MARGIN: kmeans_margin(rows)})
     groups = rows.groupby([column, "seed", "setting"])
-    cells = groups[list(metrics)].mean()
+    cells = groups[[*metrics, MARGIN]].mean()
     folders: list[list[str]] = [[] for _ in range(len(cells))]
     for cell, folder in zip(groups.ngroup(), rows.folder, strict=True):
         folders[cell].append(folder)
@@ -285,7 +229,8 @@ def _sides(rows: pd.DataFrame, column: str, metrics: Sequence[str]) -> dict[Any,
     ends = cells.groupby(level=column).size().cumsum().tolist()
     parts = map(slice, [0, *ends], ends)  # cells are in order
     scored = ({name for name, has in zip(metrics, row, strict=True) if has} for row in known.to_numpy())
-    return {value: _Side(cells, part, has) for value, part, has in zip(known.index, parts, scored, strict=True)}
+    below = (cells[MARGIN].groupby(level=column).mean() < 0).tolist()
+    return {value: _Side(cells, *of) for value, *of in zip(known.index, parts, scored, below, strict=True)}
 
 
 def _verdicts(pairs: list[_Pair], metrics: Sequence[str], read: Images) -> list[Verdict]:
@@ -313,7 +258,8 @@ def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
             better = pair.a if (difference < 0) == (LABELS[metric].better == "lower") else pair.b
         within = ", ".join(filter(None, [pair.within, _described(pair.settings, table.columns)]))
         numbers = len(table), difference, interval, image_interval, p
-        yield Verdict(metric, pair.a, pair.b, within, *numbers, better)
+        below = pair.side_a.below and pair.side_b.below
+        yield Verdict(metric, pair.a, pair.b, within, *numbers, better, below)
 
 
 def _shared(pair: _Pair, metric: str) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def reconstructions(path: Path, x: np.ndarray, x_hat: np.ndarray, title: str) ->
 def curves(path: Path, history: list[dict[str, float]], codebook_size: int | None, title: str) -> None:
     """Saves training losses (logarithmic) against steps, from a run's history, and beside them perplexity; of a latent
     that has no ``codebook_size`` its rate, if it has one."""
+    history = whole_windows(history)
     steps = [row["step"] for row in history]
     beside = "perplexity" if codebook_size else "bits_per_image"
     count = 1 + all(beside in row for row in history)
@@ -67,6 +68,12 @@ def curves(path: Path, history: list[dict[str, float]], codebook_size: int | Non
         right.set(xlabel="step")
         right.legend(loc="lower right")
     save(figure, path)
+
+
+def whole_windows(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """``history`` without a last row that is over fewer steps than the others: it has more noise and fewer codes."""
+    steps = [row["step"] for row in history]
+    return history[:-1] if len(steps) > 2 and steps[-1] - steps[-2] < steps[1] - steps[0] else history
 
 
 def samples(path: Path, images: np.ndarray, title: str, classes: list[str] | None = None) -> None:
@@ -98,7 +105,7 @@ def codebook(path: Path, images: np.ndarray, title: str) -> None:
 def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, float], title: str) -> None:
     """Saves a prior's bits per token against steps, with the held-out rate and the floor it has to beat."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes, history = figure.subplots(), whole_windows(history)
     steps = [row["step"] for row in history]
     sns.lineplot(x=steps, y=[row["bits_per_token"] for row in history], ax=axes, label="training, with dropout")
     floor, rate = metrics["coded_bits_per_token_independent"], metrics["coded_bits_per_token"]

@@ -141,7 +141,7 @@ def test_lines_are_the_means_of_the_slice(store):
         assert METRICS[metric].label in axes.get_ylabel()
         means = rows.groupby(["backbone", "codebook_size"])[metric].mean()
         for backbone in ("cnn", "vit"):
-            np.testing.assert_allclose(lines(axes)[looks.PALETTE[backbone]], means[backbone])
+            np.testing.assert_allclose(lines(axes)[looks.LOOKS[backbone][0]], means[backbone])
     reference = next(line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == "_")
     np.testing.assert_allclose(reference.get_ydata(), rows.groupby("codebook_size").lpips_vgg_kmeans.mean())
 
@@ -153,7 +153,7 @@ def test_heat_maps_and_rate_distortion_show_means(store):
     (drawing,) = charts.heatmaps(scope(table, "codebook_size"))
     np.testing.assert_allclose(drawing.figure.axes[0].collections[0].get_array().ravel(), means)
     (drawing,) = charts.rate_distortion(scope(table, "codebook_size"))
-    np.testing.assert_allclose(lines(drawing.figure.axes[0])[looks.PALETTE["vit"]], means["vit"])
+    np.testing.assert_allclose(lines(drawing.figure.axes[0])[looks.LOOKS["vit"][0]], means["vit"])
     np.testing.assert_allclose(drawing.figure.axes[0].get_xticks(), [96 / 1024, 112 / 1024])
 
 
@@ -340,7 +340,7 @@ def test_a_backbone_looks_the_same_in_every_company(tmp_path):
     for store in (alone, together):
         (drawing,) = charts.sweeps(scope(frame(store.runs()), "beta"))
         colours.append(set(lines(drawing.figure.axes[0])))
-    assert colours == [{looks.PALETTE["vit"]}, {looks.PALETTE["cnn"], looks.PALETTE["vit"]}]
+    assert colours == [{looks.LOOKS["vit"][0]}, {looks.LOOKS["cnn"][0], looks.LOOKS["vit"][0]}]
 
 
 def test_without_scores_nothing_is_drawn(tmp_path):
@@ -763,7 +763,7 @@ def test_priors_of_one_protocol_share_a_chart_and_their_legend_names_backbones_a
     (drawing,) = charts._drawings(made(), None, made_priors(*others, *rows))
     assert drawing.caption.startswith("4 priors, means over seeds; 512 samples each, at temperature 1, against all 64")
     shown = entries(drawing.figure)
-    assert shown["cnn"][0] == looks.PALETTE["cnn"]
+    assert shown["cnn"][0] == looks.LOOKS["cnn"][0]
     assert {name: shown[name][1] for name in ("rnn", "mamba")} == {n: looks.PRIOR_MARKERS[n] for n in ("rnn", "mamba")}
     assert "real codes" in shown
 
@@ -822,7 +822,7 @@ def test_a_point_of_cost_is_a_mean_with_its_deviation_over_seeds():
     axes = drawing.figure.axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("parameters ↓", "PSNR dB ↑")
     points = {bar[0].get_color(): bar[0].get_xydata().tolist() for bar in axes.containers}
-    assert points == {looks.PALETTE["cnn"]: [[1.5e6, 22.0]], looks.PALETTE["vit"]: [[1e6, 30.0]]}
+    assert points == {looks.LOOKS["cnn"][0]: [[1.5e6, 22.0]], looks.LOOKS["vit"][0]: [[1e6, 30.0]]}
     (segment,) = axes.containers[0][2][0].get_segments()
     np.testing.assert_allclose(segment, [[1.5e6, 22 - 8**0.5], [1.5e6, 22 + 8**0.5]])
     assert list(entries(drawing.figure)) == ["cnn", "vit", "Pareto front"]
@@ -882,9 +882,9 @@ def test_curves_of_backbones_alone_have_their_colours(tmp_path):
         curve(store, make_config(who, "smoke"), (height, height))
     (drawing,) = galleries.learning_curves(scope(frame(store.runs())))
     shown = {line.get_ydata()[0]: line.get_color() for line in drawing.figure.axes[0].get_lines()}
-    assert shown == {1: looks.PALETTE["vit"], 2: looks.PALETTE["cnn"]}
+    assert shown == {1: looks.LOOKS["vit"][0], 2: looks.LOOKS["cnn"][0]}
     assert {label: look[0] for label, look in entries(drawing.figure).items()} == {
-        who: looks.PALETTE[who] for who in ("cnn", "vit")
+        who: looks.LOOKS[who][0] for who in ("cnn", "vit")
     }
     assert [axes.get_xlabel() for axes in drawing.figure.axes] == ["step", "step"]
 
@@ -914,7 +914,7 @@ def test_a_bar_of_importance_has_the_colour_of_its_backbone():
     shares = pd.DataFrame([("vit", "beta", 0.7), ("cnn", "beta", 0.2)], columns=["backbone", "parameter", "importance"])
     figure = charts.importance(shares).figure
     bars = {matplotlib.colors.to_hex(bar.get_facecolor()): bar.get_width() for bar in figure.axes[0].patches}
-    assert bars == {looks.PALETTE["cnn"]: 0.2, looks.PALETTE["vit"]: 0.7}
+    assert bars == {looks.LOOKS["cnn"][0]: 0.2, looks.LOOKS["vit"][0]: 0.7}
     assert list(entries(figure)) == ["cnn", "vit"]
     assert figure.axes[0].get_xlabel() == "importance (share within a backbone)"
 
@@ -1285,9 +1285,9 @@ def test_codebook_losses_of_all_backbones_share_an_axes(tmp_path):
     (axes,) = drawing.figure.axes
     assert axes.get_yscale() == "log"
     drawn = {line.get_color(): line for line in axes.get_lines()}
-    np.testing.assert_allclose(drawn[looks.PALETTE["cnn"]].get_ydata(), [2.0, 0.3, 0.01])
-    np.testing.assert_allclose(drawn[looks.PALETTE["vit"]].get_ydata(), [3, 2, 1])
-    assert list(drawn[looks.PALETTE["cnn"]].get_xdata()) == [10, 20, 30]
+    np.testing.assert_allclose(drawn[looks.LOOKS["cnn"][0]].get_ydata(), [2.0, 0.3, 0.01])
+    np.testing.assert_allclose(drawn[looks.LOOKS["vit"][0]].get_ydata(), [3, 2, 1])
+    assert list(drawn[looks.LOOKS["cnn"][0]].get_xdata()) == [10, 20, 30]
     band = axes.collections[0].get_paths()[0].vertices
     assert {(10, 1), (10, 4), (20, 0.1), (20, 0.9)} <= {(x, y) for x, y in band.tolist()}
     assert list(entries(drawing.figure)) == ["cnn 0.150 ± 0.071", "vit 0.100"]
@@ -1364,13 +1364,13 @@ def test_wrong_codes_are_drawn_by_backbone_and_kind_where_two_were_looked_at(tmp
     (drawing,) = galleries.wrong_codes(scope(table))
     axes = drawing.figure.axes[0]
     lines = {(one[0].get_color(), one[0].get_linestyle()): one for one in axes.containers}
-    assert {*lines} == {(looks.PALETTE[name], style) for name in ("cnn", "vit") for style in ("-", "--")}
-    solid = lines[looks.PALETTE["cnn"], "-"]
+    assert {*lines} == {(looks.LOOKS[name][0], style) for name in ("cnn", "vit") for style in ("-", "--")}
+    solid = lines[looks.LOOKS["cnn"][0], "-"]
     assert list(solid[0].get_xdata()) == [0, 1, 5, 10, 20]
     assert list(solid[0].get_ydata()) == [12, 11, 10, 9, 8]
     (bar,) = solid[2]
     np.testing.assert_allclose(bar.get_segments()[0], [[0, 12 - 8**0.5], [0, 12 + 8**0.5]])
-    assert set(lines[looks.PALETTE["vit"], "--"][0].get_ydata()) == {7}
+    assert set(lines[looks.LOOKS["vit"][0], "--"][0].get_ydata()) == {7}
     assert "over 2 seeds of a backbone" in drawing.caption
     assert not list(galleries.wrong_codes(scope(table[table.backbone != "vit"])))
 
@@ -1387,5 +1387,5 @@ def test_rate_and_distortion_of_a_random_search_are_all_its_runs_and_the_front_o
     assert sorted(y for _, y in points) == [18, 19, 20, 21]
     (front,) = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
     assert list(front.get_ydata()) == [18, 20, 20, 21]
-    assert front.get_color() == looks.PALETTE["cnn"]
+    assert front.get_color() == looks.LOOKS["cnn"][0]
     assert "All 4 scored runs, whatever their β" in drawing.caption

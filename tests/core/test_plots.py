@@ -114,6 +114,15 @@ def test_curves_are_the_columns_of_the_history(figures):
     assert lines(figures[1].axes[0])["lpips"] == [0.5] * 3
 
 
+def test_curves_end_with_their_last_whole_window(figures):
+    history = [{"step": k, "reconstruction": 1.0, "perplexity": k, "codes_used": 20} for k in (6, 12, 18, 22)]
+    plots.curves(None, history, 64, "")
+    assert all(list(line.get_xdata()) == [6, 12, 18] for line in figures[0].axes[0].lines)
+    assert plots.whole_windows(history[:3]) == history[:3]
+    assert plots.whole_windows(history[:1]) == history[:1]
+    assert plots.whole_windows([]) == []
+
+
 def test_a_loss_that_is_zero_has_no_line_where_the_axis_is_logarithmic(figures):
     """FSQ's quantizer has none, and an entry in the legend without a line would look like a mistake."""
     history = [

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.tokenizers.curves import LOSS_SHARE, METRICS, PERPLEXITY_SHARE, curve_metrics, roughness, steps_to
+from bench.tokenizers.curves import (
+    LOSS_SHARE,
+    METRICS,
+    PERPLEXITY_SHARE,
+    curve_metrics,
+    roughness,
+    steps_to,
+    still_falling,
+)
 
 SHARES = pytest.mark.parametrize("share", [PERPLEXITY_SHARE, LOSS_SHARE])
 curves = st.lists(st.floats(0.5, 500), min_size=1, max_size=40).map(np.array)
@@ -156,3 +164,14 @@ def test_the_codebook_is_looked_at_after_the_warm_up():
     assert curve_metrics(rows, 300)["codebook_roughness"] == pytest.approx(0, abs=1e-12)
     assert curve_metrics(rows, 299)["codebook_roughness"] == pytest.approx(math.log(9) / 69)
     assert "codebook_roughness" not in curve_metrics(rows, 990)
+
+
+def test_a_curve_still_falls_by_what_its_second_half_takes_off():
+    falling = [{"reconstruction": 2.0 - i / 100} for i in range(100)]
+    assert still_falling(falling) == pytest.approx(1 - 1.055 / 1.555)
+    halves = [{"reconstruction": 2.0 if i < 50 else 1.0} for i in range(100)]
+    assert still_falling(halves) == 0.5
+    assert still_falling([{"reconstruction": 1.0}] * 20) == 0.0
+    assert still_falling([{"reconstruction": 1.0}] * 19) is None
+    assert still_falling([{"reconstruction": math.nan}] * 40) is None
+    assert still_falling([{}] * 40) is None
