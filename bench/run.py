@@ -37,6 +37,7 @@ from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import LOOKS, Arguments, parse, without
 from bench.tokenizers.config import Config
 from bench.tokenizers.costs import static_costs
+from bench.tokenizers.curves import undecided
 from bench.tokenizers.tokenizer import Tokenizer
 
 QUANTIZER = f"{', '.join(QUANTIZERS)}; several are run in turn and compared, none and kl as references without codes"
@@ -122,8 +123,23 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
             stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
             put(table, REPORTS)
+        for line in map(not_done, finished):
+            if line:
+                stdout.print(f"[yellow]not done:[/] {escape(line)}", soft_wrap=True)
         stdout.print(escape(next_command(options, finished, given)), soft_wrap=True)
     return 1 if diverged else 0
+
+
+def label_of(run: Run) -> str:
+    """What ``run`` is called in tables and lines."""
+    config = run.config()
+    return f"{config['backbone']} {config['quantizer']} {config['seed']}"
+
+
+def not_done(run: Run) -> str:
+    """What says that ``run`` should have been trained for longer, in a line; empty where nothing does."""
+    reasons = undecided(run.metrics(), run.history())
+    return f"{label_of(run)}: train longer: {'; '.join(reasons)}" if reasons else ""
 
 
 def alike(runs: list[Run]) -> list[list[Run]]:
@@ -153,8 +169,7 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     off = unmatched(known)
     rows = []
     for run, marked in zip(runs, off, strict=True):
-        config, metrics = run.config(), run.metrics()
-        label = f"{config['backbone']} {config['quantizer']} {config['seed']}"
+        label, metrics = label_of(run), run.metrics()
         rows.append((f"{label} {UNMATCHED}" if marked else label, metrics["params"], metrics))
     ranked = [rows[place] for place in coded(known).index]
     latents = [rows[place] for place in continuous(known).index]

@@ -62,6 +62,7 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "k-means on patches" in out
     assert f"Protocol {PROTOCOL_VERSION}" in out
     assert "24 test images" in out
+    assert re.search(r"^not done: cnn ema 0: train longer: \d+\.\d dB below k-means at the same bits$", out, re.M)
     suggested = out[out.index("Next: ") :].partition("\nGenerate")[0]
     assert suggested.startswith("Next: python -m bench.run --preset smoke")
     assert suggested.endswith(f" --backbone {' '.join(BACKBONES)}")
@@ -69,6 +70,14 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     code, out, err = command("--backbone", "cnn", *TINY)
     assert code == 0
     assert "already finished" in err
+
+
+def test_a_run_that_is_done_is_not_told_to_train_longer(tmp_path):
+    made = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
+    steep = run.not_done(made)  # its loss is one by the number of steps
+    assert steep.startswith("cnn ema 0: train longer: the second half of training still took ")
+    (made.folder / "history.jsonl").write_text('{"step": 1, "reconstruction": 1.0}\n' * 150)
+    assert run.not_done(made) == ""
 
 
 def test_a_run_on_validation_says_so_and_is_another_run(trial_data, command, tmp_path):
