@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import box
@@ -31,13 +32,16 @@ from bench.sweeps.address import hide_misplaced, storage_url, without_password
 from bench.sweeps.definition import Ablation, Range, Search
 from bench.sweeps.workers import main
 
+ALL = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
+URL = tyro.conf.arg(metavar="URL", help_behavior_hint="")
+
 __all__ = ["PRIORS", "Ablation", "Range", "Search", "main"]  # what a study file needs
 
 
 def rebuild(
-    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, ALL] = (),
     results: Path = Path("results"),
-    storage: str | None = None,
+    storage: Annotated[str | None, URL] = None,
 ) -> int:
     """Makes Optuna's database again from the run folders; studies that it has already are completed.
 

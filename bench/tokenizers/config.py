@@ -42,7 +42,8 @@ PROTOCOL_VERSION = 3
 SETTINGS = {name for quantizer in QUANTIZERS.values() for name in quantizer.settings}  # of any quantizer
 SMALLEST = max(MINIMUM_SIZE.values())
 LARGEST = 8192  # pixels or codes a side
-SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, f"LPIPS needs at least {SMALLEST} pixels a side")
+TOO_SMALL = f"LPIPS needs at least {SMALLEST} pixels a side"
+SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, TOO_SMALL, f"from {SMALLEST}")
 
 
 @dataclass(frozen=True)

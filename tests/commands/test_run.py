@@ -161,7 +161,7 @@ def test_list_shows_sizes_and_trains_nothing(command, monkeypatch):
 
 
 def test_help_names_every_setting(command):
-    code, out, _ = command("--help")
+    code, out, _ = command("--help-all")
     assert code == 0
     for field in fields(Config):
         name = "--seeds" if field.name == "seed" else f"--{field.name.replace('_', '-')}"
