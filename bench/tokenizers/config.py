@@ -283,7 +283,7 @@ def _backbone(name: str) -> Backbone:
 def preset_settings(preset: str) -> dict[str, Any]:
     """Config fields that ``preset`` sets for every backbone. Raises UserError on an unknown name."""
     settings.check_choice("preset", preset, PRESETS)
-    return {name: value for name, value in PRESETS[preset].items() if name not in ("params", "depth", "own")}
+    return {name: value for name, value in PRESETS[preset].items() if name not in ("about", "params", "depth", "own")}
 
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
