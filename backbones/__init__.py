@@ -46,6 +46,16 @@ BACKBONES: dict[str, Backbone] = {
     "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *_with("token_order", "two_streams")),
     "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *_with("token_order", "vision_mixer", "rotary")),
 }
+# What each is, in a line; one that has none here is listed without.
+ABOUT = {
+    "cnn": "residual CNN, as in VQ-VAE: ReLU and convolutions",
+    "convnext": "ConvNeXt blocks at every resolution: wide depthwise convolutions",
+    "vit": "ViT-VQGAN: attention among patches on either side",
+    "mamba": "Mamba-2 in place of attention, reading patches in one order",
+    "bimamba": "Mamba-2 that reads patches from both ends",
+    "hybrid": "Mamba-2 first, attention last, as in MambaVision",
+    "timm:MODEL": "the encoder is that model of timm, the decoder cnn's",
+}
 TIMM_OPTIONS = ("attention", "pretrained")  # of the Encoder of timm:MODEL
 OPTIONS = sorted({*TIMM_OPTIONS, *(name for chosen in BACKBONES.values() for name in chosen.options)})  # of any of them
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from bench.analysis.tables import Group, put, score_table, with_suffix
 from bench.core.cli import Trial, command, command_line, run_each
 from bench.core.errors import UserError
+from bench.core.manual import Manual
 from bench.core.progress import stdout
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store, find_tokenizer, known_tokenizers
@@ -39,6 +40,12 @@ COLUMNS = (
     *("coded_bits_per_token", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
     *("precision_vgg16", "recall_vgg16", "copy_rate", "images_per_second_sample", "train_seconds"),
 )
+
+# How --help shows what the command takes.
+SECTIONS = {"prior": "prior", "steps": "budget", "lr": "optimiser", "samples": "sampling", "precision": "run"}
+SECTIONS |= {"data": "pixels", "seeds": "run"}
+ESSENTIAL = ("prior", "steps", "parameters", "conditional", "samples", "temperature", "top_k", "seeds", "results")
+TAIL = {field.name for field in fields(PriorConfig)} - {*ESSENTIAL, "tokenizer", "depth", "batch_size", "lr", "device"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
-    options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__)
+    options = command_line(
+        PriorArguments, arguments, "python -m bench.prior", __doc__, manual=Manual(SECTIONS, ESSENTIAL, TAIL)
+    )
     if not options.tokenizer:
         raise UserError(f"name the run of a tokenizer, or pixels: {known_tokenizers(options.results)}")
     pixels = options.pixels()

@@ -10,13 +10,17 @@ Every setting below is a column of the results. A run that the store already hol
 interrupted goes on where it stopped.
 """
 
+import ast
 import itertools
 import math
+import re
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -24,7 +28,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from backbones import BACKBONES
+from backbones import ABOUT, BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.files import sha256_json
@@ -36,8 +40,9 @@ from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import LOOKS, Arguments, parse, without
 from bench.tokenizers.config import Config
-from bench.tokenizers.costs import static_costs
-from bench.tokenizers.tokenizer import Tokenizer
+from bench.tokenizers.costs import shape_costs
+from bench.tokenizers.curves import undecided
+from bench.tokenizers.presets import PRESETS
 
 QUANTIZER = f"{', '.join(QUANTIZERS)}; several are run in turn and compared, none and kl as references without codes"
 UNASKED = "(default: cheap, for runs that are trained now)"
@@ -56,7 +61,8 @@ class RunArguments(Arguments):
         tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=LOOKS, help_behavior_hint=UNASKED)
     ] = ()
     list: bool = False
-    """show parameters, FLOPs and tokens of the given backbones at these settings, and stop"""
+    """show all that can be chosen by name, and width, depth, steps, parameters, FLOPs and tokens of the given backbones
+    (of all, unless given) at these settings, and stop"""
     profile: bool = False
     """show where the time of a training step goes, write traces below --results, and stop"""
 
@@ -91,7 +97,12 @@ def work(arguments: list[str]) -> int:
     """Parses the command line and does what it says. Returns the exit code."""
     options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
     if options.list:
-        stdout.print(size_table(options.configs(), options.timed))
+        from bench.analysis.tables import put  # and pandas: not for --help
+
+        backbones = options.backbone if "backbone" in options.given else tuple(BACKBONES)
+        sizes = size_table(replace(options, backbone=backbones).configs())  # what cannot work is told first
+        stdout.print(overview())
+        put(sizes, "a wider terminal")
         return 0
     if options.profile:
         stdout.print(profile_table(options))
@@ -122,8 +133,23 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
             stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
             put(table, REPORTS)
+        for line in map(not_done, finished):
+            if line:
+                stdout.print(f"[yellow]not done:[/] {escape(line)}", soft_wrap=True)
         stdout.print(escape(next_command(options, finished, given)), soft_wrap=True)
     return 1 if diverged else 0
+
+
+def label_of(run: Run) -> str:
+    """What ``run`` is called in tables and lines."""
+    config = run.config()
+    return f"{config['backbone']} {config['quantizer']} {config['seed']}"
+
+
+def not_done(run: Run) -> str:
+    """What says that ``run`` should have been trained for longer, in a line; empty where nothing does."""
+    reasons = undecided(run.metrics(), run.history())
+    return f"{label_of(run)}: train longer: {'; '.join(reasons)}" if reasons else ""
 
 
 def alike(runs: list[Run]) -> list[list[Run]]:
@@ -153,8 +179,7 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     off = unmatched(known)
     rows = []
     for run, marked in zip(runs, off, strict=True):
-        config, metrics = run.config(), run.metrics()
-        label = f"{config['backbone']} {config['quantizer']} {config['seed']}"
+        label, metrics = label_of(run), run.metrics()
         rows.append((f"{label} {UNMATCHED}" if marked else label, metrics["params"], metrics))
     ranked = [rows[place] for place in coded(known).index]
     latents = [rows[place] for place in continuous(known).index]
@@ -228,21 +253,63 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
     return "\n".join(lines)
 
 
-def size_table(configs: list[Config], timed: bool = False) -> Table:
-    """Parameters, FLOPs and tokens of each config, and its steps where they are ``timed``; nothing is trained."""
+def overview() -> Table:
+    """All that can be chosen by name, with a line on each."""
+    from bench.data import ABOUT as DATA
+    from bench.priors.models import ABOUT as PRIORS
+
+    shelves: dict[str, Mapping[str, str]] = {
+        "--backbone": {name: ABOUT.get(name, "") for name in (*BACKBONES, "timm:MODEL")},
+        "--quantizer": {name: first_sentence(kind.__doc__) for name, kind in QUANTIZERS.items()},
+        "--data": DATA,
+        "--preset": {name: settings["about"] for name, settings in PRESETS.items()},
+        "bench.prior --prior": PRIORS,
+        "studies": studies(),
+    }
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
+    for _ in ("name", "what it is"):
+        table.add_column(overflow="fold")
+    for shelf, names in shelves.items():
+        table.add_row(f"[bold]{shelf}[/]")
+        for name, about in names.items():
+            table.add_row(escape(f"  {name}"), escape(about))
+    return table
+
+
+def studies() -> dict[str, str]:
+    """The studies that are installed, and what each asks."""
+    package = find_spec("studies")
+    folders = map(Path, package.submodule_search_locations or ()) if package else ()
+    paths = [path for folder in folders for path in sorted(folder.glob("[!_]*.py"))]
+    return {path.stem: first_sentence(ast.get_docstring(ast.parse(path.read_text("utf-8")))) for path in paths}
+
+
+def first_sentence(text: str | None) -> str:
+    """That of a docstring, without its full stop."""
+    first = " ".join((text or "").split("\n\n")[0].split())
+    return re.split(r"\.\s+(?=[A-Z])", first)[0].rstrip(".")
+
+
+def size_table(configs: Sequence[Config]) -> Table:
+    """Width, depth and steps of each config, as the preset or the budget to match has them, and the parameters, FLOPs
+    and tokens that follow; nothing is trained, and nothing built whose size is known."""
     first = configs[0]
-    table = Table(title=f"{first.image_size}×{first.image_size} images", title_justify="left")
-    headings = ("backbone", "width", "depth", "encoder M", "decoder M", "encode MFLOP", "decode MFLOP", "tokens")
-    for heading in (*headings, "steps") if timed else headings:
-        table.add_column(heading, justify="left" if heading == "backbone" else "right")
+    table = Table(
+        title=f"{first.image_size}×{first.image_size} images",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    headings = ("backbone", "width", "depth", "steps", "encoder\nM", "decoder\nM", "encode\nMFLOP", "decode\nMFLOP")
+    for heading in (*headings, "tokens"):
+        table.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
     for config in configs:
         config.check()
-        costs = static_costs(Tokenizer(config).eval())
+        costs = shape_costs(config)
         millions = [f"{costs[name] / 1e6:.2f}" for name in ("params_encoder", "params_decoder")]
         flops = [f"{costs[name] / 1e6:.0f}" for name in ("flops_encode", "flops_decode")]
-        sizes = [str(config.width), str(config.depth)]
-        steps = [str(config.steps)] if timed else []
-        table.add_row(config.backbone, *sizes, *millions, *flops, f"{config.grid_size}×{config.grid_size}", *steps)
+        sizes = map(str, (config.width, config.depth, config.steps))
+        table.add_row(config.backbone, *sizes, *millions, *flops, f"{config.grid_size}×{config.grid_size}")
     return table
 
 

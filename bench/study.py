@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich import box
@@ -28,6 +28,9 @@ from bench.core.errors import Damaged, UserError
 from bench.core.progress import say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
+
+ALL = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
+URL = tyro.conf.arg(metavar="URL", help_behavior_hint="")
 
 # What a study file needs, and imports: seconds, which the list of a hundred thousand runs is shown in.
 _HOMES = {
@@ -47,9 +50,9 @@ def __getattr__(name: str) -> Any:
 
 
 def rebuild(
-    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, ALL] = (),
     results: Path = Path("results"),
-    storage: str | None = None,
+    storage: Annotated[str | None, URL] = None,
 ) -> int:
     """Makes Optuna's database again from the run folders; studies that it has already are completed.
 

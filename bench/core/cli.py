@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 import tyro
 from rich.markup import escape
 
 from .errors import Diverged, Interrupted, UserError, terminations
 from .files import cache_dir, reason
+from .manual import Manual, show, wanted
 from .progress import is_text, say
 from .runs import Run
 
@@ -176,13 +177,19 @@ MISTAKES = (
 
 
 def command_line(
-    kind: type[Parsed], arguments: Sequence[str], prog: str, description: str | None, **options: Any
+    kind: type[Parsed],
+    arguments: Sequence[str],
+    prog: str,
+    description: str | None,
+    default: Parsed | None = None,
+    manual: Manual = Manual(),  # noqa: B008
 ) -> Parsed:
-    """``arguments`` as ``kind``. On a mistake one sentence, and exit code 2."""
-    return parsed(
-        lambda: tyro.cli(kind, args=arguments, prog=prog, description=description, **options),
-        prog,
-    )
+    """``arguments`` as ``kind``, where they do not say otherwise as in ``default``. On a mistake one sentence, and exit
+    code 2; on --help what ``manual`` makes of ``kind``, and exit code 0."""
+    if asked := wanted(arguments):
+        show(kind, default, prog, description, manual, asked == "--help-all")
+    given = {} if default is None else {"default": default}
+    return parsed(lambda: tyro.cli(kind, args=arguments, prog=prog, description=description, **given), prog)
 
 
 def parsed(parse: Callable[[], Parsed], prog: str) -> Parsed:

@@ -7,7 +7,7 @@ the keys of a visible dict, or a number within a ``Limit``.
 import hashlib
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -17,10 +17,12 @@ from .progress import is_text
 
 
 class Limit(NamedTuple):
-    """What a number has to meet: ``holds`` says whether it does, ``words`` what to tell when it does not."""
+    """What a number has to meet: ``holds`` says whether it does, ``words`` what to tell when it does not, ``range``
+    what --help says beforehand, if anything."""
 
     holds: Callable[[float], bool]
     words: str
+    range: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +41,18 @@ LATER = Later()
 
 def at_least(least: int) -> Limit:
     """Numbers from ``least`` on."""
-    return Limit(lambda value: value >= least, f"it must be at least {least}")
+    return Limit(lambda value: value >= least, f"it must be at least {least}", f"from {least}")
 
 
 def at_most(most: int) -> Limit:
     """Numbers up to ``most``: beyond all use, but a stranger's file may ask for any."""
-    return Limit(lambda value: value <= most, f"it must be at most {most}")
+    return Limit(lambda value: value <= most, f"it must be at most {most}", f"up to {most}" * (most < 10_000))
 
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}  # of what a field accepts
 HUGE = 1e30  # beyond all use: sums and squares of larger numbers are infinite
-NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more")
-ABOVE_0 = Limit(lambda value: value > 0, "it must be above 0")
+NOT_NEGATIVE = Limit(lambda value: value >= 0, "it must be 0 or more", "from 0")
+ABOVE_0 = Limit(lambda value: value > 0, "it must be above 0", "above 0")
 
 
 Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
@@ -59,12 +61,25 @@ Features = Annotated[int, at_least(1), at_most(16384)]
 Natural = Annotated[int, NOT_NEGATIVE, at_most(2**31 - 1)]
 Weight = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, ABOVE_0]
-Fraction = Annotated[float, Limit(lambda value: 0 <= value < 1, "it must be at least 0 and below 1")]
-StepShare = Annotated[float, Limit(lambda value: 0 <= value <= 1, "it is a share of the steps, from 0 to 1")]
+IN_UNIT = Limit(lambda value: 0 <= value < 1, "it must be at least 0 and below 1", "from 0, below 1")
+Fraction = Annotated[float, IN_UNIT]
+IS_SHARE = Limit(lambda value: 0 <= value <= 1, "it is a share of the steps, from 0 to 1", "from 0 to 1")
+StepShare = Annotated[float, IS_SHARE]
 Seed = Annotated[int, NOT_NEGATIVE, Limit(lambda value: value < 2**31, "it must be below 2**31")]
 IS_NAME = Limit(lambda text: text == Path(text).name and text not in ("", ".."), "it must be the id of a run")
 RunId = Annotated[str, IS_NAME]
 Precision = Literal["auto", "bf16", "fp32"]
+
+
+def ranges(kind: type) -> dict[str, str]:
+    """By name, in words, between what the numbers in fields of the dataclass ``kind``, and of those that it is derived
+    from, have to be."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        for name, field in _types(base).items() if is_dataclass(base) else ():
+            told = ", ".join(limit.range for limit in field.limits if limit.range)
+            found |= {name: told} if told else {}
+    return found
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

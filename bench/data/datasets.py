@@ -20,3 +20,14 @@ DATASETS: dict[str, Callable[[int], Source]] = {
     "flowers102": partial(torchvision_source, "Flowers102", _VAL),
 }
 """Data sets by name: image_size -> Source. Besides them ``folder:PATH`` takes any folder of images."""
+
+ABOUT: dict[str, str] = {
+    "photos": "4096 crops of photographs that come with scikit-image; no download",
+    "cifar10": "50,000 small photographs of ten kinds of things, 32×32",
+    "fashion_mnist": "60,000 grey pictures of clothes, 28×28",
+    "stl10": "100,000 photographs without labels to train on, 96×96",
+    "celeba": "162,770 faces of celebrities, 178×218",
+    "flowers102": "1,020 photographs of flowers of 102 kinds",
+    "folder:PATH": "any folder of images, with subfolders train, val and test or without",
+}
+"""What each is, in a line, for ``--list``."""

@@ -108,7 +108,7 @@ class StudyArguments(Arguments):
     metric: tuple[str, ...] = ("lpips_vgg",)
     """what the dashboard ranks by and a search optimises; several make a search multi-objective, without pruning"""
     workers: int = 1
-    """trials at a time on this machine; start the same command elsewhere for more"""
+    """trials at a time on this machine, from 1; start the same command elsewhere for more"""
     storage: str | None = None
     """Optuna storage URL, postgresql+psycopg://... for many machines; the default is $VQBENCH_STORAGE, which keeps a
     password off the command line, or else SQLite below --results"""
@@ -134,11 +134,11 @@ class WithPriors(StudyArguments):
     prior: tuple[str, ...] = ()
     """priors to train over every tokenizer's codes"""
     prior_parameters: int = PriorConfig.parameters
-    """parameters of each prior, by its width"""
+    """parameters of each prior, by its width; from 1"""
     prior_steps: int = PriorConfig.steps
-    """training steps of each prior"""
+    """training steps of each prior; from 1"""
     samples: int = PriorConfig.samples
-    """images to generate and score from each prior"""
+    """images to generate and score from each prior; from 4"""
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ class SearchArguments(WithPriors):
     prior: tuple[str, ...] = ()
     """the prior that is trained over the codes of each tokenizer, for a metric of generation"""
     bits_per_image: int | None = None
-    """search at this rate alone: K follows from the grid"""
+    """search at this rate alone, in bits: K follows from the grid"""
     confirm: int = 0
     """then train the best trial of each backbone at the preset's rate (at coded rates: that needs no more than the
     preset's own trial), and the preset itself, on so many fresh seeds and score them on the test"""
     trials: int = 30
-    """trials per backbone, those of earlier commands included"""
+    """trials per backbone, from 1, those of earlier commands included"""
     timeout: float | None = None
     """seconds of trials per backbone after which no further one starts"""
 
@@ -226,13 +226,13 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
     else:
         base = PriorStudyArguments if study.priors else AblationArguments
         some = study.sweep if study.alone else ()
-        told = tyro.conf.arg(help="values to sweep")
-        flags = {name: Annotated[tuple[TYPES[name], ...], told] for name in study.sweep}
+        flags = {name: tuple[TYPES[name], ...] for name in study.sweep}
         values |= study.sweep | {"metric": study.metric} | ({"prior": study.priors} if study.priors else {})
     extra = [(name, kind, field(default=values.get(name, DEFAULTS.get(name)))) for name, kind in flags.items()]
     options_type = make_dataclass("Options", extra, bases=(base,), frozen=True)
     words, prog = hide_misplaced(arguments), f"python -m studies.{study.name}"
-    options = parse(options_type, words, prog, description, some, **values)
+    swept = study.sweep if isinstance(study, Ablation) else ()
+    options = parse(options_type, words, prog, description, swept, some, **values)
     instruments.choose(options.instruments)  # raises UserError on an unknown one
     # not on every machine; of a codebook that collapses the best; not measured by trials
     unsought = {"peak_memory_mb", *curves.METRICS, *instruments.METRICS, *UNSOUGHT}

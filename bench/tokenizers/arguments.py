@@ -13,6 +13,7 @@ import tyro
 from backbones import BACKBONES, OPTIONS, backbone
 from bench.core.cli import command_line
 from bench.core.errors import UserError
+from bench.core.manual import Manual
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
 
@@ -79,21 +80,39 @@ _FIELDS = tuple(field.name for field in fields(Config))
 _DEFAULTS = {field.name: field.default for field in fields(Config)}
 Parsed = TypeVar("Parsed", bound=Arguments)
 
+# The groups of --help, by the field that each begins with; and what it shows of Config, the rest being for --help-all.
+SECTIONS = {"backbone": "model", "quantizer": "quantizer", "data": "data", "codebook_size": "quantizer"}
+SECTIONS |= {"reconstruction": "loss", "gan_weight": "adversary", "steps": "budget", "lr": "optimiser"}
+SECTIONS |= {"augment": "data", "precision": "run", "preset": "budget", "results": "run", "match": "budget"}
+SECTIONS |= {"fid_weights": "run", "metric": "study"}
+ESSENTIAL = ("backbone", "quantizer", "data", "preset", "steps", "image_size", "grid_size", "codebook_size", "seeds")
+ESSENTIAL += ("results",)
+COMMON = ("width", "depth", "code_dim", "beta", "train_images", "split", "lpips_weight", "gan_weight", "batch_size")
+COMMON += ("lr", "device")
+
 
 def parse(
-    kind: type[Parsed], arguments: list[str], prog: str, description: str, some: Collection[str] = (), **defaults: Any
+    kind: type[Parsed],
+    arguments: list[str],
+    prog: str,
+    description: str,
+    swept: Collection[str] = (),
+    some: Collection[str] = (),
+    **defaults: Any,
 ) -> Parsed:
     """Command line → ``kind``; the preset is looked up first, so that --help shows its values as the defaults.
-    ``defaults`` replace those of ``kind`` and of the preset, and count as given; ``some`` are those that not all of
-    several backbones have to know. Exits with code 2 on an unknown flag, as tyro does; raises UserError on an unknown
-    preset."""
+    ``defaults`` replace those of ``kind`` and of the preset, and count as given. --help shows those that are ``swept``
+    first; ``some`` are those that not all of several backbones have to know. Exits with code 2 on an unknown flag, as
+    tyro does; raises UserError on an unknown preset."""
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")
     flags = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
     given = frozenset(name for name in _FIELDS if {name, f"no_{name}"} & flags or name in defaults)
     default = kind(**{**preset_settings(preset), **defaults, "preset": preset, "given": given})
-    options = command_line(kind, arguments, prog, description, default=default)
+    essential = tuple(dict.fromkeys((*swept, *ESSENTIAL)))
+    tail = {*_FIELDS} - {*essential, *COMMON}
+    options = command_line(kind, arguments, prog, description, default, Manual(SECTIONS, essential, tail))
     _check_lists(options, arguments, prog, some)
     return options
 

@@ -17,9 +17,8 @@ from bench.core.errors import UserError
 from bench.core.files import cache_dir, cached, seal, unseal_numbers
 
 from .config import Config
-from .costs import static_costs
+from .costs import shape_costs
 from .sizes import TOLERANCE, nearest_size, parameters
-from .tokenizer import Tokenizer
 from .train import train
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60}
@@ -61,8 +60,7 @@ def _parse(budget: str) -> tuple[str, float]:
 
 @cache
 def _flops(config: Config) -> float:
-    with torch.device("meta"):
-        costs = static_costs(Tokenizer(replace(config, pretrained=False)))
+    costs = shape_costs(config)
     return costs["flops_encode"] + costs["flops_decode"]
 
 

@@ -42,7 +42,8 @@ PROTOCOL_VERSION = 3
 SETTINGS = {name for quantizer in QUANTIZERS.values() for name in quantizer.settings}  # of any quantizer
 SMALLEST = max(MINIMUM_SIZE.values())
 LARGEST = 8192  # pixels or codes a side
-SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, f"LPIPS needs at least {SMALLEST} pixels a side")
+TOO_SMALL = f"LPIPS needs at least {SMALLEST} pixels a side"
+SEEN_BY_LPIPS = settings.Limit(lambda side: side >= SMALLEST, TOO_SMALL, f"from {SMALLEST}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _backbone(name: str) -> Backbone:
 def preset_settings(preset: str) -> dict[str, Any]:
     """Config fields that ``preset`` sets for every backbone. Raises UserError on an unknown name."""
     settings.check_choice("preset", preset, PRESETS)
-    return {name: value for name, value in PRESETS[preset].items() if name not in ("params", "depth", "own")}
+    return {name: value for name, value in PRESETS[preset].items() if name not in ("about", "params", "depth", "own")}
 
 
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.metrics import Metric
 
-from .sizes import parameter_count
+from .config import Config
+from .sizes import parameter_count, remembered
 from .tokenizer import Tokenizer
 
 # Of a run; ``images_seen``, memory and seconds are taken while it trains and is scored (``run_trial``), ``params`` and
@@ -45,6 +47,16 @@ def static_costs(tokenizer: Tokenizer) -> dict[str, int]:
         "flops_encode": flops(tokenizer.encoder, x),
         "flops_decode": flops(tokenizer.decoder, z),
     }
+
+
+def shape_costs(config: Config) -> dict[str, int]:
+    """``static_costs`` of what ``config`` describes, for which nothing is allocated and no weights are fetched."""
+
+    def count() -> dict[str, int]:
+        with torch.device("meta"):
+            return static_costs(Tokenizer(replace(config, pretrained=False)))
+
+    return remembered(config, "costs", count)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ METRICS: dict[str, Metric] = {
 }
 NEIGHBOURS = 2  # rows of the history on either side of one that its running median is over
 PERPLEXITY_SHARE, LOSS_SHARE = 0.95, 1.05  # of the final value: from there on a curve has settled
-STEEP = 0.1  # of the loss: what the second half of a training that is done takes off at most
+STEEP = 0.15  # of the loss, by its second half: where less, twice as many steps gained less than 0.3 dB
 
 
 def curve_metrics(history: Sequence[dict[str, float]], warmup: int) -> dict[str, float]:
@@ -75,6 +75,19 @@ def roughness(losses: np.ndarray) -> float | None:
     if len(losses) < 3 or not (np.isfinite(losses) & (losses > 0)).all():
         return None
     return float(np.abs(np.diff(np.log(losses), n=2)).mean())
+
+
+def undecided(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:
+    """Why a run should be trained for longer, a phrase each; none where nothing says so: by the ``psnr`` and
+    ``psnr_kmeans`` of its ``metrics`` it is worse than k-means at the same bits, or by its ``history`` its loss is
+    ``still_falling`` by more than STEEP."""
+    reasons = []
+    below = metrics.get("psnr_kmeans", -math.inf) - metrics.get("psnr", math.inf)
+    if below > 0:
+        reasons.append(f"{below:.1f} dB below k-means at the same bits")
+    if (fall := still_falling(history)) is not None and fall > STEEP:
+        reasons.append(f"the second half of training still took {100 * fall:.0f} % off the reconstruction loss")
+    return reasons
 
 
 def still_falling(history: Sequence[Mapping[str, float]]) -> float | None:

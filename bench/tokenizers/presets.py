@@ -1,9 +1,10 @@
 """Settings that belong together, by name: what --preset takes.
 
-An entry consists of Config fields and of three that say how large the models are. ``params`` is the budget of encoder
-and decoder together, for which the width of every backbone is solved; ``depth`` is for backbones without one of their
-own; ``own`` is what one backbone has to itself, such as a depth that suits it, or a width, which is then not solved.
-So a backbone that no entry names has a size in all of them. timm:MODEL has the size of cnn, whose decoder it has.
+An entry consists of Config fields, of ``about``, what it is in a line, and of three that say how large the models are.
+``params`` is the budget of encoder and decoder together, for which the width of every backbone is solved; ``depth`` is
+for backbones without one of their own; ``own`` is what one backbone has to itself, such as a depth that suits it, or a
+width, which is then not solved. So a backbone that no entry names has a size in all of them. timm:MODEL has the size of
+cnn, whose decoder it has.
 """
 
 from typing import Any
@@ -30,8 +31,8 @@ _SMALL: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # proves that everything works, in seconds
     "smoke": {
+        "about": "proves that everything works, in half a minute: 32×32 to 4×4 codes, 275 k parameters",
         "image_size": 32,
         "grid_size": 4,
         "codebook_size": 128,
@@ -41,15 +42,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         # 56 has 1.2 % fewer parameters than the others, 57 would be the nearest; runs are published with it
         "own": {"cnn": {"depth": 3}, "convnext": {"width": 56, "depth": 3}},
     },
-    # a real comparison on two CPU cores, about two minutes a backbone; the default
     "cpu": {
+        "about": "a real comparison on two CPU cores, two minutes a backbone: 64×64 to 8×8 codes, 856 k parameters",
         "params": 856_000,
         "depth": 2,
         # 128 has 1.1 % more parameters than the others, 127 would be the nearest; runs are published with it
         "own": {"cnn": {"width": 128, "depth": 1}, "hybrid": {"depth": 3}},
     },
-    # VQGAN (Esser et al. 2021) at the size of course work: 64×64 to 8×8 codes, adversary and LPIPS; 10 M parameters
     "vqgan64": {
+        "about": "VQGAN (Esser et al. 2021) with adversary and LPIPS: 64×64 to 8×8 codes, 10 M parameters",
         "grid_size": 8,
         "codebook_size": 1024,
         "code_dim": 32,
@@ -66,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 6,
         "own": {"cnn": {"depth": 2}, "convnext": {"depth": 2}, "bimamba": {"depth": 4}},
     },
-    # a first VQ-VAE: 32×32 to 4×4 codes of 64 numbers, K = 256; 1 M parameters
     "vqvae32": {
+        "about": "a first VQ-VAE: 32×32 to 4×4 codes of 64 numbers, K = 256, 1 M parameters",
         "image_size": 32,
         "grid_size": 4,
         "codebook_size": 256,
@@ -85,6 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the published CelebA sweep (see studies/celeba_sweep.py) at the best of its cells: 64×64 to 16×16 codes, residual
     # layers of 128 channels, mean squared error alone; the other backbones with the parameters of this CNN
     "celeba64": {
+        "about": "the published CelebA sweep at its best cell: 64×64 to 16×16 codes, 1.6 M parameters",
         "data": "celeba",
         "grid_size": 16,
         "codebook_size": 512,
@@ -106,10 +108,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # ViT-VQGAN Small (Yu et al. 2022, section 3): 256×256 to 32×32 codes of 32 numbers on the sphere, K = 8192; 8
     # blocks of width 512 a side, and the other backbones with as many parameters
-    "vitvqgan-s": {**_VITVQGAN, **_SMALL, "gan_weight": 0.1},
+    "vitvqgan-s": {
+        "about": "ViT-VQGAN Small (Yu et al. 2022): 256×256 to 32×32 codes, K = 8192, 55 M parameters",
+        **{**_VITVQGAN, **_SMALL, "gan_weight": 0.1},
+    },
     # the comparison of the blog post "Lessons in training VQGAN", as its code had it: the CNN with 64×64 codes beside
     # 32×32 of the others, and a tenth of their parameters. Reports will not rank these rows
     "blog256": {
+        "about": 'the comparison of "Lessons in training VQGAN" as published, of unequal sizes: 256×256',
         **_VITVQGAN,
         "augment": "blog",
         "params": 179_000_000,  # of the ViT, for backbones that the post had not
@@ -129,5 +135,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # the same question on equal footing: 32×32 codes, a transformer layer on either side of them (of width 512 in the
     # ViT, as its 8 blocks) and as many parameters for all
-    "blog256-fair": {**_VITVQGAN, **_SMALL, "augment": "blog", "attention": 1, "params": 61_220_000},
+    "blog256-fair": {
+        "about": "the same with as many codes and parameters for all: 256×256 to 32×32 codes, 61 M parameters",
+        **{**_VITVQGAN, **_SMALL, "augment": "blog", "attention": 1, "params": 61_220_000},
+    },
 }

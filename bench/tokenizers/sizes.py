@@ -1,15 +1,19 @@
 """How large a model is, told by shapes alone: its parameters, and the width that gives it so many."""
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from backbones import backbone
+from backbones import BACKBONES, OPTIONS, backbone
 from bench.core.device import check_memory
+from bench.core.files import cache_dir, cached, seal, sha256_file, sha256_json, unseal_numbers
 
 if TYPE_CHECKING:
     from .config import Config
@@ -28,6 +32,41 @@ def sides(config: "Config") -> list[Callable[[], nn.Module]]:
     ]
 
 
+def remembered(config: "Config", what: str, count: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """``count()``, numbers that follow from the shapes of ``config`` alone and are called ``what``; or, where the same
+    code has counted them before, what the cache has: who asks for sizes that are known needs neither models nor timm.
+    """
+    if config.backbone not in BACKBONES or not _is_ours(backbone(config.backbone)):
+        return count()
+    shape = ("backbone", "image_size", "grid_size", "code_dim", "width", "depth", *OPTIONS)
+    key = sha256_json([what, *(getattr(config, name) for name in shape), _code()])
+
+    def write(path: Path) -> None:
+        path.write_text(seal(count()))
+
+    try:
+        return cached(cache_dir() / "sizes" / f"{key[:16]}.json", write, unseal_numbers)
+    except OSError:  # a cache that cannot be written is none
+        return count()
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether all that ``part`` of a backbone is made of is code that ``_code`` knows."""
+    if isinstance(part, partial):
+        return all(map(_is_ours, (part.func, *part.args, *part.keywords.values())))
+    if isinstance(part, list | tuple):
+        return all(map(_is_ours, part))
+    return not callable(part) or part.__module__.partition(".")[0] in ("backbones", "torch", "timm")
+
+
+@cache
+def _code() -> list[str]:
+    """Digests of the code that builds and counts models, and what it stands on."""
+    folders = Path(sys.modules["backbones"].__file__).parent, Path(__file__).parent
+    files = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]
+    return [*files, torch.__version__, version("timm")]
+
+
 def parameter_count(module: nn.Module) -> int:
     """Scalars that training would change in ``module``."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -36,8 +75,12 @@ def parameter_count(module: nn.Module) -> int:
 @cache
 def parameters(config: "Config") -> int:
     """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
-    with torch.device("meta"):
-        return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
+
+    def count() -> dict[str, int]:
+        with torch.device("meta"):
+            return {"parameters": sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))}
+
+    return remembered(config, "parameters", count)["parameters"]
 
 
 def check_size(config: "Config", device: str, copies: int = 1) -> None:

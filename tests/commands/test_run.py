@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_model
 
+import backbones
 from backbones import BACKBONES
 from bench import doctor as doctor_module
 from bench import encode, run
@@ -25,17 +27,24 @@ from bench.core import store
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
 from bench.core.store import Store
+from bench.data import DATASETS
+from bench.data.datasets import ABOUT
 from bench.doctor import main as doctor
 from bench.metrics import from_uint8, weights
+from bench.priors import models
+from bench.priors.models import PRIORS
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers import trial
+from bench.tokenizers import costs, sizes, trial
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
+from bench.tokenizers.costs import shape_costs
 from bench.tokenizers.presets import PRESETS
+from bench.tokenizers.sizes import parameters, width_of
 from bench.tokenizers.tokenizer import Tokenizer
 from bench.tokenizers.trial import prepare
 from tests.commands import TINY
 from tests.fabricate import fabricate, lacking
+from tests.watched import Toy
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +71,7 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "k-means on patches" in out
     assert f"Protocol {PROTOCOL_VERSION}" in out
     assert "24 test images" in out
+    assert re.search(r"^not done: cnn ema 0: train longer: \d+\.\d dB below k-means at the same bits$", out, re.M)
     suggested = out[out.index("Next: ") :].partition("\nGenerate")[0]
     assert suggested.startswith("Next: python -m bench.run --preset smoke")
     assert suggested.endswith(f" --backbone {' '.join(BACKBONES)}")
@@ -69,6 +79,14 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     code, out, err = command("--backbone", "cnn", *TINY)
     assert code == 0
     assert "already finished" in err
+
+
+def test_a_run_that_is_done_is_not_told_to_train_longer(tmp_path):
+    made = fabricate(Store(tmp_path), make_config("cnn", "smoke"))
+    steep = run.not_done(made)  # its loss is one by the number of steps
+    assert steep.startswith("cnn ema 0: train longer: the second half of training still took ")
+    (made.folder / "history.jsonl").write_text('{"step": 1, "reconstruction": 1.0}\n' * 150)
+    assert run.not_done(made) == ""
 
 
 def test_a_run_on_validation_says_so_and_is_another_run(trial_data, command, tmp_path):
@@ -151,8 +169,45 @@ def test_list_shows_sizes_and_trains_nothing(command, monkeypatch):
         assert word in out
 
 
+def test_list_names_all_that_can_be_chosen_with_a_line_each(command):
+    """Backbones, quantizers, data, presets, priors and studies; and, unless some are given, the sizes of all."""
+    code, out, _ = command("--list", "--preset", "smoke", "--device", "cpu")
+    assert code == 0
+    choices, _, sizes = out.partition("32×32 images")
+    studies = [path.stem for path in (ROOT / "studies").glob("[a-z]*.py")]
+    for name in (*BACKBONES, *QUANTIZERS, *DATASETS, *PRESETS, *PRIORS, *studies):
+        assert re.search(rf"^   {name} +\S", choices, re.M), name
+    rows = {line.split()[0]: line.split()[1:4] for line in sizes.splitlines() if "×" in line}
+    configs = [make_config(name, "smoke") for name in BACKBONES]
+    assert rows == {one.backbone: [str(one.width), str(one.depth), "150"] for one in configs}
+    assert backbones.ABOUT.keys() == BACKBONES.keys() | {"timm:MODEL"}
+    assert set(ABOUT) == {*DATASETS, "folder:PATH"}
+    assert set(models.ABOUT) == set(PRIORS)
+
+
+def test_sizes_that_are_known_are_not_counted_again(monkeypatch, tmp_path):
+    """The same numbers, without a model or timm; and those of code that is not ours, which may change, anew."""
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path))
+    for counted in (width_of, parameters):
+        counted.cache_clear()
+    first = [(one, shape_costs(one)) for one in (make_config("cnn", "smoke"), make_config("vit", "smoke", depth=1))]
+    width_of.cache_clear()
+    built = []
+    monkeypatch.setattr(sizes, "sides", lambda config: built.append(config) or [])
+    monkeypatch.setattr(costs, "Tokenizer", None)
+    again = [(one, shape_costs(one)) for one in (make_config("cnn", "smoke"), make_config("vit", "smoke", depth=1))]
+    assert again == first
+    assert not built
+    with pytest.raises(TypeError):
+        shape_costs(make_config("vit", "smoke", depth=2))  # another shape is counted
+    ours, own = make_config("vit", "smoke"), make_config("cnn", "smoke")
+    assert [sizes.remembered(ours, "x", lambda n=n: {"n": n}) for n in (1, 2)] == [{"n": 1}, {"n": 1}]
+    monkeypatch.setitem(BACKBONES, "cnn", BACKBONES["cnn"]._replace(Decoder=partial(BACKBONES["vit"].Decoder, [Toy])))
+    assert [sizes.remembered(own, "x", lambda n=n: {"n": n}) for n in (1, 2)] == [{"n": 1}, {"n": 2}]
+
+
 def test_help_names_every_setting(command):
-    code, out, _ = command("--help")
+    code, out, _ = command("--help-all")
     assert code == 0
     for field in fields(Config):
         name = "--seeds" if field.name == "seed" else f"--{field.name.replace('_', '-')}"
@@ -570,11 +625,11 @@ def test_only_runs_with_codes_are_shown_and_generated_from(tmp_path):
 
 def test_list_shows_each_size_in_its_own_column(monkeypatch):
     counted = {"params_encoder": 1_230_000, "params_decoder": 4_560_000, "flops_encode": 7e6, "flops_decode": 89e6}
-    monkeypatch.setattr(run, "static_costs", lambda tokenizer: counted)
+    monkeypatch.setattr(run, "shape_costs", lambda config: counted)
     config = make_config("vit", "smoke", device="cpu")
     found = columns(run.size_table([config, replace(config, depth=1)]))
     shown = {"encoder M": "1.23", "decoder M": "4.56", "encode MFLOP": "7", "decode MFLOP": "89", "tokens": "4×4"}
-    shown |= {"backbone": "vit", "width": str(config.width)}
+    shown |= {"backbone": "vit", "width": str(config.width), "steps": "150"}
     assert found == {**{name: [value] * 2 for name, value in shown.items()}, "depth": [str(config.depth), "1"]}
 
 

@@ -493,7 +493,9 @@ def test_a_new_backbone_has_a_size_in_every_preset(toy, preset):
 def test_a_new_backbone_is_listed_matched_and_studied(toy, tmp_path, capsys):
     arguments = ["--backbone", "cnn", toy, "--list", "--device", "cpu"]
     assert main(arguments) == main([*arguments, "--match", "params:300k"]) == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if "│ toy" in line]) == 2
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(" toy ", line)]
+    assert len(lines) == 2
+    assert all(width.isdigit() for _, width, *_ in lines)
     study = Ablation("beta", sweep={"beta": (0.25,)}, backbones=(toy,), seeds=(0,))
     plan = make_plan(study, parse_study(study, "", ["--results", str(tmp_path), "--device", "cpu"]))
     assert [cell.run.folder.name.startswith("toy-ema-") for cell in plan.cells[toy]] == [True]

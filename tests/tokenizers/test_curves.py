@@ -11,10 +11,12 @@ from bench.tokenizers.curves import (
     LOSS_SHARE,
     METRICS,
     PERPLEXITY_SHARE,
+    STEEP,
     curve_metrics,
     roughness,
     steps_to,
     still_falling,
+    undecided,
 )
 
 SHARES = pytest.mark.parametrize("share", [PERPLEXITY_SHARE, LOSS_SHARE])
@@ -166,12 +168,32 @@ def test_the_codebook_is_looked_at_after_the_warm_up():
     assert "codebook_roughness" not in curve_metrics(rows, 990)
 
 
-def test_a_curve_still_falls_by_what_its_second_half_takes_off():
-    falling = [{"reconstruction": 2.0 - i / 100} for i in range(100)]
-    assert still_falling(falling) == pytest.approx(1 - 1.055 / 1.555)
-    halves = [{"reconstruction": 2.0 if i < 50 else 1.0} for i in range(100)]
-    assert still_falling(halves) == 0.5
-    assert still_falling([{"reconstruction": 1.0}] * 20) == 0.0
-    assert still_falling([{"reconstruction": 1.0}] * 19) is None
-    assert still_falling([{"reconstruction": math.nan}] * 40) is None
-    assert still_falling([{}] * 40) is None
+def test_a_run_below_kmeans_at_the_same_bits_is_not_done():
+    flat = history(reconstruction=np.ones(100))
+    assert undecided({"psnr": 12.0, "psnr_kmeans": 24.04}, flat) == ["12.0 dB below k-means at the same bits"]
+    assert undecided({"psnr": 24.04, "psnr_kmeans": 12.0}, flat) == []
+    assert undecided({"psnr": 12.0}, flat) == []  # a latent without codes has no reference
+
+
+def test_a_run_whose_second_half_gains_much_is_not_done():
+    """However flat the end is: what counts is from the middle to the end."""
+    told = ["the second half of training still took 30 % off the reconstruction loss"]
+    for share, reasons in ((0.7, told), (0.95, [])):
+        losses = np.r_[np.linspace(2, 1, 40), np.ones(10), np.linspace(1, share, 30), np.full(20, share)]
+        assert undecided({}, history(reconstruction=losses)) == reasons
+    assert still_falling(history(reconstruction=np.r_[np.full(50, 2.0), np.full(50, 3.0)])) == pytest.approx(-0.5)
+
+
+@given(losses=st.lists(st.floats(0.5, 2), min_size=20, max_size=300), scale=st.floats(1e-3, 1e3))
+def test_how_far_a_loss_falls_has_no_unit(losses, scale):
+    plain, scaled = (still_falling([{"step": 1, "reconstruction": x * k} for x in losses]) for k in (1.0, scale))
+    assert plain == pytest.approx(scaled)
+    assert plain < 1
+
+
+def test_a_loss_that_is_short_or_broken_tells_nothing():
+    assert still_falling(history(19, reconstruction=np.linspace(2, 1, 19))) is None
+    assert still_falling(history(50)) is None
+    assert still_falling(history(50, reconstruction=np.zeros(50))) is None
+    assert undecided({}, []) == []
+    assert 0 < STEEP < 1

@@ -20,3 +20,12 @@ CAUSAL: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}  #
 LEARNED: dict[str, Callable[..., Prior]] = {**CAUSAL, "masked": MaskedPrior}
 # ... and the floor under them as (codebook_size, grid, classes)
 PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}
+# What each is, in a line.
+ABOUT: dict[str, str] = {
+    "independent": "a histogram of the codes of each position: the floor",
+    "pixelcnn": "gated PixelCNN, vertical and horizontal stacks, no blind spot",
+    "rnn": "LSTM over the codes in an order",
+    "transformer": "causal attention with a key-value cache",
+    "mamba": "causal Mamba-2, sampled through its recurrent state",
+    "masked": "MaskGIT: attention to all codes that are not hidden, drawn in a few passes",
+}
