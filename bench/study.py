@@ -36,6 +36,7 @@ URL = tyro.conf.arg(metavar="URL", help_behavior_hint="")
 _HOMES = {
     "PRIORS": "bench.priors.models",
     "Ablation": "bench.sweeps.definition",
+    "Claim": "bench.analysis.claims",
     "Range": "bench.sweeps.definition",
     "Search": "bench.sweeps.definition",
     "main": "bench.sweeps.workers",

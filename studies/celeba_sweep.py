@@ -8,7 +8,13 @@
 above 400, and report that it takes longer to settle with more codes, smaller rates and larger β.
 """
 
-from bench.study import Ablation, main
+from bench.study import Ablation, Claim, main
+
+CLAIMS = (
+    Claim("it takes longer with more codes", "steps_to_perplexity", {"codebook_size": 512}, {"codebook_size": 128}),
+    Claim("it takes longer at smaller learning rates", "steps_to_perplexity", {"lr": 1e-5}, {"lr": 1e-3}),
+    Claim("it takes longer with larger β", "steps_to_perplexity", {"beta": 1.75}, {"beta": 0.25}),
+)
 
 STUDY = Ablation(
     "celeba_sweep",
@@ -23,7 +29,8 @@ STUDY = Ablation(
         "batch_size": 32,
     },
     backbones=("cnn",),
-    seeds=(0,),
+    seeds=(0, 1, 2),
+    claims=CLAIMS,
 )
 
 if __name__ == "__main__":

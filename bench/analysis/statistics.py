@@ -241,8 +241,8 @@ def _verdicts(pairs: list[_Pair], metrics: Sequence[str], read: Images) -> list[
 def _family(pairs: list[_Pair], metric: str, read: Images) -> Iterator[Verdict]:
     pairs = [pair for pair in pairs if metric in pair.side_a.scored & pair.side_b.scored]
     tables = [_shared(pair, metric) for pair in pairs]
-    tests = {i: _paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
-    p_values = dict(zip(tests, _holm([p for _, p in tests.values()]), strict=True))
+    tests = {i: paired_t(table.mean(axis=1).to_numpy()) for i, table in enumerate(tables) if len(table) >= FEWEST}
+    p_values = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     images = {i: _image_differences(pairs[i], tables[i], metric, read) for i in tests}
     image_intervals = _image_intervals({i: values for i, values in images.items() if values is not None})
     shared = any(map(len, tables))
@@ -280,7 +280,7 @@ def _shared(pair: _Pair, metric: str) -> pd.DataFrame:
     return table.iloc[seeds.ravel(), cells.ravel()]
 
 
-def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
+def paired_t(differences: np.ndarray) -> tuple[Interval, float]:
     """95 % interval and two-sided p-value of a paired t test over ``differences`` (n,); see backbone_verdicts for
     differences without spread."""
     from scipy import stats  # half a second, which commands that compare nothing do not have
@@ -292,7 +292,7 @@ def _paired_t(differences: np.ndarray) -> tuple[Interval, float]:
     return (float(low), float(high)), float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
 
 
-def _holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment. statsmodels has it too, but collects garbage at each call: 0.3 s beside torch."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)

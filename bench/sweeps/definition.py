@@ -13,6 +13,7 @@ from optuna.trial import Trial
 from backbones import BACKBONES, OPTIONS
 from backbones import backbone as backbone_called
 from bench import instruments
+from bench.analysis.claims import Claim
 from bench.analysis.frames import DEFAULTS, LABELS, METRICS
 from bench.core.errors import UserError
 from bench.core.settings import OneOf
@@ -176,7 +177,7 @@ class Ablation:
     ``settings`` are Config fields that all of it shares; they replace the preset's. ``priors``: what is then trained
     over the codes of each of these tokenizers, with the tokenizer's seed. ``alone``: not every combination, but the
     first values of all, and each further value with the first of all others; a backbone has options that it does not
-    take at their defaults. ``metric``: what the dashboard ranks by.
+    take at their defaults. ``metric``: what the dashboard ranks by. ``claims``: what its report answers.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Ablation:
     priors: tuple[str, ...] = ()
     alone: bool = False
     metric: tuple[str, ...] = StudyArguments.metric
+    claims: tuple[Claim, ...] = ()
 
     def combinations(self, backbone: str, space: dict[str, tuple]) -> list[dict[str, Any]]:
         """The values of ``space``, the swept fields as the command line has them, that ``backbone`` is trained with."""

@@ -30,6 +30,20 @@ _SMALL: dict[str, Any] = {
     "own": {"cnn": {"depth": 2}, "convnext": {"depth": 2}, "vit": {"width": 512}, "bimamba": {"depth": 6}},
 }
 
+_NEXTFORMER = {"attention": 1, "rms_norm": True, "full_resolution": True}  # the CNN of "Lessons in training VQGAN"
+# its comparison on images of 64×64 pixels, with the cheaper network of LPIPS
+_BLOG64: dict[str, Any] = {
+    "grid_size": 8,
+    "codebook_size": 1024,
+    "code_dim": 32,
+    "quantizer": "l2",
+    "lpips_weight": 0.1,
+    "steps": 1000,
+    "lr": 1e-3,
+    "augment": "blog",
+    "depth": 2,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "about": "proves that everything works, in half a minute: 32×32 to 4×4 codes, 275 k parameters",
@@ -126,9 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "width": 384,
                 "depth": 2,
                 "grid_size": 64,
-                "attention": 1,
-                "rms_norm": True,
-                "full_resolution": True,
+                **_NEXTFORMER,
             },
             **{name: {"width": 768} for name in ("vit", "mamba", "bimamba", "hybrid")},
         },
@@ -138,5 +150,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "blog256-fair": {
         "about": "the same with as many codes and parameters for all: 256×256 to 32×32 codes, 61 M parameters",
         **{**_VITVQGAN, **_SMALL, "augment": "blog", "attention": 1, "params": 61_220_000},
+    },
+    # both at a size for CPUs: an eighth of the pixels a side, so that 8×8 and 16×16 codes have the strides of the post's
+    "blog64": {
+        "about": "the first at the size of CPUs, unequal as published: 64×64, a tenth of the parameters for convnext",
+        **{**_BLOG64, "params": 2_400_000},
+        "own": {"convnext": {**_NEXTFORMER, "width": 48, "depth": 2, "grid_size": 16}},
+    },
+    "blog64-fair": {
+        "about": "the second at the size of CPUs: 64×64 to 8×8 codes, 1 M parameters for all",
+        **{**_BLOG64, "attention": 1, "params": 1_000_000},
+        "own": {},
     },
 }

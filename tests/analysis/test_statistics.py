@@ -140,7 +140,7 @@ def test_interval_and_p_are_scipys_for_any_differences(count):
     for draw in range(20):
         differences = np.random.default_rng([count, draw]).normal(draw / 20, 1, count)
         expected = stats.ttest_1samp(differences, 0)
-        interval, p = statistics._paired_t(differences)
+        interval, p = statistics.paired_t(differences)
         assert p == pytest.approx(expected.pvalue, rel=1e-9)
         assert interval == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
 
@@ -150,8 +150,8 @@ def test_holms_adjustment_is_that_of_statsmodels_for_any_p_values():
     generator = np.random.default_rng(0)
     for count in (1, 2, 3, 6, 20):
         p = np.round(generator.beta(0.5, 2, count), 2)
-        assert statistics._holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
-    assert statistics._holm([]) == []
+        assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert statistics.holm([]) == []
 
 
 @pytest.mark.parametrize(("p", "found"), [(0.049, True), (0.051, False), (0.024, True), (0.1, False)])
@@ -281,7 +281,7 @@ def test_without_an_effect_a_family_is_wrong_at_the_level_or_less():
     draws, false = 300, 0
     for scores in np.random.default_rng(0).normal(size=(draws, 4, 3)):
         pairs = itertools.combinations(scores, 2)
-        false += min(statistics._holm([statistics._paired_t(a - b)[1] for a, b in pairs])) < 0.05
+        false += min(statistics.holm([statistics.paired_t(a - b)[1] for a, b in pairs])) < 0.05
     assert 0 < false <= stats.binom.ppf(0.999, draws, 0.05)  # none would mean that the level is far from used
 
 
@@ -581,12 +581,12 @@ def test_the_work_of_an_ablation_hardly_grows_with_its_seeds():
 def test_the_t_test_does_not_depend_on_the_unit(unit):
     """Neither does what counts as equal up to rounding."""
     differences = np.array([0.5, -0.25, 1.0, 0.75])
-    interval, p = statistics._paired_t(differences)
+    interval, p = statistics.paired_t(differences)
     assert 0 < p < 1
-    found, same = statistics._paired_t(unit * differences)
+    found, same = statistics.paired_t(unit * differences)
     assert same == pytest.approx(p)
     assert found == pytest.approx([unit * end for end in interval], rel=1e-9, abs=0)
-    assert statistics._paired_t(unit * np.array([0.1 + 0.2, 0.3, 0.3]))[1] == 0
+    assert statistics.paired_t(unit * np.array([0.1 + 0.2, 0.3, 0.3]))[1] == 0
 
 
 def test_numbers_have_the_digits_of_their_metric_however_wide_the_interval():

@@ -513,7 +513,7 @@ def sizes(preset):
     return {name: parameter_count(t.encoder) + parameter_count(t.decoder) for name, t in tokenizers.items()}
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"blog256"}))
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"blog256", "blog64"}))
 def test_presets_match_parameters(preset):
     """Within 5 % of one another, encoder and decoder together: otherwise the comparison is not one of backbones."""
     counts = sizes(preset)
@@ -522,7 +522,7 @@ def test_presets_match_parameters(preset):
 
 def test_presets_make_the_tokens_that_their_sources_say():
     tokens = {"vqgan64": (64, 8, 1024), "vqvae32": (32, 4, 256), "celeba64": (64, 16, 512)}
-    tokens |= {"vitvqgan-s": (256, 32, 8192), "blog256-fair": (256, 32, 8192)}
+    tokens |= {"vitvqgan-s": (256, 32, 8192), "blog256-fair": (256, 32, 8192), "blog64-fair": (64, 8, 1024)}
     for preset, expected in tokens.items():
         for name in BACKBONES:
             config = make_config(name, preset)
@@ -533,19 +533,20 @@ def test_presets_make_the_tokens_that_their_sources_say():
     assert (vit.width, vit.depth, vit.quantizer) == (512, 8, "l2")
 
 
-def test_the_blogs_mismatch_is_reproduced_under_its_own_name():
-    """4,096 codes of the CNN beside 1,024 of the others, and a tenth of their parameters."""
-    published = {name: make_config(name, "blog256") for name in ("convnext", "vit", "mamba", "bimamba")}
+@pytest.mark.parametrize(("preset", "tokens"), [("blog256", 1024), ("blog64", 64)])
+def test_the_blogs_mismatch_is_reproduced_under_its_own_name(preset, tokens):
+    """Four times as many codes of the CNN as of the others, and a tenth of their parameters."""
+    published = {name: make_config(name, preset) for name in ("convnext", "vit", "mamba", "bimamba")}
     assert {name: config.tokens for name, config in published.items()} == {
-        **dict.fromkeys(("vit", "mamba", "bimamba"), 1024),
-        "convnext": 4096,
+        **dict.fromkeys(("vit", "mamba", "bimamba"), tokens),
+        "convnext": 4 * tokens,
     }
     convnext = published["convnext"]
     assert (convnext.attention, convnext.rms_norm, convnext.full_resolution) == (1, True, True)
-    assert {make_config(name, "blog256-fair").attention for name in BACKBONES} == {1}
-    counts = sizes("blog256")
+    assert {make_config(name, f"{preset}-fair").attention for name in BACKBONES} == {1}
+    counts = sizes(preset)
     assert min(counts["vit"], counts["mamba"], counts["bimamba"]) > 10 * counts["convnext"]
-    assert make_config("convnext", "blog256", grid_size=16).grid_size == 16  # an explicit setting goes first
+    assert make_config("convnext", preset, grid_size=4).grid_size == 4  # an explicit setting goes first
 
 
 @every

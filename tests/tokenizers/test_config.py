@@ -73,6 +73,14 @@ SIZES = {
         **{"cnn": (693, 2), "convnext": (908, 2), "vit": (512, 8)},
         **{"mamba": (476, 8), "bimamba": (460, 6), "hybrid": (448, 8)},
     },
+    "blog64": {
+        **{"cnn": (153, 2), "convnext": (48, 2), "vit": (192, 2)},
+        **{"mamba": (178, 2), "bimamba": (152, 2), "hybrid": (169, 2)},
+    },
+    "blog64-fair": {
+        **{"cnn": (87, 2), "convnext": (112, 2), "vit": (101, 2)},
+        **{"mamba": (97, 2), "bimamba": (84, 2), "hybrid": (95, 2)},
+    },
 }
 
 
@@ -427,7 +435,7 @@ def test_a_grid_divides_the_image_as_a_power_of_two(config, grid_size, works):
 # -------------------------------------------------------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "blog256"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("blog256", "blog64")])
 def test_a_preset_gives_all_backbones_as_many_parameters(preset):
     """Within 5 % of their median, at one grid and one number of codes."""
     configs = [make_config(name, preset) for name in BACKBONES]
