@@ -4,6 +4,7 @@ Only rows that were measured the same way share a picture, and only rows of equa
 drawn per protocol or per block (see ``bench.analysis.frames``). A chart that the rows cannot fill is not made.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,15 +17,16 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from bench.core.files import atomic_path
 from bench.core.runs import HELD_OUT
 
-from . import looks, references
-from .frames import CLOCKED, METRICS, PRIOR_METRICS, best_first, machines, main_metric, protocols, settings, summary
+from . import looks, references, vectors
+from .frames import METRICS, PRIOR_METRICS, main_metric, protocols, settings
+from .fronts import cost
 from .galleries import codebook_loss, learning_curves, reconstructions, samples, untrained, wrong_codes
-from .labels import BITS, brief, label_of
+from .labels import BITS, brief, label_of, told
 from .looks import Drawing, is_number, look_of
 from .slices import Scope, block_scopes, controlled, counted, key_metrics, listed, protocol_scopes, usual, usual_words
 
@@ -33,8 +35,6 @@ STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in
     "svg.fonttype": "none",
     "text.parse_math": False,
 }
-NAMED = 12  # rings with words beside them: more would lie on one another, and take seconds to draw
-MANY = 200  # points that an SVG holds as an image
 REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}  # k-means on patches
 
 
@@ -44,7 +44,9 @@ class Chart(NamedTuple):
     name: str  # file stem
     title: str
     caption: str  # what is shown, from how many runs, how they were measured, and what was left out
-    path: Path  # the PNG; the SVG lies beside it
+    path: Path  # the PNG; the SVG, without the title, lies beside it
+    head: int = 0  # rows of the PNG's pixels that its title takes
+    drawn: bool = False  # and no photographs
 
 
 def draw(
@@ -82,13 +84,19 @@ def _drawings(table: pd.DataFrame, importances: pd.DataFrame | None, priors: pd.
 def _saved(drawing: Drawing, folder: Path) -> Chart:
     """Writes PNG and SVG into ``folder``."""
     name, title, caption, figure = drawing
-    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", fontsize=10)
+    head = figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", fontsize=10)
     with atomic_path(folder / f"{name}.png") as temporary:
         figure.canvas.print_png(temporary, metadata={"Software": None})
     figure.set_layout_engine("none")  # once is enough
+    height, top = figure.bbox.height, math.floor(head.get_window_extent().y0)
+    head.set_visible(False)
+    written = io.BytesIO()
+    below = Bbox([[0, 0], [figure.get_figwidth(), top / figure.dpi]])
+    figure.savefig(written, format="svg", metadata={"Date": None}, bbox_inches=below)
     with atomic_path(folder / f"{name}.svg") as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    return Chart(name, title, caption, folder / f"{name}.png")
+        temporary.write_text(vectors.with_words(written.getvalue()), encoding="utf-8")
+    drawn = not any(axes.images for axes in figure.axes)
+    return Chart(name, title, caption, folder / f"{name}.png", round(height) - top, drawn)
 
 
 def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bool, more: looks.Entries) -> Figure:
@@ -107,6 +115,7 @@ def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bo
                 axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
                 entries = {"k-means on patches": REFERENCE} | more
         looks.scale_x(axes, rows[name], name)
+        looks.least_span(axes)
         axes.set_ylabel(label_of(metric))
     looks.add_legend(figure, list(rows.backbone.unique()), entries)
     return figure
@@ -119,7 +128,10 @@ def _series(axes: Axes, rows: pd.DataFrame, x: pd.Series, metric: str, means: bo
         look = look_of(name)
         own = rows[rows.backbone == name]
         at = x[own.index] + dodge * (index - (len(names) - 1) / 2)
-        axes.scatter(at, own[metric], s=9 if means else 24, alpha=0.5, linewidths=0, rasterized=len(own) > MANY, **look)
+        style = {"s": 9 if means else 24, "alpha": 0.5, "linewidths": 0, "rasterized": len(own) > looks.MANY}
+        known = own[own[metric].notna() & at.notna()]
+        points = axes.scatter(at[known.index], known[metric], **style, **look)
+        vectors.tell(points, [f"{run.run_id}, seed {run.seed}: {told(run, metric)}" for _, run in known.iterrows()])
         mean, std = own[metric].groupby(at).mean(), own[metric].groupby(at).std()
         if means and dodge:
             axes.errorbar(mean.index, mean, std, linestyle="none", markersize=5, capsize=2, **look)
@@ -182,6 +194,8 @@ def heatmaps(scope: Scope) -> Iterator[Drawing]:
             linewidths=1,
             ax=axes,
         )
+        for text in axes.texts:  # no greys, which a page turns round in the dark
+            text.set_color("#fffffe" if text.get_color() == "w" else "#26262a")
         axes.set(xlabel=label_of(field), ylabel="", facecolor="0.9")
         axes.grid(False)
         axes.tick_params(axis="y", rotation=0)
@@ -306,75 +320,6 @@ def generation(rows: pd.DataFrame, known: int, words: str = "", apart: bool = Fa
         " Dotted: training codes, decoded, which a perfect prior would reach, at the grid where they are best."
     )
     yield Drawing("generation", "Rate and generation", caption, figure)
-
-
-def pareto(cost: pd.Series, score: pd.Series) -> pd.Series:
-    """Which points no other point dominates: none is at most as high in both and lower in one.
-
-    Lower is better in ``cost`` and ``score``, both (N,) without missing values; gives (N,) bool.
-    """
-    least = score.groupby(cost).min()
-    bound = least.cummin().shift(fill_value=math.inf)  # the best score at any lower cost
-    return (score == cost.map(least)) & (score < cost.map(bound))
-
-
-def cost(scope: Scope) -> Iterator[Drawing]:
-    """``cost``: the main metric against what a tokenizer costs; clocked costs only if one machine made all rows."""
-    metric, varied = main_metric(scope.rows), settings(scope.rows)
-    table = summary(scope.rows)
-    costs = ("params", "flops", "train_seconds", "images_per_second_decode")
-    scored = [name for name in costs if name in table]
-    names = [name for name in scored if machines(scope.rows) == 1 or name not in CLOCKED]
-    if len(table) < 2 or not names:
-        return
-    figure, panels = looks.new_panels(len(names))
-    longest = 0
-    for axes, name in zip(panels, names, strict=True):
-        known = table.dropna(subset=[name, metric])
-        front = _cost_panel(axes, known, name, metric)
-        longest = max(longest, len(front))
-        if len(varied) == 1:  # words for several would not fit beside a ring
-            _name_front(axes, front.head(NAMED), name, metric, varied[0])
-    looks.add_legend(figure, list(table.backbone), {"Pareto front": {"color": "0.3", "linewidth": 1}})
-    caption = "Mean ± standard deviation over seeds; ringed: no other point is both cheaper and better. "
-    if len(varied) > 1:
-        caption += f"Each combination of {listed(varied)} is a point of its own. "
-    if len(varied) == 1:
-        caption += f"Beside the {f'{NAMED} cheapest ' if longest > NAMED else ''}rings: {label_of(varied[0])}. "
-    if len(names) < len(scored):
-        caption += "Times are left out: the runs were made on different processors or numbers of threads. "
-    caption += counted(scope, scope.rows, varied, {})
-    yield Drawing("cost", f"{METRICS[metric].label} against cost", caption, figure)
-
-
-def _cost_panel(axes: Axes, table: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
-    """Means with error bars, and the Pareto front as steps through ringed points. Returns the rows on the front."""
-    style = {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
-    for backbone, own in table.groupby("backbone"):
-        look = {**style, **look_of(backbone), "rasterized": len(own) > MANY}
-        axes.errorbar(own[name], own[metric], yerr=own[f"{metric}_std"], **look)
-    cost, score = (table[column] * {"lower": 1, "higher": -1}[METRICS[column].better] for column in (name, metric))
-    front = best_first(table[pareto(cost, score)], name)
-    axes.plot(front[name], front[metric], color="0.3", linewidth=1, drawstyle="steps-post", zorder=1)
-    axes.scatter(front[name], front[metric], s=80, facecolors="none", edgecolors="0.3", linewidths=1, zorder=3)
-    if table[name].min() > 0 and table[name].max() >= 3 * table[name].min():
-        axes.set_xscale("log")
-        looks.plain_log(axes.xaxis)
-    else:  # so narrow that a logarithm looks the same and has no round ticks
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.margins(0.2)
-    axes.set(xlabel=label_of(name), ylabel=label_of(metric))
-    return front
-
-
-def _name_front(axes: Axes, front: pd.DataFrame, name: str, metric: str, setting: str) -> None:
-    """Writes the value of ``setting`` beside each ring, on its cheaper and better side, where no other point can be."""
-    right, up = METRICS[name].better == "higher", METRICS[metric].better == "higher"
-    offset = (5 if right else -5, 5 if up else -5)
-    style = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "fontsize": looks.TEXT}
-    for _, row in front.iterrows():
-        axes.annotate(brief(row[setting]), (row[name], row[metric]), offset, textcoords="offset points", **style)
 
 
 def importance(importances: pd.DataFrame) -> Drawing:

@@ -47,6 +47,7 @@ REFERENCES = (
 )  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
+STEADY = 1.15  # times as long as another seed of equal work may take
 CONTINUOUS = tuple(name for name, quantizer in QUANTIZERS.items() if not quantizer.discrete)  # never ranked
 
 CONFIG = tuple(field.name for field in fields(Config))
@@ -334,6 +335,15 @@ def best_first(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 def machines(table: pd.DataFrame) -> int:
     """On how many kinds of machine rows were made: clocked metrics of several are not compared."""
     return len(table[["processor", "threads"]].drop_duplicates())
+
+
+def unsteady(table: pd.DataFrame) -> dict[str, float]:
+    """Clocks that measured what else the machine did: of each clocked metric that differs between seeds of one model
+    and setting, which are equal work, by more than a factor of STEADY, the largest such factor."""
+    names = [name for name in CLOCKED if name in table]
+    groups = table.groupby(["backbone", *settings(table)], dropna=False)[names]
+    worst = (groups.max() / groups.min()).max()
+    return worst[worst > STEADY].to_dict()
 
 
 def unmatched(table: pd.DataFrame) -> pd.Series:

@@ -18,7 +18,7 @@ from bench.core.plots import whole_windows
 from bench.core.runs import FAILURES, Run
 from bench.instruments import robustness
 
-from . import looks
+from . import looks, vectors
 from .frames import METRICS, best_first, main_metric
 from .labels import BITS, brief, label_of
 from .looks import Drawing, is_number, look_of
@@ -115,7 +115,8 @@ def _curves(axes: Axes, rows: pd.DataFrame, curves: dict[int, pd.DataFrame], qua
         line = line[np.isfinite(line)]
         if row.status == "finished":
             finished.append(line)
-            axes.plot(line.index, line, color=colour, linewidth=0.6, alpha=0.5)
+            (thin,) = axes.plot(line.index, line, color=colour, linewidth=0.6, alpha=0.5)
+            vectors.tell(thin, [f"{row.run_id}, seed {row.seed}"])
         else:
             axes.plot(line.index, line, color=colour, linewidth=1, linestyle="--")
             axes.plot(line.index[-1:], line.iloc[-1:], color=colour, marker="x", markersize=5, markeredgewidth=1.5)
@@ -229,7 +230,7 @@ def _gallery(rows: pd.DataFrame, words: str, by: str, name: str, title: str, sho
     """Originals, then a row of what is ``shown`` per value of ``by``: of its lowest seed that kept such pictures."""
     kept, damaged = [], []
     for _, own in rows.sort_values("seed", kind="stable").groupby(by):
-        found = ((row, *pair) for row, pair in _kept(own, damaged, "x", shown.array))
+        found = ((row, *pair) for row, pair in pictures_of(own, damaged, "x", shown.array))
         kept += itertools.islice(found, 1)
     same = [found for found in kept if np.array_equal(found[1], kept[0][1])]
     if not same:
@@ -272,7 +273,7 @@ def samples(rows: pd.DataFrame, words: str = "") -> Iterator[Drawing]:
     rows = rows[rows.grid_size == rows.grid_size.max()].sort_values(["backbone", "prior", "seed"], kind="stable")
     rows = rows.groupby(["backbone", "prior"]).head(1).sort_values("coded_bits_per_pixel").head(HUES)
     damaged: list[str] = []
-    kept = list(_kept(rows, damaged, "x"))
+    kept = list(pictures_of(rows, damaged, "x"))
     if not kept:
         yield from _nothing("samples", "Samples", damaged)
         return
@@ -284,7 +285,7 @@ def samples(rows: pd.DataFrame, words: str = "") -> Iterator[Drawing]:
     yield Drawing("samples", "Samples", caption, figure)
 
 
-def _kept(rows: pd.DataFrame, damaged: list[str], *names: str) -> Iterator[tuple[pd.Series, list[np.ndarray]]]:
+def pictures_of(rows: pd.DataFrame, damaged: list[str], *names: str) -> Iterator[tuple[pd.Series, list[np.ndarray]]]:
     """Of each of ``rows`` that kept them, PICTURES images at most of each of ``names``, (N, H, W, 3) uint8; adds what
     to say of damaged files to ``damaged``."""
     for _, row in rows.iterrows():

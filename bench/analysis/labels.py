@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from .frames import METRICS
 
 BITS = ("codebook_size", "grid_size")  # the settings that change the bits of an image
@@ -22,6 +24,11 @@ def brief(value: Any) -> str:
     text = str(value)
     text = text.rpartition("/")[2] if text.startswith("folder:") else text
     return text if len(text) <= 24 else f"{text[:8]}…"
+
+
+def told(row: pd.Series, name: str) -> str:
+    """A metric of a run, or of several on average, with its label."""
+    return f"{METRICS[name].label} {row[name]:{METRICS[name].form}}"
 
 
 def at_words(fixed: dict[str, Any]) -> str:

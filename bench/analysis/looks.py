@@ -24,6 +24,7 @@ WIDTH = 7.2  # inches: at this width a printed page keeps the text at its size
 DPI = 120
 TEXT = 8  # points, the smallest text
 
+MANY = 200  # points that an SVG holds as an image
 DOUBLED = (*BITS, "bits_per_pixel")  # their axes are logarithmic to base 2
 
 # What each backbone looks like in every chart, whichever others stand beside it. The colours are far apart to all
@@ -37,6 +38,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "hybrid": ("#9c9ceb", "P"),
 }
 FURTHER = (("#0173b2", "X"), ("#c0392b", "*"), ("#4fc3e8", "<"), ("#5a3d1e", ">"))  # of those that come later
+SPAN = 0.05  # of its largest value that an axis spans at the least
 EVERY = 0.17  # of an axes' diagonal between the markers of a curve
 PRIOR_MARKERS = dict(zip(sorted(PRIORS), "Xosv^DP*", strict=False))
 
@@ -133,6 +135,18 @@ def scale_x(axes: Axes, values: pd.Series, name: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def least_span(axes: Axes) -> None:
+    """Widens linear axes that span less than SPAN of their largest value about their middle: small differences shall
+    look small."""
+    for low, high, scale, widen in (
+        (*axes.get_xlim(), axes.get_xscale(), axes.set_xlim),
+        (*axes.get_ylim(), axes.get_yscale(), axes.set_ylim),
+    ):
+        lacking = SPAN * max(abs(low), abs(high)) - (high - low)
+        if scale == "linear" and lacking > 0:
+            widen(low - lacking / 2, high + lacking / 2)
 
 
 def plain_log(axis: Axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:

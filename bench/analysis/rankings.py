@@ -15,6 +15,7 @@ from bench.priors.pixels import BITS, PIXELS
 from bench.tokenizers import curves
 
 from . import frames, references
+from .data import WIDE
 from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .slices import listed
 from .statistics import Verdict
@@ -26,6 +27,10 @@ FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not t
 UNSHOWN = ("dead_codes", "tokens", "bits_per_image", "bits_per_pixel", "grid_energy_init", "grid_edges_init")
 SCORES = tuple(name for evaluator in EVALUATORS for name in evaluator.METRICS if name not in UNSHOWN)
 RANKED = (*SCORES, *curves.METRICS, *FIXED, *(name for name in CLOCKED if name in METRICS))
+FIRST = (  # scores that a page shows at first; the others when asked
+    *("fid", "lpips_alex", "lpips_vgg", "fid_vgg16", "psnr", "perplexity"),
+    *(*FIXED, *(name for name in CLOCKED if name in METRICS)),
+)
 GENERATED = (
     *("coded_bits_per_token", "coded_bits_per_image", "coded_bits_per_pixel", "gfid", "gfid_vgg16", "gkid_vgg16"),
     *("gfd_dinov2", "precision_vgg16", "recall_vgg16", "nearest_train_psnr", "copy_rate"),
@@ -45,15 +50,19 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
     table = best_first(frames.summary(block, failed), main)
     by = list(table.loc[:, :"failed"])
     names = [name for name in RANKED if name in table]
-    off = frames.unmatched(table)
+    off, backbones = frames.unmatched(table), table.backbone
     table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
+    busy = {name: times for name, times in frames.unsteady(block).items() if name in names and name not in unequal}
     swept = [name for name in by if name not in ("backbone", "n", "failed")]
     notes = [_protocol_line(protocol_of(block)), *_every_row(swept), *_uneven(block), *_cut(len(table))]
     notes += references.notes(block, latents)
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
         notes.append(f"Measured on {machines(block)} different machines and therefore not ranked: {labels}.")
+    if busy:
+        each = ", ".join(f"{METRICS[name].label} (×{times:.1f})" for name, times in busy.items())
+        notes.append(f"Not ranked, as equal work differs from seed to seed, so that the machine was busy: {each}.")
     if off.any():
         limits = ", ".join(f"{METRICS[name].label} {limit:.0%}" for name, limit in BUDGETS.items())
         notes.append(f"{UNMATCHED} off the backbones' median in every budget ({limits}); --match gives equal ones.")
@@ -61,7 +70,16 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
         notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
     keys = [*by, *names]
     grey = references.reference_cells(block, latents, keys)
-    return Sheet(keys, _ranked(table, by, names, unequal), grey, notes, main)
+    rows = _ranked(table, by, names, [*unequal, *busy])
+    if len(block) <= LIMIT:  # else not all runs are listed
+        runs = table[by[:-2]].assign(backbone=backbones).merge(_lowest(block, by[:-2]), how="left").run_id.fillna("")
+        rows = [[row[0]._replace(run=run), *row[1:]] for row, run in zip(rows, runs, strict=False)]
+    return Sheet(keys, rows, grey, notes, main)
+
+
+def _lowest(block: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The id of the run of the lowest seed of each combination of columns ``by``."""
+    return block.sort_values("seed", kind="stable").drop_duplicates(by)[[*by, "run_id"]]
 
 
 def _ranked(table: pd.DataFrame, by: list[str], names: list[str], unequal: Sequence[str]) -> list[list[Cell]]:
@@ -214,13 +232,15 @@ def run_list(table: pd.DataFrame, parts: list[pd.DataFrame]) -> Sheet:
     scores = [name for name in (*SCORES, *FIXED) if table[name].notna().any()]
     table = table.assign(block=pd.Series(numbers, dtype=float))
     table = table.sort_values(keys, key=lambda column: column.astype(str) if column.dtype == object else column)
-    return _listing(table, [*keys, "status", *scores, "run_id"])
+    sheet = _listing(table, [*keys, "status", *scores, "run_id"])
+    rows = [[*row[:-1], row[-1]._replace(folder=folder)] for row, folder in zip(sheet.rows, table.folder, strict=False)]
+    return sheet._replace(rows=rows)
 
 
 def _listing(table: pd.DataFrame, keys: list[str]) -> Sheet:
     rows = [[cell(key, row[key]) for key in keys] for row in table[keys].head(LIMIT).to_dict("records")]
     notes = _every_row([name for name in settings(table) if name in keys], "and so is each seed: nothing is averaged")
-    return Sheet(keys, rows, notes=notes + [f"{note} All are in runs.csv." for note in _cut(len(table))])
+    return Sheet(keys, rows, notes=notes + [f"{note} All are in {WIDE}." for note in _cut(len(table))])
 
 
 def _signed(values: Sequence[float] | None, form: str) -> str:

@@ -1,6 +1,5 @@
 """One report of many runs: which runs it is about, what it says, and how a page, Markdown and the terminal say it."""
 
-import base64
 import itertools
 import os
 import re
@@ -12,11 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-import pyarrow
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pyarrow import parquet
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -28,13 +23,14 @@ from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.pixels import over_pixels
 
-from . import charts, frames, rankings, searches
+from . import charts, frames, rankings, searches, viewer
 from .advice import Advice, advice
-from .frames import CONFIG, METRICS, PRIOR, main_metric, settings
+from .data import write_data
+from .frames import CONFIG, PRIOR, main_metric, settings
+from .page import html
 from .statistics import COMPARED, Images, backbone_verdicts, sentences, setting_verdicts
-from .tables import LABELS, Sheet, fits, heading, put, text_of
+from .tables import Sheet, fits, heading, put, text_of
 
-ROWS = 2000  # runs that runs.parquet is written of at a time
 CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
 BRIEF = 8  # rows, sentences or names where there is little room
 
@@ -101,7 +97,7 @@ def write_report(
 ) -> Written:
     """Writes the report of the runs that ``names`` mean (see ``select``), and prints it in brief.
 
-    Into ``out``, RESULTS/reports/NAME by default, go report.html, tables.md, runs.parquet, runs.csv and plots/.
+    Into ``out``, RESULTS/reports/NAME by default, go report.html, tables.md, plots/ and data (see ``write_data``).
     ``importances`` says how much each setting mattered, from a frame and the name of a metric (see ``bench.sweeps``);
     without it that chart is left out. Raises UserError as ``select`` does, and where ``out`` cannot be written.
     """
@@ -141,11 +137,10 @@ def write_report(
     for old in (folder / "plots").glob("*.*"):
         if old.stem not in {chart.name for chart in figures} and not old.name.startswith("."):
             old.unlink(missing_ok=True)  # of an earlier report; hidden ones are being written by another worker
-    write_data(table, folder)
-    if there := [rows for rows in (priors, pixels) if len(rows)]:
-        with atomic_path(folder / "priors.csv") as temporary:
-            pd.concat(there).to_csv(temporary, index=False)
-    for name, text in (("tables.md", markdown(report)), ("report.html", html(report, figures))):
+    every = [rows for rows in (priors, pixels) if len(rows)]
+    write_data(table, pd.concat(every) if every else priors, folder)
+    page = html(report, figures, viewer.look(table), folder)
+    for name, text in (("tables.md", markdown(report)), ("report.html", page)):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     show(report)
@@ -303,32 +298,6 @@ def _values(column: pd.Series) -> str:
     values = sorted(column.dropna().unique(), key=lambda value: (isinstance(value, str), value))
     texts = list(map(text_of, values))
     return ", ".join(texts) if len(texts) <= 2 * BRIEF else f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
-
-
-def write_data(table: pd.DataFrame, folder: Path) -> None:
-    """runs.csv is ``table`` as it is; runs.parquet is long: a row per run and metric that it has, with its Config."""
-    with atomic_path(folder / "runs.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    names = sorted(name for name in table if name in METRICS or name.endswith(frames.REFERENCES))
-    table = table.sort_values("run_id", ignore_index=True)
-    keys, labels = table[["run_id", *CONFIG, "status"]], pyarrow.array(names, pyarrow.string())
-    schema = pyarrow.Schema.from_pandas(keys.assign(metric="", value=0.0), preserve_index=False)
-    with atomic_path(folder / "runs.parquet") as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        for start in range(0, len(table), ROWS):  # all at once would be forty times the table
-            values = table[names][start : start + ROWS].to_numpy(float)
-            row, column = np.nonzero(~np.isnan(values))
-            part = pyarrow.Table.from_pandas(keys[start : start + ROWS], preserve_index=False).take(row)
-            part = part.append_column("metric", labels.take(column)).append_column("value", [values[row, column]])
-            writer.write_table(part.cast(schema))
-
-
-def html(report: Report, figures: Sequence[charts.Chart]) -> str:
-    """The page: one file that needs no other. Reads the pictures of ``figures``."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pictures = [(chart, base64.b64encode(chart.path.read_bytes()).decode()) for chart in figures]
-    template = page.get_template("report.html.jinja")
-    return template.render(report=report, pictures=pictures, heading=heading, METRICS=LABELS)
 
 
 def markdown(report: Report) -> str:

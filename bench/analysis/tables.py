@@ -32,12 +32,15 @@ WIDEST = 10_000  # characters of a table
 
 
 class Cell(NamedTuple):
-    """One place of a table: its text, its spread, what sorting compares (None: goes last), whether it is the best."""
+    """One place of a table: its text, its spread, what sorting compares (None: goes last), whether it is the best; the
+    id of the run that stands for its row; and, where it names a run, the folder of that."""
 
     text: str
     spread: str = ""
     order: float | str | None = None
     best: bool = False
+    run: str = ""
+    folder: str = ""
 
 
 class Sheet(NamedTuple):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bench.analysis import advice as room
 from bench.analysis.advice import advice, seeds_needed, settles
 from bench.analysis.frames import blocks, frame, main_metric
-from bench.analysis.report import contents, html, markdown, select, show
+from bench.analysis.page import html
+from bench.analysis.report import contents, markdown, select, show
 from bench.analysis.statistics import backbone_verdicts
 from bench.analysis.verdict import FEWEST, LEVEL, Verdict
 from bench.core.store import Store
@@ -166,6 +167,6 @@ def test_page_markdown_and_terminal_open_with_it(store, capsys):
     assert printed.startswith(f"{block.title}. {line} {warning}")
     text = markdown(report).replace("\\", "")
     assert text.split("\n\n")[1:3] == [f"**{block.title}.** {line}", f"- {warning}"]
-    page = unescape(html(report, []))
+    page = unescape(html(report, [], None, store.root))
     assert page.index(line) < page.index('<dl class="facts">')
     assert page.index(warning) < page.index('<dl class="facts">')

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from backbones import BACKBONES
-from bench.analysis import charts, galleries, labels, looks, slices
-from bench.analysis.charts import draw, pareto
+from bench.analysis import charts, fronts, galleries, labels, looks, slices
+from bench.analysis.charts import draw
 from bench.analysis.frames import METRICS, PRIOR, frame, main_metric
+from bench.analysis.fronts import pareto
 from bench.analysis.slices import Scope, controlled
 from bench.core.store import Store
 from bench.instruments import INSTRUMENTS
@@ -104,7 +105,8 @@ def test_every_chart_is_a_png_and_an_svg_whose_text_is_text(drawn):
             picture.load()
             assert picture.width == round(looks.WIDTH * looks.DPI)
         text = words(folder / f"{name}.svg")
-        assert chart.title in text
+        assert chart.title not in text  # it stands in the PNG, and above where the SVG is shown
+        assert 0 < chart.head < 0.3 * looks.DPI
         assert "mathdefault" not in text
         assert chart.caption.endswith(".")
 
@@ -320,7 +322,7 @@ def test_labels_beside_rings_touch_neither_points_nor_each_other(tmp_path, cost,
 
 def test_not_all_rings_of_a_long_front_have_words(monkeypatch):
     """They would lie on one another."""
-    monkeypatch.setattr(charts, "NAMED", 3)
+    monkeypatch.setattr(fronts, "NAMED", 3)
     costs = dict.fromkeys(("flops", "train_seconds", "images_per_second_decode"))
     rows = [costs | {"beta": 1.0 + i, "params": 1e6 * (1 + i), "psnr": 20.0 + i} for i in range(6)]
     (drawing,) = charts.cost(scope(made(*rows)))
@@ -830,6 +832,24 @@ def test_a_point_of_cost_is_a_mean_with_its_deviation_over_seeds():
     assert not list(charts.cost(scope(costs(*rows[:2]))))  # one point is no comparison
 
 
+def test_clocks_of_a_busy_machine_have_no_front():
+    times = [("cnn", 30.0, 100.0), ("cnn", 33.0, 200.0), ("vit", 60.0, 90.0), ("vit", 60.0, 90.0)]
+    rows = [
+        {"backbone": who, "seed": i % 2, "psnr": 20.0, "train_seconds": seconds, "images_per_second_decode": speed}
+        for i, (who, seconds, speed) in enumerate(times)
+    ]
+    table = costs(*rows)
+    (drawing,) = charts.cost(scope(table))
+    stepped = {
+        axes.get_xlabel(): any(line.get_drawstyle() == "steps-post" for line in axes.get_lines())
+        for axes in drawing.figure.axes
+    }
+    assert stepped == {"parameters ↓": True, "FLOPs ↓": True, "train s ↓": True, "decode images/s ↑": False}
+    assert "No front in decode images/s: the machine was busy with other things" in drawing.caption
+    assert "differs by a factor of 2.0 from seed to seed." in drawing.caption
+    assert "train s" not in drawing.caption
+
+
 def test_the_front_is_steps_from_the_cheapest_to_the_best():
     """A cost that spans a factor of three has a logarithmic axis."""
     points = {0.25: (4e6, 30.0), 0.5: (1e6, 20.0), 1.0: (2e6, 25.0), 2.0: (3e6, 22.0)}
@@ -1152,12 +1172,12 @@ def test_pictures_that_cannot_be_read_are_none(tmp_path):
     path, rows = tmp_path / "samples.npz", pd.DataFrame({"folder": [str(tmp_path)]})
     x = np.zeros((2, 8, 8, 3), dtype=np.uint8)
     damaged = []
-    assert list(galleries._kept(rows, damaged, "x")) == damaged == []
+    assert list(galleries.pictures_of(rows, damaged, "x")) == damaged == []
     for arrays in ({"x": x}, {"x": x, "x_hat": x[0]}, {"x": x, "x_hat": x.astype(int)}):
         np.savez(path, **arrays)
-        assert list(galleries._kept(rows, damaged, "x", "x_hat")) == []
+        assert list(galleries.pictures_of(rows, damaged, "x", "x_hat")) == []
     path.write_bytes(path.read_bytes()[:-9])
-    assert list(galleries._kept(rows, damaged, "x")) == []
+    assert list(galleries.pictures_of(rows, damaged, "x")) == []
     assert [str(path) in sentence for sentence in damaged] == [True] * 4
     assert damaged[0].startswith(f"{path} is damaged: it has no images x_hat; move it away")
 

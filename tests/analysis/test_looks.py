@@ -62,3 +62,21 @@ def test_a_new_backbone_takes_the_next_look_and_shifts_nobody():
         assert len({*kind}) == len(every)
     many = [f"new{i}" for i in range(len(looks.FURTHER) + 1)]
     assert looks.looks_for(many)[many[-1]] == looks.FURTHER[0]
+
+
+def test_an_axis_does_not_blow_up_a_small_difference():
+    axes = looks.new_figure(2).subplots()
+    axes.plot([1000.0, 1000.6], [-0.4, -0.4001])
+    looks.least_span(axes)
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert high - low == pytest.approx(looks.SPAN * max(abs(low), abs(high)), rel=0.05)
+    assert axes.get_xlim() == pytest.approx((975, 1026), abs=1)
+    wide = looks.new_figure(2).subplots()
+    wide.plot([0, 1], [1.0, 2.0])
+    before = wide.get_xlim(), wide.get_ylim()
+    looks.least_span(wide)
+    assert (wide.get_xlim(), wide.get_ylim()) == before
+    logarithmic = looks.new_figure(2).subplots()
+    logarithmic.set(xscale="log", xlim=(1.0, 1.001))
+    looks.least_span(logarithmic)
+    assert logarithmic.get_xlim() == (1.0, 1.001)
