@@ -1185,6 +1185,34 @@ def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ende
         assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
 
 
+def test_the_page_on_all_backbones_is_there_while_a_study_runs(child, tmp_path, monkeypatch):
+    """Written now and then, and not after every trial; nor where another command plans, which nobody waits for."""
+    written, seen = [], []
+    write = study.overview.write
+    monkeypatch.setattr(study.overview, "write", lambda *all: written.append(1) or write(*all))
+
+    class Looking(FakeChild):
+        def __call__(self, *arguments):
+            found = optuna_studies(tmp_path, overview=True)
+            seen.append(Counter(trial.state.name for one in found.values() for trial in one.trials))
+            return super().__call__(*arguments)
+
+    study.run_in_child = Looking()  # the fixture puts the real one back
+    assert start(BETA, tmp_path) == 0
+    assert seen == [{}, *[{"COMPLETE": 1, "WAITING": 3}] * 3]
+    assert len(written) == 2  # after the first trial, and in the end
+    index, other = (Index(default_url(tmp_path), tmp_path / "studies") for _ in range(2))
+    crew = workers_of(planned(tmp_path), index)
+    planner = threading.Thread(target=other.planning.acquire)
+    planner.start(), planner.join()
+    crew._show()
+    other.planning.release(force=True)
+    assert len(written) == 2
+    crew.shown_after = 0.0
+    crew._show()
+    assert len(written) == 3
+
+
 def nexts(err: str) -> list[list[str]]:
     return [shlex.split(line.removeprefix("next: ")) for line in err.splitlines() if line.startswith("next: ")]
 
