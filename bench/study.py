@@ -8,6 +8,7 @@ The same command continues what was stopped, killed or extended; started on seve
 folder and the storage, it divides the work.
 """
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def rebuild(
     results: Path = Path("results"),
     storage: str | None = None,
 ) -> int:
-    """Makes Optuna's database again from the run folders; studies that it has already are completed.
+    """Makes Optuna's database again from the run folders, with each study's page on all backbones; studies that it has
+    already are completed.
 
     Args:
         names: studies to rebuild; all of them by default
@@ -77,6 +79,7 @@ def show(results: Path = Path("results")) -> int:
         except Damaged as error:
             say(f"[yellow]left out:[/] {escape(str(error))}")
             continue
+        shown = name
         status = Counter(statuses(map(store.named, record["runs"])))
         over = [run_id for run_id, row in record.get("priors", {}).items() if "role" not in row]  # none that confirms
         priors = Counter(statuses((store.named(run_id, "priors") for run_id in over), PRIOR))
@@ -84,7 +87,12 @@ def show(results: Path = Path("results")) -> int:
         counts = [", ".join(f"{count} {how}" for how, count in each.items()) for each in (status, priors) if each]
         told = "; priors: ".join(counts)
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), told)
-    stdout.print(table if table.row_count else f"no studies below {results}; start one with python -m studies.beta")
+    if not table.row_count:
+        stdout.print(f"no studies below {results}; start one with python -m studies.beta", soft_wrap=True)
+        return 0
+    stdout.print(table)
+    words = ("python", "-m", "bench.report", shown, "--results", str(results))
+    stdout.print(escape(f"Tables and charts of one: {shlex.join(words)}"), soft_wrap=True)
     return 0
 
 

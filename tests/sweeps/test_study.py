@@ -359,7 +359,10 @@ def test_deleting_the_database_and_rebuilding_gives_the_same_index(child, tmp_pa
         study_command.rebuild(("nothing",), results=tmp_path)
     capsys.readouterr()
     study_command.show(tmp_path)
-    assert "beta-smoke" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "beta-smoke" in told
+    name = Store(tmp_path).studies()[-1]
+    assert told.splitlines()[-1].endswith(f": python -m bench.report {name} --results {tmp_path}")
 
 
 def test_a_search_gives_every_backbone_the_same_budget(child, tmp_path):
