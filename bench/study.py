@@ -8,6 +8,7 @@ The same command continues what was stopped, killed or extended; started on seve
 folder and the storage, it divides the work.
 """
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def rebuild(
     results: Path = Path("results"),
     storage: Annotated[str | None, URL] = None,
 ) -> int:
-    """Makes Optuna's database again from the run folders; studies that it has already are completed.
+    """Makes Optuna's database again from the run folders, with each study's page on all backbones; studies that it has
+    already are completed.
 
     Args:
         names: studies to rebuild; all of them by default
@@ -96,6 +98,7 @@ def show(results: Path = Path("results")) -> int:
         except Damaged as error:
             say(f"[yellow]left out:[/] {escape(str(error))}")
             continue
+        shown = name
         status = Counter(catalogue.statuses(results / "runs", record["runs"], _entry))
         over = [run_id for run_id, row in record.get("priors", {}).items() if "role" not in row]  # none that confirms
         priors = Counter(catalogue.statuses(results / "priors", over, _entry))
@@ -103,7 +106,12 @@ def show(results: Path = Path("results")) -> int:
         counts = [", ".join(f"{count} {how}" for how, count in each.items()) for each in (status, priors) if each]
         told = "; priors: ".join(counts)
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), told)
-    stdout.print(table if table.row_count else f"no studies below {results}; start one with python -m studies.beta")
+    if not table.row_count:
+        stdout.print(f"no studies below {results}; start one with python -m studies.beta", soft_wrap=True)
+        return 0
+    stdout.print(table)
+    words = ("python", "-m", "bench.report", shown, "--results", str(results))
+    stdout.print(escape(f"Tables and charts of one: {shlex.join(words)}"), soft_wrap=True)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Run a study: take what is missing of a plan, each trial in a process of its own, and report."""
 
+import math
 import shlex
 import sys
 import threading
@@ -7,10 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from shutil import which
 
+from filelock import Timeout
 from rich.markup import escape
 
 from bench.analysis.frames import LABELS
@@ -38,6 +41,7 @@ from .search import make_plan
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
+PAGE_SECONDS, PAGE_SHARE = 60.0, 0.05  # between two versions of a study's overviews, and of the time that they may take
 
 
 def main(study: Ablation | Search, description: str, arguments: list[str] | None = None) -> int:
@@ -199,6 +203,7 @@ class Workers:
         self.parts, self.kind, self.steps = {part.name: part for part in parts}, parts[0].kind, parts[0].steps
         self.planned = {cell.run.folder.name for part in parts for cell in part.cells}
         self.lock, self.done = threading.Lock(), 0
+        self.shown_after = -math.inf  # when the overviews may be written again
         self.taken: set[int] = set()  # ids of trials of this command
         self.waits = False  # for others, and has said so
         self.figures: dict[str, str] = {}  # trials under way → how they stand
@@ -228,6 +233,7 @@ class Workers:
             while not self.stop.is_set():
                 fewest_first = sorted(studies, key=self._order(studies))
                 if any(self._take(self.parts[name], studies[name]) for name in fewest_first):
+                    self._show()
                     since = time.monotonic()
                     continue
                 running = [self.index.trials(study, TrialState.RUNNING, of=self.planned) for study in studies.values()]
@@ -241,6 +247,18 @@ class Workers:
         except BaseException:
             self.stop.set()
             raise
+
+    def _show(self) -> None:
+        """Brings the overviews up to date, now and then, unless some command plans or reports just now."""
+        with self.lock:
+            began = time.monotonic()
+            if began < self.shown_after:
+                return
+            self.shown_after = math.inf  # for other threads
+        with suppress(Timeout), self.index.planning.acquire(timeout=0):
+            overview.write(self.index, self.plan.store, self.plan.name)
+        now = time.monotonic()
+        self.shown_after = now + max(PAGE_SECONDS, (now - began) / PAGE_SHARE)
 
     def _order(self, studies: dict[str, Study]) -> Callable[[str], tuple[int, int]]:
         return lambda name: (self.index.ended(studies[name]), -self.took.get(name, 0))

@@ -359,7 +359,10 @@ def test_deleting_the_database_and_rebuilding_gives_the_same_index(child, tmp_pa
         study_command.rebuild(("nothing",), results=tmp_path)
     capsys.readouterr()
     study_command.show(tmp_path)
-    assert "beta-smoke" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "beta-smoke" in told
+    name = Store(tmp_path).studies()[-1]
+    assert told.splitlines()[-1].endswith(f": python -m bench.report {name} --results {tmp_path}")
 
 
 def test_a_search_gives_every_backbone_the_same_budget(child, tmp_path):
@@ -1183,6 +1186,34 @@ def test_a_study_says_what_it_does_where_it_is_indexed_and_how_its_own_runs_ende
     for backbone in ("cnn", "vit"):
         note = get_note(optuna.load_study(study_name=f"beta-smoke-{backbone}", storage=url)).splitlines()
         assert note[:3] == [f"## beta-smoke, {backbone}", "", f"Report: `{tmp_path}/report.html`"]
+
+
+def test_the_page_on_all_backbones_is_there_while_a_study_runs(child, tmp_path, monkeypatch):
+    """Written now and then, and not after every trial; nor where another command plans, which nobody waits for."""
+    written, seen = [], []
+    write = study.overview.write
+    monkeypatch.setattr(study.overview, "write", lambda *all: written.append(1) or write(*all))
+
+    class Looking(FakeChild):
+        def __call__(self, *arguments):
+            found = optuna_studies(tmp_path, overview=True)
+            seen.append(Counter(trial.state.name for one in found.values() for trial in one.trials))
+            return super().__call__(*arguments)
+
+    study.run_in_child = Looking()  # the fixture puts the real one back
+    assert start(BETA, tmp_path) == 0
+    assert seen == [{}, *[{"COMPLETE": 1, "WAITING": 3}] * 3]
+    assert len(written) == 2  # after the first trial, and in the end
+    index, other = (Index(default_url(tmp_path), tmp_path / "studies") for _ in range(2))
+    crew = workers_of(planned(tmp_path), index)
+    planner = threading.Thread(target=other.planning.acquire)
+    planner.start(), planner.join()
+    crew._show()
+    other.planning.release(force=True)
+    assert len(written) == 2
+    crew.shown_after = 0.0
+    crew._show()
+    assert len(written) == 3
 
 
 def nexts(err: str) -> list[list[str]]:
