@@ -1,12 +1,12 @@
 """What the blog post "Lessons in training VQGAN" claims, one by one, with an answer to each.
 
-    python -m studies.blog_claims --preset blog64         as published: the CNN has four times the codes, a tenth of the size
+    python -m studies.blog_claims --preset blog64         as published: the CNN with 4 times the codes, a tenth the size
     python -m studies.blog_claims --preset blog64-fair    as many codes and parameters for all
     python -m studies.blog_claims --preset blog256        the post's own sizes; for GPUs
 
-`convnext` in the NeXtformer form stands for the post's CNN. Every token backbone is also trained with either cure of grid
-artefacts. `grid_edges` and `grid_energy` see them, `*_init` before training; `codebook_roughness` is how jagged the
-codebook loss fell. Where the bits of two sides differ, the answer says so.
+`convnext` in the NeXtformer form stands for the post's CNN. Every token backbone is also trained with either cure of
+grid artefacts. `grid_edges` and `grid_energy` see them, `*_init` before training; `codebook_roughness` is how jagged
+the codebook loss fell. Where the bits of two sides differ, the answer says so.
 """
 
 from bench.study import Ablation, Claim, main

@@ -12,12 +12,12 @@ import pandas as pd
 from bench.core.runs import Run
 from bench.tokenizers.curves import STEEP, still_falling
 
+from .extrapolation import HISTORIES, outlook
 from .frames import main_metric
 from .statistics import FEWEST, LEVEL, Verdict, kmeans_margin
 
 POWER = 0.8  # with which the seeds that are asked for find a difference like the one so far
 MOST = 1000  # seeds: who needs more will not run them
-HISTORIES = 20  # of a backbone that are looked at
 
 
 class Advice(NamedTuple):
@@ -41,6 +41,7 @@ def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
             f"Training ended early: its second half still lowered the reconstruction loss of {each}. More steps would "
             "change these numbers, and perhaps their order."
         )
+        warnings.extend(outlook(block))
     return Advice(_line(sorted(block.backbone.unique()), family, {*low.index}, bool(rising)), warnings)
 
 

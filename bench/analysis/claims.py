@@ -8,6 +8,7 @@ import pandas as pd
 
 from .frames import CONFIG, LABELS, METRICS, settings
 from .statistics import holm, paired_t
+from .tables import Cell, Sheet
 from .verdict import FEWEST, LEVEL
 
 YES, NO, OPEN = "yes", "no", "not distinguishable"
@@ -68,6 +69,12 @@ def answers(table: pd.DataFrame, claims: Sequence[Claim]) -> list[Answer]:
         evidence = _evidence(claim, values, interval, p) + _rates(table, claim)
         found.append(Answer(claim, _answer(claim, values, interval, p), evidence))
     return found
+
+
+def sheet(found: Sequence[Answer]) -> Sheet:
+    """``answers`` as a table."""
+    rows = [[Cell(one.claim.words), Cell(one.answer), Cell(one.evidence)] for one in found]
+    return Sheet(["claim", "answer", "evidence"], rows)
 
 
 def _side(table: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:

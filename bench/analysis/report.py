@@ -23,7 +23,7 @@ from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.pixels import over_pixels
 
-from . import charts, frames, rankings, searches, viewer
+from . import charts, claims, frames, rankings, searches, viewer
 from .advice import Advice, advice
 from .data import write_data
 from .frames import CONFIG, PRIOR, main_metric, settings
@@ -65,9 +65,9 @@ class Block(NamedTuple):
 
 class Report(NamedTuple):
     """What page, Markdown and terminal show, apart from the charts. There are no blocks when no run has scores.
-    ``damaged``: sentences on runs, or scores per image, that cannot be read. ``search``: what a search found and what
-    is left of it on the test, and ``answers``, the same of each backbone in a sentence; ``generation``: rankings of
-    priors; both with their titles."""
+    ``claims``: the study's, answered. ``damaged``: sentences on runs, or scores per image, that cannot be read.
+    ``search``: what a search found and what is left of it on the test, and ``answers``, the same of each backbone
+    in a sentence; ``generation``: rankings of priors; both with their titles."""
 
     title: str
     facts: dict[str, str]
@@ -80,6 +80,7 @@ class Report(NamedTuple):
     search: list[tuple[str, Sheet]]
     answers: list[str]
     generation: list[tuple[str, Sheet]]
+    claims: Sheet
 
 
 class Written(NamedTuple):
@@ -223,6 +224,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
     unscored = table[table.status != "finished"]
     latents = frames.continuous(table)
     search, answers = searches.report(selection.study, table, priors) if selection.study else ([], [])
+    claimed = _claims(selection, table)
     found = []
     for number, block in enumerate(_watched("comparing", parts), 1):
         head = f"{number}. " if len(parts) > 1 else ""
@@ -239,7 +241,17 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
         search=search,
         answers=answers,
         generation=list(rankings.generation(priors)),
+        claims=claims.sheet(claimed),
     )
+
+
+def _claims(selection: Selection, table: pd.DataFrame) -> list[claims.Answer]:
+    """The answers to the claims of a study. Raises Damaged where its file has others than a study has."""
+    stored = (selection.study or {}).get("claims", [])
+    try:
+        return claims.answers(table, claims.read_claims(stored)) if stored else []
+    except ValueError as error:
+        raise Damaged(selection.root / "studies" / f"{selection.name}.json", str(error)) from error
 
 
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
@@ -314,6 +326,7 @@ def markdown(report: Report) -> str:
         parts += ["### Instruments", _markdown(block.instruments)] if found else []
         parts += [f"{_inline(block.within)}:" if block.within else ""]
         parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
+    parts += ["## What was claimed", _markdown(report.claims)] if report.claims.rows else []
     for title, sheet in report.search:
         parts += [f"## {_inline(title)}", _markdown(sheet)]
     for title, sheet in report.generation:
@@ -379,6 +392,8 @@ def show(report: Report) -> None:
         stdout.print(f"{len(report.blocks) - BRIEF} more blocks, of other bits or protocols, in the report.")
     for sentence in report.answers:
         stdout.print(escape(sentence), soft_wrap=True)
+    for claim, answer, evidence in report.claims.rows:
+        stdout.print(escape(f"{answer.text}: {claim.text} ({evidence.text})"), soft_wrap=True)
     for title, sheet in report.search:
         stdout.print(escape(f"{title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
     for title, sheet in report.generation:

@@ -133,7 +133,8 @@ class Plan:
     def header(self) -> dict[str, Any]:
         """What the study's file says besides its runs."""
         header = {"study": self.study.name, "sweep": tuple(self.space), "metrics": self.options.metric}
-        return {**header, "kind": self.kind, "space": {}}
+        claims = [claim._asdict() for claim in vars(self.study).get("claims", ())]
+        return {**header, "kind": self.kind, "space": {}, **({"claims": claims} if claims else {})}
 
     def example(self, backbone: str) -> Config:
         """A config to prepare data and weights with: the first values, at the first seed."""

@@ -41,8 +41,8 @@ class Arguments(Config):
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
     preset: str = "cpu"
-    """smoke (half a minute, proves that all works), cpu (minutes, a real comparison), blog64 and blog64-fair, or for GPUs
-    vqgan64, vqvae32, celeba64, vitvqgan-s, blog256 and blog256-fair; other settings override it"""
+    """smoke (half a minute, proves that all works), cpu (minutes, a real comparison), blog64 and blog64-fair, or for
+    GPUs vqgan64, vqvae32, celeba64, vitvqgan-s, blog256 and blog256-fair; other settings override it"""
     results: Path = Path("results")
     """runs are stored below it, in runs/"""
     match: str | None = None

@@ -151,7 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "about": "the same with as many codes and parameters for all: 256×256 to 32×32 codes, 61 M parameters",
         **{**_VITVQGAN, **_SMALL, "augment": "blog", "attention": 1, "params": 61_220_000},
     },
-    # both at a size for CPUs: an eighth of the pixels a side, so that 8×8 and 16×16 codes have the strides of the post's
+    # both at the size of CPUs: 64 pixels a side, whose 8×8 and 16×16 codes have the strides of the post's
     "blog64": {
         "about": "the first at the size of CPUs, unequal as published: 64×64, a tenth of the parameters for convnext",
         **{**_BLOG64, "params": 2_400_000},

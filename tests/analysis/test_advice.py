@@ -151,7 +151,7 @@ def test_curves_that_still_fall_are_a_warning_and_may_settle_it(store):
             rows = [{**row, "reconstruction": loss} for row, loss in zip(run.history(), losses, strict=True)]
             (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = told(store)
-    (warning,) = found.warnings
+    warning = found.warnings[0]
     assert "lowered the reconstruction loss of vit by 3" in warning
     assert found.line.endswith("or more steps for all, whose curves still fall.")
 
@@ -161,7 +161,7 @@ def test_page_markdown_and_terminal_open_with_it(store, capsys):
     selection = select([], store.root)
     report = contents(selection, frame(selection.runs), frame([]))
     (block,) = report.blocks
-    line, (warning,) = block.advice
+    line, (warning, *_) = block.advice
     show(report)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith(f"{block.title}. {line} {warning}")

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
-from bench.analysis.claims import NO, OPEN, YES, Claim, answers
+from bench.analysis.claims import NO, OPEN, YES, Claim, answers, read_claims
 from bench.analysis.frames import frame
+from bench.analysis.report import contents, markdown, select
+from bench.core.errors import Damaged
 from bench.core.store import Store
+from bench.sweeps.definition import parse_study
+from bench.sweeps.search import make_plan
 from bench.tokenizers.config import make_config
+from studies import blog_claims, celeba_sweep
 from tests.fabricate import fabricate
 
 SEEDS = range(4)
@@ -70,3 +75,50 @@ def test_claims_on_one_metric_are_corrected_together(table):
     alone = answers(noisy, [claim(VIT, CNN)])[0]
     among = answers(noisy, [claim(VIT, CNN), *[claim(MAMBA, CNN)] * 30])[0]
     assert (alone.answer, among.answer) == (YES, OPEN)
+
+
+@pytest.mark.parametrize("study", [blog_claims.STUDY, celeba_sweep.STUDY], ids=lambda study: study.name)
+def test_a_study_plans_runs_on_both_sides_of_every_claim(study, tmp_path):
+    words = ["--results", str(tmp_path), "--data", "photos", "--device", "cpu"]
+    plan = make_plan(study, parse_study(study, "", words))
+    stored = plan.header()["claims"]
+    assert read_claims(stored) == list(study.claims)
+    configs = [vars(cell.configs[0]) for cells in plan.cells.values() for cell in cells]
+    for one in study.claims:
+        for side in (one.more, one.less):
+            assert any(side.items() <= config.items() for config in configs), (one.words, side)
+
+
+def test_a_report_answers_the_claims_of_its_study(tmp_path):
+    store = Store(tmp_path)
+    runs = {}
+    for backbone, gain in {"cnn": 0.0, "vit": 1.0}.items():
+        for seed in SEEDS:
+            config = make_config(backbone, "smoke", seed=seed, device="cpu")
+            runs[fabricate(store, config, psnr=20 + gain + seed).folder.name] = {"backbone": backbone, "seed": seed}
+    header = {"kind": "ablation", "sweep": [], "metrics": ["psnr"], "claims": [claim(VIT, CNN)._asdict()]}
+    store.extend_study("said", header, runs)
+    selection = select(["said"], tmp_path)
+    page = markdown(contents(selection, frame(selection.runs), frame([])))
+    assert "| it was said | yes | vit against cnn: +1.00" in page
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *([{"words": "x"}], [1], 7, [{**claim(VIT, CNN)._asdict(), "more": {"backbone": ["vit"]}}]),
+        *(
+            [{**claim(VIT, CNN)._asdict(), name: value}]
+            for name, value in (("metric", "x"), ("less", {}), ("margin", "1"))
+        ),
+        [{**claim(VIT, CNN)._asdict(), "more": {"no_field": 1}}],
+    ],
+)
+def test_what_is_no_claim_is_told_as_damage(tmp_path, stored):
+    store = Store(tmp_path)
+    run = fabricate(store, make_config("vit", "smoke", device="cpu"))
+    header = {"kind": "ablation", "sweep": [], "metrics": ["psnr"], "claims": stored}
+    store.extend_study("said", header, {run.folder.name: {}})
+    selection = select(["said"], tmp_path)
+    with pytest.raises(Damaged, match=r"said\.json"):
+        contents(selection, frame([run]), frame([]))

@@ -1,9 +1,16 @@
 """Power laws of curves that are power laws are found again, and cross where they do."""
 
+import json
+
 import numpy as np
 import pytest
 
-from bench.analysis.extrapolation import COOL, WARM, Law, crossing, law
+from bench.analysis.advice import advice
+from bench.analysis.extrapolation import COOL, WARM, Law, crossing, law, outlook
+from bench.analysis.frames import frame
+from bench.core.store import Store
+from bench.tokenizers.config import make_config
+from tests.fabricate import fabricate
 
 STEPS = np.arange(10, 2001, 10)
 
@@ -50,3 +57,37 @@ def test_what_is_below_and_stays_below_does_not_cross():
     late = Law(0.0199, 1.0, 0.99, 0.0)  # at some 670 steps
     assert crossing(Law(0.02, 1.0, 1.0, 0.0), late, 20) == pytest.approx(673, rel=0.01)
     assert crossing(Law(0.02, 1.0, 1.0, 0.0), late, 2) is None  # beyond reach
+
+
+def store_of(path, laws: dict[str, Law], steps: int = 2000) -> Store:
+    """Two seeds of each backbone whose training loss follows a law, a tenth above and below it."""
+    store = Store(path)
+    for backbone, one in laws.items():
+        for seed, factor in ((0, 0.9), (1, 1.1)):
+            run = fabricate(store, make_config(backbone, "smoke", seed=seed, steps=steps, device="cpu"))
+            rows = [{"step": int(step), "reconstruction": factor * float(one(step))} for step in STEPS]
+            (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return store
+
+
+def test_a_report_says_what_more_steps_would_do(tmp_path):
+    laws = {"cnn": Law(0.02, 1.0, 1.0, 0.0), "vit": Law(0.0199, 1.0, 0.98, 0.0)}
+    block = frame(store_of(tmp_path, laws).runs())
+    first, second = outlook(block)
+    gain = 1 - laws["cnn"](4000) / laws["cnn"](2000)
+    assert f"cnn {gain:.0%}" in first
+    meet = crossing(laws["cnn"], laws["vit"], 20)
+    assert meet < 2000
+    assert "no two of these curves would cross" in second  # they have crossed already
+    assert outlook(block.assign(steps=[1000, *block.steps[1:]])) == []  # of unequal budgets there is no one answer
+    assert first not in advice(block, []).warnings  # of curves that are flat
+
+
+def test_a_crossing_to_come_is_told(tmp_path):
+    laws = {"cnn": Law(0.02, 1.0, 1.0, 0.0), "vit": Law(0.018, 10.0, 1.0, 0.0)}
+    meet = 9 / 0.002  # 0.02 + 1 / t = 0.018 + 10 / t
+    block = frame(store_of(tmp_path, laws).runs())
+    told = [sentence for sentence in advice(block, []).warnings if "would cross" in sentence]
+    assert len(told) == 1
+    at = float(told[0].split("at about ")[1].split(" steps")[0].replace(",", ""))
+    assert at == pytest.approx(meet, rel=0.1)
