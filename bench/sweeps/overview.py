@@ -68,11 +68,8 @@ def best(page: Page, metric: str) -> FrozenTrial | None:
     """The cell of a page that has the best mean of ``metric``, which it is ranked by alone; None where fewer than two
     have one, or where they spend unequal numbers of bits, of which the larger would win."""
     scored = [trial for trial in page.trials if trial.state == TrialState.COMPLETE]
-    if (
-        len(scored) < 2
-        or len(scored[0].values) > 1
-        or len({trial.user_attrs.get("bits_per_image") for trial in scored}) > 1
-    ):
+    rates = {trial.user_attrs.get("bits_per_image") for trial in scored}
+    if len(scored) < 2 or len(scored[0].values) > 1 or len(rates) > 1:
         return None
     pick = min if BETTER[metric] == "lower" else max
     return pick(scored, key=lambda trial: trial.value)
