@@ -610,6 +610,7 @@ def test_a_range_of_importance_is_logarithmic_from_a_ratio_of_ten_on():
         assert holding(values) == IntDistribution(*values, log=log)
         assert holding(importance._numbers(pd.Series(values, dtype=object))) == FloatDistribution(*values, log=log)
     assert holding((4, 0.5, 2)) == FloatDistribution(0.5, 4.0)
+    assert holding((1, 2.5)) == FloatDistribution(1.0, 2.5)
     for values in ((True, False), ("ema", "l2"), (1, "auto"), (0.5, None)):
         assert holding(values) == CategoricalDistribution(values)
 
