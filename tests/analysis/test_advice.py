@@ -166,7 +166,10 @@ def test_page_markdown_and_terminal_open_with_it(store, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith(f"{block.title}. {line} {warning}")
     text = markdown(report).replace("\\", "")
-    assert text.split("\n\n")[1:3] == [f"**{block.title}.** {line}", "\n".join(f"- {each}" for each in (warning, *others))]
+    assert text.split("\n\n")[1:3] == [
+        f"**{block.title}.** {line}",
+        "\n".join(f"- {each}" for each in (warning, *others)),
+    ]
     page = unescape(html(report, [], None, store.root))
     assert page.index(line) < page.index('<dl class="facts">')
     assert page.index(warning) < page.index('<dl class="facts">')

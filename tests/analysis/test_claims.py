@@ -1,5 +1,7 @@
 """Claims about runs whose truth is known are answered by it, and by nothing where there is too little to say."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -63,11 +65,13 @@ def test_few_seeds_or_none_answer_nothing(table):
 
 
 def test_a_seed_is_averaged_over_the_settings_that_every_seed_has(table):
+    """vit gains 1 dB at K 128 and 5 at 256, which its seed 3 has lost."""
+    table = table.assign(psnr=table.psnr + 4 * ((table.backbone == "vit") & (table.codebook_size == 256)))
     lost = table[~((table.seed == 3) & (table.codebook_size == 256))]
     full, part = (answers(rows, [claim(VIT, CNN)])[0] for rows in (table, lost))
-    assert part.answer == YES
-    assert part.evidence != full.evidence
-    assert "4 paired seeds" in part.evidence
+    assert (full.answer, part.answer) == (YES, YES)
+    assert "vit against cnn: +2.98 PSNR dB" in full.evidence
+    assert re.search(r"vit against cnn: \+(0\.9|1\.0)\d PSNR dB .*4 paired seeds", part.evidence)
 
 
 def test_claims_on_one_metric_are_corrected_together(table):
