@@ -328,6 +328,12 @@ ALL = tuple(BACKBONES)
 STUDIES = {
     "backbones": ({"quantizer": ("ema",)}, {}, ALL, (0, 1, 2)),
     "beta": ({"beta": (0.1, 0.25, 0.5, 1.0, 2.0)}, {}, ALL, (0, 1, 2)),
+    "blog_claims": (
+        {"patch_overlap": (False, True), "final_conv": (False, True)},
+        {},
+        ("convnext", "vit", "mamba", "bimamba"),
+        (0, 1, 2),
+    ),
     "celeba_sweep": (
         {"beta": (0.25, 0.75, 1.25, 1.75), "lr": (1e-3, 1e-4, 1e-5), "codebook_size": (128, 256, 512)},
         {
@@ -335,7 +341,7 @@ STUDIES = {
             **{"steps": 10_000, "batch_size": 32},
         },
         ("cnn",),
-        (0,),
+        (0, 1, 2),
     ),
     "cures": (
         {"patch_overlap": (False, True), "final_conv": (False, True)},
@@ -405,7 +411,7 @@ OVER_CODES = {
 def test_an_ablation_sweeps_what_its_docstring_says(name):
     study = importlib.import_module(f"studies.{name}").STUDY
     assert (study.sweep, study.settings, study.backbones, study.seeds) == STUDIES[name]
-    assert study.alone == (name in ("gumbel", "tricks", "variants"))
+    assert study.alone == (name in ("blog_claims", "gumbel", "tricks", "variants"))
     assert study.priors == OVER_CODES.get(name, ())
     metric = ("grid_energy", "grid_edges") if name == "cures" else ("lpips_vgg",)
     assert parse_study(study, "", []).metric == metric
