@@ -6,7 +6,7 @@ from html import unescape
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.analysis import advice as room
@@ -42,6 +42,7 @@ def store(tmp_path) -> Store:
     return Store(tmp_path)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 8), st.sampled_from([0.05, 0.05 / 3, 0.05 / 15]))
 def test_seeds_are_those_of_the_power_of_a_paired_t_test(effect, level):
     from statsmodels.stats.power import TTestPower
