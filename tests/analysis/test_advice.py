@@ -6,13 +6,14 @@ from html import unescape
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.analysis import advice as room
 from bench.analysis.advice import advice, seeds_needed, settles
 from bench.analysis.frames import blocks, frame, main_metric
 from bench.analysis.page import html
+from bench.analysis.rankings import verdict_list
 from bench.analysis.report import contents, markdown, select, show
 from bench.analysis.statistics import backbone_verdicts
 from bench.analysis.verdict import FEWEST, LEVEL, Verdict
@@ -41,6 +42,7 @@ def store(tmp_path) -> Store:
     return Store(tmp_path)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 8), st.sampled_from([0.05, 0.05 / 3, 0.05 / 15]))
 def test_seeds_are_those_of_the_power_of_a_paired_t_test(effect, level):
     from statsmodels.stats.power import TTestPower
@@ -139,7 +141,9 @@ def test_who_is_below_kmeans_is_named_and_not_recommended(store):
     assert warning.startswith("Below k-means on patches at the same bits, in PSNR: cnn by 2.50 dB, vit by 1.50 dB.")
     (block,) = blocks(frame(store.runs()))
     for one in backbone_verdicts(block.assign(folder="nowhere")):
-        assert ("both below k-means" in one.sentence()) == ({one.a, one.b} == {"cnn", "vit"})
+        both = {one.a, one.b} == {"cnn", "vit"}
+        assert ("both below k-means" in one.sentence()) == both
+        assert verdict_list([one]).rows[0][-1].text.endswith(", both below k-means") == both
 
 
 def test_curves_that_still_fall_are_a_warning_and_may_settle_it(store):
