@@ -24,7 +24,7 @@ from tyro.extras import subcommand_cli_from_dict
 from bench.analysis.frames import PRIOR, statuses
 from bench.core.cli import command, parsed
 from bench.core.errors import Damaged, UserError
-from bench.core.progress import say, stdout
+from bench.core.progress import runnable, say, stdout
 from bench.core.store import Store
 from bench.priors.models import PRIORS
 from bench.sweeps import index
@@ -87,7 +87,8 @@ def show(results: Path = Path("results")) -> int:
         counts = [", ".join(f"{count} {how}" for how, count in each.items()) for each in (status, priors) if each]
         told = "; priors: ".join(counts)
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), told)
-    stdout.print(table if table.row_count else f"no studies below {results}; start one with python -m studies.beta")
+    none = runnable(f"no studies below {results}; start one with python -m studies.beta")
+    stdout.print(table if table.row_count else none)
     return 0
 
 
