@@ -13,6 +13,7 @@ prior that the store already holds is shown, not repeated; one that was interrup
 """
 
 import itertools
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,7 +28,8 @@ from bench.analysis.tables import Group, put, score_table, with_suffix
 from bench.core.cli import Trial, command, command_line, run_each
 from bench.core.errors import UserError
 from bench.core.manual import Manual
-from bench.core.progress import stdout
+from bench.core.progress import runnable, stdout
+from bench.core.recipe import Recipe, from_file
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store, find_tokenizer, known_tokenizers
 from bench.priors.config import PriorConfig
@@ -72,6 +74,9 @@ class PriorArguments(PriorConfig):
     both, under their published names"""
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
+    recipe: Recipe = None
+    """file with settings in TOML, by the names of the flags and tokenizer for RUN: such as config.toml in the folder of
+    a prior, which repeats that; flags win over it"""
 
     def config(self, tokenizer: str, prior: str, seed: int) -> PriorConfig:
         """The PriorConfig of one run."""
@@ -96,9 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
-    options = command_line(
-        PriorArguments, arguments, "python -m bench.prior", __doc__, manual=Manual(SECTIONS, ESSENTIAL, TAIL)
-    )
+    stored = PriorArguments(**from_file(PriorArguments, arguments))
+    manual = Manual(SECTIONS, ESSENTIAL, TAIL)
+    options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__, stored, manual)
     if not options.tokenizer:
         raise UserError(f"name the run of a tokenizer, or pixels: {known_tokenizers(options.results)}")
     pixels = options.pixels()
@@ -113,11 +118,15 @@ def work(arguments: list[str]) -> int:
     finished, diverged = run_each(trials)
     if finished:
         reports = "python -m bench.report" if pixels else "the report of the tokenizer, python -m bench.report RUN"
-        put(result_table(finished), f"their metrics.json, or {reports}")
+        put(result_table(finished), runnable(f"their metrics.json, or {reports}"))
         bound = f" Masked was drawn in {options.passes} passes. {BOUND}" * ("masked" in options.prior)
         line = protocol_line(finished[0]) + bound + f" {BITS}" * (pixels is not None)
         stdout.print(escape(line), soft_wrap=True)
-        stdout.print(escape(f"Pictures: {finished[-1].folder}/samples.png, neighbours.png"), soft_wrap=True)
+        shown = finished[-1].folder
+        again = ["--config", str(shown / "config.toml"), "--results", str(shown.parent.parent)]
+        stdout.print(escape(f"Pictures: {shown}/samples.png, neighbours.png"), soft_wrap=True)
+        if (shown / "config.toml").is_file():  # older runs have none
+            stdout.print(escape(runnable(f"Repeat: python -m bench.prior {shlex.join(again)}")), soft_wrap=True)
     return 1 if diverged else 0
 
 

@@ -32,7 +32,8 @@ from backbones import ABOUT, BACKBONES
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.files import sha256_json
-from bench.core.progress import say, stdout
+from bench.core.progress import runnable, say, stdout
+from bench.core.recipe import FLAG
 from bench.core.runs import HELD_OUT, Run
 from bench.core.store import Store
 from bench.instruments import choose
@@ -129,10 +130,10 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     if finished:
         groups = alike(finished)
         for group in groups:
-            put(result_table(group, diverged if group is groups[-1] else ()), REPORTS)
+            put(result_table(group, diverged if group is groups[-1] else ()), runnable(REPORTS))
             stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
-            put(table, REPORTS)
+            put(table, runnable(REPORTS))
         for line in map(not_done, finished):
             if line:
                 stdout.print(f"[yellow]not done:[/] {escape(line)}", soft_wrap=True)
@@ -239,7 +240,7 @@ def protocol_line(run: Run) -> str:
 
 def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -> str:
     """Where the picture is, and the commands that are most useful after this one, whose words were ``given``: the same
-    with all backbones or with more seeds, and images from the last run that has codes."""
+    with all backbones or with more seeds, images from the last run that has codes, and that run from its file."""
     if len(options.backbone) == 1:
         others = ["--backbone", *BACKBONES]
     else:
@@ -250,7 +251,10 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
     lines = [f"Picture: {shown / 'reconstructions.png'}", f"Next: python -m bench.run {shlex.join([*words, *others])}"]
     if with_codes:
         lines.append(f"Generate images: python -m bench.prior {shlex.quote(str(shown))}")
-    return "\n".join(lines)
+    if (recipe := shown / "config.toml").is_file():  # older runs have none
+        place = ["--results", str(options.results)] * (options.results != RunArguments.results)
+        lines.append(f"Repeat: python -m bench.run {shlex.join([FLAG, str(recipe), *place])}")
+    return runnable("\n".join(lines))
 
 
 def overview() -> Table:

@@ -26,7 +26,7 @@ from tyro.extras import subcommand_cli_from_dict
 from bench.core import catalogue
 from bench.core.cli import command, parsed
 from bench.core.errors import Damaged, UserError
-from bench.core.progress import say, stdout
+from bench.core.progress import runnable, say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 
@@ -107,11 +107,12 @@ def show(results: Path = Path("results")) -> int:
         told = "; priors: ".join(counts)
         table.add_row(name, record["kind"], ", ".join(record["sweep"]), ", ".join(backbones), told)
     if not table.row_count:
-        stdout.print(f"no studies below {results}; start one with python -m studies.beta", soft_wrap=True)
+        none = f"no studies below {results}; start one with python -m studies.beta"
+        stdout.print(escape(runnable(none)), soft_wrap=True)
         return 0
     stdout.print(table)
     words = ("python", "-m", "bench.report", shown, "--results", str(results))
-    stdout.print(escape(f"Tables and charts of one: {shlex.join(words)}"), soft_wrap=True)
+    stdout.print(escape(runnable(f"Tables and charts of one: {shlex.join(words)}")), soft_wrap=True)
     return 0
 
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from .errors import Diverged, Interrupted, UserError, terminations
 from .files import cache_dir, reason
 from .manual import Manual, show, wanted
-from .progress import is_text, say
+from .progress import is_text, runnable, say
 from .runs import Run
 
 # What the system says of a place that takes no more.
@@ -186,6 +186,7 @@ def command_line(
 ) -> Parsed:
     """``arguments`` as ``kind``, where they do not say otherwise as in ``default``. On a mistake one sentence, and exit
     code 2; on --help what ``manual`` makes of ``kind``, and exit code 0."""
+    prog, description = runnable(prog), description and runnable(description)
     if asked := wanted(arguments):
         show(kind, default, prog, description, manual, asked == "--help-all")
     given = {} if default is None else {"default": default}

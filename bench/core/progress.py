@@ -1,10 +1,14 @@
 """Progress for anything longer than a few seconds: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
+from shutil import which
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -13,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and not tab and line feed
+
+COMMAND = re.compile(r"\bpython(?= -m (?:bench|studies)\.)")
 
 
 def printable(text: str) -> str:
@@ -72,8 +78,22 @@ stdout = SafeConsole(highlight=False)  # what was asked for: tables
 
 
 def say(line: str) -> None:
-    """Prints one line of what happens, in rich's markup, without wrapping it."""
-    console.print(line, soft_wrap=True)
+    """Prints one line of what happens, in rich's markup, without wrapping it; commands in it are ``runnable``."""
+    console.print(runnable(line), soft_wrap=True)
+
+
+def runnable(text: str) -> str:
+    """``text`` with the interpreter that runs this for "python" in the commands of ours that it names."""
+    return COMMAND.sub(lambda _: shlex.quote(program("python", sys.executable)), text)
+
+
+def program(name: str, path: str) -> str:
+    """What a shell in this folder calls the program at ``path``: its bare ``name``, where PATH finds it by that, or its
+    path, from here where it is below."""
+    if which(name) == path:
+        return name
+    below = path.removeprefix(f"{os.getcwd()}{os.sep}")
+    return below if os.sep in below else os.path.join(os.curdir, below)
 
 
 def in_words(seconds: float | None) -> str:

@@ -105,19 +105,31 @@ def check_choices(config: Any) -> None:
 def check_values(config: Any) -> None:
     """``check_fields`` but for choices."""
     for name, field in _types(type(config)).items():
-        value = getattr(config, name)
-        if type(value) not in field.accepted:
-            words = " or ".join(WORDS[kind] for kind in field.accepted if kind in WORDS)
-            raise UserError(f"{name} is {value!r}; it must be {words}")
-        if value is None:
-            continue
-        if isinstance(value, str) and not is_text(value):
-            raise UserError(f"{name} is {value!a}; it must be text without control characters")
-        for limit in field.limits:
-            if not limit.holds(value):
-                raise UserError(f"{name} is {value}; {limit.words}")
-        if isinstance(value, float) and not abs(value) <= HUGE:
-            raise UserError(f"{name} is {value}; it must be a finite number, up to {HUGE:g}")
+        _check(name, getattr(config, name), field)
+
+
+def check_value(kind: type, name: str, value: Any) -> None:
+    """``check_fields`` of one ``value``, as the parent of the dataclass ``kind`` that says most of the field has it."""
+    first = [_types(base)[name] for base in kind.__mro__ if is_dataclass(base) and name in _types(base)][-1:]
+    for field in first if name != "tokenizer" else ():  # which may be a folder, too
+        _check(name, value, field)
+        if field.choices is not None:
+            check_choice(name, value, field.choices)
+
+
+def _check(name: str, value: Any, field: "_Field") -> None:
+    if type(value) not in field.accepted:
+        words = " or ".join(WORDS[kind] for kind in field.accepted if kind in WORDS)
+        raise UserError(f"{name} is {value!r}; it must be {words}")
+    if value is None:
+        return
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(f"{name} is {value!a}; it must be text without control characters")
+    for limit in field.limits:
+        if not limit.holds(value):
+            raise UserError(f"{name} is {value}; {limit.words}")
+    if isinstance(value, float) and not abs(value) <= HUGE:
+        raise UserError(f"{name} is {value}; it must be a finite number, up to {HUGE:g}")
 
 
 class _Field(NamedTuple):

@@ -1,5 +1,6 @@
 """The run store: one folder per run, and the studies that runs belong to."""
 
+import errno
 import json
 import os
 import shutil
@@ -124,13 +125,15 @@ class Store:
                 )
 
     def check_writable(self, megabytes: int) -> None:
-        """Raises NoSpace unless runs can be written here and ``megabytes`` are free."""
+        """Raises NoSpace unless runs can be written here and ``megabytes`` are free. Makes no folder."""
         folder = self.root / "runs"
+        place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            if not place.is_dir():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+            with tempfile.TemporaryFile(dir=place):
                 pass
-            free = shutil.disk_usage(folder).free >> 20
+            free = shutil.disk_usage(place).free >> 20
         except OSError as error:
             what = f"cannot write to {folder}: {reason(error, folder)}"
             raise NoSpace(f"{what}; choose another --results folder") from error

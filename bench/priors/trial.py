@@ -11,6 +11,7 @@ import numpy as np
 from bench.core.environment import peak_memory
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
+from bench.core.recipe import write_recipe
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data
@@ -75,6 +76,7 @@ def run_prior(
     shape = {"codebook_size": codes.codebook_size, "grid": codes.grid, "classes": list(codes.classes)}
     about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
     with begun(run, about, resume):
+        write_recipe(run.folder / "config.toml", recipe_of(config, pixels))
         beside = pixels.references if pixels else over.folder / "codes"
         known = references(tokenizer, codes, data, config, beside, fid_weights)
         with peak_memory(config.device) as peak:
@@ -90,6 +92,15 @@ def run_prior(
         metrics = {**generated.metrics, **known, **costs}
         finish(run, prior, generated, metrics, protocol(config, codes, data, tokenizer.config, fid_weights))
     return run
+
+
+def recipe_of(config: PriorConfig, pixels: Pixels | None) -> dict[str, Any]:
+    """What --config of bench.prior needs for the run of ``config``, over the codes of a tokenizer or ``pixels``."""
+    settings = asdict(config)
+    seed = settings.pop("seed")
+    if pixels:
+        settings |= {"tokenizer": PIXELS, "data": pixels.config.data, "image_size": pixels.config.image_size}
+    return {**settings, "seeds": [seed]}
 
 
 def _lends(other: Run, config: PriorConfig, identity: str) -> bool:

@@ -20,6 +20,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.engine import make_url
 
 from bench.core.errors import Damaged, UserError
 from bench.core.runs import FAILURES, Run
@@ -66,6 +67,8 @@ class Index:
 
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url, folder
+        with opening(url):  # before anything is written
+            make_url(url)
         (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         local = url.startswith("sqlite")
         # SQLite has no row locks: two workers could both take the same trial.

@@ -19,7 +19,7 @@ from rich.markup import escape
 from bench.analysis.frames import LABELS
 from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
-from bench.core.progress import Bar, say, stdout
+from bench.core.progress import Bar, program, say, stdout
 from bench.core.runs import Run
 from bench.instruments import choose
 from bench.quantizers import QUANTIZERS
@@ -74,10 +74,9 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
         say(escape(told))
     for line in next_commands(plan, pages, arguments):
         say(f"[bold]next:[/] {escape(line)}")
-    program = "optuna-dashboard"
-    if not which(program):  # of an environment that is not activated
-        program = str(Path(sys.executable).with_name(program))
-    words = (program, without_password(url), "--artifact-dir", str(plan.store.root / "studies" / "artifacts"))
+    name = "optuna-dashboard"
+    shell = program(name, which(name) or str(Path(sys.executable).with_name(name)))
+    words = (shell, without_password(url), "--artifact-dir", str(plan.store.root / "studies" / "artifacts"))
     say(f"[bold]dashboard:[/] {escape(shlex.join(words))}")
     return int(plan.failed())
 

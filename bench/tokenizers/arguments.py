@@ -14,6 +14,7 @@ from backbones import BACKBONES, OPTIONS, backbone
 from bench.core.cli import command_line
 from bench.core.errors import UserError
 from bench.core.manual import Manual
+from bench.core.recipe import Recipe, from_file
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
 
@@ -50,6 +51,9 @@ class Arguments(Config):
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
     both, under their published names"""
+    recipe: Recipe = None
+    """file with settings in TOML, by the names of the flags: such as RUN/config.toml, which repeats that run; flags win
+    over it"""
     given: tyro.conf.Suppress[frozenset[str]] = frozenset()
 
     def settings(self) -> dict[str, Any]:
@@ -104,6 +108,8 @@ def parse(
     ``defaults`` replace those of ``kind`` and of the preset, and count as given. --help shows those that are ``swept``
     first; ``some`` are those that not all of several backbones have to know. Exits with code 2 on an unknown flag, as
     tyro does; raises UserError on an unknown preset."""
+    checks = {"backbone": backbone, "preset": preset_settings}
+    defaults |= from_file(kind, arguments, checks)
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")

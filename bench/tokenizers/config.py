@@ -256,6 +256,8 @@ class Config:
                 choices = [name for name, quantizer in QUANTIZERS.items() if field.name in quantizer.settings]
                 raise _useless(field.name, value, f"quantizer {self.quantizer!r}", choices)
         quantizer = QUANTIZERS[self.quantizer]
+        if quantizer.discrete and self.codebook_size < 2:
+            raise UserError("codebook_size is 1, and one code tells nothing; take at least 2")
         own = {name: getattr(given, name) for name in quantizer.settings}
         quantizer.check(self.codebook_size, self.code_dim, **own)
 

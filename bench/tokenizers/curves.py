@@ -15,7 +15,7 @@ METRICS: dict[str, Metric] = {
 }
 NEIGHBOURS = 2  # rows of the history on either side of one that its running median is over
 PERPLEXITY_SHARE, LOSS_SHARE = 0.95, 1.05  # of the final value: from there on a curve has settled
-STEEP = 0.15  # of the loss, by its second half: where less, twice as many steps gained less than 0.3 dB
+STEEP = 0.15  # of the loss, by its second half; learning rates that fall take off about half of that by themselves
 
 
 def curve_metrics(history: Sequence[dict[str, float]], warmup: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir, reason
+from bench.core.recipe import write_recipe
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data, load
@@ -91,6 +93,7 @@ def run_trial(
     check_instruments(config, data, instruments)
     store.check_images(run, config.data, config.image_size, data.fingerprint)
     with begun(run, {"config": asdict(config.stored()), "trained_on": data.fingerprint}, resume):
+        write_recipe(run.folder / "config.toml", recipe_of(config))
         reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
         untrained, pictures = score_untrained(config, data.images(config.split))
         with atomic_path(run.folder / "untrained.npz") as temporary:
@@ -101,6 +104,13 @@ def run_trial(
         finish(run, tokenizer, data, reference, fid_weights, measured)
     measure(run, data, instruments)
     return run
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """What --config of bench.run needs for the run of ``config``."""
+    settings = asdict(config)
+    seed = settings.pop("seed")
+    return {**settings, "seeds": [seed]}
 
 
 def finish(

@@ -26,6 +26,7 @@ from bench.analysis.frames import frame, unmatched
 from bench.core import store
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
+from bench.core.progress import runnable
 from bench.core.store import Store
 from bench.data import DATASETS
 from bench.data.datasets import ABOUT
@@ -73,7 +74,7 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "24 test images" in out
     assert re.search(r"^not done: cnn ema 0: train longer: \d+\.\d dB below k-means at the same bits$", out, re.M)
     suggested = out[out.index("Next: ") :].partition("\nGenerate")[0]
-    assert suggested.startswith("Next: python -m bench.run --preset smoke")
+    assert suggested.startswith(runnable("Next: python -m bench.run --preset smoke"))
     assert suggested.endswith(f" --backbone {' '.join(BACKBONES)}")
     assert "finished" in err
     code, out, err = command("--backbone", "cnn", *TINY)
@@ -602,8 +603,8 @@ def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
         runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]
         picture, command, generate = run.next_command(options, runs, arguments).splitlines()
         assert picture == f"Picture: {runs[-1].folder / 'reconstructions.png'}"
-        assert generate == f"Generate images: python -m bench.prior {runs[-1].folder}"
-        return command.removeprefix("Next: python -m bench.run ")
+        assert generate == runnable(f"Generate images: python -m bench.prior {runs[-1].folder}")
+        return command.removeprefix(runnable("Next: python -m bench.run "))
 
     assert suggested("--backbone", "vit") == f"--backbone {' '.join(BACKBONES)}"
     several = ("--backbone", "cnn", "vit", "--seeds", "0", "1")
@@ -748,5 +749,5 @@ def test_an_option_of_some_of_a_list_is_refused_with_the_two_commands_to_run(
     results = f"--results {tmp_path / 'results'}"
     one, other = (re.sub("(?=--(backbone|quantizer))", f"{results} ", part, count=1) for part in (first, second))
     told = f"{works}; run python -m bench.run {one}, then python -m bench.run {other}, and python -m bench.report"
-    assert (code, err) == (2, f"error: {told} compares them\n")
+    assert (code, err) == (2, runnable(f"error: {told} compares them\n"))
     assert all(command(*part.split(), "--list")[0] == 0 for part in (first, second))

@@ -15,6 +15,7 @@ from backbones import BACKBONES, OPTIONS, Backbone
 from bench.core.cli import guarded
 from bench.core.environment import has_fast_bf16
 from bench.core.errors import Interrupted, UserError
+from bench.core.progress import runnable
 from bench.data import AUGMENTATIONS, DATASETS
 from bench.metrics import MINIMUM_SIZE
 from bench.priors.models import PRIORS
@@ -147,7 +148,7 @@ def test_help_says_whose_it_is(capsys):
     with pytest.raises(SystemExit):
         parse(RunArguments, ["--help"], "python -m bench.anything", "Does anything at all.")
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("usage: python -m bench.anything ")
+    assert said.startswith(runnable("usage: python -m bench.anything "))
     assert "Does anything at all." in said
 
 
