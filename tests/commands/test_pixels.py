@@ -170,7 +170,7 @@ def test_a_report_lists_priors_over_pixels_apart(results, capsys):
     assert "6144 bits per image before coding" in tables[1]
     assert BITS in tables[1]
     assert BITS not in tables[0]
-    listed = (results / "reports/all/priors.csv").read_text()
+    listed = (results / "reports/all/priors_wide.csv").read_text()
     assert listed.count("pixelcnn-pixels-folder") > 0
     assert report.main([tokenizer.folder.name, "--results", str(results)]) == 0
     assert "pixels" not in (results / "reports/selection/tables.md").read_text()
