@@ -14,10 +14,13 @@ import pandas as pd
 
 from bench.core.runs import Run
 
+from .verdict import FEWEST
+
 EXPONENTS = np.geomspace(0.05, 3.0, 200)  # of the laws that are tried
 WARM = 0.1  # share of the steps that is left out at the start: warm-up, and codes that settle
 COOL = 0.6  # share of the steps where it ends: from there on the falling rate, not the number of steps, lowers the loss
-FEWEST = 8  # rows of a history that a law is fitted to
+ROWS = 8  # rows of a history that a law is fitted to
+SPREAD = 2.0  # to which factor seeds have to agree on a crossing
 HISTORIES = 20  # of a backbone that are read
 REACH = 100  # how many times the steps seen a crossing may lie at
 
@@ -38,7 +41,7 @@ class Law(NamedTuple):
 
 def law(steps: Sequence[float], losses: Sequence[float]) -> Law | None:
     """The power law of least squared relative error through ``losses`` > 0 at ``steps`` > 0, floor and scale not
-    negative; of the rows from WARM to COOL of the last step. None for fewer than FEWEST such rows, or losses that are
+    negative; of the rows from WARM to COOL of the last step. None for fewer than ROWS such rows, or losses that are
     not positive and finite.
 
     At a given exponent floor and scale are a linear problem, so that the best of EXPONENTS has no starting point to
@@ -48,7 +51,7 @@ def law(steps: Sequence[float], losses: Sequence[float]) -> Law | None:
     t, y = np.asarray(steps, float), np.asarray(losses, float)
     kept = (t >= WARM * t[-1]) & (t <= COOL * t[-1]) if len(t) else np.zeros(0, bool)
     t, y = t[kept], y[kept]
-    if len(t) < FEWEST or not (np.isfinite(y) & (y > 0)).all():
+    if len(t) < ROWS or not (np.isfinite(y) & (y > 0)).all():
         return None
     reference = t[-1]  # keeps powers near 1
     found = []
@@ -75,26 +78,40 @@ def crossing(a: Law, b: Law, steps: float) -> float | None:
 
 def outlook(block: pd.DataFrame) -> list[str]:
     """Of a block whose backbones were trained for equally many steps, and whose curves have a law: what twice the steps
-    would still take off each backbone's training loss, and where, beyond them, the order of two would turn. Reads up to
-    HISTORIES histories of each, whose mean is taken."""
-    laws: dict[str, Law] = {}
+    would still take off each backbone's training loss; and of three seeds and more, where beyond them the order of two
+    would turn, if each seed has it turn, at places no further than a factor of SPREAD apart. Reads up to HISTORIES
+    histories of each."""
     if block.steps.nunique() > 1:
         return []
-    steps = float(block.steps.iloc[0])
+    steps, laws = float(block.steps.iloc[0]), {}
     for backbone, own in block.sort_values("seed", kind="stable").groupby("backbone"):
-        rows = [pd.DataFrame(Run(Path(folder)).history()) for folder in own.folder.head(HISTORIES)]
-        if any("reconstruction" not in history for history in rows):
-            continue
-        mean = pd.concat(rows).groupby("step").reconstruction.mean()
-        if found := law(mean.index.to_numpy(), mean.to_numpy()):
+        histories = (Run(Path(folder)).history() for folder in own.drop_duplicates("seed").folder.head(HISTORIES))
+        found = [law(*_curve(history)) for history in histories]
+        if all(found):
             laws[str(backbone)] = found
     if not laws:
         return []
-    gains = ", ".join(f"{name} {1 - one(2 * steps) / one(steps):.0%}" for name, one in laws.items())
-    sentences = [f"By power laws through the curves, twice the steps would take off the training loss: {gains}."]
-    turns = {pair: crossing(laws[pair[0]], laws[pair[1]], steps) for pair in combinations(laws, 2)}
-    found = [f"{a} and {b} at about {at:,.0f} steps" for (a, b), at in turns.items() if at]
-    if len(laws) > 1:
-        told = f"these curves would cross: {', '.join(found)}" if found else "no two of these curves would cross"
-        sentences.append(f"By the same laws, beyond the {steps:,.0f} steps seen {told} (up to {REACH} times as many).")
+    gains = {name: np.mean([1 - one(2 * steps) / one(steps) for one in found]) for name, found in laws.items()}
+    told = ", ".join(f"{name} {gain:.0%}" for name, gain in gains.items())
+    sentences = [f"By power laws through the curves, twice the steps would take off the training loss: {told}."]
+    if (seeds := min(map(len, laws.values()))) >= FEWEST and len(laws) > 1:
+        pairs = list(combinations(laws, 2))
+        turns = {pair: _turn(list(zip(*(laws[name] for name in pair), strict=False)), steps) for pair in pairs}
+        found = [f"{a} and {b} at {low:,.0f} to {high:,.0f} steps" for (a, b), (low, high) in turns.items() if low]
+        ahead = f"the order of {'; '.join(found)}" if found else "that of no two backbones"
+        sentences.append(f"Beyond the {steps:,.0f} steps seen, the laws of all {seeds} seeds agree to turn {ahead}.")
     return sentences
+
+
+def _curve(history: Sequence[dict[str, float]]) -> tuple[list[float], list[float]]:
+    rows = [row for row in history if "reconstruction" in row]
+    return [row["step"] for row in rows], [row["reconstruction"] for row in rows]
+
+
+def _turn(pairs: list[tuple[Law, Law]], steps: float) -> tuple[float, float] | tuple[None, None]:
+    """The first and the last place at which pairs of laws cross, one pair per seed; None where they disagree."""
+    places = [crossing(a, b, steps) for a, b in pairs]
+    lower = {bool(a(steps) < b(steps)) for a, b in pairs}
+    if None in places or len(lower) > 1 or max(places) > SPREAD * min(places):
+        return None, None
+    return min(places), max(places)

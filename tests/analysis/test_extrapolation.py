@@ -1,6 +1,7 @@
 """Power laws of curves that are power laws are found again, and cross where they do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,15 +60,18 @@ def test_what_is_below_and_stays_below_does_not_cross():
     assert crossing(Law(0.02, 1.0, 1.0, 0.0), late, 2) is None  # beyond reach
 
 
-def store_of(path, laws: dict[str, Law], steps: int = 2000) -> Store:
-    """Two seeds of each backbone whose training loss follows a law, a tenth above and below it."""
+def store_of(path, laws: dict[str, Law], steps: int = 2000, factors=(0.9, 1.0, 1.1)) -> Store:
+    """Seeds of each backbone whose training loss follows a law, times a factor of the seed's own."""
     store = Store(path)
     for backbone, one in laws.items():
-        for seed, factor in ((0, 0.9), (1, 1.1)):
+        for seed, factor in enumerate(factors):
             run = fabricate(store, make_config(backbone, "smoke", seed=seed, steps=steps, device="cpu"))
             rows = [{"step": int(step), "reconstruction": factor * float(one(step))} for step in STEPS]
             (run.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return store
+
+
+TURNING = {"cnn": Law(0.02, 1.0, 1.0, 0.0), "vit": Law(0.018, 10.0, 1.0, 0.0)}  # where 0.02 + 1 / t = 0.018 + 10 / t
 
 
 def test_a_report_says_what_more_steps_would_do(tmp_path):
@@ -76,18 +80,27 @@ def test_a_report_says_what_more_steps_would_do(tmp_path):
     first, second = outlook(block)
     gain = 1 - laws["cnn"](4000) / laws["cnn"](2000)
     assert f"cnn {gain:.0%}" in first
-    meet = crossing(laws["cnn"], laws["vit"], 20)
-    assert meet < 2000
-    assert "no two of these curves would cross" in second  # they have crossed already
+    assert crossing(laws["cnn"], laws["vit"], 20) < 2000
+    assert second.endswith("agree to turn that of no two backbones.")  # they have crossed already
     assert outlook(block.assign(steps=[1000, *block.steps[1:]])) == []  # of unequal budgets there is no one answer
     assert first not in advice(block, []).warnings  # of curves that are flat
 
 
 def test_a_crossing_to_come_is_told(tmp_path):
-    laws = {"cnn": Law(0.02, 1.0, 1.0, 0.0), "vit": Law(0.018, 10.0, 1.0, 0.0)}
-    meet = 9 / 0.002  # 0.02 + 1 / t = 0.018 + 10 / t
-    block = frame(store_of(tmp_path, laws).runs())
-    told = [sentence for sentence in advice(block, []).warnings if "would cross" in sentence]
-    assert len(told) == 1
-    at = float(told[0].split("at about ")[1].split(" steps")[0].replace(",", ""))
-    assert at == pytest.approx(meet, rel=0.1)
+    block = frame(store_of(tmp_path, TURNING).runs())
+    (told,) = (sentence for sentence in advice(block, []).warnings if "agree to turn" in sentence)
+    low, high = (
+        float(number.replace(",", "")) for number in re.search(r"at ([\d,]+) to ([\d,]+) steps", told).groups()
+    )
+    assert low == pytest.approx(9 / 0.002, rel=0.1)
+    assert high == pytest.approx(9 / 0.002, rel=0.1)
+
+
+def test_one_seed_or_seeds_that_disagree_tell_of_no_crossing(tmp_path):
+    block = frame(store_of(tmp_path / "one", TURNING, factors=(1.0,)).runs())
+    assert len(outlook(block)) == 1
+    store = store_of(tmp_path / "three", TURNING)
+    flat = next(run for run in store.runs() if run.config()["seed"] == 1 and run.config()["backbone"] == "vit")
+    rows = [{**row, "reconstruction": 0.5} for row in flat.history()]
+    (flat.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outlook(frame(store.runs()))[1].endswith("that of no two backbones.")
