@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import optuna
+import pandas as pd
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
@@ -558,7 +559,11 @@ def test_estimates_scale_with_steps(tmp_path):
     longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
     scoring = 5  # which takes as long however long was trained
     assert plan.estimates([config, longer], known, 2) == pytest.approx([seconds + scoring, 2 * seconds + scoring])
-    assert plan.estimates([config], known, 1) == pytest.approx([2 * (seconds + scoring)])  # on half as many threads
+    alone = (seconds + scoring) / (plan.SERIAL + (1 - plan.SERIAL) / 2)  # on half as many threads
+    assert plan.estimates([config], known, 1) == pytest.approx([alone])
+    assert 1.3 < alone / (seconds + scoring) < 2
+    single = known.assign(threads=1, train_seconds=60.0, score_seconds=7.0)
+    assert plan.estimates([config], pd.concat([known, single]), 1) == pytest.approx([67.0])  # as those on one took
     other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
     assert plan.estimates([other], known, 2) == [None]
 
@@ -1266,7 +1271,7 @@ def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeyp
 
 def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
     assert study_command.show(tmp_path) == 0
-    assert "start one with python -m studies.beta" in " ".join(capsys.readouterr().out.split())
+    assert "python -m studies.beta" in " ".join(capsys.readouterr().out.split())
 
 
 class Looks(list):
