@@ -224,7 +224,7 @@ class Plan:
         known = self._known(rows.values())
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "about"):
-            table.add_column(heading, justify="left" if heading == "backbone" else "right")
+            table.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
         every: list[float] = []
         unknown, workers = [], self.options.workers
         for backbone, (cells, status, missing, _) in rows.items():

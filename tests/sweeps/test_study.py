@@ -176,7 +176,7 @@ def test_the_line_of_a_trial_that_ended_leaves_the_bar(tmp_path):
     workers._advance("a", "a: 20/50")
     workers._advance("b", "b: 10/50")
     workers._say("a", Outcome("diverged", "it diverged"), part, part.cells[0], 1.0)
-    assert workers.told[-1] == "trial 2/2 | b: 10/50"
+    assert workers.told[-1] == "b: 10/50"
 
 
 def test_the_line_of_a_trial_whose_run_lacks_a_metric_of_the_study_tells_the_others(tmp_path, capsys):
@@ -823,7 +823,7 @@ def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
     assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
 
 
-def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monkeypatch):
+def test_the_bar_of_a_study_counts_the_trials_that_ended(child, tmp_path, monkeypatch):
     totals, bars = [], []
 
     class Bar(study.Bar):
@@ -834,8 +834,8 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
 
     monkeypatch.setattr(study, "Bar", Bar)
     assert start(BETA, tmp_path, "--steps", "50") == 0
-    assert totals == [4 * 50]
-    assert [bar.done for bar in bars] == [4 * 50]
+    assert totals == [4]
+    assert [bar.done for bar in bars] == [4]
 
 
 def test_what_is_left_of_a_study_is_told_by_the_trials_that_ended(tmp_path, monkeypatch):
@@ -1116,11 +1116,11 @@ def test_the_line_of_the_bar_names_the_trials_under_way_and_no_others(tmp_path):
     workers.done = 2
     workers._advance("b")
     assert told == [
-        "trial 1/2 | a: 1/50",
-        "trial 1/2 | a: 1/50 | b: 1/50",
-        "trial 1/2 | b: 1/50 | a: 2/50",
-        "trial 2/2 | b: 1/50",
-        "trial 2/2",
+        "a: 1/50",
+        "a: 1/50 | b: 1/50",
+        "b: 1/50 | a: 2/50",
+        "b: 1/50",
+        "",
     ]
 
 
@@ -1186,7 +1186,7 @@ def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
     rows = [{"step": step, "reconstruction": 10 / step, "perplexity": 9.4} for step in (10, 20)]
     monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
     assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
-    assert workers.told == ["trial 1/2 | a: 20/50 loss 0.5000 perplexity 9"]
+    assert workers.told == ["a: 20/50 loss 0.5000 perplexity 9"]
     assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
 
 
