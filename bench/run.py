@@ -97,16 +97,16 @@ def main(arguments: list[str] | None = None) -> int:
 def work(arguments: list[str]) -> int:
     """Parses the command line and does what it says. Returns the exit code."""
     options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
-    if options.list:
-        from bench.analysis.tables import put  # and pandas: not for --help
+    from bench.analysis.tables import put  # and pandas: not for --help
 
+    if options.list:
         backbones = options.backbone if "backbone" in options.given else tuple(BACKBONES)
         sizes = size_table(replace(options, backbone=backbones).configs())  # what cannot work is told first
         stdout.print(overview())
         put(sizes, "a wider terminal")
         return 0
     if options.profile:
-        stdout.print(profile_table(options))
+        put(profile_table(options), "a wider terminal")
         return 0
     return compare(options, arguments)
 

@@ -32,7 +32,7 @@ from .bulk import Unwritten
 from .conversion import Metrics
 from .definition import Space, holding, read_space
 from .kinds import KINDS, PRIORS, TOKENIZERS, Kind, endings, kind_of
-from .patience import PatientStorage, opening
+from .patience import PatientStorage, opening, telling
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 30  # a worker that was silent for the grace period is taken for dead
 MAX_RETRIES = 2  # of a trial whose worker died
@@ -67,7 +67,7 @@ class Index:
 
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url, folder
-        with opening(url):  # before anything is written
+        with telling(url):  # before anything is written
             make_url(url)
         (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         local = url.startswith("sqlite")

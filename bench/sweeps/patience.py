@@ -91,6 +91,13 @@ class PatientStorage(RDBStorage):
 def opening(url: str) -> Iterator[None]:
     """For what opens the database at ``url``: why that cannot be is told as a UserError, with the fix."""
     check_place(url)
+    with telling(url):
+        yield
+
+
+@contextmanager
+def telling(url: str) -> Iterator[None]:
+    """The same for what only reads ``url``, whose database may have no place yet."""
     shown = without_password(url)
     try:
         yield

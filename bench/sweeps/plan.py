@@ -1,6 +1,7 @@
 """What a study consists of: its trials, what is missing of them and what that will cost."""
 
 import hashlib
+import heapq
 import itertools
 import os
 import re
@@ -33,6 +34,8 @@ SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision", "gan_
 SHAPE += ("alignment_weight", "alignment_model")  # what the time of a step depends on
 LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
+START_SECONDS = 5.0  # until a command that has imported everything begins its first trials
+SERIAL = 0.3  # of the time of a run on one thread: what more threads do not shorten, a guess between all and nothing
 
 
 class Cell(NamedTuple):
@@ -223,16 +226,18 @@ class Plan:
         known = self._known(rows.values())
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "about"):
-            table.add_column(heading, justify="left" if heading == "backbone" else "right")
-        total, unknown, workers = 0.0, [], self.options.workers
+            table.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
+        every: list[float] = []
+        unknown, workers = [], self.options.workers
         for backbone, (cells, status, missing, _) in rows.items():
             counts = status["finished"], sum(status[name] for name in FAILURES), len(missing)
             found = estimates(missing, known, threads_each(workers) or torch.get_num_threads())
             seconds = None if None in found else sum(found) / workers
             unknown += [backbone] if seconds is None else []
-            total += seconds or 0.0
+            every += [one for one in found if one is not None]
             about = "unknown" if seconds is None else f"{seconds / 60:.1f} min"
             table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), about)
+        total = makespan(every, workers) + START_SECONDS * bool(every)
         table.caption = f"{total / 60:.0f} min, training and scoring, {workers} at a time, as finished runs took"
         if unknown:
             others = "" if len(unknown) == len(rows) else f"{table.caption}; "
@@ -353,11 +358,29 @@ def threads_each(workers: int) -> int | None:
 
 
 def estimates(configs: list[Config], known: pd.DataFrame, threads: int) -> list[float | None]:
-    """Seconds that training and scoring ``configs`` take on so many ``threads`` of a CPU, or on a GPU: as finished runs
-    of equal shape in ``known`` took, in proportion to their steps; None where there are none."""
+    """Seconds that ``configs`` take from start to end on so many ``threads`` of a CPU, or on a GPU: as finished runs of
+    equal shape in ``known`` took, their training in proportion to its steps; None where there are none. Runs on as many
+    threads count alone where there are any, and of others a SERIAL part takes as long on any number."""
     finished = known[known.status == "finished"]
-    share = (finished.threads.astype(float) / threads).where(finished.device == "cpu").fillna(1.0)
+    there = finished.threads.astype(float)
+    share = (_seconds_on(threads) / _seconds_on(there)).where(finished.device == "cpu").fillna(1.0)
     costs = {"step": share * finished.train_seconds / finished.steps, "score": share * finished.score_seconds.fillna(0)}
-    median = pd.DataFrame(costs).groupby([finished[name] for name in SHAPE]).median().to_dict("index")
+    by = [finished[name] for name in SHAPE]
+    alike = (there == threads) | (finished.device != "cpu")
+    chosen = alike | ~alike.groupby(by).transform("any")
+    median = pd.DataFrame(costs)[chosen].groupby([column[chosen] for column in by]).median().to_dict("index")
     found = [median.get(shape_of(config)) for config in configs]
     return [cost and config.steps * cost["step"] + cost["score"] for config, cost in zip(configs, found, strict=True)]
+
+
+def _seconds_on(threads: Any) -> Any:
+    return SERIAL + (1 - SERIAL) / threads
+
+
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """How long so many ``workers`` take for trials of so many ``seconds``, each in its turn to who is free first, the
+    longest first."""
+    busy = [0.0] * workers
+    for one in sorted(seconds, reverse=True):
+        heapq.heapreplace(busy, busy[0] + one)
+    return max(busy)

@@ -17,9 +17,10 @@ from filelock import Timeout
 from rich.markup import escape
 
 from bench.analysis.frames import LABELS
+from bench.analysis.tables import put
 from bench.core.cli import command
 from bench.core.errors import Interrupted, UserError
-from bench.core.progress import Bar, program, say, stdout
+from bench.core.progress import Bar, program, say
 from bench.core.runs import Run
 from bench.instruments import choose
 from bench.quantizers import QUANTIZERS
@@ -54,7 +55,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     """Parses the command line, runs what is missing, and reports. Returns the exit code."""
     plan = make_plan(study, parse_study(study, description, arguments))
     if plan.options.plan:
-        stdout.print(plan.table())
+        put(plan.table(), "a wider terminal")
         return 0
     url = storage_url(plan.options.storage, plan.store.root)
     for backbone in plan.backbones:
@@ -199,7 +200,7 @@ class Workers:
 
     def __init__(self, plan: Plan, index: Index, parts: list[Part], missing: int):
         self.plan, self.options, self.index, self.missing = plan, plan.options, index, missing
-        self.parts, self.kind, self.steps = {part.name: part for part in parts}, parts[0].kind, parts[0].steps
+        self.parts, self.kind = {part.name: part for part in parts}, parts[0].kind
         self.planned = {cell.run.folder.name for part in parts for cell in part.cells}
         self.lock, self.done = threading.Lock(), 0
         self.shown_after = -math.inf  # when the overviews may be written again
@@ -215,7 +216,7 @@ class Workers:
         count, noun = self.options.workers, self.kind.noun
         with (
             interruptible() as self.stop,
-            Bar(f"study {self.plan.name}", self.missing * self.steps, eta=self._left) as self.bar,
+            Bar(f"study {self.plan.name}", self.missing, eta=self._left) as self.bar,
             ThreadPoolExecutor(count) as pool,
         ):
             for future in [pool.submit(self._work) for _ in range(count)]:
@@ -349,8 +350,8 @@ class Workers:
             self.figures.pop(label, None)
             if figures:
                 self.figures[label] = figures
-            text = " | ".join([f"trial {min(self.done + 1, self.missing)}/{self.missing}", *self.figures.values()])
-            self.bar.advance(self.done * self.steps - self.bar.done, text)
+            text = " | ".join(self.figures.values())
+            self.bar.advance(self.done - self.bar.done, text)
 
     def _say(self, label: str, outcome: Outcome, part: Part, cell: Cell, seconds: float) -> None:
         """One line for a trial that ended."""

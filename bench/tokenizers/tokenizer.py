@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,43 @@ class Tokenizer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64, or where the quantizer has none latents (B, d, h, w)
-        float32. Call in eval mode: training mode moves the codebook."""
+        float32. Call in eval mode: training mode moves the codebook. Raises UserError on what are no such images."""
+        self._check_images(x)
         return self.quantizer(self.encoder(x)).codes
 
     def encode_with_bits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``encode``, and of latents with a rate of their own the bits of each image, (B,)."""
+        self._check_images(x)
         quantized = self.quantizer(self.encoder(x))
         return quantized.codes, quantized.rate
 
     def decode(self, codes: Tensor) -> Tensor:
-        """What ``encode`` gives, codes (B, h, w) int64 in [0, K) or latents → images (B, 3, H, W) in [-1, 1]."""
+        """What ``encode`` gives, codes (B, h, w) int64 in [0, K) or latents → images (B, 3, H, W) in [-1, 1]. Raises
+        UserError on what are none of its codes."""
+        self._check_codes(codes)
         return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
+
+    def _check_images(self, x: Any) -> None:
+        made = "make it of uint8 images (B, H, W, 3) by torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1"
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+            raise UserError(f"encode takes floats (B, 3, H, W) in [-1, 1] and was given {_kind(x)}; {made}")
+        cell = self.config.image_size // self.config.grid_size
+        if x.shape[2] % cell or x.shape[3] % cell or 0 in x.shape[2:]:
+            size = f"{x.shape[2]}×{x.shape[3]} pixels, and a code stands for {cell}×{cell}"
+            raise UserError(f"encode was given images of {size}; resize them to {self.config.image_size} a side")
+
+    def _check_codes(self, codes: Any) -> None:
+        if not self.config.discrete:
+            if not isinstance(codes, Tensor) or codes.ndim != 4 or codes.shape[1] != self.config.code_dim:
+                raise UserError(f"decode takes latents (B, {self.config.code_dim}, h, w) and was given {_kind(codes)}")
+            return
+        whole = isinstance(codes, Tensor) and codes.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if not whole or codes.ndim != 3:
+            raise UserError(f"decode takes codes (B, h, w) int64 and was given {_kind(codes)}; encode makes some")
+        size = self.config.codebook_size
+        low, high = map(int, codes.aminmax()) if codes.numel() else (0, 0)
+        if low < 0 or high >= size:
+            raise UserError(f"decode was given the code {low if low < 0 else high}; codes are from 0 to {size - 1}")
 
     @classmethod
     def from_run(cls, folder: str | Path, device: str = "cpu") -> "Tokenizer":
@@ -66,6 +93,13 @@ class Tokenizer(nn.Module):
         tokenizer.config = config
         read_weights(run, "tokenizer.safetensors", tokenizer)
         return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{type(value).__module__}.{type(value).__name__}"
 
 
 def to_device(module: nn.Module, device: str) -> nn.Module:

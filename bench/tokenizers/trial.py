@@ -74,6 +74,7 @@ def run_trial(
 
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
     failure.json) when the loss was not finite."""
+    began = time.monotonic()
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
@@ -98,10 +99,11 @@ def run_trial(
         untrained, pictures = score_untrained(config, data.images(config.split))
         with atomic_path(run.folder / "untrained.npz") as temporary:
             np.savez_compressed(temporary, untrained=pictures)
+        before = time.monotonic() - began
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
-        finish(run, tokenizer, data, reference, fid_weights, measured)
+        finish(run, tokenizer, data, reference, fid_weights, measured, before)
     measure(run, data, instruments)
     return run
 
@@ -120,9 +122,11 @@ def finish(
     reference: dict[str, float],
     fid_weights: Path | None,
     measured: dict[str, float | None],
+    before: float = 0.0,
 ) -> None:
     """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last. ``measured``: what is
-    known already, of the time before and during training."""
+    known already, of the time before and during training; ``before``: seconds that were spent until it began, which
+    count with those of scoring, pictures and references as ``score_seconds``: all that is not training."""
     from bench.core import plots  # and seaborn: not before it is needed
 
     config, images = tokenizer.config, data.images(tokenizer.config.split)
@@ -130,7 +134,6 @@ def finish(
     began = time.monotonic()
     codes = config.codebook_size if config.discrete else None
     metrics, per_image = score(tokenizer, codes, images, config.device, fid_weights, label)
-    measured = {**measured, "score_seconds": max(0.0, time.monotonic() - began)}
     references = {f"{name}_kmeans": value for name, value in reference.items()}
     if "bits_per_image" in metrics:
         references |= format_references(config, data, metrics["bits_per_image"], fid_weights)
@@ -152,6 +155,7 @@ def finish(
     whole = [row["step"] for row in history] == logged(config.steps)  # else it was damaged, and its curves have gaps
     learned = curve_metrics(history, config.warmup) if whole else {}
     conditions = protocol(data, config.split, config.device, fid_weights)
+    costs["score_seconds"] = before + max(0.0, time.monotonic() - began)
     complete(run, {**metrics, **learned, **costs, **references}, conditions)
 
 

@@ -266,6 +266,13 @@ def test_an_estimate_is_the_median_second_per_step_of_finished_runs():
     assert estimates([config, longer], table(*failed), 2) == [None, None]
 
 
+def test_three_trials_take_two_workers_as_long_as_two():
+    assert plan.makespan([60.0] * 3, 2) == 120
+    assert plan.makespan([], 2) == 0
+    assert plan.makespan([30.0, 30.0, 60.0], 2) == 60
+    assert plan.makespan([10.0, 20.0, 30.0], 1) == 60
+
+
 def test_a_shape_that_a_study_has_not_finished_is_priced_by_the_rest_of_the_store(tmp_path, monkeypatch):
     """And one that it has by a few of its own runs, without reading the rest."""
     monkeypatch.setattr(plan, "threads_each", lambda workers: 2)  # as finished ones had

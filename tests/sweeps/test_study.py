@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import optuna
+import pandas as pd
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
@@ -177,7 +178,7 @@ def test_the_line_of_a_trial_that_ended_leaves_the_bar(tmp_path):
     workers._advance("a", "a: 20/50")
     workers._advance("b", "b: 10/50")
     workers._say("a", Outcome("diverged", "it diverged"), part, part.cells[0], 1.0)
-    assert workers.told[-1] == "trial 2/2 | b: 10/50"
+    assert workers.told[-1] == "b: 10/50"
 
 
 def test_the_line_of_a_trial_whose_run_lacks_a_metric_of_the_study_tells_the_others(tmp_path, capsys):
@@ -579,7 +580,11 @@ def test_estimates_scale_with_steps(tmp_path):
     longer = make_config("cnn", "smoke", device="cpu", precision="fp32", steps=300, beta=3.0, seed=9)
     scoring = 5  # which takes as long however long was trained
     assert plan.estimates([config, longer], known, 2) == pytest.approx([seconds + scoring, 2 * seconds + scoring])
-    assert plan.estimates([config], known, 1) == pytest.approx([2 * (seconds + scoring)])  # on half as many threads
+    alone = (seconds + scoring) / (plan.SERIAL + (1 - plan.SERIAL) / 2)  # on half as many threads
+    assert plan.estimates([config], known, 1) == pytest.approx([alone])
+    assert 1.3 < alone / (seconds + scoring) < 2
+    single = known.assign(threads=1, train_seconds=60.0, score_seconds=7.0)
+    assert plan.estimates([config], pd.concat([known, single]), 1) == pytest.approx([67.0])  # as those on one took
     other = make_config("vit", "smoke", device="cpu", precision="fp32", width=16, depth=1, lpips_weight=0.0)
     assert plan.estimates([other], known, 2) == [None]
 
@@ -839,7 +844,7 @@ def test_a_trials_line_tells_its_values_and_its_scores(child, tmp_path, capsys):
     assert "2/2 cnn beta=1 seed=0: diverged: it diverged" in shown
 
 
-def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monkeypatch):
+def test_the_bar_of_a_study_counts_the_trials_that_ended(child, tmp_path, monkeypatch):
     totals, bars = [], []
 
     class Bar(study.Bar):
@@ -850,8 +855,8 @@ def test_the_bar_of_a_study_counts_the_steps_of_what_ended(child, tmp_path, monk
 
     monkeypatch.setattr(study, "Bar", Bar)
     assert start(BETA, tmp_path, "--steps", "50") == 0
-    assert totals == [4 * 50]
-    assert [bar.done for bar in bars] == [4 * 50]
+    assert totals == [4]
+    assert [bar.done for bar in bars] == [4]
 
 
 def test_what_is_left_of_a_study_is_told_by_the_trials_that_ended(tmp_path, monkeypatch):
@@ -1132,11 +1137,11 @@ def test_the_line_of_the_bar_names_the_trials_under_way_and_no_others(tmp_path):
     workers.done = 2
     workers._advance("b")
     assert told == [
-        "trial 1/2 | a: 1/50",
-        "trial 1/2 | a: 1/50 | b: 1/50",
-        "trial 1/2 | b: 1/50 | a: 2/50",
-        "trial 2/2 | b: 1/50",
-        "trial 2/2",
+        "a: 1/50",
+        "a: 1/50 | b: 1/50",
+        "b: 1/50 | a: 2/50",
+        "b: 1/50",
+        "",
     ]
 
 
@@ -1279,7 +1284,7 @@ def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
     rows = [{"step": step, "reconstruction": 10 / step, "perplexity": 9.4} for step in (10, 20)]
     monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
     assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
-    assert workers.told == ["trial 1/2 | a: 20/50 loss 0.5000 perplexity 9"]
+    assert workers.told == ["a: 20/50 loss 0.5000 perplexity 9"]
     assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
 
 
@@ -1364,7 +1369,7 @@ def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeyp
 
 def test_an_empty_folder_has_no_studies_to_list(tmp_path, capsys):
     assert study_command.show(tmp_path) == 0
-    assert "start one with python -m studies.beta" in " ".join(capsys.readouterr().out.split())
+    assert "python -m studies.beta" in " ".join(capsys.readouterr().out.split())
 
 
 class Looks(list):

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from backbones import BACKBONES, Backbone, backbone
@@ -289,3 +292,43 @@ def test_the_size_of_a_tokenizer_is_that_of_both_sides_and_its_codebook_as_often
     sizes.check_size(replace(tiny, backbone=backbone), "cuda:1", 3)
     sizes.check_size(replace(tiny, backbone=backbone), "cpu")
     assert asked == [(3 * both, "cuda:1"), (both, "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (Image.new("RGB", (32, 32)), "was given PIL.Image.Image; make it of uint8 images"),
+        (np.zeros((1, 3, 32, 32), dtype=np.float32), "was given numpy.ndarray"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "was given uint8 (1, 3, 32, 32)"),
+        (torch.zeros(3, 32, 32), "was given float32 (3, 32, 32)"),
+        (torch.zeros(1, 32, 32, 3), "was given float32 (1, 32, 32, 3)"),
+        (torch.zeros(1, 3, 30, 32), "images of 30×32 pixels, and a code stands for 8×8; resize them to 32 a side"),
+    ],
+)
+def test_what_are_no_images_is_one_sentence(tiny, given, told):
+    tokenizer = Tokenizer(tiny.resolved()).eval()
+    assert tokenizer.encode(torch.zeros(1, 3, 48, 32)).shape == (1, 6, 4)  # another size that fits
+    for entry in (tokenizer.encode, tokenizer.encode_with_bits):
+        with pytest.raises(UserError, match=re.escape(told)) as error:
+            entry(given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (torch.zeros(1, 4, 4), "was given float32 (1, 4, 4)"),
+        (torch.zeros(4, 4, dtype=torch.int64), "was given int64 (4, 4)"),
+        ([[0]], "was given builtins.list"),
+        (torch.full((1, 4, 4), 16), "was given the code 16; codes are from 0 to 15"),
+        (torch.full((1, 4, 4), -1), "was given the code -1; codes are from 0 to 15"),
+    ],
+)
+def test_what_are_no_codes_is_one_sentence(tiny, given, told):
+    tokenizer = Tokenizer(tiny.resolved()).eval()
+    assert tokenizer.decode(torch.full((1, 4, 4), 15)).shape == (1, 3, 32, 32)
+    with pytest.raises(UserError, match=re.escape(told)):
+        tokenizer.decode(given)
+    latent = Tokenizer(replace(tiny, quantizer="none").resolved()).eval()
+    with pytest.raises(UserError, match=r"decode takes latents \(B, 4, h, w\) and was given int64"):
+        latent.decode(torch.zeros(1, 4, 4, dtype=torch.int64))
