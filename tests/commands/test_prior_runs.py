@@ -13,6 +13,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from bench import encode, prior, run
 from bench.analysis.frames import PRIOR, read
 from bench.analysis.rankings import generation
+from bench.core.progress import runnable
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.metrics import ImageSet, perceptual
@@ -269,7 +270,7 @@ def test_runs_that_are_no_tokenizers(results, capsys):
     assert "name the run of a tokenizer" in err
     assert f"unknown run 'nothing'; below {results / 'runs'} there are {folder.name}" in err
     assert "is the run of a prior" in err
-    assert "is unfinished; finish it with python -m bench.run first" in err
+    assert runnable("is unfinished; finish it with python -m bench.run first") in err
 
 
 def test_changed_images_are_noticed(results, capsys):
