@@ -5,6 +5,7 @@ Every Encoder and Decoder is built as ``(image_size, grid_size, code_dim, width,
 the same number of tokens, so all of them spend the same bits. CONTRIBUTING.md says how to add one.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -73,7 +74,10 @@ def backbone(name: str) -> Backbone:
         timm_encoder.check_name(model)
         return Backbone(partial(timm_encoder.Encoder, model), cnn.Decoder, TIMM_OPTIONS)
     if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} or timm:MODEL")
+        near = difflib.get_close_matches(name, BACKBONES, 1)
+        perhaps = f"; perhaps {near[0]}" if near else ""
+        perhaps = "; separate several by spaces" if "," in name else perhaps
+        raise ValueError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} or timm:MODEL{perhaps}")
     return BACKBONES[name]
 
 

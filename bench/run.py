@@ -245,6 +245,8 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
         others = ["--backbone", *BACKBONES]
     else:
         others = ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]
+    if options.recipe and options.match is None:  # whose width is that of its own backbone
+        others += ["--match", f"params:{runs[-1].metrics()['params']:.0f}"]
     words = without(given, {word for word in others if word.startswith("--")})
     with_codes = [run for run in runs if QUANTIZERS[run.config()["quantizer"]].discrete]
     shown = (with_codes or runs)[-1].folder

@@ -13,10 +13,12 @@ from bench.core.runs import Run
 from bench.tokenizers.curves import STEEP, still_falling
 
 from .extrapolation import HISTORIES, outlook
-from .frames import main_metric
+from .frames import LABELS, main_metric
 from .statistics import FEWEST, LEVEL, Verdict, kmeans_margin
+from .tables import text_of
 
 POWER = 0.8  # with which the seeds that are asked for find a difference like the one so far
+WITNESSES = ("fid", "fid_vgg16", "lpips_alex", "psnr", "grid_edges")  # beside the main metric
 MOST = 1000  # seeds: who needs more will not run them
 
 
@@ -42,19 +44,40 @@ def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
             "change these numbers, and perhaps their order."
         )
         warnings.extend(outlook(block))
-    return Advice(_line(sorted(block.backbone.unique()), family, {*low.index}, bool(rising)), warnings)
+    backbones = sorted(block.backbone.unique())
+    first, second, pair = _first_two(backbones, family)
+    if pair and (against := _against(block, first, second)):
+        warnings.insert(0, f"Other metrics see it otherwise: {second} is ahead of {first} in {against}.")
+    return Advice(_line(first, second, pair, family, {*low.index}, bool(rising)), warnings)
 
 
-def _line(backbones: list[str], family: list[Verdict], low: set[str], rising: bool) -> str:
+def _first_two(backbones: list[str], family: list[Verdict]) -> tuple[str, str, Verdict | None]:
+    """Who is ahead most often, who comes second, and the verdict on the two; no second where one is alone."""
     if len(backbones) < 2:
-        return f"No recommendation: {backbones[0]} is alone."
+        return backbones[0], "", None
     wins = Counter(dict.fromkeys(backbones, 0))
     wins.update(one.leader for one in family)
     (first, _), (second, _) = wins.most_common(2)
     pair = next((one for one in family if {one.a, one.b} == {first, second}), None)
+    return (pair.leader, pair.b if pair.leader == pair.a else pair.a, pair) if pair else (first, second, None)
+
+
+def _against(block: pd.DataFrame, first: str, second: str) -> str:
+    """The metrics in which ``second`` is ahead of ``first``, by more than their smallest shown digit, in words."""
+    found = []
+    for name in (name for name in WITNESSES if name in block and name != main_metric(block)):
+        ours, theirs = (block[block.backbone == one][name].mean() for one in (first, second))
+        texts = [text_of(value, name) for value in (theirs, ours)]
+        if (theirs < ours) == (LABELS[name].better == "lower") and theirs != ours and texts[0] != texts[1]:
+            found.append(f"{LABELS[name].label} ({texts[0]} against {texts[1]})")
+    return ", ".join(found)
+
+
+def _line(first: str, second: str, pair: Verdict | None, family: list[Verdict], low: set[str], rising: bool) -> str:
+    if not second:
+        return f"No recommendation: {first} is alone."
     if pair is None:
         return f"No recommendation: {first} and {second} share no seed and setting."
-    first, second = pair.leader, pair.b if pair.leader == pair.a else pair.a
     where = f", {pair.within}" if pair.within else ""
     if pair.better and first in low:
         ahead = f"{first} is ahead of {second} by {pair.lead()}{where}"

@@ -98,8 +98,8 @@ def outlook(block: pd.DataFrame) -> list[str]:
         pairs = list(combinations(laws, 2))
         turns = {pair: _turn(list(zip(*(laws[name] for name in pair), strict=False)), steps) for pair in pairs}
         found = [f"{a} and {b} at {low:,.0f} to {high:,.0f} steps" for (a, b), (low, high) in turns.items() if low]
-        ahead = f"the order of {'; '.join(found)}" if found else "that of no two backbones"
-        sentences.append(f"Beyond the {steps:,.0f} steps seen, the laws of all {seeds} seeds agree to turn {ahead}.")
+        turn = f"these would change order: {'; '.join(found)}" if found else "no two backbones would change order"
+        sentences.append(f"By the curves of {seeds} seeds, which agree on it, beyond {steps:,.0f} steps {turn}.")
     return sentences
 
 

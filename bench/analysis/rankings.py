@@ -207,7 +207,7 @@ def verdict_list(verdicts: Sequence[Verdict], part: float = 1.0) -> Sheet:
     for one in verdicts[:LIMIT]:
         form = f"+.{int(METRICS[one.metric].form[1:-1]) + 1}f"
         words = f"{one.better} better" if one.better else "not distinguishable" if one.interval else "too few seeds"
-        words += ", both below k-means" if one.below else ""
+        words += ", both below k-means in PSNR" if one.below else ""
         texts = (METRICS[one.metric].label, one.a, one.b, one.within)
         rows.append([Cell(text, order=text) for text in texts])
         rows[-1] += [Cell(str(one.n), order=one.n), Cell(_signed([one.difference], form), order=one.difference)]

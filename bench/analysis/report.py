@@ -28,7 +28,7 @@ from .advice import Advice, advice
 from .data import write_data
 from .frames import CONFIG, PRIOR, main_metric, settings
 from .page import html
-from .statistics import COMPARED, Images, backbone_verdicts, sentences, setting_verdicts
+from .statistics import COMPARED, Images, Verdict, backbone_verdicts, sentences, setting_verdicts
 from .tables import Sheet, fits, heading, put, text_of
 
 CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
@@ -254,6 +254,15 @@ def _claims(selection: Selection, table: pd.DataFrame) -> list[claims.Answer]:
         raise Damaged(selection.root / "studies" / f"{selection.name}.json", str(error)) from error
 
 
+def _advice(block: pd.DataFrame, verdicts: list[Verdict]) -> Advice:
+    """What to take from ``block``, given the verdicts on its backbones; of runs of several lengths from the longest."""
+    longest = block[block.steps == block.steps.max()]
+    if len(longest) == len(block):
+        return advice(block, verdicts)
+    line, warnings = advice(longest, backbone_verdicts(longest, (main_metric(longest),)))
+    return Advice(f"At {longest.steps.iloc[0]:,} steps, the most that were run: {line[0].lower()}{line[1:]}", warnings)
+
+
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
     main = main_metric(block)
     metrics = tuple(dict.fromkeys([main, *COMPARED]))
@@ -266,7 +275,7 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     failed = unscored[unscored.status.isin(set(FAILURES) - {"pruned"})]
     return Block(
         title=title,
-        advice=advice(block, backbones),
+        advice=_advice(block, backbones),
         ranking=rankings.ranking(block, failed, latents),
         instruments=rankings.instruments(block, latents),
         protocol=rankings.protocol_of(block),

@@ -7,7 +7,7 @@ from .frames import LABELS
 
 LEVEL = 0.05  # of the false verdicts in a family, and one minus the coverage of the intervals
 FEWEST = 3  # paired seeds for an interval and a test
-BELOW = "; both below k-means"
+BELOW = "; both below k-means in PSNR"
 
 Interval = tuple[float, float]
 

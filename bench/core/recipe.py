@@ -48,7 +48,8 @@ def from_file(
         try:
             values[name] = _taken(hints[name], value, key)
             for one in values[name] if isinstance(values[name], tuple) else [values[name]]:
-                check_value(kind, {"seeds": "seed"}.get(name, name), one)
+                if not isinstance(one, Path):
+                    check_value(kind, {"seeds": "seed"}.get(name, name), one)
                 checks.get(name, id)(one)
         except (UserError, ValueError) as error:
             raise UserError(f"{path}: {error}") from error

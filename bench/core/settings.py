@@ -4,6 +4,7 @@ A config is a frozen dataclass. What a field may be is part of its type, read by
 the keys of a visible dict, or a number within a ``Limit``.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection
@@ -83,9 +84,11 @@ def ranges(kind: type) -> dict[str, str]:
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raises UserError, with all ``choices``, unless ``value`` is one of them."""
+    """Raises UserError, with all ``choices`` and the nearest by letters, unless ``value`` is one of them."""
     if value not in choices:
-        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+        near = difflib.get_close_matches(str(value), [*map(str, choices)], 1)
+        perhaps = f"; perhaps {near[0]}" if near else ""
+        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(choices)}{perhaps}")
 
 
 def check_fields(config: Any) -> None:

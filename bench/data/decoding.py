@@ -98,7 +98,8 @@ def load(data: str, image_size: int) -> Data:
         return decoded(data, folder_source(path, image_size), image_size)
     if data in DATASETS:
         return decoded(data, DATASETS[data](image_size), image_size)
-    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH")
+    there = f"; {data} is there: write folder:{data}" if os.path.isdir(data) else ""
+    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH{there}")
 
 
 def decoded(data: str, source: Source, image_size: int) -> Data:

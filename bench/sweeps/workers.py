@@ -19,12 +19,13 @@ from rich.markup import escape
 from bench.analysis.frames import LABELS
 from bench.analysis.tables import put
 from bench.core.cli import command
-from bench.core.errors import Interrupted, UserError
+from bench.core.errors import Damaged, Interrupted, UserError
 from bench.core.progress import Bar, program, say
 from bench.core.runs import Run
 from bench.instruments import choose
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import without
+from bench.tokenizers.curves import undecided
 from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
@@ -42,6 +43,7 @@ from .search import make_plan
 
 RETRIES = {"crashed": 2, "out_of_memory": 1}  # further attempts on the spot; other failures would only repeat
 IDLE_SECONDS = 1.0  # between looks at what other workers do
+LOOKED_AT = 50  # runs of a study that may say that they should be trained for longer
 PAGE_SECONDS, PAGE_SHARE = 60.0, 0.05  # between two versions of a study's overviews, and of the time that they may take
 
 
@@ -174,12 +176,19 @@ def recommendation(plan: Plan, pages: list[overview.Page]) -> str | None:
 
 def next_commands(plan: Plan, pages: list[overview.Page], given: list[str]) -> list[str]:
     """The commands that are most useful after this one, whose words were ``given``: what failed again, or an ablation
-    with more seeds, or a search at one rate confirmed; and images from the best tokenizer, if it has codes."""
+    for twice as long where a run says that it should be trained for longer, and else with more seeds, or a search at
+    one rate confirmed; and images from the best tokenizer, if it has codes."""
     found, url, more = [], plan.options.storage, ["--seeds", *map(str, range(max(plan.seeds) + 2))]
     if isinstance(plan.study, Search):
         more = ["--confirm", "3"] if plan.options.bits_per_image and not plan.options.confirm else []
     elif plan.failed():
         more = ["--retry-failed"]
+    elif (
+        not plan.options.timed
+        and "steps" not in plan.space
+        and any(map(_short, [cell.run for own in plan.cells.values() for cell in own][:LOOKED_AT]))
+    ):
+        more = ["--steps", str(2 * plan.options.steps)]
     if more and (url is None or without_password(url) == url):  # which is not printed, and must not be another
         words = [*without(given, {more[0]}), *more]
         found.append(shlex.join(["python", "-m", f"studies.{plan.study.name}", *words]))
@@ -188,6 +197,14 @@ def next_commands(plan: Plan, pages: list[overview.Page], given: list[str]) -> l
         if QUANTIZERS[run.config()["quantizer"]].discrete:
             found.append(shlex.join(["python", "-m", "bench.prior", str(run.folder)]))
     return found
+
+
+def _short(run: Run) -> bool:
+    """Whether a finished tokenizer says that it should be trained for longer."""
+    try:
+        return bool(undecided(run.metrics(), run.history()))
+    except (OSError, Damaged):
+        return False
 
 
 def _counts(runs: list[Run]) -> str:

@@ -109,7 +109,7 @@ def parse(
     first; ``some`` are those that not all of several backbones have to know. Exits with code 2 on an unknown flag, as
     tyro does; raises UserError on an unknown preset."""
     checks = {"backbone": backbone, "preset": preset_settings}
-    defaults |= from_file(kind, arguments, checks)
+    defaults |= _of_other_size(from_file(kind, arguments, checks), arguments)
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")
@@ -121,6 +121,21 @@ def parse(
     options = command_line(kind, arguments, prog, description, default, Manual(SECTIONS, essential, tail))
     _check_lists(options, arguments, prog, some)
     return options
+
+
+def _of_other_size(recipe: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """What a file of settings has, without the width and depth of its backbone where --match is to find those of
+    others. Raises UserError where --backbone names others and nothing says how large they are to be."""
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    after = words[words.index("--backbone") + 1 :] if "--backbone" in words else ()
+    named = {*itertools.takewhile(lambda word: not word.startswith("-"), after)}
+    sized = {"width", "depth"} & recipe.keys()
+    if not sized or not named - {*recipe.get("backbone", named)}:
+        return recipe
+    if "--match" in flags or {"--width", "--depth"} <= flags:
+        return {name: value for name, value in recipe.items() if name not in sized}
+    own = ", ".join(recipe["backbone"])
+    raise UserError(f"the file has width and depth of {own} alone; add --match params:1M or another budget for others")
 
 
 def _check_lists(options: Arguments, words: Sequence[str], prog: str, some: Collection[str]) -> None:

@@ -81,14 +81,14 @@ def test_a_report_says_what_more_steps_would_do(tmp_path):
     gain = 1 - laws["cnn"](4000) / laws["cnn"](2000)
     assert f"cnn {gain:.0%}" in first
     assert crossing(laws["cnn"], laws["vit"], 20) < 2000
-    assert second.endswith("agree to turn that of no two backbones.")  # they have crossed already
+    assert second.endswith("beyond 2,000 steps no two backbones would change order.")  # they have crossed already
     assert outlook(block.assign(steps=[1000, *block.steps[1:]])) == []  # of unequal budgets there is no one answer
     assert first not in advice(block, []).warnings  # of curves that are flat
 
 
 def test_a_crossing_to_come_is_told(tmp_path):
     block = frame(store_of(tmp_path, TURNING).runs())
-    (told,) = (sentence for sentence in advice(block, []).warnings if "agree to turn" in sentence)
+    (told,) = (sentence for sentence in advice(block, []).warnings if "these would change order" in sentence)
     low, high = (
         float(number.replace(",", "")) for number in re.search(r"at ([\d,]+) to ([\d,]+) steps", told).groups()
     )
@@ -103,4 +103,4 @@ def test_one_seed_or_seeds_that_disagree_tell_of_no_crossing(tmp_path):
     flat = next(run for run in store.runs() if run.config()["seed"] == 1 and run.config()["backbone"] == "vit")
     rows = [{**row, "reconstruction": 0.5} for row in flat.history()]
     (flat.folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert outlook(frame(store.runs()))[1].endswith("that of no two backbones.")
+    assert outlook(frame(store.runs()))[1].endswith("no two backbones would change order.")

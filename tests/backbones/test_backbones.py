@@ -924,6 +924,8 @@ def test_timm_features_are_the_model_s_own(name):
         ("timm:test_vit.r160", "unknown timm model 'test_vit.r160'; did you mean test_vit.r160_in1k"),
         ("timm:hf-hub:someone/something", "unknown timm model"),
         ("timm:", "unknown timm model ''"),
+        ("convnet", "unknown backbone 'convnet'; choose from .*; perhaps convnext"),
+        ("cnn,vit", "unknown backbone 'cnn,vit'; choose from .*; separate several by spaces"),
         ("resnet18", "unknown backbone 'resnet18'; choose from cnn, convnext, .* or timm:MODEL"),
         ("cnn:", "unknown backbone 'cnn:'"),
     ],

@@ -18,6 +18,7 @@ from bench.sweeps.definition import Ablation, parse_study
 from bench.sweeps.search import make_plan
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import Config, make_config
+from bench.tokenizers.sizes import parameters
 from bench.tokenizers.trial import recipe_of
 from tests.commands import TINY
 from tests.tokenizers.test_config import OTHER
@@ -125,3 +126,27 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path, capsys):
             assert told in capsys.readouterr().err
     with pytest.raises(UserError, match="prior 'x'"):
         from_file(PriorArguments, ["--config", settings(tmp_path, "prior = 'x'")])
+
+
+def test_a_file_s_size_is_that_of_its_backbone_alone(tmp_path):
+    """Others are matched, or given one; with neither, nobody would have asked for what they get."""
+    path = tmp_path / "cnn.toml"
+    path.write_text('backbone = "cnn"\nwidth = 40\ndepth = 3\nimage_size = 32\ngrid_size = 4\n')
+
+    def made(*words: str) -> list[Config]:
+        return configs("--config", str(path), "--device", "cpu", *words)
+
+    assert [(one.width, one.depth) for one in made()] == [(40, 3)]
+    assert [(one.width, one.depth) for one in made("--backbone", "cnn")] == [(40, 3)]
+    with pytest.raises(UserError, match="the file has width and depth of cnn alone; add --match params:1M"):
+        made("--backbone", "cnn", "vit")
+    matched = made("--backbone", "cnn", "vit", "--match", "params:275k")
+    assert [one.depth for one in matched] != [3, 3]
+    assert all(abs(parameters(one) / 275e3 - 1) < 0.02 for one in matched)
+    assert [(one.width, one.depth) for one in made("--backbone", "vit", "--width", "32", "--depth", "1")] == [(32, 1)]
+
+
+def test_a_file_may_name_a_folder(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(f'results = "{tmp_path}"\n')
+    assert parse(RunArguments, ["--config", str(path)], "run", "").results == tmp_path

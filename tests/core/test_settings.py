@@ -71,6 +71,7 @@ class Toy:
         ("free", math.nan, "free is nan; it must be a finite number, up to 1e+30"),
         ("weight", math.inf, "weight is inf; it must be a finite number, up to 1e+30"),
         ("colour", "green", "unknown colour 'green'; choose from red, blue"),
+        ("net", "alexa", "unknown net 'alexa'; choose from alex, vgg; perhaps alex"),
         ("net", "squeeze", "unknown net 'squeeze'; choose from alex, vgg"),
     ],
 )

@@ -1242,6 +1242,16 @@ def test_a_study_ends_with_the_best_mean_and_commands_that_go_on(child, tmp_path
     assert Store(tmp_path).find(prior[3]).config()["beta"] == 1.0
 
 
+def test_what_should_be_trained_for_longer_is_trained_for_longer_next(child, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "undecided", lambda metrics, history: ["12.0 dB below k-means at the same bits"])
+    assert start(BETA, tmp_path) == 0
+    longer = nexts(capsys.readouterr().err)[0]
+    assert longer[-2:] == ["--steps", str(2 * make_config("cnn", "smoke").steps)]
+    plan = planned(tmp_path, "--match", "time:60s")
+    assert plan.options.timed
+    assert "--steps" not in study.next_commands(plan, [], [])[0]
+
+
 def test_what_failed_is_to_be_tried_again_first(child, tmp_path, capsys):
     child.endings = ["diverged"]
     assert start(BETA, tmp_path) == 1
