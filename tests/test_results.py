@@ -40,7 +40,7 @@ def rows(page: str, section: str, nth: int = 0) -> list[dict[str, str]]:
 
 def same(text: str, values: pd.Series) -> None:
     """That ``text``, a number or "mean ± standard deviation", is what ``values`` round to."""
-    mean, _, spread = text.partition(" ± ")
+    mean, _, spread = text.replace("−", "-").partition(" ± ")
     for said, value in ((mean, values.mean()), (spread, values.std())):
         if said:
             digits = len(said.partition(".")[2])
@@ -107,6 +107,21 @@ def test_quantizers_are_as_published(table):
     for row in rows("results/README.md", "## Quantizers and tricks"):
         name = re.sub(r"^--quantizer ", "", re.search(r"`([^`]+)`", row["name"])[1])
         assert holds(row, runs[runs.quantizer == name]) == 4
+
+
+def test_learning_rates_are_as_published(table):
+    (name,) = (name for name in KEPT.studies() if name.startswith("learning_rate"))
+    runs, compared = study(table, name), 0
+    for row in rows("results/README.md", "## Learning rates on Tiny ImageNet"):
+        first = row["name"].strip("`")
+        if first in {*runs.backbone}:
+            own = runs[(runs.backbone == first) & (runs.lr == float(row["learning rate"]))]
+            assert len(own) == 1
+            assert holds(row, own) == 5
+            compared += 1
+        else:
+            assert holds(row, runs, "_kmeans" if first.startswith("k-means") else "_webp") >= 3
+    assert compared == len(runs)
 
 
 def test_what_is_kept_is_of_this_protocol_and_finished(table):
