@@ -153,12 +153,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # both at the size of CPUs: 64 pixels a side, whose 8×8 and 16×16 codes have the strides of the post's
     "blog64": {
-        "about": "the first at the size of CPUs, unequal as published: 64×64, a tenth of the parameters for convnext",
+        "about": "blog256 at the size of CPUs: 64×64, convnext with four times the codes and a tenth of the parameters",
         **{**_BLOG64, "params": 2_400_000},
         "own": {"convnext": {**_NEXTFORMER, "width": 48, "depth": 2, "grid_size": 16}},
     },
     "blog64-fair": {
-        "about": "the second at the size of CPUs: 64×64 to 8×8 codes, 1 M parameters for all",
+        "about": "blog256-fair at the size of CPUs: 64×64 to 8×8 codes, 1 M parameters for all",
         **{**_BLOG64, "attention": 1, "params": 1_000_000},
         "own": {},
     },
