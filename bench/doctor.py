@@ -81,7 +81,8 @@ def checks(results: Path) -> Iterator[Check]:
     for name, folder in (("cache", cache_dir()), ("results", results)):
         try:
             Store(folder).check_writable(0) if name == "results" else folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free / 2**30
+            place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(place).free / 2**30
         except (OSError, UserError) as error:
             yield Check(name, False, f"{folder}: {error}", "choose another with VQBENCH_CACHE or --results")
             continue

@@ -34,30 +34,32 @@ def entries(runs: Iterable[Run], read: Callable[[Run], Entry]) -> Iterator[Entry
     """``read`` of each of ``runs``: JSON with a ``status``, and ``lacking`` where a file beside the scores is damaged,
     made from nothing but the run's JSON files."""
     for parent, shelf in groupby(runs, key=lambda run: run.folder.parent):
-        yield from _remembered(parent, (run.folder.name for run in shelf), read, _Shelf.entries)
+        yield from _remembered(parent, ((run.folder.name, run) for run in shelf), read, _Shelf.entries)
 
 
 def statuses(parent: Path, names: Iterable[str], read: Callable[[Run], Entry]) -> Iterator[str]:
     """The ``status`` alone of what ``entries`` gives, of the runs that go by ``names`` in the folder ``parent``, in a
     small part of the time."""
-    return (entry["status"] for entry in _remembered(parent, names, read, _Shelf.statuses))
+    return (entry["status"] for entry in _remembered(parent, ((name, None) for name in names), read, _Shelf.statuses))
 
 
-def _remembered(parent: Path, names: Iterable[str], read: Callable[[Run], Entry], look_up: Callable) -> Iterator[Entry]:
-    names = iter(names)
-    first = list(islice(names, BATCH))
+def _remembered(
+    parent: Path, named: Iterable[tuple[str, Run | None]], read: Callable[[Run], Entry], look_up: Callable
+) -> Iterator[Entry]:
+    named = iter(named)
+    first = list(islice(named, BATCH))
     if len(first) < BATCH:
-        yield from (read(Run(parent / name)) for name in first)
+        yield from (read(run or Run(parent / name)) for name, run in first)
         return
-    names = chain(first, names)
+    named = chain(first, named)
     with closing(_Shelf(parent)) as copy:
-        while batch := list(islice(names, BATCH)):
-            stamps = {name: _stamp(f"{parent}/{name}") for name in batch}
+        while batch := list(islice(named, BATCH)):
+            stamps = {name: _stamp(f"{parent}/{name}") for name, _ in batch}
             known, new = look_up(copy, stamps), {}
-            for name in batch:
+            for name, run in batch:
                 entry = known.get(name)
                 if entry is None:
-                    entry = read(Run(parent / name))
+                    entry = read(run or Run(parent / name))
                     damaged = entry["status"] == "damaged" or "lacking" in entry  # may pass: the disk's fault
                     if stamps[name] and not damaged:
                         new[name] = stamps[name], entry

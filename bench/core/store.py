@@ -130,7 +130,7 @@ class Store:
         place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         try:
             if not place.is_dir():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
             with tempfile.TemporaryFile(dir=place):
                 pass
             free = shutil.disk_usage(place).free >> 20

@@ -46,10 +46,11 @@ def fails(subject: Subject) -> str:
                 x_hat = to_uint8(subject.codec.decode(subject.codec.encode(blank)))
             if x_hat.shape != blank.shape:
                 raise ValueError(f"it makes {x_hat.shape[2]}×{x_hat.shape[3]} of them")
-            subject.at(size)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, UserError) as error:
             reason = textwrap.shorten(str(error) or type(error).__name__, 160)
             return f"this backbone and grid take no images of {size}×{size} ({reason}); leave it out"
+        try:
+            subject.at(size)
         except UserError as error:
             return str(error)
     return ""

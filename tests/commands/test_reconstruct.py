@@ -114,7 +114,7 @@ def test_a_folder_means_its_images_and_the_first_of_many(store, image_folder, dr
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--run", "cnn"], "name images and runs: python -m bench.reconstruct IMAGE... --run RUN"),
+        (["--run", "cnn"], "-m bench.reconstruct IMAGE... --run RUN"),
         (["photo.png"], "name images and runs"),
         (["nowhere.png", "--run", "cnn"], "there is no image nowhere.png; name files, or folders of them"),
         (["empty", "--run", "cnn"], "no images in empty: put some there, or name another folder"),

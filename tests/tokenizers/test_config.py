@@ -340,7 +340,7 @@ def test_a_folder_is_known_by_its_real_path(config, tmp_path, monkeypatch):
 
 LEAST = {  # the smallest value that is allowed, and one that is not
     **dict.fromkeys(("width", "depth", "code_dim", "steps", "batch_size", "gan_width", "gan_layers"), (1, 0)),
-    **dict.fromkeys(("codebook_size", "grid_size"), (1, 0)),
+    **{"codebook_size": (2, 1), "grid_size": (1, 0)},
     **dict.fromkeys(("attention", "warmup", "revive_after", "seed"), (0, -1)),
     **dict.fromkeys(("beta", "lpips_weight", "gan_weight", "gan_lr", "lecam_weight", "r1_weight"), (0.0, -1e-9)),
     **dict.fromkeys(("weight_decay", "grad_clip", "entropy_weight"), (0.0, -1e-9)),

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_the_decoder_sees_nothing_but_the_codes(tiny, quantizer):
         torch.testing.assert_close(again, x_hat, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(tokenizer.decode(quantized.codes), x_hat.clamp(-1, 1), rtol=1e-4, atol=1e-5)
         assert (tokenizer.decoder(z) - x_hat).abs().max() > 1e-3
-        assert torch.equal(tokenizer.encode(z), quantized.codes)
+        with patch.object(tokenizer, "_check_images"):  # z is what an encoder gives
+            assert torch.equal(tokenizer.encode(z), quantized.codes)
         assert (tokenizer(-z)[0] - x_hat).abs().max() > 1e-3
 
 

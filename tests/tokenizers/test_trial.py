@@ -34,7 +34,7 @@ MEASURED = {
     *("images_per_second_encode", "images_per_second_decode", "peak_memory_mb", "train_seconds", "score_seconds")
 }
 FILES = {"config.json", "history.jsonl", "metrics.json", "tokenizer.safetensors", "per_image.npz", "samples.npz"}
-FILES |= {"untrained.npz"}
+FILES |= {"config.toml", "untrained.npz"}
 PICTURES = {"reconstructions.png", "curves.png"}
 LEAST = dict.fromkeys(SCORED["runs"], 1.0)  # what a finished run has
 
@@ -188,7 +188,7 @@ def test_pictures_show_what_is_scored(scored):
 
 def test_a_run_that_finished_keeps_no_checkpoint(scored):
     assert scored[0].finished
-    assert {path.name for path in scored[0].folder.iterdir()} == FILES - {"untrained.npz"} | PICTURES
+    assert {path.name for path in scored[0].folder.iterdir()} == FILES - {"config.toml", "untrained.npz"} | PICTURES
 
 
 WRITERS = ("tokenizers.trial.write_weights", "tokenizers.trial.np.savez_compressed")
@@ -285,7 +285,8 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     assert run_trial(config, store, tmp_path, resume=False) == run
     assert seen["prepare"] == (config, store, tmp_path)
     assert seen["train"] == (config, trial_data.train, run.folder, False)
-    *given, measured = seen["finish"]
+    *given, measured, before = seen["finish"]
+    assert before >= 0
     assert given == [run, "tokenizer", trial_data, {"psnr": (config, trial_data, tmp_path)}, tmp_path]
     assert measured.keys() == {"grid_edges_init", "train_seconds", "peak_memory_mb"}
     assert measured["grid_edges_init"] == (config, trial_data.test)
