@@ -130,7 +130,8 @@ class Store:
         place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         try:
             if not place.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+                number = errno.EEXIST if place == folder else errno.ENOTDIR
+                raise OSError(number, os.strerror(number), str(place))
             with tempfile.TemporaryFile(dir=place):
                 pass
             free = shutil.disk_usage(place).free >> 20
