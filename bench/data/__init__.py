@@ -2,6 +2,6 @@
 
 from .batches import AUGMENTATIONS, batch, batch_indices, eval_batches, from_uint8
 from .datasets import ABOUT, DATASETS
-from .decoding import Data, load
+from .decoding import Data, check_name, load
 from .photos import photographs
 from .sources import SPLITS, find_images, to_pixels, to_rgb

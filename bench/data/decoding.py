@@ -93,13 +93,18 @@ def load(data: str, image_size: int) -> Data:
     same files. Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an
     image_size beyond what ``photos`` has, a failed download, and a cache folder that is full or cannot be written.
     """
-    name, _, path = data.partition(":")
-    if name == "folder" and path:
-        return decoded(data, folder_source(path, image_size), image_size)
+    check_name(data)
     if data in DATASETS:
         return decoded(data, DATASETS[data](image_size), image_size)
-    there = f"; {data} is there: write folder:{data}" if os.path.isdir(data) else ""
-    raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH{there}")
+    return decoded(data, folder_source(data.removeprefix("folder:"), image_size), image_size)
+
+
+def check_name(data: str) -> None:
+    """Raises UserError unless ``data`` is a name in DATASETS or ``folder:PATH``, whatever may be there."""
+    name, _, path = data.partition(":")
+    if data not in DATASETS and not (name == "folder" and path):
+        there = f"; {data} is there: write folder:{data}" if os.path.isdir(data) else ""
+        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH{there}")
 
 
 def decoded(data: str, source: Source, image_size: int) -> Data:

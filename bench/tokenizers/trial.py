@@ -16,7 +16,7 @@ from bench.core.files import atomic_path, cache_dir, reason
 from bench.core.recipe import write_recipe
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
-from bench.data import Data, load
+from bench.data import Data, check_name, load
 from bench.metrics import from_uint8, to_uint8, weights
 from bench.training.loop import logged
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
@@ -40,6 +40,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     """Everything that can go wrong for a reason the user can fix, before any training is spent: the settings, the
     device, the results folder, the pretrained weights (fetched if need be) and the data. Raises UserError."""
     config.check()
+    check_name(config.data)  # before anything is fetched
     check_size(config, config.resolved().device, COPIES)
     images, place = Path(config.resolved().data.removeprefix("folder:")), Path(os.path.realpath(store.root))
     if config.data.startswith("folder:") and images in (place, *place.parents):
