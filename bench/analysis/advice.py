@@ -3,16 +3,14 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from bench.core.runs import Run
 from bench.tokenizers.curves import STEEP, still_falling
 
-from .extrapolation import HISTORIES, outlook
+from .extrapolation import Curves, histories, outlook
 from .frames import LABELS, main_metric
 from .statistics import FEWEST, LEVEL, Verdict, kmeans_margin
 from .tables import text_of
@@ -31,7 +29,8 @@ class Advice(NamedTuple):
 
 def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
     """Of a block, given ``verdicts`` that hold those between its backbones in the main metric. Reads histories."""
-    rising, low = _falling(block), _below(block)
+    curves, low = histories(block), _below(block)
+    rising = _falling(curves)
     family = [one for one in verdicts if one.metric == main_metric(block) and one.n]
     warnings = []
     if len(low):
@@ -43,7 +42,8 @@ def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
             f"Training ended early: its second half still lowered the reconstruction loss of {each}. More steps would "
             "change these numbers, and perhaps their order."
         )
-        warnings.extend(outlook(block))
+        if block.steps.nunique() == 1:
+            warnings.extend(outlook(curves, float(block.steps.iloc[0])))
     backbones = sorted(block.backbone.unique())
     first, second, pair = _first_two(backbones, family)
     if pair and (against := _against(block, first, second)):
@@ -130,12 +130,11 @@ def _below(block: pd.DataFrame) -> pd.Series:
     return margins[margins < 0]
 
 
-def _falling(block: pd.DataFrame) -> dict[str, float]:
+def _falling(curves: Curves) -> dict[str, float]:
     """How far the loss of each backbone fell in the second half of training, on average, where that is steep."""
     found = {}
-    for backbone, own in block.sort_values("seed", kind="stable").groupby("backbone"):
-        falls = [still_falling(Run(Path(folder)).history()) for folder in own.folder.head(HISTORIES)]
-        known = [fall for fall in falls if fall is not None]
+    for backbone, own in curves.items():
+        known = [fall for _, history in own if (fall := still_falling(history)) is not None]
         if known and np.mean(known) > STEEP:
-            found[str(backbone)] = float(np.mean(known))
+            found[backbone] = float(np.mean(known))
     return found

@@ -76,19 +76,31 @@ def crossing(a: Law, b: Law, steps: float) -> float | None:
     return float(brentq(lambda at: a(at) - b(at), t[change[0]], t[change[0] + 1]))
 
 
-def outlook(block: pd.DataFrame) -> list[str]:
-    """Of a block whose backbones were trained for equally many steps, and whose curves have a law: what twice the steps
-    would still take off each backbone's training loss; and of three seeds and more, where beyond them the order of two
-    would turn, if each seed has it turn, at places no further than a factor of SPREAD apart. Reads up to HISTORIES
-    histories of each."""
-    if block.steps.nunique() > 1:
-        return []
-    steps, laws = float(block.steps.iloc[0]), {}
+History = Sequence[dict[str, float]]
+Curves = dict[str, list[tuple[int, History]]]  # of each backbone seeds and histories, by seed
+
+
+def histories(block: pd.DataFrame) -> Curves:
+    """Up to HISTORIES histories of each backbone of a block, and as many more as that takes one of each seed."""
+    found: Curves = {}
     for backbone, own in block.sort_values("seed", kind="stable").groupby("backbone"):
-        histories = (Run(Path(folder)).history() for folder in own.drop_duplicates("seed").folder.head(HISTORIES))
-        found = [law(*_curve(history)) for history in histories]
+        wanted = own.index[:HISTORIES].union(own.drop_duplicates("seed").index[:HISTORIES], sort=False)
+        rows = own.loc[wanted].sort_values("seed", kind="stable")
+        found[str(backbone)] = [
+            (seed, Run(Path(folder)).history()) for seed, folder in zip(rows.seed, rows.folder, strict=True)
+        ]
+    return found
+
+
+def outlook(curves: Curves, steps: float) -> list[str]:
+    """Of the histories of backbones that were trained for so many ``steps``, as far as they have a law: what twice the
+    steps would still take off each one's training loss; and of three seeds and more, where beyond them the order of two
+    would turn, if each seed has it turn, at places no further than a factor of SPREAD apart."""
+    laws = {}
+    for backbone, own in curves.items():
+        found = [law(*_curve(history)) for history in dict(reversed(own)).values()]  # the first of each seed
         if all(found):
-            laws[str(backbone)] = found
+            laws[backbone] = found
     if not laws:
         return []
     gains = {name: np.mean([1 - one(2 * steps) / one(steps) for one in found]) for name, found in laws.items()}
@@ -103,7 +115,7 @@ def outlook(block: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _curve(history: Sequence[dict[str, float]]) -> tuple[list[float], list[float]]:
+def _curve(history: History) -> tuple[list[float], list[float]]:
     rows = [row for row in history if "reconstruction" in row]
     return [row["step"] for row in rows], [row["reconstruction"] for row in rows]
 
