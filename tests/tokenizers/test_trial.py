@@ -943,3 +943,11 @@ def test_two_images_of_each_split_are_needed_before_any_training(trial_data, mon
     with pytest.raises(UserError, match=f"photos has {train} train and {val} {split} images; distances"):
         run_trial(make_config("cnn", "smoke", device="cpu", split=split), tmp_path)
     assert not list(tmp_path.glob("runs/*/history.jsonl"))
+
+
+def test_an_unknown_data_set_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    """And what a folder that is there has to be called."""
+    monkeypatch.setattr(trial.weights, "trunk_state", lambda net: pytest.fail("fetched"))
+    config = make_config("cnn", "smoke", data=str(tmp_path), device="cpu")
+    with pytest.raises(UserError, match=f"is there: write folder:{tmp_path}$"):
+        trial.prepare(config, Store(tmp_path / "results"))
