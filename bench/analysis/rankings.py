@@ -215,7 +215,9 @@ def verdict_list(verdicts: Sequence[Verdict], part: float = 1.0) -> Sheet:
         rows[-1] += [Cell(NONE if one.p is None else f"{one.p:.2g}", order=one.p), Cell(words, "", words, one.better)]
     keys = ["metric", "a", "b", "within", "n", "a − b", "95 % over seeds", "95 % over images", "p", "verdict"]
     paired = "Where further settings were swept, both sides are paired at equal values of them, as within says, and "
-    notes = [f"{paired}averaged."] if any("over " in one.within for one in verdicts) else []
+    alone = "Intervals are of each pair alone; p is corrected for the number of pairs, and no verdict goes without it."
+    notes = [alone] if any(one.interval for one in verdicts) else []
+    notes += [f"{paired}averaged."] if any("over " in one.within for one in verdicts) else []
     notes += [f"Intervals over images are of a random {part:.1%} of these settings."] if part < 1 else []
     return Sheet(keys, rows, notes=[*notes, *_cut(len(verdicts))])
 

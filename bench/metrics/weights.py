@@ -295,7 +295,9 @@ def _download_inception(path: Path) -> str:
                     bar.advance()
             _check_published("inception", temporary)
     except (OSError, HTTPException, UserError) as error:
-        return f"FID's Inception weights could not be downloaded ({error}); copy {path.name} into {path.parent}."
+        why = getattr(error, "reason", error)  # urllib wraps what the system said
+        said = getattr(why, "strerror", None) or why
+        return f"FID's Inception weights could not be downloaded ({said}); copy {path.name} into {path.parent}."
     return ""
 
 

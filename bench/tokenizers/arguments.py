@@ -127,7 +127,8 @@ def _of_other_size(recipe: dict[str, Any], words: Sequence[str]) -> dict[str, An
     """What a file of settings has, without the width and depth of its backbone where --match is to find those of
     others. Raises UserError where --backbone names others and nothing says how large they are to be."""
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-    after = words[words.index("--backbone") + 1 :] if "--backbone" in words else ()
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--backbone=") else [word])]
+    after = split[split.index("--backbone") + 1 :] if "--backbone" in split else ()
     named = {*itertools.takewhile(lambda word: not word.startswith("-"), after)}
     sized = {"width", "depth"} & recipe.keys()
     if not sized or not named - {*recipe.get("backbone", named)}:

@@ -822,6 +822,7 @@ def test_priors_are_introduced_by_how_they_were_sampled_and_those_without_scores
 def test_a_verdict_has_a_digit_more_than_its_metric_and_who_is_better_is_marked():
     one = Verdict("kid_vgg16", "cnn", "vit", "beta=1", 5, 0.00123, (0.001, 0.002), None, 0.012, "vit")
     sheet = verdict_list([one, replace(one, better=None)])
+    assert sheet.notes[0].startswith("Intervals are of each pair alone; p is corrected for the number of pairs")
     assert texts(sheet)[0] == [
         *("KID vgg16", "cnn", "vit", "beta=1", "5", "+0.00123", "+0.00100 to +0.00200", NONE, "0.012", "vit better")
     ]

@@ -140,6 +140,8 @@ def test_a_file_s_size_is_that_of_its_backbone_alone(tmp_path):
     assert [(one.width, one.depth) for one in made("--backbone", "cnn")] == [(40, 3)]
     with pytest.raises(UserError, match="the file has width and depth of cnn alone; add --match params:1M"):
         made("--backbone", "cnn", "vit")
+    with pytest.raises(UserError, match="the file has width and depth of cnn alone"):
+        made("--backbone=vit")
     matched = made("--backbone", "cnn", "vit", "--match", "params:275k")
     assert [one.depth for one in matched] != [3, 3]
     assert all(abs(parameters(one) / 275e3 - 1) < 0.02 for one in matched)

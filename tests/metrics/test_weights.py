@@ -13,6 +13,7 @@ import time
 import warnings
 from http.client import IncompleteRead
 from pathlib import Path
+from socket import gaierror
 from urllib.error import URLError
 
 import lpips
@@ -364,6 +365,14 @@ def test_inception_is_none_where_it_cannot_be_had_and_tried_once(folder, monkeyp
     assert "no route to host" in weights.inception_missing()
     assert str(folder) in weights.inception_missing()
     assert attempts == [5]
+
+
+def test_a_name_that_nobody_knows_is_told_without_the_library_s_words(folder, monkeypatch):
+    def urlopen(url, timeout):
+        raise URLError(gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(weights, "urlopen", urlopen)
+    assert "could not be downloaded (Name or service not known); copy" in weights.inception_missing()
 
 
 def test_an_inception_download_that_breaks_off_is_a_reason_and_leaves_nothing(folder, monkeypatch):
