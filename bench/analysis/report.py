@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path
-from bench.core.progress import Bar, say, stdout
+from bench.core.progress import Bar, runnable, say, stdout
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.pixels import over_pixels
@@ -146,7 +147,20 @@ def write_report(
             temporary.write_text(text, encoding="utf-8")
     show(report)
     stdout.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+    for line in next_commands(report, dict(zip(table.run_id, table.folder, strict=True))):
+        stdout.print(escape(runnable(line)), soft_wrap=True)
     return Written(folder / "report.html", figures)
+
+
+def next_commands(report: Report, places: dict[str, str]) -> list[str]:
+    """Commands that go on from the first block, with the folders of runs by id: its two best rows held against each
+    other, and images from the best that has its weights."""
+    named = [row[0].run for row in report.blocks[0].ranking.rows] if report.blocks else []
+    folders = [places[run] for run in named if run]
+    pair = f"Compare the best two: python -m bench.diff {shlex.join(folders[:2])}"
+    whole = [folder for folder in folders if (Path(folder) / "tokenizer.safetensors").is_file()]
+    images = [f"Generate images: python -m bench.prior {shlex.quote(folder)}" for folder in whole[:1]]
+    return [pair] * (len(folders) > 1) + images
 
 
 def _is_over(tokenizers: set[str], prior: Run) -> bool:

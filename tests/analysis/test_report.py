@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import asdict, replace
 from html import unescape
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from rich.table import Table
 
+from bench import diff
 from bench import report as command
 from bench.analysis import charts, data, rankings, report, statistics, tables
 from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
@@ -1002,6 +1004,18 @@ def test_charts_of_an_earlier_report_go_and_those_of_another_worker_stay(store, 
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (store.root / "reports").exists()
     assert write_report([], store.root).page == store.root / "reports" / "all" / "report.html"
+
+
+def test_a_report_ends_with_commands_that_go_on_from_its_best_runs(store, sketched, capsys):
+    """The two best rows in their order; the best that has its weights."""
+    quality = {"vit": 0.2, "mamba": 0.1, "cnn": 0.0}
+    best, second, last = (fabricate(store, smoke(name), better) for name, better in quality.items())
+    (last.folder / "tokenizer.safetensors").touch()
+    write_report([], store.root)
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert lines[0][-2:] == [str(best.folder), str(second.folder)]
+    assert lines[1][-3:] == ["-m", "bench.prior", str(last.folder)]
+    assert diff.main(lines[0][-2:]) == 0
 
 
 def test_priors_over_other_runs_are_not_in_the_report(with_priors, sketched):
