@@ -3,6 +3,7 @@
     python -m bench.report                     # every run below results/
     python -m bench.report beta-cpu            # the study results/studies/beta-cpu.json
     python -m bench.report RUN_ID RUN_ID --out DIR
+    python -m bench.report beta-cpu --columns lpips_vgg psnr --verdicts lpips_vgg    # as Markdown, and nothing else
 
 Rows are ranked within a block only: equal protocol and equal bits per image. The same runs give the same report.
 """
@@ -14,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from bench.analysis.excerpts import excerpt
 from bench.analysis.report import write_report
 from bench.core.cli import command, command_line
 from bench.sweeps.importance import importances
@@ -24,11 +26,15 @@ class Options:
     """The command line."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
-    """studies (NAME or the path of its json), run folders, run ids or results folders; nothing means every run"""
+    """studies (NAME, how it begins, or the path of its json), run folders, run ids, results folders; none: all runs"""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """folder of the report; RESULTS/reports/NAME by default"""
     results: Path = Path("results")
     """where runs/ and studies/ are"""
+    columns: tuple[str, ...] = ()
+    """in place of a report prints its rankings as Markdown, with these metrics alone"""
+    verdicts: tuple[str, ...] = ()
+    """the same with the verdicts on these metrics, below the ranking or without one"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work(words: list[str]) -> int:
         options = command_line(Options, words, "python -m bench.report", __doc__)
-        write_report(options.names, options.results, options.out, importances)
+        if options.columns or options.verdicts:
+            print(excerpt(options.names, options.results, options.columns, options.verdicts))
+        else:
+            write_report(options.names, options.results, options.out, importances)
         return 0
 
     return command(work, arguments)

@@ -205,7 +205,7 @@ def verdict_list(verdicts: Sequence[Verdict], part: float = 1.0) -> Sheet:
     ``part``: that of the settings whose scores per image were read."""
     rows = []
     for one in verdicts[:LIMIT]:
-        form = f"+.{int(METRICS[one.metric].form[1:-1]) + 1}f"
+        form = f"+.{int(METRICS[one.metric].form.partition('.')[2][:-1]) + 1}f"
         words = f"{one.better} better" if one.better else "not distinguishable" if one.interval else "too few seeds"
         words += ", both below k-means in PSNR" if one.below else ""
         texts = (METRICS[one.metric].label, one.a, one.b, one.within)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import shlex
 import tempfile
 from collections import Counter
@@ -30,7 +29,7 @@ from .data import write_data
 from .frames import CONFIG, PRIOR, main_metric, settings
 from .page import html
 from .statistics import COMPARED, Images, Verdict, backbone_verdicts, sentences, setting_verdicts
-from .tables import Sheet, fits, heading, put, text_of
+from .tables import Sheet, as_markdown, fits, heading, inline, put, text_of
 
 CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
 BRIEF = 8  # rows, sentences or names where there is little room
@@ -117,8 +116,7 @@ def write_report(
     if selection.study and selection.study["kind"] == "search":
         roles = {run_id: row.get("role") for run_id, row in selection.study.get("confirmed", {}).items()}
         table["role"] = table.run_id.map(roles)
-    known = {run.folder.name for run in selection.runs}
-    priors, further = frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
+    priors, further = priors_over(selection)
     pixels, beyond = frames.read(_over_pixels(selection), PRIOR)
     table = frames.with_rates(table, priors) if len(priors) else table
     report = contents(selection, table, priors, damaged)
@@ -163,6 +161,12 @@ def next_commands(report: Report, places: dict[str, str]) -> list[str]:
     return [pair] * (len(folders) > 1) + images
 
 
+def priors_over(selection: Selection) -> tuple[pd.DataFrame, list[str]]:
+    """The frame of the priors over the runs of ``selection``, and sentences on those that are damaged."""
+    known = {run.folder.name for run in selection.runs}
+    return frames.read((run for run in Store(selection.root).priors() if _is_over(known, run)), PRIOR)
+
+
 def _is_over(tokenizers: set[str], prior: Run) -> bool:
     """Whether a prior is over one of ``tokenizers``, or so damaged that it does not tell."""
     try:
@@ -189,7 +193,8 @@ def _watched(label: str, items: list[Any]) -> Iterator[Any]:
 
 
 def select(names: Sequence[str], results: Path) -> Selection:
-    """The runs that ``names`` mean: studies (NAME or the path of its json), run folders, run ids or results folders.
+    """The runs that ``names`` mean: studies (NAME, what one name alone begins with, or the path of its json), run
+    folders, run ids or results folders.
 
     Nothing named means every run below ``results``. Raises UserError on a name that is none of these, and when there
     are no runs.
@@ -217,6 +222,8 @@ def _find(name: str, results: Path) -> Selection:
             return Selection("selection", [run], results)
     if (path / "runs").is_dir():
         return Selection("all", Store(path).runs(), path)
+    if len(begun := [study for study in store.studies() if name and study.startswith(name)]) == 1:
+        return _study(store, begun[0])
     known = f"studies: {_few(store.studies())}; runs: {_few([run.folder.name for run in store.runs()])}"
     raise UserError(f"unknown study or run {name!r} in {results}; it has {known}")
 
@@ -242,7 +249,7 @@ def contents(selection: Selection, table: pd.DataFrame, priors: pd.DataFrame, da
     found = []
     for number, block in enumerate(_watched("comparing", parts), 1):
         head = f"{number}. " if len(parts) > 1 else ""
-        found.append(_block(head + _title(block), block, unscored, latents))
+        found.append(_block(head + title_of(block), block, unscored, latents))
     return Report(
         title={"all": "All runs", "selection": "Selected runs"}.get(selection.name, f"Study {selection.name}"),
         facts=_facts(selection, table, len(damaged)),
@@ -303,7 +310,8 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     )
 
 
-def _title(block: pd.DataFrame) -> str:
+def title_of(block: pd.DataFrame) -> str:
+    """What a block is of: images, bits, and the grid and K that they follow from where these are the same."""
     first = block.iloc[0]
     title = f"{rankings.images_of(block)}, {first.bits_per_image:.0f} bits per image"
     codes = f" ({first.grid_size}×{first.grid_size} codes, K = {first.codebook_size})"
@@ -337,41 +345,28 @@ def _values(column: pd.Series) -> str:
 
 def markdown(report: Report) -> str:
     """Rankings, verdicts and refusals as Markdown that a paper could print."""
-    facts = "\n".join(f"- {name}: {_inline(text)}" for name, text in report.facts.items())
-    parts = [f"# {_inline(report.title)}"]
+    facts = "\n".join(f"- {name}: {inline(text)}" for name, text in report.facts.items())
+    parts = [f"# {inline(report.title)}"]
     for block in report.blocks:
-        parts += [f"**{_inline(block.title)}.** {_inline(block.advice.line)}"]
-        parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.advice.warnings)]
-    parts += [facts, "\n".join(f"- {_inline(sentence)}" for sentence in report.answers)]
+        parts += [f"**{inline(block.title)}.** {inline(block.advice.line)}"]
+        parts += ["\n".join(f"- {inline(sentence)}" for sentence in block.advice.warnings)]
+    parts += [facts, "\n".join(f"- {inline(sentence)}" for sentence in report.answers)]
     for block in report.blocks:
-        parts += [f"## {_inline(block.title)}", _markdown(block.ranking)]
+        parts += [f"## {inline(block.title)}", as_markdown(block.ranking)]
         found = block.instruments.rows or block.instruments.references
-        parts += ["### Instruments", _markdown(block.instruments)] if found else []
-        parts += [f"{_inline(block.within)}:" if block.within else ""]
-        parts += ["\n".join(f"- {_inline(sentence)}" for sentence in block.headline)]
-    parts += ["## What was claimed", _markdown(report.claims)] if report.claims.rows else []
+        parts += ["### Instruments", as_markdown(block.instruments)] if found else []
+        parts += [f"{inline(block.within)}:" if block.within else ""]
+        parts += ["\n".join(f"- {inline(sentence)}" for sentence in block.headline)]
+    parts += ["## What was claimed", as_markdown(report.claims)] if report.claims.rows else []
     for title, sheet in report.search:
-        parts += [f"## {_inline(title)}", _markdown(sheet)]
+        parts += [f"## {inline(title)}", as_markdown(sheet)]
     for title, sheet in report.generation:
-        parts += [f"## Generation: {_inline(title)}", _markdown(sheet)]
+        parts += [f"## Generation: {inline(title)}", as_markdown(sheet)]
     for title, sheet in (("Not ranked against each other", report.refusals), ("Without scores", report.unscored)):
-        parts += [f"## {title}", _markdown(sheet)] if sheet.rows else []
+        parts += [f"## {title}", as_markdown(sheet)] if sheet.rows else []
     if report.damaged:
-        parts += ["## Damaged, and left out", "\n".join(f"- {_inline(sentence)}" for sentence in report.damaged)]
+        parts += ["## Damaged, and left out", "\n".join(f"- {inline(sentence)}" for sentence in report.damaged)]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _markdown(sheet: Sheet) -> str:
-    lines = [[_inline(heading(key)) for key in sheet.keys], ["---:" if n else "---" for n in sheet.numeric]]
-    for row in (*sheet.rows, *sheet.references):
-        texts = [_inline(f"{cell.text} {cell.spread}") for cell in row]
-        lines.append([f"**{text}**" if cell.best else text for text, cell in zip(texts, row, strict=True)])
-    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *map(_inline, sheet.notes)])
-
-
-def _inline(text: str) -> str:
-    """``text`` on one line, characters of Markdown and HTML taken literally."""
-    return re.sub(r"([\\`*_|<>]|\](?=\())", r"\\\1", " ".join(text.split()))
 
 
 def _brief(ranking: Sheet, title: str, shown: Sequence[str]) -> Table:

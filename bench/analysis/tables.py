@@ -1,5 +1,6 @@
 """Cells and sheets, what page, Markdown and terminal are made of, and the table of scores that commands print."""
 
+import re
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -102,6 +103,20 @@ def heading(key: str) -> str:
     """What a column is called, with an arrow towards the better values."""
     label, arrow = (LABELS[key].label, LABELS[key].arrow) if key in LABELS else (key, "")
     return f"{HEADINGS.get(key, label)}\u00a0{arrow}".strip()
+
+
+def as_markdown(sheet: Sheet) -> str:
+    """A table of Markdown, references below the rows, the best of each column bold, and the notes."""
+    lines = [[inline(heading(key)) for key in sheet.keys], ["---:" if n else "---" for n in sheet.numeric]]
+    for row in (*sheet.rows, *sheet.references):
+        texts = [inline(f"{cell.text} {cell.spread}") for cell in row]
+        lines.append([f"**{text}**" if cell.best else text for text, cell in zip(texts, row, strict=True)])
+    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in lines), *map(inline, sheet.notes)])
+
+
+def inline(text: str) -> str:
+    """``text`` on one line, characters of Markdown and HTML taken literally."""
+    return re.sub(r"([\\`*_|<>]|\](?=\())", r"\\\1", " ".join(text.split()))
 
 
 def upright(sheet: Sheet, title: str) -> Table:

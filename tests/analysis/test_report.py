@@ -915,7 +915,7 @@ def test_columns_of_numbers_may_have_gaps_and_are_aligned_to_the_right():
         ["backbone", "psnr"], [[CELL("vit", order="vit"), CELL("2.00", "± 1", 2.0, True)], [CELL("a\n|b"), GAP]]
     )
     assert sheet.numeric == [False, True]
-    assert report._markdown(sheet).splitlines() == [
+    assert tables.as_markdown(sheet).splitlines() == [
         *("| backbone | PSNR dB ↑ |", "| --- | ---: |"),
         *("| vit | **2.00 ± 1** |", r"| a \|b | – |"),
     ]
@@ -928,7 +928,7 @@ def test_markdown_has_facts_rankings_and_verdicts_and_no_heading_without_rows(st
     assert text.startswith("# All runs\n\n**photos 32×32")
     assert "\n\n- backbones: cnn, vit\n- swept: beta 0.25, 1\n" in text
     assert "\n\nover beta 0.25, 1:\n\n- " in text
-    assert all(f"\n- {report._inline(sentence)}" in text for sentence in found.blocks[0].headline)
+    assert all(f"\n- {tables.inline(sentence)}" in text for sentence in found.blocks[0].headline)
     assert not re.search("^## (Not ranked|Without)", text, re.M)
     failed = fabricate_failed(store, make_config("vit", "smoke", seed=9))
     fabricate(store, make_config("vit", "smoke", codebook_size=16))

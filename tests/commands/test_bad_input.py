@@ -94,6 +94,8 @@ BAD = [
     "encode cnn",
     "report nobody",
     "report --results nowhere",
+    "report --results store --columns fidd",
+    "report --results store --verdicts tokens",
     "report --results store --out file",
     "report --results store --out file/below",
     "diff cnn",

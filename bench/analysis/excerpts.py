@@ -1,0 +1,69 @@
+"""Tables of a report with the columns that are asked for, as Markdown: for a page or a paper."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.markup import escape
+
+from bench.core.errors import UserError
+from bench.core.progress import say
+from bench.core.runs import FAILURES
+
+from . import frames, rankings
+from .frames import LABELS, METRICS
+from .report import priors_over, select, title_of
+from .statistics import backbone_verdicts, setting_verdicts
+from .tables import Sheet, as_markdown, inline
+
+
+def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), verdicts: Sequence[str] = ()) -> str:
+    """Of the runs that ``names`` mean (see ``select``) each ranking, of tokenizers and of priors over them, that has
+    all ``columns``, with these alone; and the verdicts on each metric of ``verdicts``, of backbones against each other
+    and then of settings.
+
+    Columns are keys of LABELS, for verdicts those of METRICS with a direction. Rows are those of a report to the digit;
+    what was swept stays, and failed runs where there are any. Raises UserError as ``select`` does, on a metric without
+    verdicts, and where nothing is left to print."""
+    if unfit := [name for name in verdicts if name not in METRICS or not METRICS[name].better]:
+        known = ", ".join(name for name, one in METRICS.items() if one.better)
+        raise UserError(f"no verdicts are given on {unfit[0]!r}; there are some on {known}")
+    selection = select(names, results)
+    table, damaged = frames.read(selection.runs)
+    priors, further = priors_over(selection)
+    for sentence in (*damaged, *further):
+        say(f"[yellow]left out:[/] {escape(sentence)}")
+    parts, known = [], {}
+    for title, sheet, block in _rankings(table, priors):
+        here = dict.fromkeys(key for key in sheet.keys if key in LABELS)
+        found = [as_markdown(_of_columns(sheet, columns))] if columns and {*columns} <= {*here} else []
+        for metric in verdicts if block is not None else ():
+            every = backbone_verdicts(block, (metric,)), setting_verdicts(block, (metric,))
+            found += [as_markdown(rankings.verdict_list(ones)) for ones in every if ones]
+        parts += [f"**{inline(title)}**", *found] if found else []
+        known |= here
+    if not parts:
+        wanted = f"has all of {', '.join(columns)}; there are {', '.join(known)}" if columns else "can be compared"
+        raise UserError(f"none of these runs {wanted if known else 'has scores yet'}")
+    return "\n\n".join(parts)
+
+
+def _rankings(table: pd.DataFrame, priors: pd.DataFrame) -> Iterator[tuple[str, Sheet, pd.DataFrame | None]]:
+    """Title and ranking of each block of tokenizers, with that block, and of each group of priors."""
+    failed = table[table.status.isin({*FAILURES} - {"pruned"})]
+    for block in frames.blocks(table):
+        title = f"{title_of(block)}, protocol {block.protocol_version.iloc[0]}"
+        yield title, rankings.ranking(block, failed, frames.continuous(table)), block
+    for title, sheet in rankings.generation(priors):
+        yield title, sheet, None
+
+
+def _of_columns(sheet: Sheet, columns: Sequence[str]) -> Sheet:
+    """``sheet`` with what its rows are called by and ``columns``, without notes but that on unequal budgets."""
+    keys = [*sheet.keys]
+    last = keys.index("failed") if "failed" in keys else keys.index("n")
+    failed = keys[last] == "failed" and any(row[last].order for row in sheet.rows)
+    places = [*range(last + failed), *map(keys.index, columns)]
+    rows, references = ([[row[i] for i in places] for row in every] for every in (sheet.rows, sheet.references))
+    notes = [note for note in sheet.notes if note.startswith(rankings.UNMATCHED)]
+    return Sheet([keys[i] for i in places], rows, references, notes)
