@@ -1,7 +1,6 @@
 """What is published follows from the runs that are kept beside it, to the digit."""
 
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,8 +8,8 @@ import pytest
 from bench.analysis.frames import frame
 from bench.core.store import Store
 from bench.tokenizers.config import PROTOCOL_VERSION
+from tests.published import PAGES, ROOT, output, printed
 
-ROOT = Path(__file__).parent.parent
 KEPT = Store(ROOT / "results" / "kept")
 LABELS = {
     **{"M par.": "params", "FID-VGG16": "fid_vgg16", "steps to 95 % of perplexity": "steps_to_perplexity"},
@@ -58,27 +57,16 @@ def holds(row: dict[str, str], runs: pd.DataFrame, suffix: str = "") -> int:
     return compared
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
-def test_the_default_run_is_as_published(table, page):
-    runs = study(table, "backbones-cpu")
-    section = "| | PSNR dB ↑ | LPIPS alex" if page == "README.md" else "## The default run"
-    published = rows(page, section)
-    for row in published:
-        first = next(iter(row.values()))
-        backbone = first.replace("`", "").partition(",")[0]
-        quantizer = "none" if "no codes" in first else "ema"
-        own = runs[(runs.backbone == backbone) & (runs.quantizer == quantizer)]
-        if first.startswith("k-means"):
-            assert holds(row, runs, "_kmeans") >= 5
-        elif image_format := re.match(r"(WebP|AVIF|JPEG) at (\d+) bits", first):
-            suffix = f"_{image_format[1].lower()}"
-            assert holds(row, runs, suffix) >= 5
-            same(image_format[2], runs[f"bits_per_image{suffix}"])
-        else:
-            assert holds(row, own) >= 5
-            if "PSNR dB without codes" in row:
-                same(row["PSNR dB without codes"], runs[(runs.backbone == backbone) & (runs.quantizer == "none")].psnr)
-    assert {name for row in published for name in re.findall(r"`(\w+)`", next(iter(row.values())))} == {*runs.backbone}
+@pytest.mark.parametrize(("page", "arguments", "text"), [(page, *one) for page in PAGES for one in printed(page)])
+def test_a_table_is_what_the_command_above_it_prints(page, arguments, text):
+    assert text
+    assert text == output(arguments)
+
+
+def test_commands_of_reports_are_all_tried():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert len([*printed(page)]) == text.count("--results results/kept --columns")
 
 
 def test_options_of_backbones_are_as_published(table):
@@ -87,7 +75,7 @@ def test_options_of_backbones_are_as_published(table):
     flags = ("patch_overlap", "final_conv", "two_streams", "vision_mixer", "rotary", "rms_norm", "full_resolution")
     plain |= dict.fromkeys(flags, False)
     compared = 0
-    for row in rows("results/README.md", "## Options one at a time"):
+    for row in rows("results/REPORT.md", "## Options one at a time"):
         words = row["name"].strip("`").split()
         backbone = backbone if words[0].startswith("--") else words[0]
         flag = words[0][2:].replace("-", "_") if words[0].startswith("--") else None
@@ -100,28 +88,6 @@ def test_options_of_backbones_are_as_published(table):
         compared += 1
         assert row["width × depth"] == f"{own.width.iloc[0]} × {own.depth.iloc[0]}"
     assert compared * 3 == len(runs) - 3  # `cross` of this hybrid is left out
-
-
-def test_quantizers_are_as_published(table):
-    runs = study(table, "quantizers-smoke")
-    for row in rows("results/README.md", "## Quantizers and tricks"):
-        name = re.sub(r"^--quantizer ", "", re.search(r"`([^`]+)`", row["name"])[1])
-        assert holds(row, runs[runs.quantizer == name]) == 4
-
-
-def test_learning_rates_are_as_published(table):
-    (name,) = (name for name in KEPT.studies() if name.startswith("learning_rate"))
-    runs, compared = study(table, name), 0
-    for row in rows("results/README.md", "## Learning rates on Tiny ImageNet"):
-        first = row["name"].strip("`")
-        if first in {*runs.backbone}:
-            own = runs[(runs.backbone == first) & (runs.lr == float(row["learning rate"]))]
-            assert len(own) == 1
-            assert holds(row, own) == 5
-            compared += 1
-        else:
-            assert holds(row, runs, "_kmeans" if first.startswith("k-means") else "_webp") >= 3
-    assert compared == len(runs)
 
 
 def test_what_is_kept_is_of_this_protocol_and_finished(table):

@@ -36,11 +36,13 @@ def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), ve
     parts, known = [], {}
     for title, sheet, block in _rankings(table, priors):
         here = dict.fromkeys(key for key in sheet.keys if key in LABELS)
-        found = [as_markdown(_of_columns(sheet, columns))] if columns and {*columns} <= {*here} else []
+        found = [_of_columns(sheet, columns)] if columns and {*columns} <= {*here} else []
         for metric in verdicts if block is not None else ():
             every = backbone_verdicts(block, (metric,)), setting_verdicts(block, (metric,))
-            found += [as_markdown(rankings.verdict_list(ones)) for ones in every if ones]
-        parts += [f"**{inline(title)}**", *found] if found else []
+            found += [rankings.verdict_list(ones) for ones in every if ones]
+        notes = dict.fromkeys(inline(note) for one in found for note in one.notes)
+        tables = (as_markdown(one._replace(notes=())) for one in found)
+        parts += [f"**{inline(title)}**", *tables, *notes] if found else []
         known |= here
     if not parts:
         wanted = f"has all of {', '.join(columns)}; there are {', '.join(known)}" if columns else "can be compared"
