@@ -329,8 +329,9 @@ class Workers:
         def watch(rows: list[Row]) -> str | None:
             nonlocal reported
             if rows:
-                figures = KINDS[config.SHELF].figures(rows[-1])
-                self._advance(label, f"{label}: {rows[-1]['step']}/{config.steps} {figures}")
+                step, figures = rows[-1]["step"], KINDS[config.SHELF].figures(rows[-1])
+                figures += ", trained and being scored" if step == config.steps else ""
+                self._advance(label, f"{label}: {step}/{config.steps} {figures}")
             if self.stop.is_set():
                 return "interrupted"
             if not rows or watched is None:

@@ -1006,6 +1006,16 @@ def test_charts_of_an_earlier_report_go_and_those_of_another_worker_stay(store, 
     assert write_report([], store.root).page == store.root / "reports" / "all" / "report.html"
 
 
+def test_a_study_is_known_by_how_its_name_begins_where_no_other_begins_so(store):
+    run = fabricate(store, smoke())
+    for name in ("beta-cpu", "beta-smoke", "lr-smoke"):
+        store.extend_study(name, {"kind": "ablation", "sweep": [], "metrics": ["psnr"]}, {run.folder.name: {}})
+    assert select(["lr"], store.root).name == "lr-smoke"
+    for name in ("beta", ""):
+        with pytest.raises(UserError, match="unknown study or run"):
+            select([name], store.root)
+
+
 def test_a_report_ends_with_commands_that_go_on_from_its_best_runs(store, sketched, capsys):
     """The two best rows in their order; the best that has its weights."""
     quality = {"vit": 0.2, "mamba": 0.1, "cnn": 0.0}

@@ -1296,6 +1296,9 @@ def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), given[3](rows)][0])
     assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
     assert workers.told == ["a: 20/50 loss 0.5000 perplexity 9"]
+    rows.append({"step": 50, "reconstruction": 0.2})  # what follows may take minutes, and has no rows
+    assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
+    assert workers.told[-1] == "a: 50/50 loss 0.2000, trained and being scored"
     assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
 
 
