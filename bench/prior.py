@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.tables import Group, put, score_table, with_suffix
+from bench.core import group
 from bench.core.cli import Trial, command, command_line, run_each
 from bench.core.errors import UserError
 from bench.core.manual import Manual
@@ -101,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(arguments: list[str]) -> int:
     """Parses the command line, runs every prior, prints the table, and returns the exit code."""
+    group.alone("bench.prior")
     stored = PriorArguments(**from_file(PriorArguments, arguments))
     manual = Manual(SECTIONS, ESSENTIAL, TAIL)
     options = command_line(PriorArguments, arguments, "python -m bench.prior", __doc__, stored, manual)

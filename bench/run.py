@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import ABOUT, BACKBONES
+from bench.core import group
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
 from bench.core.files import sha256_json
@@ -91,6 +92,7 @@ REPORTS = "the runs' metrics.json and instruments.json, or python -m bench.repor
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 when a run diverged, 2 for what the user can fix, 130 stopped."""
+    group.hush()
     return command(work, arguments)
 
 
@@ -125,13 +127,17 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
         work = partial(run_trial, config, store, options.fid_weights, options.resume, instruments)
         return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
 
-    trials = [trial(config) for config in options.configs()]
-    finished, diverged = run_each(trials)
-    if finished:
-        groups = alike(finished)
-        for group in groups:
-            put(result_table(group, diverged if group is groups[-1] else ()), runnable(REPORTS))
-            stdout.print(escape(protocol_line(group[0]) + apart(group[0], groups[0][0])), soft_wrap=True)
+    if options.match and options.match.startswith("time"):
+        group.alone("--match time, which measures steps,")
+    configs = options.configs()
+    with group.joined(configs[0].resolved().device):
+        finished, diverged = run_each([trial(config) for config in configs])
+        tells = group.first()
+    if finished and tells:
+        parts = alike(finished)
+        for part in parts:
+            put(result_table(part, diverged if part is parts[-1] else ()), runnable(REPORTS))
+            stdout.print(escape(protocol_line(part[0]) + apart(part[0], parts[0][0])), soft_wrap=True)
         for table in instrument_tables(finished):
             put(table, runnable(REPORTS))
         for line in map(not_done, finished):
@@ -184,8 +190,8 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
         rows.append((f"{label} {UNMATCHED}" if marked else label, metrics["params"], metrics))
     ranked = [rows[place] for place in coded(known).index]
     latents = [rows[place] for place in continuous(known).index]
-    group = Group(ranked, [*references(ranked[-1][2] if ranked else {}), *latents], list(diverged))
-    table = score_table("tokenizer, seed", COLUMNS, [group], "no codes")
+    rows = Group(ranked, [*references(ranked[-1][2] if ranked else {}), *latents], list(diverged))
+    table = score_table("tokenizer, seed", COLUMNS, [rows], "no codes")
     caption = [f"{UNMATCHED} parameters, FLOPs and time all differ from the others'; --match gives equal ones"]
     caption = caption if off.any() else []
     if ranked:

@@ -15,23 +15,26 @@ import torch
 
 from backbones.ssd import scan_backend
 
+from . import group
+
 PACKAGES = ("torch", "torchvision", "timm", "lpips", "torch-fidelity", "torchmetrics", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """What a number may depend on besides the config: versions, commit, machine."""
+    """What a number may depend on besides the config: versions, commit, machine, and how many of it shared the work."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "processor": f"{group.size()} × {processor}" if group.size() > 1 else processor,
         "threads": torch.get_num_threads(),
         "scan": scan_backend(),
     }

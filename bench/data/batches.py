@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +34,25 @@ def from_uint8(x: Tensor) -> Tensor:
 
 
 def batch(
-    images: np.ndarray, seed: int, step: int, batch_size: int, augment: str, device: torch.device | str
+    images: np.ndarray,
+    seed: int,
+    step: int,
+    batch_size: int,
+    augment: str,
+    device: torch.device | str,
+    part: slice = slice(None),
 ) -> Tensor:
-    """Training batch number ``step``: (batch_size, 3, H, W) float32 in [-1, 1] on ``device``, channels_last.
+    """Training batch number ``step``, or ``part`` of it: (B, 3, H, W) float32 in [-1, 1] on ``device``, channels_last.
 
     A pure function of (images, seed, step): global random states play no part, and the random draws are those of the
-    CPU on any device. ``images`` is (N, H, W, 3) uint8, ``augment`` a name in AUGMENTATIONS.
+    CPU on any device, and of the whole batch for any part. ``images`` is (N, H, W, 3) uint8, ``augment`` a name in
+    AUGMENTATIONS.
     """
-    rows = batch_indices(seed, step, batch_size, len(images))
+    rows = batch_indices(seed, step, batch_size, len(images))[part]
     pixels = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
-    rng = torch.Generator().manual_seed(int(state[0]))
-    return from_uint8(AUGMENTATIONS[augment](pixels, rng).contiguous(memory_format=torch.channels_last))
+    draws = Draws(torch.Generator().manual_seed(int(state[0])), batch_size, part)
+    return from_uint8(AUGMENTATIONS[augment](pixels, draws).contiguous(memory_format=torch.channels_last))
 
 
 def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
@@ -53,47 +61,55 @@ def eval_batches(images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
 
 
-def _uniform(rng: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=rng)
+class Draws(NamedTuple):
+    """Random numbers for ``part`` of a batch of so many images, drawn for all of them by a generator on the CPU."""
+
+    rng: torch.Generator
+    count: int
+    part: slice = slice(None)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Numbers in [low, high) of that shape for each image: (B, *shape) float32."""
+        return (low + (high - low) * torch.rand((self.count, *shape), generator=self.rng))[self.part]
 
 
-def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float, rng: torch.Generator) -> Tensor:
-    rows = (_uniform(rng, len(x)) < probability).nonzero().squeeze(1).to(x.device)
+def _sometimes(x: Tensor, effect: Callable[[Tensor], Tensor], probability: float, draws: Draws) -> Tensor:
+    rows = (draws.uniform() < probability).nonzero().squeeze(1).to(x.device)
     return x.index_copy(0, rows, effect(x[rows]))  # only the chosen are computed, and no device has to be waited for
 
 
-def _random_resized_crop_and_flip(x: Tensor, rng: torch.Generator, flip: float) -> Tensor:
+def _random_resized_crop_and_flip(x: Tensor, draws: Draws, flip: float) -> Tensor:
     """Torchvision's RandomResizedCrop(scale (0.8, 1), ratio (3/4, 4/3)) and a flip, as one bilinear resampling. No
     window is larger than the image, so there is nothing to antialias."""
     batch_size, tries = len(x), 10
-    area = _uniform(rng, batch_size, tries, low=0.8, high=1.0)
-    ratio = _uniform(rng, batch_size, tries, low=math.log(3 / 4), high=math.log(4 / 3)).exp()
+    area = draws.uniform(tries, low=0.8, high=1.0)
+    ratio = draws.uniform(tries, low=math.log(3 / 4), high=math.log(4 / 3)).exp()
     size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()])  # (2, B, tries): width and height
     size[:, :, -1] = 1  # like torchvision: the first window that fits, else the whole image
     first = (size <= 1).all(dim=0).float().argmax(dim=1)
     width, height = size[:, torch.arange(batch_size), first]
 
     theta = torch.zeros(batch_size, 2, 3)  # output to input coordinates, both in [-1, 1]
-    theta[:, 0, 0] = torch.where(_uniform(rng, batch_size) < flip, -width, width)
+    theta[:, 0, 0] = torch.where(draws.uniform() < flip, -width, width)
     theta[:, 1, 1] = height
-    theta[:, 0, 2] = (1 - width) * _uniform(rng, batch_size, low=-1.0)
-    theta[:, 1, 2] = (1 - height) * _uniform(rng, batch_size, low=-1.0)
+    theta[:, 0, 2] = (1 - width) * draws.uniform(low=-1.0)
+    theta[:, 1, 2] = (1 - height) * draws.uniform(low=-1.0)
     grid = F.affine_grid(theta.to(x.device), list(x.shape), align_corners=False)
     return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
 
 
-def _blog(x: Tensor, rng: torch.Generator) -> Tensor:
+def _blog(x: Tensor, draws: Draws) -> Tensor:
     repair()
     from torchvision.transforms.functional import adjust_sharpness, autocontrast
 
-    x = _random_resized_crop_and_flip(x, rng, flip=0.3)
-    x = _sometimes(x, partial(adjust_sharpness, sharpness_factor=2.0), 0.3, rng)
-    return _sometimes(x, autocontrast, 0.3, rng)
+    x = _random_resized_crop_and_flip(x, draws, flip=0.3)
+    x = _sometimes(x, partial(adjust_sharpness, sharpness_factor=2.0), 0.3, draws)
+    return _sometimes(x, autocontrast, 0.3, draws)
 
 
-AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "none": lambda x, rng: x,
-    "flip": lambda x, rng: _sometimes(x, lambda images: images.flip(-1), 0.5, rng),
+AUGMENTATIONS: dict[str, Callable[[Tensor, Draws], Tensor]] = {
+    "none": lambda x, draws: x,
+    "flip": lambda x, draws: _sometimes(x, lambda images: images.flip(-1), 0.5, draws),
     "blog": _blog,
 }
-"""Augmentations by name: uint8 (B, 3, H, W) and a generator on the CPU → the same, so resampled images stay images."""
+"""Augmentations by name: uint8 (B, 3, H, W) and random draws → the same, so resampled images stay images."""

@@ -1,6 +1,6 @@
 """Whether a grid of patches shows in reconstructions, and how sharp they are."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Artefacts:
             self.steepness += _over_lines(residual.diff().abs())
             self.gradients += torch.stack([_over_lines(y.diff().abs()).sum() for y in (reconstruction, original)])
             self.lines += residual.shape[:-1].numel()
+
+    def join(self, other: "Artefacts") -> None:
+        """Adds what ``other`` has seen."""
+        self.power, self.steepness = self.power + other.power, self.steepness + other.steepness
+        self.lines, self.gradients = self.lines + other.lines, self.gradients + other.gradients
 
     def grid_energy(self, grid_size: int) -> float:
         """How far the power at 1, 2, … cycles per patch rises above that of the frequencies around them, in dB.
@@ -93,6 +98,13 @@ class ArtefactScores(Evaluator):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.artefacts = Artefacts()
+
+    def seen(self) -> dict[str, Any]:
+        return {**super().seen(), "artefacts": self.artefacts}
+
+    def join(self, seen: dict[str, Any]) -> None:
+        super().join(seen)
+        self.artefacts.join(seen["artefacts"])
 
     def update(self, batch: Batch) -> None:
         self.artefacts.update(batch.x, batch.x_hat)

@@ -1,7 +1,7 @@
 """How codes are used, and what they cost."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class CodeScores(Evaluator):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.histogram = CodeHistogram(setup.codebook_size or 0)
+
+    def seen(self) -> dict[str, Any]:
+        return {**super().seen(), "counts": self.histogram.counts}
+
+    def join(self, seen: dict[str, Any]) -> None:
+        super().join(seen)
+        self.histogram.counts += seen["counts"]
 
     def update(self, batch: Batch) -> None:
         self.pixels = batch.x[0, 0].numel()

@@ -31,6 +31,10 @@ class FrechetStatistics:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
+    def join(self, other: "FrechetStatistics") -> None:
+        """Adds the vectors of ``other``."""
+        self.n, self.total, self.outer = self.n + other.n, self.total + other.total, self.outer + other.outer
+
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and unbiased covariance (D, D), float64. ValueError for fewer than 2 samples."""
         _check_count(self.n)

@@ -1,7 +1,7 @@
 """LPIPS, as a training loss and as a metric, and what its networks' features say of a whole set."""
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,16 @@ class LPIPSScores(Evaluator):
         self.alex, self.vgg = perceptual("alex", setup.device), perceptual("vgg", setup.device)
         self.statistics = FrechetStatistics(512), FrechetStatistics(512)  # reconstructions, originals
         self.pooled: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the same, 2 KB an image: KID needs the vectors
+
+    def seen(self) -> dict[str, Any]:
+        return {**super().seen(), "statistics": self.statistics, "pooled": self.pooled}
+
+    def join(self, seen: dict[str, Any]) -> None:
+        super().join(seen)
+        for own, others in zip(self.statistics, seen["statistics"], strict=True):
+            own.join(others)
+        for own, others in zip(self.pooled, seen["pooled"], strict=True):
+            own.extend(others)
 
     @torch.inference_mode()
     def update(self, batch: Batch) -> None:

@@ -1,7 +1,7 @@
 """What every metric has to say about itself, and what every evaluator has to do."""
 
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,15 @@ class Evaluator:
         """Adds (B,) values of each of these metrics."""
         for name, values in scores.items():
             self.kept.setdefault(name, []).append(values.cpu())
+
+    def seen(self) -> dict[str, Any]:
+        """What was seen so far, to be sent to another process."""
+        return {"kept": self.kept}
+
+    def join(self, seen: dict[str, Any]) -> None:
+        """Adds what another has ``seen``, of the images that follow."""
+        for name, batches in seen["kept"].items():
+            self.kept.setdefault(name, []).extend(batches)
 
     @property
     def per_image(self) -> dict[str, np.ndarray]:

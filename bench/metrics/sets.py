@@ -5,7 +5,7 @@ To add such a network: write a function like ``_vgg16`` and add a line to ``EXTR
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,14 @@ class FrechetScores(Evaluator):
         extractor = EXTRACTORS[self.EXTRACTOR]
         self.features = extractor.load(setup.device, setup.fid_weights)
         self.statistics = [FrechetStatistics(extractor.dimension) for _ in ("reconstructions", "originals")]
+
+    def seen(self) -> dict[str, Any]:
+        return {**super().seen(), "statistics": self.statistics}
+
+    def join(self, seen: dict[str, Any]) -> None:
+        super().join(seen)
+        for own, others in zip(self.statistics, seen["statistics"], strict=True):
+            own.join(others)
 
     @torch.inference_mode()
     def update(self, batch: Batch) -> None:

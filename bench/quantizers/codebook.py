@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.core import group
 from bench.core.errors import UserError
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # distances held at once: about an L2 + L3 share, or a busy GPU
@@ -242,9 +242,9 @@ def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Ten
 
     No N×K matrix exists, only chunks of CHUNK_BYTES. A first pass sums p over all tokens, of all processes; with that
     mean p̄ held, the penalty is −E[KL(p ‖ p̄)], of equal value and gradient: a sum over tokens, whose chunks are computed
-    anew in the backward pass.
+    anew in the backward pass. The ``distortion`` that counts is the mean over all processes.
     """
-    precision = 1 / distortion.detach().clamp_min(1e-12)
+    precision = 1 / group.mean(distortion).clamp_min(1e-12)
     chunks = tokens.split(chunk_rows(codebook))
 
     def log_p(chunk: Tensor, codebook: Tensor) -> Tensor:
@@ -256,14 +256,7 @@ def entropy_penalty(tokens: Tensor, codebook: Tensor, distortion: Tensor) -> Ten
         return (logs.exp() * (logs - log_mean)).sum()
 
     with torch.no_grad():
-        hits = all_reduce(sum(log_p(chunk, codebook).exp().sum(0) for chunk in chunks))
+        hits = group.total(sum(log_p(chunk, codebook).exp().sum(0) for chunk in chunks))
         log_mean = (hits / hits.sum()).clamp_min(torch.finfo(hits.dtype).tiny).log()
     kept = {"use_reentrant": False, "preserve_rng_state": False}
     return -sum(checkpoint(divergence, chunk, codebook, **kept) for chunk in chunks) / len(tokens)
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """Sum of ``x`` over all processes, in place; ``x`` itself without torch.distributed."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.core import group
+
 from .codebook import Quantized, Quantizer
 
 LOG_VARIANCE = (-30.0, 20.0)  # beyond it an exponential is 0 or overflows (AutoencoderKL's own limits)
@@ -56,7 +58,12 @@ class KLQuantizer(ContinuousQuantizer):
             mean, log_variance = self.posterior(z.float().movedim(1, -1)).movedim(-1, 1).chunk(2, dim=1)
             log_variance = log_variance.clamp(*LOG_VARIANCE)
             divergence = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
-            z_q = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+            z_q = mean + (log_variance / 2).exp() * self._noise(mean) if self.training else mean
             rate = divergence.detach().sum((1, 2, 3)) / math.log(2)
             distortion = F.mse_loss(z_q.detach(), mean.detach())
             return Quantized(z_q, z_q.detach(), self.kl_weight * divergence.mean(), distortion, rate)
+
+    def _noise(self, mean: Tensor) -> Tensor:
+        """Gaussian, as large as ``mean`` (B, d, h, w), in its layout, of which the order of the draws depends."""
+        shape = mean.movedim(1, -1).shape[1:]
+        return group.whole(lambda rows: mean.new_empty(rows, *shape).movedim(-1, 1).normal_(), len(mean))

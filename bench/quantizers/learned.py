@@ -4,13 +4,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.core import group
 from bench.core.errors import UserError
 
-from .codebook import Quantized, Quantizer, all_reduce, digits, factors, first_codes, nearest, need, number
+from .codebook import Quantized, Quantizer, digits, factors, first_codes, nearest, need, number
 
 
 class Choice(NamedTuple):
@@ -90,15 +90,12 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def _revive(self, tokens: Tensor) -> None:
         dead = self.idle >= self.revive_after * self.codebook_size
-        vectors = tokens[torch.randint(len(tokens), (self.codebook_size,), device=tokens.device)]
-        if dist.is_initialized():
-            dist.broadcast(vectors, src=0)  # every process must revive the same code at the same place
-        self.replace(dead, vectors)
+        self.replace(dead, group.picked(tokens, self.codebook_size))
         self.idle.mul_(~dead)
 
     @torch.no_grad()
     def _learn(self, tokens: Tensor, codes: Tensor) -> None:
-        hits = all_reduce(torch.bincount(codes, minlength=self.codebook_size))
+        hits = group.total(torch.bincount(codes, minlength=self.codebook_size))
         self.idle.add_(hits.sum()).mul_(hits == 0)
         self.learn(tokens, codes, hits.float())
 
@@ -138,7 +135,7 @@ class EMAQuantizer(CodebookQuantizer):
         self.register_buffer("cluster_sum", self.codebook.clone())
 
     def learn(self, tokens: Tensor, codes: Tensor, hits: Tensor) -> None:
-        sums = all_reduce(torch.zeros_like(self.codebook).index_add_(0, codes, tokens))
+        sums = group.total(torch.zeros_like(self.codebook).index_add_(0, codes, tokens))
         self.cluster_size.lerp_(hits, 1 - self.ema_decay)
         self.cluster_sum.lerp_(sums, 1 - self.ema_decay)
         total = self.cluster_size.sum()
@@ -195,14 +192,15 @@ class GumbelQuantizer(CodebookQuantizer):
 
     def noise(self, logits: Tensor) -> Tensor:
         """What is added to ``logits`` (N, K) before a code is chosen: Gumbel noise."""
-        return -torch.rand_like(logits).log_().neg_().log_()  # exponential_() takes CPUs several times as long
+        draws = group.whole(lambda rows: torch.rand(rows, logits.shape[1], device=logits.device), len(logits))
+        return -draws.log_().neg_().log_()  # exponential_() takes CPUs several times as long
 
     def choose(self, tokens: Tensor, codebook: Tensor) -> Choice:
         if not self.training:
             return super().choose(tokens, codebook)
         nearness = torch.addmm(codebook.square().sum(1), tokens, codebook.T, beta=-1, alpha=2)  # ‖x‖² − ‖x − e‖²
         with torch.no_grad():
-            variance = (tokens.square().sum(1) - nearness.amax(1)).mean() / self.code_dim
+            variance = group.mean((tokens.square().sum(1) - nearness.amax(1)).mean()) / self.code_dim
         logits = nearness / (2 * variance.clamp_min(1e-12))
         noisy = logits + self.noise(logits)
         codes = noisy.argmax(1)

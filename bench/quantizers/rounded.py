@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Quantized, Quantizer, all_reduce, need, straight_through
+from bench.core import group
+
+from .codebook import Quantized, Quantizer, need, straight_through
 from .packaged import package, require
 
 LEVELS = range(3, 17)  # of one component of FSQ: the package rounds two levels in another way than three and more
@@ -178,10 +180,10 @@ def bit_entropy(scalars: Tensor, level: float, distortion: Tensor) -> Tensor:
     A component is ±``level`` up to Gaussian noise of the variance ``distortion``, which is held. E[p] is over the
     tokens of all processes.
     """
-    logits = 2 * level / distortion.detach().clamp_min(1e-12) * scalars
+    logits = 2 * level / group.mean(distortion).clamp_min(1e-12) * scalars
     p = logits.sigmoid()
     unsure = F.binary_cross_entropy_with_logits(logits, p, reduction="none").mean(0)
     mean = p.mean(0)
-    everywhere = all_reduce(p.detach().sum(0)) / all_reduce(p.new_tensor(len(p)))
+    everywhere = group.total(p.detach().sum(0)) / group.total(p.new_tensor(len(p)))
     mean = (mean + (everywhere - mean.detach())).clamp(1e-7, 1 - 1e-7)
     return (unsure - torch.special.entr(mean) - torch.special.entr(1 - mean)).sum()

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from bench.analysis.frames import LABELS
 from bench.analysis.tables import put
+from bench.core import group
 from bench.core.cli import command
 from bench.core.errors import Damaged, Interrupted, UserError
 from bench.core.progress import Bar, program, say
@@ -55,6 +56,7 @@ def main(study: Ablation | Search, description: str, arguments: list[str] | None
 
 def work(study: Ablation | Search, description: str, arguments: list[str]) -> int:
     """Parses the command line, runs what is missing, and reports. Returns the exit code."""
+    group.alone("a study")
     plan = make_plan(study, parse_study(study, description, arguments))
     if plan.options.plan:
         put(plan.table(), "a wider terminal")

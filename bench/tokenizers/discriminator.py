@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from bench.core import group
+
 from .config import Config
 from .losses import ADVERSARIAL, gradient_penalty, lecam
 
@@ -79,8 +81,8 @@ class Adversary(nn.Module):
         terms = {"discriminator": self.losses.discriminator(logits_real, logits_fake)}
         if self.config.lecam_weight:
             terms["lecam"] = lecam(logits_real, logits_fake, self.average_real, self.average_fake)
-            self.average_real.lerp_(logits_real.detach().mean(), 1 - LECAM_DECAY)
-            self.average_fake.lerp_(logits_fake.detach().mean(), 1 - LECAM_DECAY)
+            self.average_real.lerp_(group.mean(logits_real.mean()), 1 - LECAM_DECAY)
+            self.average_fake.lerp_(group.mean(logits_fake.mean()), 1 - LECAM_DECAY)
         if penalised:
             terms["r1"] = gradient_penalty(real, logits_real)
         terms["logits_real"], terms["logits_fake"] = logits_real.detach().mean(), logits_fake.detach().mean()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.core import group
 from bench.core.files import cache_dir, cached, seal, unseal_numbers
 from bench.core.progress import Bar
 from bench.data import Data, batch_indices, eval_batches
@@ -45,12 +46,18 @@ def score(
     device: str = "cpu",
     fid_weights: Path | None = None,
     label: str = "scoring",
+    together: bool = False,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of ``decode(encode(x))`` over ``images`` (N, H, W, 3) uint8, and the per-image scores behind the means.
     Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured. Where
-    ``codebook_size`` is None there are no codes, and no metrics of them; bits are those that ``codec`` measures."""
+    ``codebook_size`` is None there are no codes, and no metrics of them; bits are those that ``codec`` measures.
+
+    ``together``: several processes share the images, in equal batches, and all but the first get nothing back."""
     setup = Setup(codebook_size, torch.device(device), fid_weights)
     evaluators = [evaluator(setup) for evaluator in EVALUATORS]
+    if together:
+        own = group.share(-(-len(images) // EVAL_BATCH))
+        images = images[own.start * EVAL_BATCH : own.stop * EVAL_BATCH]
     with Bar(label, len(images)) as bar:
         for x in eval_batches(images, EVAL_BATCH):
             x = x.to(device)
@@ -60,6 +67,11 @@ def score(
             for evaluator in evaluators:
                 evaluator.update(Batch(x, x_hat, codes, bits))
             bar.advance(len(x))
+    for evaluator in evaluators if together else ():
+        for seen in group.gathered(evaluator.seen())[1:]:
+            evaluator.join(seen)
+    if together and not group.first():
+        return {}, {}
     metrics = {name: value for evaluator in evaluators for name, value in evaluator.result().items()}
     return metrics, {name: values for evaluator in evaluators for name, values in evaluator.per_image.items()}
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.core import group
+
 RECONSTRUCTION = {"l1": F.l1_loss, "l2": F.mse_loss}
 ADAPTIVE_CAP = 1e4
 
@@ -37,11 +39,11 @@ def adaptive_weight(reconstruction: Tensor, gan: Tensor, last_layer: nn.Paramete
     """λ = ‖∇ reconstruction‖ / (‖∇ gan‖ + 1e-4), gradients at the decoder's last layer, in [0, 1e4], without gradient.
 
     Esser et al. 2021 (VQGAN), equation 7: both losses pull on the last layer equally hard. Norms are float32; a norm
-    that is not finite gives 0. Keeps the graphs of both losses.
+    that is not finite gives 0. Keeps the graphs of both losses. Of several processes the gradients' means count.
     """
 
     def norm(loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        return group.mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
 
     return (norm(reconstruction) / (norm(gan) + 1e-4)).nan_to_num(0.0, 0.0, 0.0).clamp(0, ADAPTIVE_CAP).detach()
 

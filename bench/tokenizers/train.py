@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.core import group
 from bench.data import batch
 from bench.metrics import CodeHistogram, perceptual
 from bench.training.loop import adamw, autocast, descend, fit
@@ -66,7 +67,8 @@ class TokenizerLearner:
         """One update of the tokenizer and, on the same batch, one of the discriminator."""
         config, adversary = self.config, self.adversary
         self.model.quantizer.anneal(step / config.steps)
-        x = batch(self.images, config.seed, step, config.batch_size, config.augment, config.device)
+        own = group.share(config.batch_size)
+        x = batch(self.images, config.seed, step, config.batch_size, config.augment, config.device, own)
         with self.autocast:
             x_hat, quantized = self.model(x)
         x_hat = x_hat.float()
@@ -109,7 +111,7 @@ class TokenizerLearner:
         if not self.config.discrete:
             return means
         histogram = CodeHistogram(self.config.codebook_size)
-        histogram.counts += self.hits.cpu()
+        histogram.counts += group.total(self.hits).cpu()
         self.hits = 0
         used = self.config.codebook_size - histogram.dead_codes()
         return {**means, "perplexity": histogram.perplexity(), "codes_used": used}

@@ -3,13 +3,16 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.core import group
 from bench.core.environment import peak_memory
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir, reason
@@ -50,7 +53,8 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     if config.alignment_weight:
         features(config.alignment_model, config.alignment_file, config.image_size, config.grid_size)
     state_megabytes = COPIES * 4 * parameter_count(tokenizer) >> 20
-    store.check_writable(50 + 2 * state_megabytes)
+    if group.first():
+        store.check_writable(50 + 2 * state_megabytes)
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,39 +78,60 @@ def run_trial(
     ``instruments``, names or groups of them (see ``bench.instruments``), look at it, but for those that have.
 
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
-    failure.json) when the loss was not finite."""
+    failure.json) when the loss was not finite. Several processes (see ``bench.core.group``) call it alike."""
     began = time.monotonic()
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
-    run = store.run(config)
-    check_whole(run)
-    data = prepare(config, store, fid_weights)
+    run, writes = store.run(config), group.first()
+    if config.batch_size % group.size():
+        told = f"batch_size {config.batch_size} cannot be shared evenly by {group.size()} processes"
+        raise UserError(f"{told}; take {config.batch_size // group.size() * group.size() or group.size()}")
+    if writes:
+        check_whole(run)
+    data = group.in_turn(partial(prepare, config, store, fid_weights))
     if min(len(data.train), len(data.images(config.split))) < 2:
         found = f"{config.data} has {len(data.train)} train and {len(data.images(config.split))} {config.split} images"
         raise UserError(f"{found}; distances between sets need at least 2 of each")
-    if run.finished:
-        if run.protocol().get("fingerprint") != data.fingerprint:
-            raise UserError(f"{config.data} has other images now than when {run.folder} was scored; move that folder")
-        check_weights(run, "tokenizer.safetensors")
-        tidy(run)
-        measure(run, data, instruments)
+    if group.of_first(run.finished):
+        if writes:
+            _seen_again(run, data, instruments)
         return run
 
-    check_instruments(config, data, instruments)
-    store.check_images(run, config.data, config.image_size, data.fingerprint)
-    with begun(run, {"config": asdict(config.stored()), "trained_on": data.fingerprint}, resume):
-        write_recipe(run.folder / "config.toml", recipe_of(config))
-        reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
-        untrained, pictures = score_untrained(config, data.images(config.split))
-        with atomic_path(run.folder / "untrained.npz") as temporary:
-            np.savez_compressed(temporary, untrained=pictures)
+    if writes:
+        check_instruments(config, data, instruments)
+        store.check_images(run, config.data, config.image_size, data.fingerprint)
+    about = {"config": asdict(config.stored()), "trained_on": data.fingerprint}
+    with begun(run, about, resume) if writes else nullcontext():
+        reference, untrained = _before_training(run, data, config, fid_weights) if writes else ({}, {})
         before = time.monotonic() - began
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured, before)
-    measure(run, data, instruments)
+    if writes:
+        measure(run, data, instruments)
     return run
+
+
+def _seen_again(run: Run, data: Data, instruments: Sequence[str]) -> None:
+    """A finished ``run`` that is asked for once more."""
+    if run.protocol().get("fingerprint") != data.fingerprint:
+        raise UserError(f"{data.name} has other images now than when {run.folder} was scored; move that folder")
+    check_weights(run, "tokenizer.safetensors")
+    tidy(run)
+    measure(run, data, instruments)
+
+
+def _before_training(
+    run: Run, data: Data, config: Config, fid_weights: Path | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What does not depend on training: scores of k-means where there are codes, and of the weights to start from."""
+    write_recipe(run.folder / "config.toml", recipe_of(config))
+    reference = kmeans_reference(config, data, fid_weights) if config.discrete else {}
+    untrained, pictures = score_untrained(config, data.images(config.split))
+    with atomic_path(run.folder / "untrained.npz") as temporary:
+        np.savez_compressed(temporary, untrained=pictures)
+    return reference, untrained
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -125,7 +150,8 @@ def finish(
     measured: dict[str, float | None],
     before: float = 0.0,
 ) -> None:
-    """Scores a trained tokenizer and writes everything a finished run holds, metrics.json last. ``measured``: what is
+    """Scores a trained tokenizer, of several processes with them all, and writes everything a finished run holds,
+    metrics.json last. ``measured``: what is
     known already, of the time before and during training; ``before``: seconds that were spent until it began, which
     count with those of scoring, pictures and references as ``score_seconds``: all that is not training."""
     from bench.core import plots  # and seaborn: not before it is needed
@@ -134,7 +160,9 @@ def finish(
     label = f"scoring {config.backbone} {config.quantizer} seed {config.seed}"
     began = time.monotonic()
     codes = config.codebook_size if config.discrete else None
-    metrics, per_image = score(tokenizer, codes, images, config.device, fid_weights, label)
+    metrics, per_image = score(tokenizer, codes, images, config.device, fid_weights, label, together=True)
+    if not group.first():
+        return
     references = {f"{name}_kmeans": value for name, value in reference.items()}
     if "bits_per_image" in metrics:
         references |= format_references(config, data, metrics["bits_per_image"], fid_weights)

@@ -23,6 +23,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from bench.core import group
 from bench.core.errors import Damaged, Diverged, Interrupted, UserError, terminations
 from bench.core.files import UNREADABLE, atomic_path, naming, read_rows
 from bench.core.progress import Bar, say
@@ -72,23 +73,30 @@ def fit(
     """Trains ``learner`` and returns its model with averaged weights and in eval mode, and the seconds that the steps
     took, resumed parts included.
 
+    Of several processes (see ``bench.core.group``) the first reads and writes, and all stop where one is to.
+
     Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` it goes
     on from a whole one found there, without it drops that. One is written every ``checkpoint_seconds``, or less often
     if writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}
-    checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
-    first, seconds = resumed(checkpoint, state, config) if resume else (0, 0.0)
+    writes = group.first()
+    checkpoint = folder / "checkpoint.pt"
+    history = folder / "history.jsonl" if writes else Path(os.devnull)
+    first, seconds = group.of_first(resumed(checkpoint, state, config) if resume and writes else (0, 0.0))
     log_every = logged(config.steps)[0]
-    if first:
+    if not first and writes:
+        checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's
+        history.unlink(missing_ok=True)
+    if not first:
+        learner.begin()
+    if first and writes:
         rewind(history, first)
         if lost := {*range(log_every, first + 1, log_every)} - {row["step"] for row in read_rows(history)}:
             say(f"[yellow]{escape(str(history))} is damaged: it has lost {len(lost)} rows; its curves have a gap[/]")
-    else:
-        checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's
-        history.unlink(missing_ok=True)
-        learner.begin()
+    for part in state.values():
+        group.spread(part)
 
     window, spent = Window(), seconds
     saved = seen = time.monotonic()
@@ -117,11 +125,12 @@ def fit(
             speed = (done - first) * config.batch_size / max(spent - seconds, 1e-9)
             bar.advance(done - bar.done, f"{learner.figures(row)}  {speed:.0f} {learner.unit}/s")
             window = Window()
-            if interrupted.is_set() or not 0 <= now - saved <= checkpoint_seconds:
+            stops = group.any_of(interrupted.is_set())
+            if writes and (stops or not 0 <= now - saved <= checkpoint_seconds):
                 save(checkpoint, state, done, spent)
                 saved = time.monotonic()
                 checkpoint_seconds = max(checkpoint_seconds, 50 * (saved - now))
-            if interrupted.is_set():
+            if stops:
                 raise Interrupted(f"stopped at step {done} of {config.steps}; the same command continues from there")
 
     return ema.module.eval().requires_grad_(False), spent
@@ -141,8 +150,8 @@ class Window:
             self.steps[name] += 1
 
     def means(self) -> dict[str, float]:
-        """Unweighted means over the steps that had the term."""
-        return {name: float(total) / self.steps[name] for name, total in self.sums.items()}
+        """Unweighted means over the steps that had the term, and over all processes."""
+        return {name: float(group.mean(total)) / self.steps[name] for name, total in self.sums.items()}
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -151,12 +160,13 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def descend(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, rate: float, grad_clip: float) -> Tensor:
-    """One update of ``model`` down ``loss`` at learning rate ``rate``; returns the gradient's norm before it was
-    clipped to ``grad_clip`` (0: not clipped)."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    """One update of ``model`` down ``loss``, of several processes down its mean, at learning rate ``rate``; returns the
+    gradient's norm before it was clipped to ``grad_clip`` (0: not clipped)."""
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    group.average_gradients(model.parameters())
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     return norm

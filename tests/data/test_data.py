@@ -1117,6 +1117,15 @@ def test_batches_of_a_subset_see_no_other_image(augment):
     assert numbers_of(torch.cat(list(eval_batches(data.train, 3))).permute(0, 2, 3, 1)) == numbers_of(data.train)
 
 
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_parts_of_a_batch_are_those_of_the_whole(augment):
+    """Whoever takes a share of a batch reads no other image, and draws what the others draw."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    whole = batch(images, 3, 2, 12, augment, "cpu")
+    parts = [batch(images, 3, 2, 12, augment, "cpu", slice(begin, begin + 4)) for begin in (0, 4, 8)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
 def test_a_subset_copies_no_more_than_is_asked_for():
     """Of a set that is mapped and larger than memory."""
 
@@ -1138,7 +1147,7 @@ def test_a_subset_copies_no_more_than_is_asked_for():
 
 
 def augmented(name: str, x: torch.Tensor) -> torch.Tensor:
-    return AUGMENTATIONS[name](x, torch.Generator().manual_seed(0))
+    return AUGMENTATIONS[name](x, batches.Draws(torch.Generator().manual_seed(0), len(x)))
 
 
 def test_flip_mirrors_half_of_the_images_and_changes_nothing_else():
@@ -1160,8 +1169,8 @@ def test_blog_windows_are_distributed_like_torchvisions():
     count, size = 2000, 64
     ramp = torch.arange(size, dtype=torch.uint8) * 4
     x = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0, dtype=torch.uint8)))
-    rng = torch.Generator().manual_seed(0)
-    y = batches._random_resized_crop_and_flip(x.expand(count, -1, -1, -1), rng, flip=0.3).double()
+    draws = batches.Draws(torch.Generator().manual_seed(0), count)
+    y = batches._random_resized_crop_and_flip(x.expand(count, -1, -1, -1), draws, flip=0.3).double()
     across, down = (y[:, 0].mean(dim=1) + 2) / (4 * size), (y[:, 1].mean(dim=2) + 2) / (4 * size)
     first, last = size // 4, 3 * size // 4 - 1  # away from the border, where the outermost pixels are repeated
     width, height = ((values[:, last] - values[:, first]) * size / (last - first) for values in (across, down))
@@ -1189,7 +1198,7 @@ def test_blog_windows_are_distributed_like_torchvisions():
 
 def test_blog_sharpens_and_stretches_three_in_ten_each():
     x = torch.from_numpy(noise(2000, 3, 8, 8) // 2 + 60)
-    crop = batches._random_resized_crop_and_flip(x, torch.Generator().manual_seed(0), flip=0.3)
+    crop = batches._random_resized_crop_and_flip(x, batches.Draws(torch.Generator().manual_seed(0), len(x)), flip=0.3)
     sharp = TF.adjust_sharpness(crop, 2)
     y = augmented("blog", x)
     outcomes = (crop, sharp, TF.autocontrast(crop), TF.autocontrast(sharp))

@@ -1,0 +1,239 @@
+"""One trial on several processes is the trial of one: curves, codebooks and scores, up to rounding.
+
+Processes are real ones that meet over gloo; each world trains all cases in turn, since starting it takes longest.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from bench import prior
+from bench.core import group
+from bench.core.errors import Interrupted, UserError
+from bench.core.progress import SafeConsole
+from bench.quantizers import QUANTIZERS
+from bench.tokenizers.config import Config, make_config
+from bench.tokenizers.evaluate import score
+from bench.tokenizers.train import TokenizerLearner, train
+from bench.tokenizers.trial import run_trial
+from bench.training.loop import fit
+from studies.beta import STUDY, main
+
+SIZES = {"image_size": 16, "grid_size": 4, "codebook_size": 16, "code_dim": 4, "width": 8, "depth": 1}
+TINY = {**SIZES, "steps": 4, "batch_size": 6, "warmup": 1, "lpips_weight": 0.0, "device": "cpu", "precision": "fp32"}
+GAN = {"gan_weight": 0.5, "gan_start": 0.25, "gan_warmup": 0.25, "gan_ramp": 0.0, "gan_width": 8, "gan_layers": 1}
+CASES: dict[str, Config] = {
+    **{name: make_config("cnn", "smoke", quantizer=name, **TINY) for name in QUANTIZERS},
+    "revived": make_config("cnn", "smoke", **TINY, revive_after=1),
+    "entropy": make_config("cnn", "smoke", **TINY, quantizer="standard", entropy_weight=0.1, kmeans_init=True),
+    "bit entropy": make_config("cnn", "smoke", **TINY, quantizer="bsq", entropy_weight=0.1),
+    "blog": make_config("vit", "smoke", **TINY, augment="blog"),
+    "gan": make_config("cnn", "smoke", **TINY, **GAN),
+    "gan, all terms": make_config("cnn", "smoke", **TINY, **GAN, lecam_weight=0.1, r1_weight=1.0, gan_norm="spectral"),
+}
+SCORED = ("ema", "kl", "none")  # of codes, of bits that are measured, of neither
+WORLDS = (2, 3)
+
+
+def images() -> np.ndarray:
+    """Smooth ones: (40, 16, 16, 3) uint8."""
+    coarse = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(4, 1).repeat(4, 2)
+
+
+def run(folder: Path) -> None:
+    """Trains and scores every case, as one process or as one of several."""
+    for name, config in CASES.items():
+        place = folder / name
+        if group.first():
+            place.mkdir(parents=True)
+        tokenizer, _ = train(config.resolved(), images(), place)
+        if group.first():
+            torch.save(tokenizer.state_dict(), place / "weights.pt")
+        if name in SCORED:
+            codes = config.codebook_size if config.discrete else None
+            scores, per_image = score(tokenizer, codes, images().repeat(2, 0).repeat(2, 1).repeat(2, 2), together=True)
+            assert bool(scores) == group.first()
+            (place / "scores.json").write_text(json.dumps({**scores, "count": len(per_image["psnr"])})) if scores else 0
+
+
+def process(rank: int, world: int, port: int, folder: Path) -> None:
+    """The life of one of ``world`` processes."""
+    environ(rank, world, port)
+    with group.joined("cpu"):
+        run(folder)
+
+
+def environ(rank: int, world: int, port: int) -> None:
+    """What torchrun would do before."""
+    torch.set_num_threads(1)
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in there.items()}
+    group.hush()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> Iterator[dict[int, Path]]:
+    """Folders of what 1, 2 and 3 processes made."""
+    root = tmp_path_factory.mktemp("worlds")
+    run(root / "1")
+    for world in WORLDS:
+        mp.spawn(process, (world, free_port(), root / str(world)), nprocs=world)
+    return {world: root / str(world) for world in (1, *WORLDS)}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_curves_and_weights_are_those_of_one_process(worlds, case, world):
+    alone, together = (worlds[number] / case for number in (1, world))
+    assert len(rows(alone)) == CASES[case].steps
+    for one, other in zip(rows(alone), rows(together), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds"}:
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=2e-6), name
+    weights = [torch.load(place / "weights.pt", weights_only=True) for place in (alone, together)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", SCORED)
+def test_scores_are_those_of_one_process(worlds, case, world):
+    """80 images are three batches, of which one process has two, or each one."""
+    one, other = (json.loads((worlds[number] / case / "scores.json").read_text()) for number in (1, world))
+    assert one.keys() == other.keys()
+    assert one["count"] == other["count"] == 80
+    for name in one:
+        assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+LONG = make_config("cnn", "smoke", **{**TINY, "steps": 40}).resolved()
+
+
+def stepping(fault: Callable[[], None], at: int) -> type[TokenizerLearner]:
+    """A learner that does ``fault`` before step ``at``."""
+
+    class Faulty(TokenizerLearner):
+        def step(self, step: int, rate: float) -> dict[str, torch.Tensor]:
+            if step == at:
+                fault()
+            return super().step(step, rate)
+
+    return Faulty
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "silent": lambda: time.sleep(60),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "nothing": lambda: None,
+}
+
+
+def faulty(rank: int, port: int, folder: Path, fault: str) -> None:
+    """One of two processes, of which the second has a ``fault`` in the middle; what the first says goes into a file."""
+    group.PATIENCE = timedelta(seconds=5)
+    learner = stepping(FAULTS[fault], 20) if rank else TokenizerLearner
+
+    def work() -> None:
+        with group.joined("cpu"):
+            model, _ = fit(learner(LONG, images()), "a", folder, checkpoint_seconds=0)
+        torch.save(model.state_dict(), folder / f"{rank}.pt")
+
+    environ(rank, 2, port)
+    try:
+        work()
+    except (UserError, Interrupted) as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed", "silent", "stopped"])
+def test_what_ends_one_process_ends_all_and_one_process_goes_on_from_there(tmp_path, fault):
+    """In a bounded time, with a sentence; and to the weights of a run that nothing befell."""
+    began = time.monotonic()
+    context = mp.spawn(faulty, (free_port(), tmp_path, fault), nprocs=2, join=False)
+    context.processes[0].join(50)
+    assert not context.processes[0].is_alive()
+    assert time.monotonic() - began < 50
+    for one in context.processes:
+        one.kill()
+    said = (tmp_path / "0.txt").read_text()
+    if fault == "stopped":
+        assert said == "Interrupted: stopped at step 21 of 40; the same command continues from there"
+    else:
+        assert re.fullmatch(r"UserError: another process of this trial ended or is silent \(.*\); the same .*", said)
+    assert 19 <= rows(tmp_path)[-1]["step"] <= 21
+    shutil.copytree(tmp_path, tmp_path / "two")
+    model, _ = train(LONG, images(), tmp_path)
+    whole, _ = train(LONG, images(), tmp_path, resume=False)
+    found = [model.state_dict()]
+    if fault == "stopped":  # two go on as well, which both have what the first read
+        mp.spawn(faulty, (free_port(), tmp_path / "two", "nothing"), nprocs=2)
+        found += [torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for state in found:
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name in group.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 3, and there is no RANK to meet the others by; start with"):
+        group.joined("cpu").__enter__()
+    assert prior.main(["x"]) == 2
+    assert "bench.prior works in one process, and WORLD_SIZE is 3" in " ".join(capsys.readouterr().err.split())
+    assert main(STUDY, "") == 2
+    assert "a study works in one process" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(group, "size", lambda: 3)
+    with pytest.raises(UserError, match="batch_size 16 cannot be shared evenly by 3 processes; take 15"):
+        run_trial(make_config("cnn", "smoke", device="cpu"), tmp_path)
+
+
+def test_all_but_the_first_print_nothing(monkeypatch):
+    monkeypatch.setattr(group, "console", SafeConsole())
+    monkeypatch.setattr(group, "stdout", SafeConsole())
+    monkeypatch.setenv("RANK", "1")
+    group.hush()
+    assert not group.stdout.quiet  # alone, whatever its number
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    group.hush()
+    assert group.stdout.quiet
+    assert group.console.quiet
+
+
+@pytest.mark.parametrize("count", [1, 7, 12])
+def test_shares_are_all_rows_once(monkeypatch, count):
+    monkeypatch.setattr(group, "size", lambda: 3)
+    taken = []
+    for rank in range(3):
+        monkeypatch.setattr(group, "rank", lambda rank=rank: rank)
+        taken += range(count)[group.share(count)]
+    assert taken == [*range(count)]
