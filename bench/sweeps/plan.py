@@ -7,6 +7,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,10 +19,12 @@ from rich.table import Table
 
 from backbones import OPTIONS
 from bench.analysis.frames import DEFAULTS, frame, statuses
+from bench.core.errors import UserError
 from bench.core.files import located
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
+from bench.tokenizers.budgets import step_flops, step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
 
@@ -35,6 +39,8 @@ SHAPE += ("alignment_weight", "alignment_model")  # what the time of a step depe
 LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
 START_SECONDS = 5.0  # until a command that has imported everything begins its first trials
+REHEARSED = 4  # steps that are trained to learn what one takes
+SHORT = 2e12  # operations of a step that a CPU has done in seconds
 SERIAL = 0.3  # of the time of a run on one thread: what more threads do not shorten, a guess between all and nothing
 
 
@@ -223,7 +229,9 @@ class Plan:
     def table(self) -> Table:
         """Cells × seeds, what the store has of them, and what the rest will cost here, as far as finished runs tell."""
         rows = {backbone: self._row(backbone) for backbone in self.backbones}
-        known = self._known(rows.values())
+        known, tried = with_rehearsals(
+            self._known(rows.values()), [one for row in rows.values() for one in row.missing]
+        )
         table = Table(title=f"study {self.name}", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("backbone", "cells × seeds", "finished", "failed", "to run", "about"):
             table.add_column(heading, justify="left" if heading == "backbone" else "right", no_wrap=True)
@@ -239,6 +247,9 @@ class Plan:
             table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), about)
         total = makespan(every, workers) + START_SECONDS * bool(every)
         table.caption = f"{total / 60:.0f} min, training and scoring, {workers} at a time, as finished runs took"
+        if tried:
+            table.caption += f", or {REHEARSED} steps now ({', '.join(tried)})"
+            table.caption += "" if all(tried.values()) else "; scoring of these is not counted, of which no run tells"
         if unknown:
             others = "" if len(unknown) == len(rows) else f"{table.caption}; "
             table.caption = f"{others}unknown of {', '.join(unknown)}, until a run of the same size is finished"
@@ -371,6 +382,26 @@ def estimates(configs: list[Config], known: pd.DataFrame, threads: int) -> list[
     median = pd.DataFrame(costs)[chosen].groupby([column[chosen] for column in by]).median().to_dict("index")
     found = [median.get(shape_of(config)) for config in configs]
     return [cost and config.steps * cost["step"] + cost["score"] for config, cost in zip(configs, found, strict=True)]
+
+
+def with_rehearsals(known: pd.DataFrame, missing: list[Config]) -> tuple[pd.DataFrame, dict[str, bool]]:
+    """``known`` with a row for each shape of ``missing`` that it has none of, by a few steps that are trained now, or
+    were once; and the backbones of these, with whether scoring counts: as the median of finished runs on as large
+    images. Shapes whose step may take a CPU minutes are left out, as is what cannot be trained here."""
+    shapes = {shape_of(config): config for config in missing}
+    found = estimates([*shapes.values()], known, torch.get_num_threads())
+    rows = []
+    for config in (
+        config.resolved() for config, seconds in zip(shapes.values(), found, strict=True) if seconds is None
+    ):
+        alike = known[(known.status == "finished") & (known.image_size == config.image_size)]
+        with suppress(UserError):
+            if step_flops(config) <= SHORT or config.device != "cpu":
+                seconds = config.steps * step_seconds(config, REHEARSED)
+                took = {"train_seconds": seconds, "score_seconds": alike.score_seconds.median()}
+                rows.append({**asdict(config), "status": "finished", "threads": torch.get_num_threads(), **took})
+    tried = {row["backbone"]: not pd.isna(row["score_seconds"]) for row in rows}
+    return pd.concat([known, pd.DataFrame(rows, columns=known.columns)]) if rows else known, tried
 
 
 def _seconds_on(threads: Any) -> Any:

@@ -67,12 +67,17 @@ def _flops(config: Config) -> float:
 COSTS: dict[str, Callable[[Config], float]] = {"params": parameters, "flops": _flops}
 
 
-def step_seconds(config: Config) -> float:
-    """Mean seconds of a training step of ``config`` on this machine, on random images: measured once, then remembered,
-    because the number of steps is part of a run's identity: the same command must mean the same run. Settings that cost
-    no time, such as the seed, share one measurement."""
+def step_flops(config: Config) -> float:
+    """Operations of a training step's encoder and decoder: their backward passes take twice those forward."""
+    return 3 * config.batch_size * _flops(config)
+
+
+def step_seconds(config: Config, steps: int = TIMED_STEPS) -> float:
+    """Mean seconds of a training step of ``config`` on this machine, by so many ``steps`` on random images: measured
+    once, then remembered, because the number of steps is part of a run's identity: the same command must mean the same
+    run. Settings that cost no time, such as the seed, share one measurement."""
     usual = {field.name: field.default for field in fields(Config) if field.name in TIMELESS}
-    config = replace(config.resolved(), **usual, steps=TIMED_STEPS)
+    config = replace(config.resolved(), **usual, steps=steps)
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     machine = [device, torch.get_num_threads()]
     key = hashlib.sha256(json.dumps([asdict(config), machine], sort_keys=True).encode()).hexdigest()[:16]

@@ -69,6 +69,7 @@ def here(tmp_path, monkeypatch) -> Path:
     """A folder with one of everything that may be in the way, and with results that are ``good``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stdout, "width", 120)
+    monkeypatch.setattr("bench.sweeps.plan.step_seconds", lambda config, steps: 1.0)
     made = tmp_path / "made"
     (made / "folder").mkdir(parents=True)
     (made / "file").write_text(WORDS)

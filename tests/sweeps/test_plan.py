@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from optuna.trial import FixedTrial, TrialState
 
 from backbones import BACKBONES, OPTIONS
@@ -24,6 +25,7 @@ from bench.sweeps.definition import Ablation, Range, Search, parse_study, read_s
 from bench.sweeps.index import Index
 from bench.sweeps.plan import AblationPlan, Plan, estimates
 from bench.sweeps.search import SearchPlan, make_plan
+from bench.tokenizers import budgets
 from bench.tokenizers.config import Config, make_config
 from tests.fabricate import least
 
@@ -302,12 +304,46 @@ def test_a_plans_table_counts_cells_and_prices_what_is_missing(tmp_path, monkeyp
         "vit": ["4 × 2", "0", "0", "8", "8.0 min"],
     }
     assert found.table().caption.startswith("14 min, ")
-    monkeypatch.setattr(plan, "estimates", lambda configs, *_: [60.0 if configs[0].backbone == "cnn" else None])
-    assert [*found.table().columns[-1].cells] == ["1.0 min", "unknown"]
-    assert found.table().caption.startswith("1 min, ")
+
+    def of_cnn(configs, *_):
+        return [60.0 if one.backbone == "cnn" else None for one in configs]
+
+    monkeypatch.setattr(plan, "estimates", of_cnn)
+    assert [*found.table().columns[-1].cells] == ["6.0 min", "unknown"]
+    assert found.table().caption.startswith("6 min, ")
     assert found.table().caption.endswith("; unknown of vit, until a run of the same size is finished")
-    monkeypatch.setattr(plan, "estimates", lambda configs, *_: [None])
+    monkeypatch.setattr(plan, "estimates", lambda configs, *_: [None] * len(configs))
     assert found.table().caption == "unknown of cnn, vit, until a run of the same size is finished"
+
+
+def test_what_never_ran_is_priced_by_a_few_steps_and_by_the_scoring_of_others(tmp_path, monkeypatch):
+    """Each shape once; not where a step would take minutes, or cannot be trained."""
+    made = [make_config("cnn", "smoke", device="cpu", precision="fp32", steps=100, seed=seed) for seed in (0, 1)]
+    done = table(known(replace(made[0], backbone="vit", lr=0.1), 5.0) | {"score_seconds": 30.0})
+    timed = []
+    monkeypatch.setattr(plan, "step_seconds", lambda config, steps: timed.append((config, steps)) or 0.5)
+    threads = torch.get_num_threads()
+    for finished, seconds in ((done, 80.0), (done.assign(image_size=64), 50.0)):
+        found, tried = plan.with_rehearsals(finished, made)
+        assert estimates(made, found, threads) == pytest.approx([seconds] * 2)
+        assert tried == {"cnn": seconds == 80}
+    assert [(plan.shape_of(config), steps) for config, steps in timed] == [(plan.shape_of(made[0]), 4)] * 2
+    found, tried = plan.with_rehearsals(table(known(made[0], 5.0)), made)
+    assert (len(found), tried, len(timed)) == (1, {}, 2)
+    monkeypatch.setattr(plan, "SHORT", 1e6)
+    assert plan.with_rehearsals(done, made)[1] == {}
+    assert len(timed) == 2
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_new_study_tells_minutes(tmp_path, monkeypatch):
+    monkeypatch.setenv("VQBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "step_seconds", budgets.step_seconds)
+    size = ("--width", "8", "--depth", "1", "--lpips-weight", "0", "--steps", "600")
+    found = planned(SWEEP, tmp_path, "--backbone", "cnn", "--codebook-size", "64", *size)
+    minutes = re.fullmatch(r"(.*) min", next(iter(found.table().columns[-1].cells)))
+    assert 0.01 < float(minutes[1]) < 100
+    assert "4 steps now (cnn); scoring of these is not counted" in found.table().caption
 
 
 def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):
