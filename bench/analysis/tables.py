@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.markup import escape
@@ -73,12 +74,15 @@ def cell(key: str, value: Any, spread: float | None = None, best: str | None = N
 
 def text_of(value: Any, key: str = "") -> str:
     """A value as column ``key`` shows it."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
     if not isinstance(value, Real):
         return "none" if pd.isna(value) else str(value)
     if key in MILLIONS:
         return f"{value / 1e6:{MILLIONS[key]}}"
     if key in LABELS:
-        return f"{value:{LABELS[key].form}}"
+        text = f"{value:{LABELS[key].form}}"
+        return text.lstrip("-") if not text.strip("-0.") else text  # no minus before a zero
     return f"{value:.5g}" if value % 1 else f"{value:.10g}"
 
 

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -879,6 +880,8 @@ def test_a_cell_is_formatted_like_its_column_and_sorted_by_its_value():
     assert tables.cell("backbone", "vit")[:4] == ("vit", "", "vit", False)
     assert tables.cell("psnr", math.nan, 0.5, NONE)[:4] == (NONE, "", None, False)
     assert tables.text_of(None) == "none"
+    assert (tables.text_of(True), tables.text_of(np.False_)) == ("yes", "no")
+    assert [tables.text_of(value, "grid_edges") for value in (-0.04, 0.04, -0.06)] == ["0.0", "0.0", "-0.1"]
     assert rankings._short(f"{'ab' * 32} decade 0123456789abcdef") == "ababababab… decade 0123456789abcdef"
     assert rankings._signed([-0.5], "+.2f") == "−0.50"
     assert rankings._signed(None, "+.2f") == rankings._signed([math.nan], "+.2f") == NONE
