@@ -18,6 +18,7 @@ import tyro
 from bench.analysis.excerpts import excerpt
 from bench.analysis.report import write_report
 from bench.core.cli import command, command_line
+from bench.core.progress import printable
 from bench.sweeps.importance import importances
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work(words: list[str]) -> int:
         options = command_line(Options, words, "python -m bench.report", __doc__)
         if options.columns or options.verdicts:
-            print(excerpt(options.names, options.results, options.columns, options.verdicts))
+            print(printable(excerpt(options.names, options.results, options.columns, options.verdicts)))
         else:
             write_report(options.names, options.results, options.out, importances)
         return 0

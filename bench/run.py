@@ -101,6 +101,8 @@ def work(arguments: list[str]) -> int:
     options = parse(RunArguments, arguments, "python -m bench.run", __doc__)
     from bench.analysis.tables import put  # and pandas: not for --help
 
+    if options.list or options.profile:
+        group.alone("--list" if options.list else "--profile")
     if options.list:
         backbones = options.backbone if "backbone" in options.given else tuple(BACKBONES)
         sizes = size_table(replace(options, backbone=backbones).configs())  # what cannot work is told first

@@ -141,7 +141,7 @@ def put(folder: Path, found: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def scored(codec, codebook_size, images, *rest):
+def scored(codec, codebook_size, images, *rest, **options):
     """What takes no time of ``score``, on real reconstructions."""
     x = from_uint8(torch.from_numpy(images[:8]).permute(0, 3, 1, 2))
     with torch.no_grad():

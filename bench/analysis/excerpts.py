@@ -45,8 +45,9 @@ def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), ve
         parts += [f"**{inline(title)}**", *tables, *notes] if found else []
         known |= here
     if not parts:
-        wanted = f"has all of {', '.join(columns)}; there are {', '.join(known)}" if columns else "can be compared"
-        raise UserError(f"none of these runs {wanted if known else 'has scores yet'}")
+        wanted = f"has all of {', '.join(columns)}; there are {', '.join(known)}"
+        wanted = wanted if columns else "can be compared; name two backbones, or two values of a setting, at least"
+        raise UserError(f"none of these runs {wanted if known else 'has scores yet; finish one of them first'}")
     return "\n\n".join(parts)
 
 
@@ -63,9 +64,10 @@ def _rankings(table: pd.DataFrame, priors: pd.DataFrame) -> Iterator[tuple[str, 
 def _of_columns(sheet: Sheet, columns: Sequence[str]) -> Sheet:
     """``sheet`` with what its rows are called by and ``columns``, without notes but that on unequal budgets."""
     keys = [*sheet.keys]
-    last = keys.index("failed") if "failed" in keys else keys.index("n")
-    failed = keys[last] == "failed" and any(row[last].order for row in sheet.rows)
-    places = [*range(last + failed), *map(keys.index, columns)]
+    named = keys.index("n") + 1
+    failed = [keys.index("failed")] if "failed" in keys else []  # in tables of tokenizers alone
+    counted = [i for i in failed if any(row[i].order for row in sheet.rows)]
+    places = [*range(named), *counted, *map(keys.index, columns)]
     rows, references = ([[row[i] for i in places] for row in every] for every in (sheet.rows, sheet.references))
     notes = [note for note in sheet.notes if note.startswith(rankings.UNMATCHED)]
     return Sheet([keys[i] for i in places], rows, references, notes)

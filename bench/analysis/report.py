@@ -193,7 +193,7 @@ def _watched(label: str, items: list[Any]) -> Iterator[Any]:
 
 
 def select(names: Sequence[str], results: Path) -> Selection:
-    """The runs that ``names`` mean: studies (NAME, what one name alone begins with, or the path of its json), run
+    """The runs that ``names`` mean: studies (NAME, or how exactly one name begins, or the path of its json), run
     folders, run ids or results folders.
 
     Nothing named means every run below ``results``. Raises UserError on a name that is none of these, and when there

@@ -6,7 +6,7 @@ the same on any number of processes, up to rounding.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .errors import Diverged, Interrupted, UserError
 from .progress import console, stdout
 
-PATIENCE = timedelta(minutes=30)  # of processes that wait for another: scoring references takes one alone some minutes
+PATIENCE = timedelta(minutes=30)  # of a step with a process that is silent
+LONG = timedelta(days=2)  # of those who wait while another decodes images, scores references or looks by instruments
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE, where there are several
-GONE = re.compile("closed by peer|[Tt]imed out|Connection re(set|fused)|[Bb]roken pipe|Wait timeout|aborted", re.DOTALL)
-START = "torchrun --standalone --nproc-per-node 2 -m bench.run"
+GONE = re.compile("closed by peer|pair closure|[Tt]imed out|[Ww]ait timeout|Connection re(set|fused)|[Bb]roken pipe")
+START = ".venv/bin/torchrun --standalone --nproc-per-node 2 -m bench.run"
 
 Found = TypeVar("Found")
+_patient: dist.ProcessGroup | None = None  # the same processes, for messages that may have to wait
 
 
 def size() -> int:
@@ -42,8 +45,9 @@ def first() -> bool:
 
 
 def share(count: int) -> slice:
-    """Which of ``count`` rows are this process's: a run of them, as many as anybody's or one more."""
-    begins = [count * number // size() for number in (rank(), rank() + 1)]
+    """Which of ``count`` rows are this process's: a run of them, as many as anybody's or one less, and never fewer
+    than those of a later process."""
+    begins = [-(-count * number // size()) for number in (rank(), rank() + 1)]
     return slice(*begins)
 
 
@@ -80,7 +84,7 @@ def picked(tokens: Tensor, count: int) -> Tensor:
     return total(tokens[rows % len(tokens)] * own[:, None])
 
 
-def average_gradients(parameters: Iterator[Tensor]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Makes each gradient its mean over all processes, by one message."""
     if size() == 1:
         return
@@ -95,33 +99,68 @@ def of_first(value: Found) -> Found:
     if size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_patient)
     return values[0]
+
+
+def by_first(work: Callable[[], Found]) -> Found | None:
+    """What ``work`` gives to the first process, which does it alone. Where that raises UserError, all do."""
+    if size() == 1:
+        return work()
+    found, told = None, None
+    if first():
+        try:
+            found = work()
+        except UserError as error:
+            told = error
+    said = of_first(told and str(told))
+    if told is not None or said is not None:
+        raise told or UserError(said)
+    return found
 
 
 def spread(part: Any) -> None:
     """Gives a module or optimizer, ``part``, of every process the state of the first's."""
     if size() > 1:
-        part.load_state_dict(of_first(part.state_dict()))
+        state = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, part.state_dict())
+        part.load_state_dict(of_first(state))
 
 
 def gathered(value: Found) -> list[Found]:
-    """The ``value`` of every process in order, which must survive pickling; of the first alone, elsewhere none."""
-    if size() == 1:
-        return [value]
-    values: list[Any] = [None] * size()
-    dist.gather_object(value, values if first() else None)
-    return values if first() else []
+    """The ``value`` of every process in order, which must survive pickling."""
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value, group=_patient)
+    return values
 
 
 def in_turn(work: Callable[[], Found]) -> Found:
-    """``work`` of the first process of a machine, and then of the others, for whom it leaves its results in caches."""
+    """``work`` of the first process of a machine, and then of the others, for whom it leaves its results in caches.
+    Where that raises UserError in any process, all do."""
     if size() == 1:
         return work()
-    if os.environ["LOCAL_RANK"] == "0":
-        found = work()
-    dist.barrier()
-    return found if os.environ["LOCAL_RANK"] == "0" else work()
+    found, said, leads = None, "", os.environ["LOCAL_RANK"] == "0"
+    for turn in (True, False):
+        if leads == turn:
+            try:
+                found = work()
+            except UserError as error:
+                said = str(error)
+        messages = gathered(said)
+    for number, message in enumerate(messages):
+        if message:
+            raise UserError(message if number == 0 else f"process {number}: {message}")
+    return found
+
+
+def check_alike(**what: str) -> None:
+    """Raises UserError where processes differ in ``what``, by name."""
+    others = gathered(what)
+    for number, own in enumerate(others):
+        for name, value in own.items():
+            if value != others[0][name]:
+                told = f"process {number} has other {name.replace('_', ' ')} than the first, {value} and not"
+                raise UserError(f"{told} {others[0][name]}; give all machines the same")
 
 
 def started_as_several() -> bool:
@@ -149,14 +188,20 @@ def joined(device: str) -> Iterator[None]:
     if not started_as_several():
         yield
         return
+    global _patient
     if missing := [name for name in NEEDED if name not in os.environ]:
+        console.quiet = False  # whoever is not the first may be alone
         told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and there is no {missing[0]} to meet the others by"
         raise UserError(f"{told}; start with {START}, or unset WORLD_SIZE")
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    cuda, own = device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
+    if cuda and (":" in device or own >= torch.cuda.device_count()):
+        told = f"each process takes a GPU of its own, and this machine has {torch.cuda.device_count()}"
+        raise UserError(f"{told}; start as many processes on it at most, with --device cuda and no number")
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        if cuda:
+            torch.cuda.set_device(own)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        _patient = dist.new_group(backend="gloo", timeout=LONG)
         yield
     except (UserError, Diverged, Interrupted, KeyboardInterrupt):
         raise  # of all alike, and the first tells it
@@ -168,5 +213,6 @@ def joined(device: str) -> Iterator[None]:
         told = f"another process of this trial ended or is silent ({reason})"
         raise UserError(f"{told}; the same command continues") from error
     finally:
+        _patient = None
         if dist.is_initialized():
             dist.destroy_process_group()

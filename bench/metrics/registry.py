@@ -56,7 +56,8 @@ class Evaluator:
     """Takes an evaluation set in batches and gives metrics of the whole of it.
 
     METRICS: those that it may give, by name. Of metrics that each image has on its own, ``keep`` remembers the values
-    and ``result`` gives the means; siblings with metrics of the set as a whole add them.
+    and ``result`` gives the means; siblings with metrics of the set as a whole add them, and what these are made of to
+    ``seen`` and ``join``, by which several processes score together.
     """
 
     METRICS: ClassVar[dict[str, Metric]]

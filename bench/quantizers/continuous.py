@@ -64,6 +64,6 @@ class KLQuantizer(ContinuousQuantizer):
             return Quantized(z_q, z_q.detach(), self.kl_weight * divergence.mean(), distortion, rate)
 
     def _noise(self, mean: Tensor) -> Tensor:
-        """Gaussian, as large as ``mean`` (B, d, h, w), in its layout, of which the order of the draws depends."""
+        """Gaussian, as large as ``mean`` (B, d, h, w), in its layout, on which the order of the draws depends."""
         shape = mean.movedim(1, -1).shape[1:]
         return group.whole(lambda rows: mean.new_empty(rows, *shape).movedim(-1, 1).normal_(), len(mean))

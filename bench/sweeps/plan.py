@@ -248,8 +248,8 @@ class Plan:
         total = makespan(every, workers) + START_SECONDS * bool(every)
         table.caption = f"{total / 60:.0f} min, training and scoring, {workers} at a time, as finished runs took"
         if tried:
-            table.caption += f", or {REHEARSED} steps now ({', '.join(tried)})"
-            table.caption += "" if all(tried.values()) else "; scoring of these is not counted, of which no run tells"
+            table.caption += f", or {REHEARSED} steps that were tried now ({', '.join(tried)})"
+            table.caption += "" if all(tried.values()) else ", these without scoring"
         if unknown:
             others = "" if len(unknown) == len(rows) else f"{table.caption}; "
             table.caption = f"{others}unknown of {', '.join(unknown)}, until a run of the same size is finished"

@@ -52,7 +52,7 @@ def score(
     Both run in float32; reconstructions are clamped and rounded to uint8 before anything is measured. Where
     ``codebook_size`` is None there are no codes, and no metrics of them; bits are those that ``codec`` measures.
 
-    ``together``: several processes share the images, in equal batches, and all but the first get nothing back."""
+    ``together``: several processes share the images, in whole batches, and all but the first get nothing back."""
     setup = Setup(codebook_size, torch.device(device), fid_weights)
     evaluators = [evaluator(setup) for evaluator in EVALUATORS]
     if together:

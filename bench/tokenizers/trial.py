@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.core import group
 from bench.core.environment import peak_memory
@@ -20,7 +21,7 @@ from bench.core.recipe import write_recipe
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data, check_name, load
-from bench.metrics import from_uint8, to_uint8, weights
+from bench.metrics import digests, from_uint8, to_uint8, weights
 from bench.training.loop import logged
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
@@ -82,35 +83,44 @@ def run_trial(
     began = time.monotonic()
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
-    run, writes = store.run(config), group.first()
-    if config.batch_size % group.size():
-        told = f"batch_size {config.batch_size} cannot be shared evenly by {group.size()} processes"
-        raise UserError(f"{told}; take {config.batch_size // group.size() * group.size() or group.size()}")
-    if writes:
-        check_whole(run)
+    run = store.run(config)
+    _check_processes(config)
+    group.by_first(partial(check_whole, run))
     data = group.in_turn(partial(prepare, config, store, fid_weights))
+    if group.size() > 1:
+        group.check_alike(settings=run.folder.name, images=data.fingerprint, weights_to_score_by=digests(fid_weights))
     if min(len(data.train), len(data.images(config.split))) < 2:
         found = f"{config.data} has {len(data.train)} train and {len(data.images(config.split))} {config.split} images"
         raise UserError(f"{found}; distances between sets need at least 2 of each")
     if group.of_first(run.finished):
-        if writes:
-            _seen_again(run, data, instruments)
+        group.by_first(partial(_seen_again, run, data, instruments))
         return run
 
-    if writes:
-        check_instruments(config, data, instruments)
-        store.check_images(run, config.data, config.image_size, data.fingerprint)
+    group.by_first(partial(check_instruments, config, data, instruments))
+    group.by_first(partial(store.check_images, run, config.data, config.image_size, data.fingerprint))
     about = {"config": asdict(config.stored()), "trained_on": data.fingerprint}
-    with begun(run, about, resume) if writes else nullcontext():
-        reference, untrained = _before_training(run, data, config, fid_weights) if writes else ({}, {})
+    with ExitStack() as held:
+        group.by_first(lambda: held.enter_context(begun(run, about, resume)))
+        reference, untrained = group.by_first(partial(_before_training, run, data, config, fid_weights)) or ({}, {})
         before = time.monotonic() - began
         with peak_memory(config.device) as peak:
             tokenizer, seconds = train(config, data.train, run.folder, resume)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured, before)
-    if writes:
-        measure(run, data, instruments)
+    group.by_first(partial(measure, run, data, instruments))
     return run
+
+
+def _check_processes(config: Config) -> None:
+    """Raises UserError where several processes cannot train ``config`` as one would."""
+    if group.size() == 1:
+        return
+    if config.batch_size % group.size():
+        told = f"batch_size {config.batch_size} cannot be shared evenly by {group.size()} processes"
+        raise UserError(f"{told}; take {config.batch_size // group.size() * group.size() or group.size()}")
+    if any(isinstance(module, _BatchNorm) for module in Tokenizer(config).modules()):
+        told = f"backbone {config.backbone!r} normalises the images of a batch together"
+        raise UserError(f"{told}, which {group.size()} processes do not; train it in one")
 
 
 def _seen_again(run: Run, data: Data, instruments: Sequence[str]) -> None:

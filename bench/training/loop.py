@@ -84,7 +84,8 @@ def fit(
     writes = group.first()
     checkpoint = folder / "checkpoint.pt"
     history = folder / "history.jsonl" if writes else Path(os.devnull)
-    first, seconds = group.of_first(resumed(checkpoint, state, config) if resume and writes else (0, 0.0))
+    found = group.by_first(lambda: resumed(checkpoint, state, config) if resume else (0, 0.0))
+    first, seconds = group.of_first(found)
     log_every = logged(config.steps)[0]
     if not first and writes:
         checkpoint.unlink(missing_ok=True)  # else what is killed before its first one would go on from an older run's

@@ -60,6 +60,7 @@ def test_verdicts_are_those_of_backbones_and_then_of_settings(store):
 
 def test_columns_of_priors_give_the_priors_alone(store):
     text = excerpt([], store.root, ["coded_bits_per_token", "gfid_vgg16"])
+    assert lines(text)[0] == ["backbone", "prior", "seeds", "bits per token ↓", "gFID vgg16 ↓"]
     assert "before coding" in text.splitlines()[0]
     assert lines(text)[2][-2:] == ["4.000", "80.0"]
 

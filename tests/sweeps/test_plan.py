@@ -343,7 +343,7 @@ def test_a_plan_of_a_new_study_tells_minutes(tmp_path, monkeypatch):
     found = planned(SWEEP, tmp_path, "--backbone", "cnn", "--codebook-size", "64", *size)
     minutes = re.fullmatch(r"(.*) min", next(iter(found.table().columns[-1].cells)))
     assert 0.01 < float(minutes[1]) < 100
-    assert "4 steps now (cnn); scoring of these is not counted" in found.table().caption
+    assert "4 steps that were tried now (cnn), these without scoring" in found.table().caption
 
 
 def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_whatever_cannot_be_written_leaves_no_metrics(writer, images, tiny, stor
     """metrics.json comes last: what looks finished is whole. Training is not lost either."""
     config = replace(tiny, precision="fp32").resolved()
     run, tokenizer = begun(store, config), greys(config)
-    monkeypatch.setattr(trial, "score", lambda *_: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
+    monkeypatch.setattr(trial, "score", lambda *_, **__: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
     monkeypatch.setattr(trial, "throughput", lambda tokenizer: {})
     monkeypatch.setattr(trial, "static_costs", lambda tokenizer: {})
     with monkeypatch.context() as patch:
@@ -256,7 +256,7 @@ def test_a_codebook_is_pictured_where_one_code_is_an_image(images, tiny, store, 
 
     run = begun(store, config)
     monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(trial, "score", lambda *_: wait(4.5, ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)})))
+    monkeypatch.setattr(trial, "score", lambda *_, **__: wait(4.5, ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)})))
     monkeypatch.setattr(trial, "throughput", lambda tokenizer: wait(9, {}))
     finish(run, greys(config), images, {}, None, {}, 3.0)
     assert (run.folder / "codebook.png").exists()
@@ -309,7 +309,7 @@ def test_references_are_those_that_apply(trial_data, tiny, store, monkeypatch, q
     monkeypatch.setattr(trial, "score_untrained", lambda *_: ({}, np.zeros(1)))
     per_image = {"psnr": np.zeros(24)}
     kept = {name: value for name, value in scores.items() if value is not None}
-    monkeypatch.setattr(trial, "score", lambda *arguments: given.append(arguments) or (kept, per_image))
+    monkeypatch.setattr(trial, "score", lambda *arguments, **_: given.append(arguments) or (kept, per_image))
     run = run_trial(replace(tiny, quantizer=quantizer, grid_size=1, steps=2), store)
     assert found == asked
     assert run.finished
@@ -353,7 +353,7 @@ def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, tmp
 def test_a_crash_while_scoring_leaves_no_metrics_and_the_next_call_finishes(trial_data, tiny, store, monkeypatch):
     config = replace(tiny, steps=4)
     monkeypatch.setattr(trial, "kmeans_reference", lambda *_: {})
-    monkeypatch.setattr(trial, "score", lambda *_: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
+    monkeypatch.setattr(trial, "score", lambda *_, **__: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
     with monkeypatch.context() as patch:
         patch.setattr(trial, "throughput", lambda tokenizer: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -804,7 +804,7 @@ def told(monkeypatch) -> dict:
     seen = {}
 
     def note(name, result):
-        monkeypatch.setattr(f"bench.{name}", lambda *given: seen.update({name: given}) or result)
+        monkeypatch.setattr(f"bench.{name}", lambda *given, **_: seen.update({name: given}) or result)
 
     note("tokenizers.trial.score", ({**LEAST, "psnr": 20.06}, {"psnr": np.zeros(24)}))
     note("tokenizers.trial.static_costs", {})

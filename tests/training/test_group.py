@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,6 +25,7 @@ from bench import prior
 from bench.core import group
 from bench.core.errors import Interrupted, UserError
 from bench.core.progress import SafeConsole
+from bench.core.store import Store
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.evaluate import score
@@ -202,6 +205,79 @@ def test_what_ends_one_process_ends_all_and_one_process_goes_on_from_there(tmp_p
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def quarrel(rank: int, port: int, folder: Path) -> None:
+    """One of two processes that do not agree; what it is told goes into a file."""
+
+    def refuse(who: int) -> int:
+        if rank == who:
+            raise UserError("no images")
+        return 7
+
+    works = [
+        lambda: group.in_turn(lambda: refuse(1)),
+        lambda: group.in_turn(lambda: refuse(0)),
+        lambda: group.by_first(lambda: refuse(0)),
+        lambda: group.by_first(lambda: refuse(1)),
+        lambda: group.check_alike(images="ab"[rank], settings="c"),
+    ]
+    environ(rank, 2, port)
+    told = []
+    with group.joined("cpu"):
+        for work in works:
+            try:
+                told.append(work())
+            except UserError as error:
+                told.append(str(error))
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
+    """So that none waits for another, and the first can tell it."""
+    mp.spawn(quarrel, (free_port(), tmp_path), nprocs=2)
+    alike = "process 1 has other images than the first, b and not a; give all machines the same"
+    first = ["process 1: no images", "no images", "no images", 7, alike]
+    assert json.loads((tmp_path / "0.json").read_text()) == first
+    assert json.loads((tmp_path / "1.json").read_text()) == [*first[:3], None, alike]
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_runs_that_one_process_gives(image_folder, tmp_path):
+    """Two in one command, written and told once; a finished one is shown again."""
+    size = ("--width", "8", "--depth", "1", "--codebook-size", "16", "--code-dim", "4", "--steps", "6")
+    size = (*size, "--batch-size", "8", "--lpips-weight", "0")
+    words = ["--preset", "smoke", *size, "--precision", "fp32", "--device", "cpu", "--instruments", "robustness"]
+    words = ["-m", "bench.run", "--backbone", "cnn", "vit", *words, "--data", f"folder:{image_folder}"]
+
+    def told(store: Path, *launcher: str) -> str:
+        command = [sys.executable, *launcher, *words, "--results", str(store)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    several = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for said in ("finished: ", "already finished: "):
+        text = told(tmp_path / "two", *several)
+        assert text.count(f"\n{said}") == 2
+        assert text.count("Protocol ") == 1
+    told(tmp_path / "one")
+    one, two = ({run.folder.name: run for run in Store(tmp_path / name).runs()} for name in ("one", "two"))
+    assert len(one) == 2
+    assert one.keys() == two.keys()
+    for name, run in two.items():
+        assert run.environments()[-1]["processor"].startswith("2 × ")
+        for metric in ("psnr", "lpips_vgg", "fid_vgg16", "perplexity"):
+            assert run.metrics()[metric] == pytest.approx(one[name].metrics()[metric], rel=2e-3), metric
+        assert {path.name for path in run.folder.iterdir()} == {path.name for path in one[name].folder.iterdir()}
+
+
+def test_batch_norm_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(group, "size", lambda: 2)
+    config = make_config("timm:resnet18", "smoke", device="cpu", width=8, depth=1)
+    with pytest.raises(UserError, match="'timm:resnet18' normalises the images of a batch together, which 2 processes"):
+        run_trial(config, tmp_path)
+
+
 def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for name in group.NEEDED:
@@ -232,8 +308,9 @@ def test_all_but_the_first_print_nothing(monkeypatch):
 @pytest.mark.parametrize("count", [1, 7, 12])
 def test_shares_are_all_rows_once(monkeypatch, count):
     monkeypatch.setattr(group, "size", lambda: 3)
-    taken = []
+    shares = []
     for rank in range(3):
         monkeypatch.setattr(group, "rank", lambda rank=rank: rank)
-        taken += range(count)[group.share(count)]
-    assert taken == [*range(count)]
+        shares.append([*range(count)[group.share(count)]])
+    assert [row for part in shares for row in part] == [*range(count)]
+    assert len(shares[0]) == max(map(len, shares)) <= min(map(len, shares)) + 1
