@@ -65,6 +65,9 @@ class RunArguments(Arguments):
     list: bool = False
     """show all that can be chosen by name, and width, depth, steps, parameters, FLOPs and tokens of the given backbones
     (of all, unless given) at these settings, and stop"""
+    accumulate: Annotated[int, tyro.conf.arg(metavar="PARTS")] = 1
+    """parts of a batch that each network sees in turn, for less memory: the same numbers up to rounding, one more pass
+    forward"""
     profile: bool = False
     """show where the time of a training step goes, write traces below --results, and stop"""
 
@@ -126,7 +129,8 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     def trial(config: Config) -> Trial:
         run = store.run(config)
         instruments = options.instruments or (() if run.finished else ("cheap",))
-        work = partial(run_trial, config, store, options.fid_weights, options.resume, instruments)
+        how = options.fid_weights, options.resume, instruments, options.accumulate
+        work = partial(run_trial, config, store, *how)
         return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
 
     if options.match and options.match.startswith("time"):

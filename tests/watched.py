@@ -154,7 +154,7 @@ class Toy(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.seen: list[tuple[Tensor, Tensor, Quantized, int]] = []  # x, x_hat, quantized, the generator's seed
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+    def forward(self, x: Tensor, parts: int = 1) -> tuple[Tensor, Quantized]:
         self.calls += 1
         x_hat = self.decoder.last_layer.expand_as(x) + 0 * (self.unused.sum() + self.offset.sum())
         codes = torch.randint(self.config.codebook_size, (len(x), self.config.grid_size, self.config.grid_size))

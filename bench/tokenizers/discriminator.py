@@ -4,9 +4,11 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
 from bench.core import group
+from bench.training.loop import in_parts
 
 from .config import Config
 from .losses import ADVERSARIAL, gradient_penalty, lecam
@@ -42,11 +44,12 @@ class PatchGAN(nn.Module):
 class Adversary(nn.Module):
     """A discriminator with what its training needs: schedule, running averages for LeCAM, both losses. It trains from
     ``gan_start − gan_warmup`` on; from ``gan_start`` the tokenizer sees it, with a weight that grows over ``gan_ramp``.
+    The discriminator sees a batch in so many ``parts``, but with spectral norm, which moves with every pass, at once.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, parts: int = 1):
         super().__init__()
-        self.config = config
+        self.config, self.parts = config, 1 if config.gan_norm == "spectral" else parts
         self.discriminator = PatchGAN(config.gan_width, config.gan_layers, config.gan_norm)
         self.losses = ADVERSARIAL[config.gan_loss]
         self.register_buffer("average_real", torch.zeros(()))
@@ -66,18 +69,17 @@ class Adversary(nn.Module):
 
     def generator_loss(self, x_hat: Tensor) -> Tensor:
         """What the tokenizer minimises on its reconstructions (B, 3, H, W); no gradient reaches the discriminator."""
-        self.discriminator.requires_grad_(False)
-        loss = self.losses.generator(self.discriminator(x_hat).float())
-        self.discriminator.requires_grad_(True)
-        return loss
+        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        logits = in_parts(lambda x: functional_call(self.discriminator, fixed, (x,)), self.parts, x_hat)
+        return self.losses.generator(logits.float())
 
     def discriminator_losses(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
         """The discriminator's terms, unweighted, on images ``x`` and reconstructions ``x_hat`` of the same batch; no
         gradient reaches the tokenizer. Moves LeCAM's averages."""
         penalised = self.config.r1_weight > 0
         real = x.detach().requires_grad_(penalised)
-        logits_real = self.discriminator(real).float()
-        logits_fake = self.discriminator(x_hat.detach()).float()
+        logits_real = in_parts(self.discriminator, self.parts, real).float()
+        logits_fake = in_parts(self.discriminator, self.parts, x_hat.detach()).float()
         terms = {"discriminator": self.losses.discriminator(logits_real, logits_fake)}
         if self.config.lecam_weight:
             terms["lecam"] = lecam(logits_real, logits_fake, self.average_real, self.average_fake)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.core.errors import UserError
 from bench.core.runs import Run, check_finished
 from bench.quantizers import QUANTIZERS, Quantized
+from bench.training.loop import in_parts
 from bench.training.trial import read_weights
 
 from .config import Config
@@ -33,10 +34,11 @@ class Tokenizer(nn.Module):
         self.quantizer = quantizer(config.codebook_size, config.code_dim, **settings)
         self.decoder = decoder()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized."""
-        quantized = self.quantizer(self.encoder(x))
-        return self.decoder(quantized.z_q), quantized
+    def forward(self, x: Tensor, parts: int = 1) -> tuple[Tensor, Quantized]:
+        """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized.
+        Encoder and decoder see the batch in so many ``parts``, the quantizer at once."""
+        quantized = self.quantizer(in_parts(self.encoder, parts, x))
+        return in_parts(self.decoder, parts, quantized.z_q), quantized
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] → codes (B, h, w) int64, or where the quantizer has none latents (B, d, h, w)

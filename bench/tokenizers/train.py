@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.core import group
 from bench.data import batch
 from bench.metrics import CodeHistogram, perceptual
-from bench.training.loop import adamw, autocast, descend, fit
+from bench.training.loop import adamw, autocast, descend, fit, in_parts
 
 from .alignment import features
 from .config import Config
@@ -19,23 +19,30 @@ from .tokenizer import Tokenizer, to_device
 
 
 def train(
-    config: Config, images: np.ndarray, folder: Path, resume: bool = True, checkpoint_seconds: float = 2.0
+    config: Config,
+    images: np.ndarray,
+    folder: Path,
+    resume: bool = True,
+    checkpoint_seconds: float = 2.0,
+    accumulate: int = 1,
 ) -> tuple[Tokenizer, float]:
     """Trains on ``images`` (N, H, W, 3) uint8 as ``config`` (resolved) says and returns the tokenizer to score, with
-    averaged weights and in eval mode, and the seconds that its steps took; files and errors are those of ``fit``."""
+    averaged weights and in eval mode, and the seconds that its steps took; files and errors are those of ``fit``.
+    Networks see a batch in ``accumulate`` parts."""
     label = f"{config.backbone} {config.quantizer} seed {config.seed}"
-    return fit(TokenizerLearner(config, images), label, folder, resume, checkpoint_seconds)
+    return fit(TokenizerLearner(config, images, accumulate), label, folder, resume, checkpoint_seconds)
 
 
 class TokenizerLearner:
     """A tokenizer with its losses, the discriminator that it may be trained against, and the linear map of its latent
-    that may be aligned with features of a frozen model."""
+    that may be aligned with features of a frozen model. Each network sees a batch in ``accumulate`` parts, which takes
+    less memory and one more pass forward; losses and the quantizer see all of it at once."""
 
     unit = "images"
 
-    def __init__(self, config: Config, images: np.ndarray):
+    def __init__(self, config: Config, images: np.ndarray, accumulate: int = 1):
         torch.manual_seed(config.seed)
-        self.config, self.images = config, images
+        self.config, self.images, self.accumulate = config, images, accumulate
         self.model = to_device(Tokenizer(config), config.device).train()
         self.features, self.trained, parts = None, self.model, {}
         if config.alignment_weight:
@@ -53,7 +60,7 @@ class TokenizerLearner:
         self.adversary = None
         if config.gan_weight:
             with torch.random.fork_rng():  # until gan_start a run is the same, bit for bit, with and without it
-                self.adversary = to_device(Adversary(config), config.device)
+                self.adversary = to_device(Adversary(config, accumulate), config.device)
             parameters = self.adversary.parameters()
             self.discriminator_optimizer = torch.optim.AdamW(parameters, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
             self.parts |= {"adversary": self.adversary, "discriminator_optimizer": self.discriminator_optimizer}
@@ -70,13 +77,13 @@ class TokenizerLearner:
         own = group.share(config.batch_size)
         x = batch(self.images, config.seed, step, config.batch_size, config.augment, config.device, own)
         with self.autocast:
-            x_hat, quantized = self.model(x)
+            x_hat, quantized = self.model(x, self.accumulate)
         x_hat = x_hat.float()
         losses = {"reconstruction": RECONSTRUCTION[config.reconstruction](x_hat, x), "quantizer": quantized.loss}
         loss = reconstruction_weight(config, step) * losses["reconstruction"] + losses["quantizer"]
         if self.lpips is not None:
             with self.autocast:
-                losses["lpips"] = self.lpips(x_hat, x).mean()
+                losses["lpips"] = in_parts(self.lpips, self.accumulate, x_hat, x).mean()
             loss = loss + config.lpips_weight * losses["lpips"]
         if adversary is not None and step >= adversary.start:
             with self.autocast:

@@ -74,9 +74,11 @@ def run_trial(
     fid_weights: Path | None = None,
     resume: bool = True,
     instruments: Sequence[str] = (),
+    accumulate: int = 1,
 ) -> Run:
     """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished. Then
-    ``instruments``, names or groups of them (see ``bench.instruments``), look at it, but for those that have.
+    ``instruments``, names or groups of them (see ``bench.instruments``), look at it, but for those that have. Networks
+    see a batch in ``accumulate`` parts, which takes less memory and changes nothing but rounding.
 
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
     failure.json) when the loss was not finite. Several processes (see ``bench.core.group``) call it alike."""
@@ -84,7 +86,7 @@ def run_trial(
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
-    _check_processes(config)
+    _check_processes(config, accumulate)
     group.by_first(partial(check_whole, run))
     data = group.in_turn(partial(prepare, config, store, fid_weights))
     if group.size() > 1:
@@ -104,23 +106,26 @@ def run_trial(
         reference, untrained = group.by_first(partial(_before_training, run, data, config, fid_weights)) or ({}, {})
         before = time.monotonic() - began
         with peak_memory(config.device) as peak:
-            tokenizer, seconds = train(config, data.train, run.folder, resume)
+            tokenizer, seconds = train(config, data.train, run.folder, resume, accumulate=accumulate)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured, before)
     group.by_first(partial(measure, run, data, instruments))
     return run
 
 
-def _check_processes(config: Config) -> None:
-    """Raises UserError where several processes cannot train ``config`` as one would."""
-    if group.size() == 1:
+def _check_processes(config: Config, accumulate: int) -> None:
+    """Raises UserError where several processes, or parts of a batch, cannot train ``config`` as one would."""
+    own = config.batch_size // group.size()
+    if not 1 <= accumulate <= max(1, own):
+        raise UserError(f"accumulate is {accumulate}; a batch of {own} images has 1 to {own} parts")
+    if group.size() == accumulate == 1:
         return
     if config.batch_size % group.size():
         told = f"batch_size {config.batch_size} cannot be shared evenly by {group.size()} processes"
         raise UserError(f"{told}; take {config.batch_size // group.size() * group.size() or group.size()}")
     if any(isinstance(module, _BatchNorm) for module in Tokenizer(config).modules()):
         told = f"backbone {config.backbone!r} normalises the images of a batch together"
-        raise UserError(f"{told}, which {group.size()} processes do not; train it in one")
+        raise UserError(f"{told}; train it in one process, and with --accumulate 1")
 
 
 def _seen_again(run: Run, data: Data, instruments: Sequence[str]) -> None:

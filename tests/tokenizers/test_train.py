@@ -227,7 +227,7 @@ def test_the_codebook_s_start_keeps_no_graph(tiny, images):
 
 def test_images_and_model_are_sent_to_the_device(watch, tiny, toys, monkeypatch):
     sent = []
-    monkeypatch.setattr(module, "batch", lambda *arguments: sent.append(arguments[-1]) or batch(*arguments))
+    monkeypatch.setattr(module, "batch", lambda *arguments: sent.append(arguments[5]) or batch(*arguments))
     monkeypatch.setattr(module, "to_device", lambda part, device: sent.append(device) or part)
     watch.train(replace(tiny, device="cpu:0", steps=2, gan_weight=0.5))
     assert len(sent) >= 5  # tokenizer, discriminator, the first codes' batches, two steps'

@@ -270,7 +270,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     run.folder.mkdir(parents=True)
     run.fail("crashed", "before")
 
-    def train(*arguments):
+    def train(*arguments, accumulate):
         seen["train"] = arguments
         assert run.status == "unfinished"
         assert run.config() == asdict(config)
@@ -402,7 +402,9 @@ def test_a_trial_trains_on_its_share_and_is_scored_on_its_split(trial_data, tiny
     monkeypatch.setattr(evaluate, "PatchKMeans", lambda images, *_: seen.update(kmeans=images))
     monkeypatch.setattr(evaluate, "score", lambda *given: seen.update(reference=given[2]) or ({"psnr": 1.0}, {}))
     monkeypatch.setattr(trial, "score_untrained", lambda _, images: seen.update(untrained=images) or ({}, np.zeros(1)))
-    monkeypatch.setattr(trial, "train", lambda _, images, *rest: seen.update(train=images) or (greys(config), 5.0))
+    monkeypatch.setattr(
+        trial, "train", lambda _, images, *rest, **options: seen.update(train=images) or (greys(config), 5.0)
+    )
     run = run_trial(config, store)
     chosen, scored_on = trial_data.with_train(20), trial_data.images(split)
     assert len(chosen.train) == 20

@@ -274,7 +274,7 @@ def test_torchrun_gives_the_runs_that_one_process_gives(image_folder, tmp_path):
 def test_batch_norm_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(group, "size", lambda: 2)
     config = make_config("timm:resnet18", "smoke", device="cpu", width=8, depth=1)
-    with pytest.raises(UserError, match="'timm:resnet18' normalises the images of a batch together, which 2 processes"):
+    with pytest.raises(UserError, match="'timm:resnet18' normalises the images of a batch together; train it in one"):
         run_trial(config, tmp_path)
 
 

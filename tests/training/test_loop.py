@@ -159,10 +159,10 @@ def during(toys, step, act):
     forward = Toy.forward
 
     class Acting(Toy):
-        def forward(self, x):
+        def forward(self, x, parts=1):
             if len(self.seen) == step:
                 act()
-            return forward(self, x)
+            return forward(self, x, parts)
 
     return lambda config: toys.append(Acting(config)) or toys[-1]
 
