@@ -14,13 +14,13 @@ from . import frames, rankings
 from .frames import LABELS, METRICS
 from .report import priors_over, select, title_of
 from .statistics import backbone_verdicts, setting_verdicts
-from .tables import Sheet, as_markdown, inline
+from .tables import NONE, Sheet, as_markdown, inline
 
 
 def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), verdicts: Sequence[str] = ()) -> str:
-    """Of the runs that ``names`` mean (see ``select``) each ranking, of tokenizers and of priors over them, that has
-    all ``columns``, with these alone; and the verdicts on each metric of ``verdicts``, of backbones against each other
-    and then of settings.
+    """Of the runs that ``names`` mean (see ``select``) each table, of scores, of what instruments found and of priors,
+    that has all ``columns``, with these alone; and the verdicts on each metric of ``verdicts``, of backbones against
+    each other and then of settings.
 
     Columns are keys of LABELS, for verdicts those of METRICS with a direction. Rows are those of a report to the digit;
     what was swept stays, and failed runs where there are any. Raises UserError as ``select`` does, on a metric without
@@ -52,22 +52,27 @@ def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), ve
 
 
 def _rankings(table: pd.DataFrame, priors: pd.DataFrame) -> Iterator[tuple[str, Sheet, pd.DataFrame | None]]:
-    """Title and ranking of each block of tokenizers, with that block, and of each group of priors."""
+    """Title and ranking of each block of tokenizers, with that block, what instruments found of it, and each group of
+    priors."""
     failed = table[table.status.isin({*FAILURES} - {"pruned"})]
     for block in frames.blocks(table):
         title = f"{title_of(block)}, protocol {block.protocol_version.iloc[0]}"
-        yield title, rankings.ranking(block, failed, frames.continuous(table)), block
+        latents = frames.continuous(table)
+        yield title, rankings.ranking(block, failed, latents), block
+        yield title, rankings.instruments(block, latents), None
     for title, sheet in rankings.generation(priors):
         yield title, sheet, None
 
 
 def _of_columns(sheet: Sheet, columns: Sequence[str]) -> Sheet:
-    """``sheet`` with what its rows are called by and ``columns``, without notes but that on unequal budgets."""
+    """``sheet`` with what its rows are called by and ``columns``, without references that have none of them, and
+    without notes but that on unequal budgets."""
     keys = [*sheet.keys]
     named = keys.index("n") + 1
     failed = [keys.index("failed")] if "failed" in keys else []  # in tables of tokenizers alone
     counted = [i for i in failed if any(row[i].order for row in sheet.rows)]
     places = [*range(named), *counted, *map(keys.index, columns)]
     rows, references = ([[row[i] for i in places] for row in every] for every in (sheet.rows, sheet.references))
+    references = [row for row in references if any(cell.text != NONE for cell in row[-len(columns) :])]
     notes = [note for note in sheet.notes if note.startswith(rankings.UNMATCHED)]
     return Sheet([keys[i] for i in places], rows, references, notes)

@@ -36,6 +36,11 @@ def test_rows_are_those_of_the_report_with_the_columns_asked_for_in_their_order(
     assert found == [[row[i] for i in places] for row in whole[: len(found)]]
 
 
+def test_references_without_any_of_the_columns_are_left_out(store):
+    assert any(row[0].startswith("k-means") for row in lines(excerpt([], store.root, ["params", "psnr"])))
+    assert not any(row[0].startswith("k-means") for row in lines(excerpt([], store.root, ["params", "steps_to_loss"])))
+
+
 def test_failed_runs_are_counted_where_there_are_any(store, tmp_path):
     assert "failed" not in excerpt([], store.root, ["psnr"])
     other = Store(tmp_path)
