@@ -42,8 +42,8 @@ def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
             f"Training ended early: its second half still lowered the reconstruction loss of {each}. More steps would "
             "change these numbers, and perhaps their order."
         )
-        if block.steps.nunique() == 1:
-            warnings.extend(outlook(curves, float(block.steps.iloc[0])))
+    if block.steps.nunique() == 1:
+        warnings.extend(outlook(curves, float(block.steps.iloc[0])))
     backbones = sorted(block.backbone.unique())
     first, second, pair = _first_two(backbones, family)
     if pair and (against := _against(block, first, second)):

@@ -22,6 +22,7 @@ COOL = 0.6  # share of the steps where it ends: from there on the falling rate, 
 ROWS = 8  # rows of a history that a law is fitted to
 SPREAD = 2.0  # to which factor seeds have to agree on a crossing
 HISTORIES = 20  # of a backbone that are read
+WORTH = 0.005  # of a loss: what is less is shown as 0 %
 REACH = 100  # how many times the steps seen a crossing may lie at
 
 
@@ -94,16 +95,17 @@ def histories(block: pd.DataFrame) -> Curves:
 
 def outlook(curves: Curves, steps: float) -> list[str]:
     """Of the histories of backbones that were trained for so many ``steps``, as far as they have a law: what twice the
-    steps would still take off each one's training loss; and of three seeds and more, where beyond them the order of two
-    would turn, if each seed has it turn, at places no further than a factor of SPREAD apart."""
+    steps would still take off each one's training loss, unless that is less than WORTH of any; and of three seeds and
+    more, where beyond them the order of two would turn, if each seed has it turn, at places no further than a factor of
+    SPREAD apart."""
     laws = {}
     for backbone, own in curves.items():
         found = [law(*_curve(history)) for history in dict(reversed(own)).values()]  # the first of each seed
         if all(found):
             laws[backbone] = found
-    if not laws:
-        return []
     gains = {name: np.mean([1 - one(2 * steps) / one(steps) for one in found]) for name, found in laws.items()}
+    if max(gains.values(), default=0.0) < WORTH:
+        return []
     told = ", ".join(f"{name} {gain:.0%}" for name, gain in gains.items())
     sentences = [f"By power laws through the curves, twice the steps would take off the training loss: {told}."]
     if (seeds := min(map(len, laws.values()))) >= FEWEST and len(laws) > 1:

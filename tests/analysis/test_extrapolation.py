@@ -83,7 +83,9 @@ def test_a_report_says_what_more_steps_would_do(tmp_path):
     assert crossing(laws["cnn"], laws["vit"], 20) < 2000
     assert second.endswith("beyond 2,000 steps no two backbones would change order.")  # they have crossed already
     assert not any("power laws" in one for one in advice(block.assign(steps=[1000, *block.steps[1:]]), []).warnings)
-    assert first not in advice(block, []).warnings  # of curves that are flat
+    assert first in advice(block, []).warnings
+    flat = frame(store_of(tmp_path / "flat", {"cnn": Law(0.5, 0.1, 1.0, 0.0), "vit": Law(0.4, 0.1, 1.0, 0.0)}).runs())
+    assert outlook(histories(flat), 2000) == []
 
 
 def test_a_crossing_to_come_is_told(tmp_path):
