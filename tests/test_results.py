@@ -69,6 +69,15 @@ def test_commands_of_reports_are_all_tried():
         assert len([*printed(page)]) == text.count("--results results/kept --columns")
 
 
+def test_the_answer_s_numbers_are_those_of_its_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    answer = text[text.index("**The answer so far") : text.index("![Originals")]
+    said = re.findall(r"\d\d\.\d\d", answer)
+    known = {row["PSNR dB"].strip("*").partition(" ± ")[0] for row in rows("README.md", "| backbone | seeds |")}
+    assert len(said) == 7  # of six backbones and k-means
+    assert {*said} <= known
+
+
 def test_options_of_backbones_are_as_published(table):
     runs = study(table, "variants-smoke-match=params_275200")
     backbone, plain = "", {"token_order": "raster", "attention": 0}
@@ -97,6 +106,12 @@ def test_what_is_kept_is_of_this_protocol_and_finished(table):
     assert not [
         name for name in table.drop(columns="folder") if table[name].astype(str).str.contains("/tmp|/root|/work").any()
     ]
+
+
+def test_pages_name_no_folder_of_the_machine_that_made_them():
+    for path in (ROOT / "results" / "comparison").rglob("*.*"):
+        text = path.read_bytes() if path.suffix in (".html", ".md", ".csv") else b""
+        assert not re.search(rb"/(tmp|root|work|home)/", text), path
 
 
 def test_kept_runs_are_small():
