@@ -26,7 +26,7 @@ from bench.core.progress import Bar, console, printable, say
 
 from .batches import batch_indices
 from .datasets import DATASETS
-from .sources import SPLITS, Source, Split, folder_source
+from .sources import SPLITS, Source, Split, check_folder, folder_source
 
 DECODING_VERSION = 3  # part of the cache key: raise it when the same files would decode to other pixels
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -100,11 +100,13 @@ def load(data: str, image_size: int) -> Data:
 
 
 def check_name(data: str) -> None:
-    """Raises UserError unless ``data`` is a name in DATASETS or ``folder:PATH``, whatever may be there."""
+    """Raises UserError unless ``data`` is a name in DATASETS or ``folder:PATH`` of a folder that can be listed."""
     name, _, path = data.partition(":")
     if data not in DATASETS and not (name == "folder" and path):
         there = f"; {data} is there: write folder:{data}" if os.path.isdir(data) else ""
         raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH{there}")
+    if data not in DATASETS:
+        check_folder(path)
 
 
 def decoded(data: str, source: Source, image_size: int) -> Data:

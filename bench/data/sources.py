@@ -117,22 +117,30 @@ def _torchvision_split(dataset: Any, image_size: int) -> Split:
 # --- a folder of images ---------------------------------------------------------------------------------------------
 
 
+def check_folder(path: str) -> None:
+    """Raises UserError where ``path`` is no folder that can be listed."""
+    try:
+        os.scandir(os.path.realpath(os.path.expanduser(path))).close()
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"cannot read the folder {error.filename} ({error.strerror}): "
+        "folder:PATH needs an existing folder of images that you may read, or a link to one"
+    ) from error
+
+
 def find_images(root: str, below: str = "") -> list[str]:
     """Sorted paths, relative to ``root`` and with slashes, of the image files at any depth in its subfolder ``below``.
 
     What is hidden is left out (macOS leaves unreadable ``._x.jpg`` behind), links are followed once. UserError where a
     folder cannot be listed or nothing is found.
     """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"cannot read the folder {error.filename} ({error.strerror}): "
-            "folder:PATH needs an existing folder of images that you may read, or a link to one"
-        ) from error
-
     top = Path(root, below)
     found, visited = [], set()
-    for folder, subfolders, files in os.walk(top, onerror=refuse, followlinks=True):
+    for folder, subfolders, files in os.walk(top, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link back to a folder that was walked already
             subfolders.clear()

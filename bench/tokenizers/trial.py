@@ -61,10 +61,10 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     except OSError as error:
         place, fix = cache_dir(), "set VQBENCH_CACHE to another"
         raise UserError(f"cannot create the cache folder {place}: {reason(error, place)}; {fix}") from error
+    weights.inception(fid_weights)  # a file that was given and is none is told before others are fetched
+    weights.dinov2(fid_weights)
     for net in weights.TRUNKS:
         weights.trunk_state(net)
-    weights.inception(fid_weights)
-    weights.dinov2(fid_weights)
     return load(config.data, config.image_size).with_train(config.train_images)
 
 

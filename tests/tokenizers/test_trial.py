@@ -329,7 +329,7 @@ def test_every_network_that_scores_is_looked_for_before_training(images, tiny, s
     monkeypatch.setattr(weights, "dinov2", lambda path: asked.append(("dinov2", path)))
     monkeypatch.setattr(trial, "load", lambda data, image_size: images)
     assert trial.prepare(tiny.resolved(), store, tmp_path / "inception.pth") is images
-    assert asked == ["alex", "vgg", tmp_path / "inception.pth", ("dinov2", tmp_path / "inception.pth")]
+    assert asked == [tmp_path / "inception.pth", ("dinov2", tmp_path / "inception.pth"), "alex", "vgg"]
 
 
 def test_a_trial_asks_for_the_room_of_two_checkpoints_of_its_own_model(tiny, tmp_path):
@@ -881,7 +881,7 @@ def test_a_run_is_held_until_it_is_scored(trial_data, tiny, store, monkeypatch):
     config, taken = tiny.resolved(), []
 
     def look(result):
-        def looking(*arguments):
+        def looking(*arguments, **options):
             with pytest.raises(Busy), Run(store.run(config).folder).locked():
                 pass
             taken.append(True)
