@@ -13,7 +13,7 @@ from bench.core.runs import FAILURES
 from . import frames, rankings
 from .frames import LABELS, METRICS
 from .report import priors_over, select, title_of
-from .statistics import backbone_verdicts, setting_verdicts
+from .statistics import Images, backbone_verdicts, setting_verdicts
 from .tables import NONE, Sheet, as_markdown, inline
 
 
@@ -37,9 +37,12 @@ def excerpt(names: Sequence[str], results: Path, columns: Sequence[str] = (), ve
     for title, sheet, block in _rankings(table, priors):
         here = dict.fromkeys(key for key in sheet.keys if key in LABELS)
         found = [_of_columns(sheet, columns)] if columns and {*columns} <= {*here} else []
-        for metric in verdicts if block is not None else ():
-            every = backbone_verdicts(block, (metric,)), setting_verdicts(block, (metric,))
-            found += [rankings.verdict_list(ones) for ones in every if ones]
+        read = Images(block) if block is not None and verdicts else None
+        for metric in verdicts if read else ():
+            every = backbone_verdicts(block, (metric,), read), setting_verdicts(block, (metric,), read)
+            found += [rankings.verdict_list(ones, read.part) for ones in every if ones]
+        for sentence in read.damaged if read else ():
+            say(f"[yellow]left out:[/] {escape(sentence)}")
         notes = dict.fromkeys(inline(note) for one in found for note in one.notes)
         tables = (as_markdown(one._replace(notes=())) for one in found)
         parts += [f"**{inline(title)}**", *tables, *notes] if found else []
@@ -55,9 +58,9 @@ def _rankings(table: pd.DataFrame, priors: pd.DataFrame) -> Iterator[tuple[str, 
     """Title and ranking of each block of tokenizers, with that block, what instruments found of it, and each group of
     priors."""
     failed = table[table.status.isin({*FAILURES} - {"pruned"})]
+    latents = frames.continuous(table)
     for block in frames.blocks(table):
         title = f"{title_of(block)}, protocol {block.protocol_version.iloc[0]}"
-        latents = frames.continuous(table)
         yield title, rankings.ranking(block, failed, latents), block
         yield title, rankings.instruments(block, latents), None
     for title, sheet in rankings.generation(priors):

@@ -948,6 +948,12 @@ def test_two_images_of_each_split_are_needed_before_any_training(trial_data, mon
     assert not list(tmp_path.glob("runs/*/history.jsonl"))
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_is_fetched(tiny, store, monkeypatch):
+    monkeypatch.setattr(weights, "trunk_state", lambda net: pytest.fail("fetched"))
+    with pytest.raises(UserError, match=r"^cannot read the folder /nowhere \(No such file or directory\): "):
+        trial.prepare(replace(tiny, data="folder:/nowhere").resolved(), store)
+
+
 def test_an_unknown_data_set_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
     """And what a folder that is there has to be called."""
     monkeypatch.setattr(trial.weights, "trunk_state", lambda net: pytest.fail("fetched"))
