@@ -133,7 +133,7 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
         work = partial(run_trial, config, store, *how)
         return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
 
-    if options.match and options.match.startswith("time"):
+    if options.timed:
         group.alone("--match time, which measures steps,")
     configs = options.configs()
     with group.joined(configs[0].resolved().device):

@@ -18,7 +18,7 @@ from bench.core.recipe import Recipe, from_file
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
 
-from .budgets import match
+from .budgets import COSTS, match
 from .config import SETTINGS, Config, make_config, preset_settings
 
 BACKBONE = f"{', '.join(BACKBONES)} or timm:MODEL; several are run in turn and compared"
@@ -47,7 +47,7 @@ class Arguments(Config):
     results: Path = Path("results")
     """runs are stored below it, in runs/"""
     match: str | None = None
-    """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps"""
+    """one budget for every backbone: params:4M or flops:2G sets widths, time:60s sets steps, params:4M,time:60s both"""
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
     both, under their published names"""
@@ -63,8 +63,13 @@ class Arguments(Config):
 
     @property
     def timed(self) -> bool:
-        """Whether the budget to match is one of time, which sets the steps."""
-        return (self.match or "").startswith("time:")
+        """Whether the budget to match has a time, which sets the steps."""
+        return "time:" in (self.match or "")
+
+    @property
+    def sized(self) -> bool:
+        """Whether the budget to match has parameters or FLOPs, which set width and depth."""
+        return any(f"{kind}:" in (self.match or "") for kind in COSTS)
 
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
         """Config of one run, at the budget to match if there is one; ``settings`` override those of all runs. Raises
@@ -73,7 +78,7 @@ class Arguments(Config):
         config = make_config(backbone, self.preset, **settings, seed=seed)
         if self.match is None:
             return config
-        for name in ("steps",) if self.timed else ("width", "depth"):
+        for name in ("steps",) * self.timed + ("width", "depth") * self.sized:
             if settings.get(name) is not None:
                 raise UserError(f"{name} is {settings[name]}, and --match {self.match} sets it; leave out one of them")
         config.check()  # before a model of it is built

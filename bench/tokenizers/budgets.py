@@ -27,15 +27,29 @@ TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_c
 
 
 def match(config: Config, budget: str) -> Config:
-    """``config`` at a budget, such as ``params:4M``, ``flops:2G`` or ``time:60s``.
+    """``config`` at a budget, such as ``params:4M``, ``flops:2G``, ``time:60s``, or a size and then a time, as
+    ``params:4M,time:60s``.
 
     params (encoder and decoder) and flops (encode and decode of one image) are met within 2 % by the width, and by a
     neighbouring depth where no width does. time is training time on this machine, met by the steps; how long a step
     takes is measured once and remembered. Raises UserError on a budget that is malformed or cannot be met.
     """
-    kind, amount = _parse(budget)
-    if kind == "time":
-        return replace(config, steps=max(1, round(amount / step_seconds(config))))
+    parts = [(part, *_parse(part)) for part in budget.split(",")]
+    if [kind == "time" for _, kind, _ in parts] not in ([False], [True], [False, True]):
+        raise UserError(f"{budget!r} is no budget; write one size, then one time, for example params:4M,time:60s")
+    for part, kind, amount in parts:
+        config = _timed(config, amount) if kind == "time" else _sized(config, part, kind, amount)
+    return config
+
+
+def _timed(config: Config, seconds: float) -> Config:
+    """``config`` with as many steps as take so many ``seconds``."""
+    return replace(config, steps=max(1, round(seconds / step_seconds(config))))
+
+
+def _sized(config: Config, budget: str, kind: str, amount: float) -> Config:
+    """``config`` with the width and depth at which it costs ``amount`` of ``kind``, which is what ``budget`` says.
+    Raises UserError where none does."""
 
     def cost(width: int, depth: int) -> float:
         return COSTS[kind](replace(config, width=width, depth=depth))

@@ -208,6 +208,22 @@ def test_a_malformed_budget_is_one_sentence(budget):
         match(make_config("cnn"), budget)
 
 
+@pytest.mark.parametrize(
+    "budget", ["params:1M,flops:1G", "time:60s,params:1M", "time:60s,time:9s", "params:1M,params:1M", "params:1M,"]
+)
+def test_a_budget_is_one_size_and_then_one_time(budget):
+    with pytest.raises(UserError, match="params:4M"):
+        match(make_config("cnn"), budget)
+
+
+def test_size_and_time_are_met_together(timed):
+    """A time after a size is that of the solved width, and sets nothing else."""
+    both = match(make_config("cnn"), "params:1M,time:60s")
+    sized = match(make_config("cnn"), "params:1M")
+    assert both == replace(sized, steps=30)
+    assert match(sized, "time:60s") == both
+
+
 def test_settings_are_checked_before_anything_is_matched():
     """What no model can be built of is told as without a budget."""
     config = parse(run.RunArguments, ["--match", "params:1M", "--grid-size", "5"], "run", "")
@@ -221,7 +237,11 @@ def test_an_impossible_budget_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("budget", "name"), [("params:1M", "width"), ("params:1M", "depth"), ("flops:1G", "width"), ("time:9s", "steps")]
+    ("budget", "name"),
+    [
+        *[("params:1M", "width"), ("params:1M", "depth"), ("flops:1G", "width"), ("time:9s", "steps")],
+        *[("params:1M,time:9s", "depth"), ("params:1M,time:9s", "steps")],
+    ],
 )
 def test_what_was_given_is_not_solved_for(capsys, budget, name):
     assert run.main(["--backbone", "vit", "--match", budget, f"--{name}", "3", "--list"]) == 2
