@@ -12,7 +12,6 @@ interrupted goes on where it stopped.
 
 import ast
 import itertools
-import math
 import re
 import shlex
 import sys
@@ -32,13 +31,11 @@ from backbones import ABOUT, BACKBONES
 from bench.core import group
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
-from bench.core.files import sha256_json
 from bench.core.progress import runnable, say, stdout
 from bench.core.recipe import FLAG
-from bench.core.runs import HELD_OUT, Run
+from bench.core.runs import Run
 from bench.core.store import Store
 from bench.instruments import choose
-from bench.metrics import weights
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import LOOKS, Arguments, parse, without
 from bench.tokenizers.config import Config
@@ -84,12 +81,6 @@ class RunArguments(Arguments):
         return [self.config(backbone, seed, quantizer=quantizer) for backbone, quantizer, seed in each]
 
 
-# Metrics that the table shows, those of them that all of the runs have.
-COLUMNS = (
-    *("fid", "fid_vgg16", "fd_dinov2", "lpips_alex", "lpips_vgg", "psnr", "ssim", "perplexity"),
-    *("images_per_second_encode", "images_per_second_decode", "train_seconds"),
-)
-
 REPORTS = "the runs' metrics.json and instruments.json, or python -m bench.report RUN RUN"  # which have all
 
 
@@ -120,6 +111,7 @@ def work(arguments: list[str]) -> int:
 
 def compare(options: RunArguments, given: Sequence[str]) -> int:
     """Runs every config of ``options``, which the words ``given`` mean, prints the table, and returns the exit code."""
+    from bench.analysis.finished import alike, apart, protocol_line
     from bench.analysis.tables import put
     from bench.tokenizers.trial import run_trial  # and seaborn: not before the command line is known to be right
 
@@ -153,37 +145,18 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     return 1 if diverged else 0
 
 
-def label_of(run: Run) -> str:
-    """What ``run`` is called in tables and lines."""
-    config = run.config()
-    return f"{config['backbone']} {config['quantizer']} {config['seed']}"
-
-
 def not_done(run: Run) -> str:
     """What says that ``run`` should have been trained for longer, in a line; empty where nothing does."""
+    from bench.analysis.finished import label_of
+
     reasons = undecided(run.metrics(), run.history())
     return f"{label_of(run)}: train longer: {'; '.join(reasons)}" if reasons else ""
-
-
-def alike(runs: list[Run]) -> list[list[Run]]:
-    """``runs`` by how they were measured, such as on which images: a table ranks those of one group."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(sha256_json(run.protocol()), []).append(run)
-    return list(groups.values())
-
-
-def apart(run: Run, first: Run) -> str:
-    """Why ``run`` is not in the table of ``first``, in a sentence; empty where it is."""
-    own, other = run.protocol(), first.protocol()
-    names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
-    words = ", ".join(f"{name} {str(other.get(name))[:16]} there, {str(own.get(name))[:16]} here" for name in names)
-    return f" Not to be ranked against the first table: {words}." if words else ""
 
 
 def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     """One row per run and per run that diverged, the best of a column bold; in grey what k-means and image formats make
     of the same bits, and runs whose latents are no codes."""
+    from bench.analysis.finished import COLUMNS, label_of, references
     from bench.analysis.frames import UNMATCHED, coded, continuous, frame, unmatched
     from bench.analysis.references import notes
     from bench.analysis.tables import Group, score_table
@@ -208,19 +181,6 @@ def result_table(runs: list[Run], diverged: Sequence[str] = ()) -> Table:
     return table
 
 
-def references(metrics: dict[str, float]) -> list[tuple[str, float, dict[str, float]]]:
-    """Rows of a table, from the ``metrics`` of a run: k-means and image formats, with the bits that these took."""
-    from bench.analysis.references import KMEANS, with_bits
-    from bench.analysis.tables import with_suffix
-    from bench.tokenizers.codecs import FORMATS
-
-    rows = [(KMEANS, 0, with_suffix(metrics, "_kmeans"))]
-    for name, one in FORMATS.items():
-        scores = with_suffix(metrics, f"_{name}")
-        rows.append((with_bits(one.label, scores.get("bits_per_image", math.nan)), 0, scores))
-    return [row for row in rows if row[2]]
-
-
 def instrument_tables(runs: list[Run]) -> list[Table]:
     """What instruments found, means over seeds, in a table per block of ``runs``; none where none looked."""
     from bench.analysis.frames import blocks, continuous, read
@@ -232,22 +192,6 @@ def instrument_tables(runs: list[Run]) -> list[Table]:
         say(f"[yellow]left out:[/] {escape(sentence)}")
     sheets = [instruments(block, continuous(table)) for block in blocks(table)]
     return [upright(sheet, "What instruments found") for sheet in sheets if sheet.rows or sheet.references]
-
-
-def protocol_line(run: Run) -> str:
-    """How the table's numbers were measured, in one line."""
-    protocol = run.protocol()
-    missing = "" if protocol["extractor_inception"] else f" No FID: {weights.inception_missing()}"
-    missing += "" if protocol.get("extractor_dinov2") else f" No FD-DINOv2: {weights.dinov2_missing()}"
-    skipped = f" ({protocol['skipped']} unreadable files skipped)" if protocol["skipped"] else ""
-    few = run.config().get("train_images")
-    trained = f"; trained on {few} of the training images" if few else ""
-    return (
-        f"Protocol {protocol['version']}: {protocol['split']}{skipped}{trained}; scored on all {protocol['count']} "
-        f"{HELD_OUT[protocol['scored_on']]} images at {protocol['image_size']}×{protocol['image_size']}, "
-        f"decode(encode(x)) in {protocol['precision']}, {protocol['rounding']}; "
-        f"FID-VGG16 is the Fréchet distance on {protocol['extractor_vgg16']}.{missing}"
-    )
 
 
 def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -> str:

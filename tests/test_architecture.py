@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A room imports from itself and from those before it; commands import from all rooms, and from no other command.
 ROOMS = (
-    *("core", "data", "metrics", "quantizers", "instruments", "training", "tokenizers"),
+    *("core", "data", "metrics", "quantizers", "instruments", "training", "tokenizers", "guests"),
     *("priors", "analysis", "sweeps", "speeds"),
 )
 MODULES = sorted((ROOT / "bench").glob("**/*.py")) + sorted((ROOT / "backbones").glob("*.py"))
@@ -53,7 +53,7 @@ def test_imports_point_down(path):
 
 def test_the_house_shows_its_rooms_and_commands():
     """Whatever else lies in bench/ needs a place in this list, or in a room."""
-    commands = {"run", "prior", "encode", "reconstruct", "study", "report", "diff", "doctor", "speed"}
+    commands = {"run", "prior", "encode", "reconstruct", "study", "report", "diff", "doctor", "speed", "score"}
     there = {path.stem for path in (ROOT / "bench").iterdir() if not path.name.startswith("__")}
     assert there - {"training"} == {*ROOMS, *commands} - {"training"}
 

@@ -77,5 +77,5 @@ def _of_columns(sheet: Sheet, columns: Sequence[str]) -> Sheet:
     places = [*range(named), *counted, *map(keys.index, columns)]
     rows, references = ([[row[i] for i in places] for row in every] for every in (sheet.rows, sheet.references))
     references = [row for row in references if any(cell.text != NONE for cell in row[-len(columns) :])]
-    notes = [note for note in sheet.notes if note.startswith(rankings.UNMATCHED)]
+    notes = [note for note in sheet.notes if note.startswith((frames.UNMATCHED, frames.ELSEWHERE))]
     return Sheet([keys[i] for i in places], rows, references, notes)

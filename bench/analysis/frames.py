@@ -18,6 +18,7 @@ from bench.core import catalogue
 from bench.core.errors import Damaged
 from bench.core.runs import Run
 from bench.core.store import Store
+from bench.guests.config import GuestConfig
 from bench.instruments import METRICS as INSTRUMENT_METRICS
 from bench.instruments import readings
 from bench.metrics import EVALUATORS, Metric
@@ -47,6 +48,7 @@ REFERENCES = (
 )  # suffixes of scores that something else has, for comparison
 BUDGETS = {"params": 0.02, "flops": 0.02, "train_seconds": 0.05}  # what may be matched, and how closely
 UNMATCHED = "†"
+ELSEWHERE = "‡"
 STEADY = 1.15  # times as long as another seed of equal work may take
 CONTINUOUS = tuple(name for name, quantizer in QUANTIZERS.items() if not quantizer.discrete)  # never ranked
 
@@ -70,6 +72,10 @@ class Kind(NamedTuple):
 
 
 def _tokenizer_row(run: Run) -> dict[str, Any]:
+    if run.elsewhere:
+        known = vars(run.settings(GuestConfig))
+        unknown = [name for name in ("codebook_size", "grid_size") if not known[name]]
+        return {name: None if name in unknown else known.get(name) for name in CONFIG}
     config = {**run.config(), **vars(run.settings(Config))}
     config = {name: config[name] for name in config if name not in METRICS}  # a later version may have set one
     if config["quantizer"] in CONTINUOUS:
@@ -242,6 +248,16 @@ def with_rates(table: pd.DataFrame, priors: pd.DataFrame) -> pd.DataFrame:
     return table.join(least, on="run_id")
 
 
+def elsewhere(table: pd.DataFrame) -> pd.Series:
+    """Which rows were trained elsewhere, (N,) bool: nobody here knows for how many steps."""
+    return table.steps.isna()
+
+
+def ours(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were trained here."""
+    return table[~elsewhere(table)]
+
+
 def coded(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose latents are codes."""
     return table[~table.quantizer.isin(CONTINUOUS)]
@@ -290,6 +306,7 @@ def settings(table: pd.DataFrame, kind: Kind = TOKENIZER) -> list[str]:
 
 def uneven(table: pd.DataFrame) -> list[str]:
     """Config fields that are fixed within each backbone but differ from one backbone to another, such as width."""
+    table = ours(table)
     swept = settings(table)
     return [name for name in TOKENIZER.settings if name not in swept and table[name].nunique(dropna=False) > 1]
 
@@ -352,7 +369,8 @@ def unmatched(table: pd.DataFrame) -> pd.Series:
 
     All False for a single backbone. ``python -m bench.run --match`` gives matched ones.
     """
-    costs = table[list(BUDGETS)]
-    median = costs.groupby(table.backbone).mean().median()
+    costs = table.reindex(columns=list(BUDGETS))
+    timed = costs.train_seconds.notna()  # those that were trained elsewhere have no such budget
+    median = costs[timed].groupby(table.backbone[timed]).mean().median()
     off = (costs / median - 1).abs() > pd.Series(BUDGETS)
-    return off.all(axis=1) & (table.backbone.nunique() > 1)
+    return off.all(axis=1) & (table.backbone[timed].nunique() > 1)

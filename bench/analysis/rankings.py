@@ -16,7 +16,7 @@ from bench.tokenizers import curves
 
 from . import frames, references
 from .data import WIDE
-from .frames import BUDGETS, CLOCKED, METRICS, UNMATCHED, best_first, blocks, machines, settings
+from .frames import BUDGETS, CLOCKED, ELSEWHERE, METRICS, UNMATCHED, best_first, blocks, machines, settings
 from .slices import listed
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, sampling, text_of
@@ -51,7 +51,8 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
     by = list(table.loc[:, :"failed"])
     names = [name for name in RANKED if name in table]
     off, backbones = frames.unmatched(table), table.backbone
-    table["backbone"] = table.backbone.where(~off, table.backbone + f" {UNMATCHED}")
+    foreign = backbones.isin(block.backbone[frames.elsewhere(block)])
+    table["backbone"] = backbones.where(~off, backbones + f" {UNMATCHED}").where(~foreign, backbones + f" {ELSEWHERE}")
     unequal = [name for name in CLOCKED if name in names and machines(block) > 1]
     busy = {name: times for name, times in frames.unsteady(block).items() if name in names and name not in unequal}
     swept = [name for name in by if name not in ("backbone", "n", "failed")]
@@ -66,6 +67,8 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
     if off.any():
         limits = ", ".join(f"{METRICS[name].label} {limit:.0%}" for name, limit in BUDGETS.items())
         notes.append(f"{UNMATCHED} off the backbones' median in every budget ({limits}); --match gives equal ones.")
+    if foreign.any():
+        notes.append(f"{ELSEWHERE} trained elsewhere, on other images or at another budget, and scored here alike.")
     if nets := trained_on(block):
         notes.append(f"Runs were trained on {nets}, which flatters them in that column; k-means was not.")
     keys = [*by, *names]

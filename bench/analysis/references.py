@@ -32,11 +32,19 @@ NO_CODES = {"linestyle": (0, (6, 2)), "linewidth": 0.8, "zorder": 0}
 
 
 def beside(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """Those of ``others`` that were scored as one of ``rows`` was and trained at the budget of one of them."""
+    """Those of ``others`` that were scored as one of ``rows`` was and trained at the budget of one of them, or
+    elsewhere."""
     keys = [*rows.filter(like="protocol_"), *BUDGET]
     if others.empty or not {*keys} <= {*others}:
         return others.iloc[:0]
-    return others.merge(rows[keys].drop_duplicates())
+    foreign = frames.elsewhere(others)  # at no budget of ours
+    alike = [*rows.filter(like="protocol_")]
+    return pd.concat(
+        [
+            others[~foreign].merge(rows[keys].drop_duplicates()),
+            others[foreign].merge(rows[alike].drop_duplicates()),
+        ]
+    )
 
 
 def reference_cells(block: pd.DataFrame, latents: pd.DataFrame, keys: list[str]) -> list[list[Cell]]:

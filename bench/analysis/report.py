@@ -276,12 +276,20 @@ def _claims(selection: Selection, table: pd.DataFrame) -> list[claims.Answer]:
 
 
 def _advice(block: pd.DataFrame, verdicts: list[Verdict]) -> Advice:
-    """What to take from ``block``, given the verdicts on its backbones; of runs of several lengths from the longest."""
+    """What to take from ``block``, given the verdicts on its backbones; of runs of several lengths from the longest.
+    Those that were trained elsewhere recommend no backbone."""
+    if (foreign := frames.elsewhere(block)).any():
+        block, others = block[~foreign], set(block.backbone[foreign])
+        verdicts = [one for one in verdicts if not {one.a, one.b} & others]
+    if block.empty:
+        return Advice("No recommendation: all of these were trained elsewhere.", [])
     longest = block[block.steps == block.steps.max()]
     if len(longest) == len(block):
         return advice(block, verdicts)
     line, warnings = advice(longest, backbone_verdicts(longest, (main_metric(longest),)))
-    return Advice(f"At {longest.steps.iloc[0]:,} steps, the most that were run: {line[0].lower()}{line[1:]}", warnings)
+    return Advice(
+        f"At {longest.steps.iloc[0]:,.0f} steps, the most that were run: {line[0].lower()}{line[1:]}", warnings
+    )
 
 
 def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.DataFrame) -> Block:
@@ -289,7 +297,9 @@ def _block(title: str, block: pd.DataFrame, unscored: pd.DataFrame, latents: pd.
     metrics = tuple(dict.fromkeys([main, *COMPARED]))
     read = Images(block)
     backbones, swept = backbone_verdicts(block, metrics, read), setting_verdicts(block, metrics, read)
-    first = [one for metric in dict.fromkeys([main, "psnr"]) for one in backbones if one.metric == metric]
+    foreign = set(block.backbone[frames.elsewhere(block)])
+    own = [one for one in backbones if not {one.a, one.b} & foreign]
+    first = [one for metric in dict.fromkeys([main, "psnr"]) for one in own if one.metric == metric]
     others = [one for one in backbones + swept if one not in first]
     within = first[0].within if len({one.within for one in first}) == 1 else ""
     verdicts = {"Backbones against each other": backbones, "Settings within a backbone": swept}
@@ -314,13 +324,17 @@ def title_of(block: pd.DataFrame) -> str:
     """What a block is of: images, bits, and the grid and K that they follow from where these are the same."""
     first = block.iloc[0]
     title = f"{rankings.images_of(block)}, {first.bits_per_image:.0f} bits per image"
-    codes = f" ({first.grid_size}×{first.grid_size} codes, K = {first.codebook_size})"
-    return title if len(block[["grid_size", "codebook_size"]].drop_duplicates()) > 1 else title + codes
+    shapes = block[["grid_size", "codebook_size"]].drop_duplicates()
+    if len(shapes) > 1 or shapes.isna().any(axis=None):  # which image formats have none of
+        return title
+    return title + f" ({first.grid_size:.0f}×{first.grid_size:.0f} codes, K = {first.codebook_size:.0f})"
 
 
 def _equal(block: pd.DataFrame) -> dict[str, str]:
     """Config fields that all rows share."""
-    return {name: text_of(block[name].iloc[0]) for name in CONFIG if block[name].nunique(dropna=False) == 1}
+    rows = frames.ours(block)
+    rows = block if rows.empty else rows
+    return {name: text_of(rows[name].iloc[0]) for name in CONFIG if rows[name].nunique(dropna=False) == 1}
 
 
 def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str, str]:

@@ -102,6 +102,11 @@ class Run:
         return any(map(self._has, ("config.json", "metrics.json")))
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether it was trained elsewhere, and only scored here."""
+        return self.config().get("trained") == "elsewhere"
+
+    @property
     def finished(self) -> bool:
         """Whether the run was trained and scored to the end."""
         return self.status == "finished"
@@ -256,7 +261,7 @@ class Run:
                 raise Damaged(path, f"{name} is {value!r}, which is no number of use")
         if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
             undefined = UNDEFINED.get(str(self.config().get("quantizer")), ()) if shelf == "runs" else ()
-            if missing := [name for name in missing if name not in undefined]:
+            if missing := [name for name in missing if name not in undefined and not self._scored_alone(name)]:
                 raise Damaged(path, f"it has no {missing[0]}")
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
@@ -270,6 +275,10 @@ class Run:
             if first in metrics and second in metrics:
                 metrics[both] = metrics[first] + metrics[second]
         return metrics, protocol
+
+    def _scored_alone(self, name: str) -> bool:
+        """Whether a run may lack the metric ``name``, which it cannot where it was trained elsewhere."""
+        return self.elsewhere and name != "psnr"
 
     def instruments(self) -> dict[str, dict[str, Any]]:
         """What instruments found with the weights that the run was scored with: by name ``version``, ``seconds``,

@@ -151,6 +151,8 @@ def find_tokenizer(name: str, results: Path) -> Run:
     check_whole(run)
     if not run.finished:
         raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
+    if run.elsewhere:
+        raise UserError(f"{run.folder} was trained elsewhere, and its scores alone are here; name a tokenizer of ours")
     if not (run.folder / "tokenizer.safetensors").is_file():
         raise UserError(f"{run.folder} has lost its tokenizer.safetensors; move that folder and train it again")
     return run

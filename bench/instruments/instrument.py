@@ -20,7 +20,7 @@ class Subject:
     """A trained codec, and the images that it is looked at with."""
 
     codec: Codec
-    lookup: Callable[[Tensor], Tensor]  # codes (B, h, w) int64 → (B, d, h, w) float32, their vectors
+    lookup: Callable[[Tensor], Tensor] | None  # codes (B, h, w) int64 → (B, d, h, w) float32; None where unknown
     codebook_size: int
     images: np.ndarray  # those that it is scored on, (N, H, W, 3) uint8
     train: np.ndarray  # those that it was trained on, the same
@@ -52,6 +52,10 @@ class Subject:
         """Why there are no codes to look at, in one sentence; empty where there are some."""
         continuous = self.encode(self.few(1)).is_floating_point()
         return "what lies between encoder and decoder are numbers and no codes; choose another quantizer" * continuous
+
+    def vectorless(self) -> str:
+        """Why there are no codes with vectors to look at, alike."""
+        return self.codeless() or "the vectors of its codes are not known; give it a lookup" * (self.lookup is None)
 
 
 def spread(total: int, count: int) -> np.ndarray:

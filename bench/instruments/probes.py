@@ -109,6 +109,6 @@ PROBES = Instrument(
         "code_label_bits",
     ),
     measure=measure,
-    fails=Subject.codeless,
+    fails=Subject.vectorless,
     labelled=True,
 )

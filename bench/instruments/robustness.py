@@ -116,5 +116,5 @@ ROBUSTNESS = Instrument(
     },
     shown=("loss_random", "loss_near"),
     measure=measure,
-    fails=Subject.codeless,
+    fails=Subject.vectorless,
 )

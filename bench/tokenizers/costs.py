@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.metrics import Metric
+from bench.metrics import Codec, Metric
 
 from .config import Config
 from .sizes import parameter_count, remembered
@@ -80,15 +80,15 @@ def flops(module: nn.Module, *inputs: Tensor) -> int:
 
 
 @torch.no_grad()
-def throughput(tokenizer: Tokenizer) -> dict[str, float]:
-    """Images per second of encode and decode, in float32 and batches of 64: the best of three after one to warm up, or
-    of fewer where they take more than 10 s in all."""
-    config, device = tokenizer.config, next(tokenizer.parameters()).device
-    x = torch.zeros(THROUGHPUT_BATCH, 3, config.image_size, config.image_size, device=device)
-    codes = tokenizer.encode(x.uniform_(-1, 1))
+def throughput(codec: Codec, image_size: int, device: str) -> dict[str, float]:
+    """Images of that size per second of encode and decode, in float32 and batches of 64: the best of three after one to
+    warm up, or of fewer where they take more than 10 s in all."""
+    place = torch.device(device)
+    x = torch.zeros(THROUGHPUT_BATCH, 3, image_size, image_size, device=place)
+    codes = codec.encode(x.uniform_(-1, 1))
     return {
-        "images_per_second_encode": THROUGHPUT_BATCH / _best_seconds(lambda: tokenizer.encode(x), device),
-        "images_per_second_decode": THROUGHPUT_BATCH / _best_seconds(lambda: tokenizer.decode(codes), device),
+        "images_per_second_encode": THROUGHPUT_BATCH / _best_seconds(lambda: codec.encode(x), place),
+        "images_per_second_decode": THROUGHPUT_BATCH / _best_seconds(lambda: codec.decode(codes), place),
     }
 
 

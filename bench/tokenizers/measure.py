@@ -1,7 +1,7 @@
 """Instruments on a run: which of those that are asked for can look at it, and the file of what they found."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -69,8 +69,18 @@ def _seen(found: dict[str, dict[str, Any]], name: str) -> bool:
 
 
 def measure(run: Run, data: Data, words: Sequence[str]) -> None:
-    """Has the instruments that ``words`` mean look at a finished ``run``, but for those that have; each takes a line
-    that tells its cost, or why it is left out. Raises UserError as ``choose`` and ``fit`` do."""
+    """Has the instruments that ``words`` mean look at a finished ``run`` of ours, as ``look`` does."""
+
+    def subject() -> Subject:
+        return subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)
+
+    look(run, subject, lambda: sha256_file(run.folder / "tokenizer.safetensors"), words)
+
+
+def look(run: Run, subject_of_run: Callable[[], Subject], weights: Callable[[], str], words: Sequence[str]) -> None:
+    """Has the instruments that ``words`` mean look at the subject of a finished ``run``, but for those that have; each
+    takes a line that tells its cost, or why it is left out. ``weights``: the digest of those that it was scored with.
+    Raises UserError as ``choose`` and ``fit`` do."""
     chosen = choose(words)
     if not chosen:
         return
@@ -83,8 +93,7 @@ def measure(run: Run, data: Data, words: Sequence[str]) -> None:
         missing = {name: asked for name, asked in chosen.items() if not _seen(found, name)}
         if not missing:
             return
-        subject = subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)
-        weights = sha256_file(run.folder / "tokenizer.safetensors")
+        subject, digest = subject_of_run(), weights()
         for name in fit(subject, missing):
             began = time.monotonic()
             reading = INSTRUMENTS[name].measure(subject)
@@ -94,7 +103,7 @@ def measure(run: Run, data: Data, words: Sequence[str]) -> None:
             seconds = max(0.0, time.monotonic() - began)
             found[name] = {
                 **{"version": INSTRUMENTS[name].version, "seconds": seconds},
-                **{"weights": weights, "metrics": reading.metrics},
+                **{"weights": digest, "metrics": reading.metrics},
             }
             run.seal("instruments.json", {"instruments": found})
             say(f"instrument {name}: {seconds:.1f} s")

@@ -21,7 +21,7 @@ from bench.core.recipe import write_recipe
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
 from bench.data import Data, check_name, load
-from bench.metrics import digests, from_uint8, to_uint8, weights
+from bench.metrics import Codec, digests, from_uint8, to_uint8, weights
 from bench.training.loop import logged
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
@@ -186,15 +186,12 @@ def finish(
         np.savez_compressed(temporary, **per_image)
     size = f"{f'K = {codes}' if codes else f'd = {config.code_dim}'}, {config.grid_size}×{config.grid_size}"
     title = f"{config.backbone}, {config.quantizer}, {size}"
-    x, x_hat = sample_reconstructions(tokenizer, images)
-    with atomic_path(run.folder / "samples.npz") as temporary:
-        np.savez_compressed(temporary, x=x, x_hat=x_hat)
-    plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, f"{title}: {metrics['psnr']:.1f} dB")
+    show(run, *sample_reconstructions(tokenizer, images, config.device), f"{title}: {metrics['psnr']:.1f} dB")
     history = run.history()
     plots.curves(run.folder / "curves.png", history, codes, title)
     if codes and config.grid_size == 1:
         plots.codebook(run.folder / "codebook.png", codebook_images(tokenizer), f"{title}: what each code decodes to")
-    costs = {**static_costs(tokenizer), **throughput(tokenizer), **measured}
+    costs = {**static_costs(tokenizer), **throughput(tokenizer, config.image_size, config.device), **measured}
     costs["images_seen"] = config.steps * config.batch_size
     whole = [row["step"] for row in history] == logged(config.steps)  # else it was damaged, and its curves have gaps
     learned = curve_metrics(history, config.warmup) if whole else {}
@@ -204,12 +201,20 @@ def finish(
 
 
 @torch.no_grad()
-def sample_reconstructions(tokenizer: Tokenizer, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Evenly spaced ``images`` and what the tokenizer makes of them, both (PICTURES, H, W, 3) uint8."""
+def sample_reconstructions(codec: Codec, images: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced ``images`` and what the codec, on ``device``, makes of them, both (PICTURES, H, W, 3) uint8."""
     x = evenly_spaced(images, PICTURES)
-    device = next(tokenizer.parameters()).device
-    x_hat = tokenizer.decode(tokenizer.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
+    x_hat = codec.decode(codec.encode(from_uint8(torch.from_numpy(x).to(device).permute(0, 3, 1, 2))))
     return x, to_uint8(x_hat).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def show(run: Run, x: np.ndarray, x_hat: np.ndarray, title: str) -> None:
+    """Writes images and their reconstructions, (N, H, W, 3) uint8 both, as data and as a picture."""
+    from bench.core import plots  # and seaborn: not before it is needed
+
+    with atomic_path(run.folder / "samples.npz") as temporary:
+        np.savez_compressed(temporary, x=x, x_hat=x_hat)
+    plots.reconstructions(run.folder / "reconstructions.png", x, x_hat, title)
 
 
 @torch.no_grad()

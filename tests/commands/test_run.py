@@ -22,6 +22,7 @@ import backbones
 from backbones import BACKBONES
 from bench import doctor as doctor_module
 from bench import encode, run
+from bench.analysis import finished
 from bench.analysis.frames import frame, unmatched
 from bench.core import store
 from bench.core.errors import Diverged, UserError
@@ -475,7 +476,7 @@ def test_whatever_a_run_lacks_it_is_damaged_or_shown_without(tmp_path):
         made.write("metrics.json", content)
         if made.finished:
             run.result_table([made])
-            assert run.protocol_line(made)
+            assert finished.protocol_line(made)
             shown += 1
         else:
             assert made.status == "damaged"
@@ -586,13 +587,13 @@ def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypa
     config = make_config("cnn", "smoke", device="cpu")
     protocol = {"version": 7, "split": "these / those", "count": 321, "skipped": 0, "image_size": 48}
     protocol |= {"extractor_vgg16": "layer digest", "rounding": "rounded", "precision": "fp64"}
-    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    line = finished.protocol_line(fabricate(Store(tmp_path), config, **protocol))
     for words in ("Protocol 7: these / those; scored on all 321 test", "48×48", "layer digest", "fp64, rounded"):
         assert words in line
     assert line.endswith("No FID: no network. No FD-DINOv2: no file.")
     assert "unreadable" not in line
     protocol |= {"skipped": 4, "extractor_inception": "abc", "extractor_dinov2": "def"}
-    line = run.protocol_line(fabricate(Store(tmp_path), config, **protocol))
+    line = finished.protocol_line(fabricate(Store(tmp_path), config, **protocol))
     assert "these / those (4 unreadable files skipped);" in line
     assert "No F" not in line
 

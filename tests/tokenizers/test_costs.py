@@ -46,7 +46,7 @@ def timed(monkeypatch):
     def timed(encode, decode):
         toy = Toy(encode, decode)
         monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: toy.now))
-        return throughput(toy), toy.calls
+        return throughput(toy, 4, "cpu"), toy.calls
 
     return timed
 

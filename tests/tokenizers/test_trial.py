@@ -201,7 +201,7 @@ def test_whatever_cannot_be_written_leaves_no_metrics(writer, images, tiny, stor
     config = replace(tiny, precision="fp32").resolved()
     run, tokenizer = begun(store, config), greys(config)
     monkeypatch.setattr(trial, "score", lambda *_, **__: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
-    monkeypatch.setattr(trial, "throughput", lambda tokenizer: {})
+    monkeypatch.setattr(trial, "throughput", lambda *_: {})
     monkeypatch.setattr(trial, "static_costs", lambda tokenizer: {})
     with monkeypatch.context() as patch:
         patch.setattr(f"bench.{writer}", lambda *_, **__: 1 / 0)
@@ -231,11 +231,11 @@ class Flat(torch.nn.Module):
 
 def test_sample_reconstructions_are_spread_over_the_set():
     images = np.arange(100, dtype=np.uint8).repeat(8 * 8 * 3).reshape(100, 8, 8, 3)
-    x, x_hat = sample_reconstructions(Flat(), images)
+    x, x_hat = sample_reconstructions(Flat(), images, "cpu")
     assert x.dtype == x_hat.dtype == np.uint8
     assert x[:, 0, 0, 0].tolist() == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
     np.testing.assert_array_equal(x_hat, x)
-    x, _ = sample_reconstructions(Flat(), images[:5])
+    x, _ = sample_reconstructions(Flat(), images[:5], "cpu")
     assert len(x) == 5
 
 
@@ -257,7 +257,7 @@ def test_a_codebook_is_pictured_where_one_code_is_an_image(images, tiny, store, 
     run = begun(store, config)
     monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(trial, "score", lambda *_, **__: wait(4.5, ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)})))
-    monkeypatch.setattr(trial, "throughput", lambda tokenizer: wait(9, {}))
+    monkeypatch.setattr(trial, "throughput", lambda *_: wait(9, {}))
     finish(run, greys(config), images, {}, None, {}, 3.0)
     assert (run.folder / "codebook.png").exists()
     assert run.metrics()["score_seconds"] == 3 + 4.5 + 9
@@ -355,7 +355,7 @@ def test_a_crash_while_scoring_leaves_no_metrics_and_the_next_call_finishes(tria
     monkeypatch.setattr(trial, "kmeans_reference", lambda *_: {})
     monkeypatch.setattr(trial, "score", lambda *_, **__: ({**LEAST, "psnr": 20.0}, {"psnr": np.zeros(24)}))
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "throughput", lambda tokenizer: 1 / 0)
+        patch.setattr(trial, "throughput", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_trial(config, store)
     run = store.run(config)
