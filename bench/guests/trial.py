@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.core.errors import UserError
 from bench.core.files import atomic_path
@@ -47,8 +46,7 @@ def score_guest(
     conditions = _conditions(guest, data, split, fid_weights)
     if guest.folder is not None and Run(guest.folder).protocol() == conditions:
         return Run(guest.folder)
-    latent = guest.latent(data.test.shape[1])
-    config = _config(guest, data, split, latent, train_images)
+    config = _config(guest, data, split, train_images)
     run = store.run(config)
     check_whole(run)
     if run.finished and run.protocol() != conditions:
@@ -66,19 +64,20 @@ def _conditions(guest: Guest, data: Data, split: str, fid_weights: Path | None) 
     return conditions | ({"resizer": RESIZED.format(guest.resize_to)} if guest.resize_to else {})
 
 
-def _config(guest: Guest, data: Data, split: str, latent: Tensor, train_images: int) -> GuestConfig:
-    rated = guest.codebook_size is not None or hasattr(guest.codec, "encode_with_bits")
-    square = guest.codebook_size is not None and latent.shape[-1] == latent.shape[-2]
+def _config(guest: Guest, data: Data, split: str, train_images: int) -> GuestConfig:
+    image_size, discrete = data.test.shape[1], guest.codebook_size is not None
+    shape = guest.latent(image_size).shape if guest.made is None else ()  # which has the images of the split alone
+    rated = discrete or hasattr(guest.codec, "encode_with_bits")
     return GuestConfig(
         backbone=guest.name,
         digest=guest.digest,
         data=data.name,
-        image_size=data.test.shape[1],
+        image_size=image_size,
         split=split,
         device=guest.device,
         train_images=train_images,
         codebook_size=guest.codebook_size or 0,
-        grid_size=latent.shape[-1] if square else 0,
+        grid_size=shape[-1] if discrete and shape[-1] == shape[-2] else 0,
         resize_to=guest.resize_to,
         quantizer="own" if rated else "none",
     )

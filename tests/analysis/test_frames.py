@@ -56,6 +56,7 @@ class Known:
     measured: dict[str, Any] = field(default_factory=lambda: dict(PROTOCOL))
     over: Config | None = None
     reason: str = ""
+    elsewhere = False
 
     @property
     def folder(self) -> Path:
