@@ -24,7 +24,7 @@ run: .venv/installed
 	.venv/bin/python -m bench.run --backbone $(BACKBONE)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -m "slow or not slow" --numprocesses $(WORKERS) --durations 15
+	.venv/bin/python -m pytest -m "slow or not slow" --numprocesses $(WORKERS) --dist loadgroup --durations 15
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -56,6 +56,7 @@ from tests.disturbed import (
 )
 from tests.fabricate import fabricate
 
+pytestmark = pytest.mark.xdist_group("faults")
 QUICK = ("ema", "rnn")  # all others are slow
 PARAMS = {name: pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS}
 every = pytest.mark.parametrize("name", PARAMS.values())

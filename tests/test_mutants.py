@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,45 @@ TESTS = Path(__file__).parent
 KNOWN = {path.relative_to(TESTS).as_posix(): named_in(path) for path in TESTS.rglob("test_*.py")}
 
 
-@pytest.mark.parametrize("edit", EDITS, ids=[f"{edit.file}: {edit.states}" for edit in EDITS])
-def test_an_edit_applies_once_and_names_tests_that_exist(edit):
+def misplaced(edit: Edit) -> Iterator[str]:
+    """What is wrong with ``edit`` itself: sentences."""
     text = edit.applied(ROOT)
-    told = f"{edit.find!r} is not in {edit.file} exactly once: find its new place, or give more of it (tests/mutants)"
-    assert text is not None, told
-    assert edit.put != edit.find
-    ast.parse(text)
-    assert edit.tests
+    if text is None:
+        yield f"{edit.find!r} is not there exactly once: find its new place, or give more of it (tests/mutants)"
+    else:
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            yield f"{edit.put!r} in its place does not parse: {error}"
+    if edit.put == edit.find:
+        yield f"{edit.find!r} changes nothing"
+    if not edit.tests:
+        yield "names no test"
     for test in edit.tests:
         file, _, name = test.partition("::")
-        assert name.partition("[")[0] in KNOWN.get(file, set()), f"there is no {test}"
+        if name.partition("[")[0] not in KNOWN.get(file, set()):
+            yield f"there is no {test}"
+
+
+@pytest.mark.parametrize("file", sorted({edit.file for edit in EDITS}))
+def test_an_edit_applies_once_and_names_tests_that_exist(file):
+    """Every edit of the file; one test for each of the thousands would take longer than they do."""
+    assert [f"{edit.states}: {told}" for edit in EDITS if edit.file == file for told in misplaced(edit)] == []
+
+
+def test_an_edit_out_of_place_is_told():
+    here, test = "tests/test_mutants.py", "test_mutants.py::test_outcomes_are_told_apart"
+    once = "def named_" + "in("  # in two parts, or it would be here a second time
+    wrong = {
+        "exactly once": Edit(here, "import", "export", (test,), "x"),
+        "does not parse": Edit(here, once, "def (", (test,), "x"),
+        "changes nothing": Edit(here, once, once, (test,), "x"),
+        "names no test": Edit(here, once, "def named(", (), "x"),
+        "there is no": Edit(here, once, "def named(", ("test_mutants.py::test_x",), "x"),
+    }
+    for words, edit in wrong.items():
+        (told,) = misplaced(edit)
+        assert words in told
 
 
 def test_there_are_many_edits_and_no_two_are_the_same():

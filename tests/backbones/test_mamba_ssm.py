@@ -19,6 +19,7 @@ from backbones.ssd import Mamba2, fast_scan, ssd_scan
 from tests import triton_interpreter
 from tests.triton_interpreter import InTwoPieces, fast_path, layer_with_gradients, slow_path, with_gradients
 
+pytestmark = pytest.mark.xdist_group("interpreted")
 needs_kernel = pytest.mark.skipif(fast_scan() is None, reason="needs CUDA and its mamba-ssm: pip install '.[mamba]'")
 
 

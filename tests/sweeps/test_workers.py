@@ -13,7 +13,7 @@ import pytest
 from bench.core.store import Store
 from bench.sweeps.address import default_url
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 ROOT = Path(__file__).parents[2]
 CELLS = "--backbone cnn vit --beta 0.25 0.5 --seeds 0 1"
 TINY = "--preset smoke --width 16 --depth 1 --codebook-size 16 --steps 60 --batch-size 8 --lpips-weight 0 --device cpu"

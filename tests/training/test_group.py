@@ -34,6 +34,7 @@ from bench.tokenizers.trial import run_trial
 from bench.training.loop import fit
 from studies.beta import STUDY, main
 
+pytestmark = pytest.mark.xdist_group("worlds")
 SIZES = {"image_size": 16, "grid_size": 4, "codebook_size": 16, "code_dim": 4, "width": 8, "depth": 1}
 TINY = {**SIZES, "steps": 4, "batch_size": 6, "warmup": 1, "lpips_weight": 0.0, "device": "cpu", "precision": "fp32"}
 GAN = {"gan_weight": 0.5, "gan_start": 0.25, "gan_warmup": 0.25, "gan_ramp": 0.0, "gan_width": 8, "gan_layers": 1}
