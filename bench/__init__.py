@@ -23,6 +23,8 @@ _HOMES = {
     "make_config": ("bench.tokenizers.config", "make_config"),
     "run_trial": ("bench.tokenizers.trial", "run_trial"),
     "Tokenizer": ("bench.tokenizers.tokenizer", "Tokenizer"),
+    "PriorConfig": ("bench.priors.config", "PriorConfig"),
+    "run_prior": ("bench.priors.trial", "run_prior"),
     "Prior": ("bench.priors.models", "Prior"),
     "load_data": ("bench.data", "load"),
     "load_runs": ("bench.analysis.frames", "load_runs"),

@@ -13,13 +13,12 @@ import bench
 from bench.analysis.frames import METRICS, REFERENCES
 from bench.core.errors import UserError
 from bench.core.store import Store
-from bench.priors.config import PriorConfig
-from bench.priors.trial import run_prior
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed
 
 ROOT = Path(__file__).parent.parent
-OFFERED = ["Config", "make_config", "run_trial", "Tokenizer", "Prior", "load_data", "load_runs", "score"]
+OFFERED = ["Config", "make_config", "run_trial", "Tokenizer", "PriorConfig", "run_prior", "Prior"]
+OFFERED += ["load_data", "load_runs", "score"]
 SLOW = {
     *("torchvision", "timm", "torchmetrics", "lpips", "torch_fidelity", "skimage", "pandas", "matplotlib", "seaborn"),
     *("optuna", "scipy", "sklearn", "transformers", "torch._dynamo", "triton"),
@@ -103,18 +102,11 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_the_examples_from_python_run_as_they_stand(tmp_path, monkeypatch):
-    """With a prior over the very tokenizer that they train."""
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
-    before, name, after = code.partition("results/priors/RUN")
-    assert name
-    train, prior = before.rsplit("\n", 1)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(train, names)
-    small = {"samples": 16, "device": "cpu"}
-    made = run_prior(PriorConfig(names["run"].folder.name, "independent", **small), names["run"], Store("results"))
-    exec(f"{prior}{made.folder}{after}", names)
+    exec(code, names)
     assert names["codes"].shape == (16, 4, 4)
     assert names["images"].shape == (16, 3, 32, 32)
     assert names["bits"].shape == names["codes"].shape

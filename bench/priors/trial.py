@@ -32,11 +32,16 @@ MINIMUM_IMAGES = PRECISION_NEIGHBOURS + 1
 
 
 def run_prior(
-    config: PriorConfig, over: Run | Pixels, store: Store, fid_weights: Path | None = None, resume: bool = True
+    config: PriorConfig,
+    over: Run | Pixels,
+    store: Store | str | Path = "results",
+    fid_weights: Path | None = None,
+    resume: bool = True,
 ) -> Run:
-    """Trains and scores a prior on the codes of ``over``, the run of a tokenizer or pixels, or returns at once when the
-    store has it finished. A finished prior that was trained alike and sampled from otherwise lends its weights. Errors
-    are ``run_trial``'s."""
+    """Trains and scores a prior on the codes of ``over``, the run of a tokenizer or pixels, or returns at once when
+    ``store``, or the one in that folder, has it finished. A finished prior that was trained alike and sampled from
+    otherwise lends its weights. Errors are ``run_trial``'s."""
+    store = Store(store) if isinstance(store, str | Path) else store
     config = config.resolved()
     config.check()
     store.check_writable(200)

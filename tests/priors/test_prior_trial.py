@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 from rich.table import Table
 
+import bench
 from bench import prior
 from bench.core.errors import Diverged, UserError
 from bench.core.runs import Busy, Run
@@ -310,6 +311,13 @@ def test_samples_are_written_whole_or_not_at_all(world, monkeypatch):
         world.run()
     names = {path.name for path in world.store.run(world.config()).folder.iterdir()}
     assert not [name for name in names if "samples" in name]
+
+
+def test_a_store_is_named_by_its_folder_too(world):
+    """As ``bench.run_prior``, in text or as a path, and what it holds is returned."""
+    runs = [bench.run_prior(world.config(), world.tokenizer, kind(world.store.root)) for kind in (str, Path)]
+    assert {run.folder for run in runs} == {world.store.run(bench.PriorConfig(**asdict(world.config()))).folder}
+    assert len(world.trained) == 1
 
 
 def test_a_prior_asks_for_room_before_anything_else():
