@@ -388,6 +388,9 @@ def test_pairs_score_as_what_made_them(folders, tmp_path, alone):
     shown = run.arrays("samples.npz")
     assert len(shown["x"]) == 5
     np.testing.assert_array_equal(shown["x_hat"][3], np.asarray(Image.open(reconstructions / "3.png")))
+    originals_in_parts = torch.zeros(2, 3, 32, 32), torch.zeros(3, 3, 32, 32)
+    parts = torch.cat([guest.codec.encode(part) for part in originals_in_parts])
+    torch.testing.assert_close(parts, from_uint8(torch.from_numpy(guest.made).permute(0, 3, 1, 2)))
     _, unrated = pairs(originals, reconstructions, None, "cpu")
     assert score_guest(unrated, data, Store(tmp_path / "results")).config()["quantizer"] == "none"
 
@@ -439,9 +442,9 @@ def reported(tiny, tmp_path):
     for seed in range(3):
         for quality, name in enumerate(("cnn", "vit")):
             fabricate(store, replace(tiny, backbone=name, seed=seed), quality / 10, seed / 1000)
-    first = store.runs()[0]
-    beside(first, store)
-    beside(first, store, backbone="python:x:z", quantizer="none", codebook_size=0, grid_size=0)
+    best = fabricate(Store(tmp_path / "elsewhere"), tiny, 0.5)
+    beside(best, store)
+    beside(best, store, backbone="python:x:z", quantizer="none", codebook_size=0, grid_size=0)
     table, damaged = frames.read(store.runs())
     assert damaged == []
     none = frames.read([], frames.PRIOR)[0]
