@@ -196,8 +196,8 @@ def instrument_tables(runs: list[Run]) -> list[Table]:
 
 def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -> str:
     """Where the picture is, and the commands that are most useful after this one, whose words were ``given``: the same
-    with all backbones or with more seeds, images from the last run that has codes, and that run from its file."""
-    if len(options.backbone) == 1:
+    with all backbones, or with more seeds, images from the last run that has codes, and that run from its file."""
+    if len(options.backbone) == 1 and not options.init_from:
         others = ["--backbone", *BACKBONES]
     else:
         others = ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]

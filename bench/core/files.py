@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from .progress import say
 Found = TypeVar("Found")
 
 PART = ".part-"  # how the names of files begin that are still being written
+DIGEST = "sha256:"  # how the name of a content begins
 SPARE = 1 << 20  # bytes: a disk that does not take so many is full
 # Bytes of JSON that stand for characters which would steer a terminal; an even number of backslashes is no escape.
 CONTROL = re.compile(rb"(?<!\\)(?:\\\\)*\\(?:[bf]|u00(?:[01][0-9a-fA-F]|7[fF]|[89][0-9a-fA-F]))|\x7f|\xc2[\x80-\x9f]")
@@ -262,6 +264,19 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def named_by_content(path: Path) -> str:
+    """What stands for the content of the file ``path`` wherever it lies: ``sha256:`` and 16 digits. Raises OSError where
+    there is none."""
+    stat = path.stat()
+    return _named(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _named(path: Path, time: int, size: int) -> str:
+    """The same of a file as it was at that time: a study asks for the identity of each of its runs."""
+    return f"{DIGEST}{sha256_file(path)[:16]}"
 
 
 def sha256_arrays(*arrays: np.ndarray) -> str:

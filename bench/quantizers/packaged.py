@@ -106,6 +106,9 @@ class ResidualQuantizer(Quantizer):
     def quantize(self, tokens: Tensor) -> Quantized:
         """By the package, but for z_q's gradient, which it would pass once per codebook: twice the gradient in all."""
         summed, indices, losses = self.codec(tokens[None])
+        if tokens.requires_grad and not self.training:  # frozen codes pull all the same, and the package gives no loss
+            codes = self.codec.get_codes_from_indices(indices)[:, 0]
+            losses = (tokens - codes.cumsum(0)).square().mean((1, 2))
         chosen, codes = summed[0].detach(), number(indices[0], self.sizes)
         distortion = F.mse_loss(tokens.detach(), chosen)
         return Quantized(self.pass_gradient(tokens, chosen), codes, self.beta * losses.sum(), distortion)

@@ -27,6 +27,7 @@ from bench.priors.config import PriorConfig
 from bench.tokenizers.budgets import step_flops, step_seconds
 from bench.tokenizers.config import Config, preset_settings
 from bench.tokenizers.presets import PRESETS
+from bench.tokenizers.source import weights_in
 
 from .definition import Ablation, Search, Space, StudyArguments
 from .index import Index, Study, Trial, TrialState
@@ -35,7 +36,7 @@ from .kinds import PRIORS, TOKENIZERS, AnyConfig, Kind, endings
 PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "samples": "samples"}  # flag → field
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
 SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision", "gan_weight", *OPTIONS)
-SHAPE += ("alignment_weight", "alignment_model")  # what the time of a step depends on
+SHAPE += ("alignment_weight", "alignment_model", "freeze")  # what the time of a step depends on
 LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
 START_SECONDS = 5.0  # until a command that has imported everything begins its first trials
@@ -131,6 +132,7 @@ class Plan:
             if name == "data" and value.startswith("folder:"):
                 path = located(value).removeprefix("folder:")
                 value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+            value = weights_in(value) if name == "init_from" else value
             exact = str(value) if isinstance(value, float) and float(shown(value)) != value else shown(value)
             words.append(value if name == "data" else f"{name}={exact}")
         name = re.sub(r"[^\w.=-]+", "_", "-".join(words + self._words()))

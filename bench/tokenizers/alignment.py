@@ -1,7 +1,6 @@
 """What a latent is aligned with: features of a frozen model of timm, whose weights may come from a file."""
 
 import pickle
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor, nn
 
 from backbones.torchvision_repair import repair
 from bench.core.errors import UserError
-from bench.core.files import UNREADABLE, sha256_file
-
-DIGEST = "sha256:"  # how the name of a content begins
+from bench.core.files import DIGEST, UNREADABLE, named_by_content
 
 
 def features(model: str, file: str, image_size: int, grid_size: int) -> nn.Module:
@@ -59,16 +56,9 @@ def content(file: str) -> str:
     if file.startswith(DIGEST):
         return file
     try:
-        stat = Path(file).stat()
-        if not Path(file).is_file():  # nobody waits for a pipe
+        if Path(file).exists() and not Path(file).is_file():  # nobody waits for a pipe
             raise UserError(f"alignment_file {file} is not a file; name one with weights of the alignment_model")
-        return _digest(file, stat.st_mtime_ns, stat.st_size)
+        return named_by_content(Path(file))
     except OSError as error:
         fix = "name a file with weights of the alignment_model, or leave it out for those of timm"
         raise UserError(f"alignment_file {file} cannot be read ({error.strerror}); {fix}") from error
-
-
-@cache
-def _digest(file: str, time: int, size: int) -> str:
-    """The digest of a file as it was at that time: a study asks for the identity of each of its runs."""
-    return f"{DIGEST}{sha256_file(Path(file))[:16]}"

@@ -4,7 +4,7 @@ import itertools
 import shlex
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,8 +13,10 @@ import tyro
 from backbones import BACKBONES, OPTIONS, backbone
 from bench.core.cli import command_line
 from bench.core.errors import UserError
+from bench.core.files import DIGEST
 from bench.core.manual import Manual
 from bench.core.recipe import Recipe, from_file
+from bench.core.store import find_tokenizer
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
 
@@ -38,6 +40,9 @@ class Arguments(Config):
     """channels at the token grid; the preset's own matches parameters across backbones"""
     depth: Annotated[int | None, OPEN] = None
     """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid)"""
+    init_from: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
+    """a finished run, by folder or id, whose weights to start from, with its architecture unless that is given. A run is
+    known by these weights, not by where they lie"""
     seed: tyro.conf.Suppress[int] = 0
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
@@ -97,7 +102,7 @@ SECTIONS |= {"fid_weights": "run", "metric": "study"}
 ESSENTIAL = ("backbone", "quantizer", "data", "preset", "steps", "image_size", "grid_size", "codebook_size", "seeds")
 ESSENTIAL += ("results",)
 COMMON = ("width", "depth", "code_dim", "beta", "train_images", "split", "lpips_weight", "gan_weight", "batch_size")
-COMMON += ("lr", "device")
+COMMON += ("lr", "init_from", "freeze", "device")
 
 
 def parse(
@@ -114,7 +119,8 @@ def parse(
     first; ``some`` are those that not all of several backbones have to know. Exits with code 2 on an unknown flag, as
     tyro does; raises UserError on an unknown preset."""
     checks = {"backbone": backbone, "preset": preset_settings}
-    defaults |= _of_other_size(from_file(kind, arguments, checks), arguments)
+    recipe = _of_other_size(from_file(kind, arguments, checks), arguments)
+    defaults |= recipe
     names = [after for before, after in itertools.pairwise(arguments) if before == "--preset"]
     names += [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
     preset = names[-1] if names else defaults.get("preset", "cpu")
@@ -124,8 +130,21 @@ def parse(
     essential = tuple(dict.fromkeys((*swept, *ESSENTIAL)))
     tail = {*_FIELDS} - {*essential, *COMMON}
     options = command_line(kind, arguments, prog, description, default, Manual(SECTIONS, essential, tail))
+    options = _as_its_source(options, {*flags, *recipe, *swept})
     _check_lists(options, arguments, prog, some)
     return options
+
+
+def _as_its_source(options: Parsed, chosen: Collection[str]) -> Parsed:
+    """``options`` with the folder of the run that --init-from means, and with its backbone and quantizer unless these
+    are among what was ``chosen``. Raises UserError where there is no such run."""
+    if not options.init_from or options.init_from.startswith(DIGEST):
+        return options
+    run = find_tokenizer(options.init_from, options.results)
+    own = run.settings(Config)
+    lists = [name for name in ("backbone", "quantizer") if isinstance(getattr(options, name), tuple)]
+    changes = {name: (getattr(own, name),) for name in lists if name not in chosen}
+    return replace(options, **changes, init_from=str(run.folder), given=options.given | {"backbone"})
 
 
 def _of_other_size(recipe: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .train import train
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "s": 1, "min": 60}
 TIMED_STEPS = 16  # trained to learn how long one takes
-TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed")
+TIMELESS = ("data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed", "init_from")
 
 
 def match(config: Config, budget: str) -> Config:

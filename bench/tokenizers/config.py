@@ -3,6 +3,7 @@
 A field's name is the command-line flag, the Optuna parameter and the DataFrame column; its type says what it may be.
 """
 
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from backbones.orders import TURNS, order
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
-from bench.core.files import located
+from bench.core.files import DIGEST, located
 from bench.core.settings import (
     Count,
     Features,
@@ -33,6 +34,7 @@ from bench.quantizers import ENTROPY_WEIGHT, QUANTIZERS
 from .alignment import check_model, content
 from .presets import PRESETS
 from .sizes import width_of
+from .source import FROZEN, built, check_source, weights_in
 
 # How runs are trained and scored; raised when the same config gives other numbers (tests/golden.json notices).
 # 2: FLOPs count attention and the Mamba-2 scan, on every device; seeds other than 0 have random draws of their own.
@@ -79,6 +81,11 @@ class Config:
     """cnn, convnext: blocks at the image's own resolution too, as in NeXtformer, where they take longest"""
     pretrained: bool = False
     """timm:MODEL: start the encoder from timm's weights"""
+    init_from: Annotated[str, settings.LATER] = ""
+    """folder of a finished run whose weights to start from, with its architecture unless that is given. A run is known
+    by these weights, not by where they lie"""
+    freeze: Annotated[str, OneOf(FROZEN), settings.LATER] = "none"
+    """what of init_from stays as it is: none, encoder, quantizer, decoder, encoder,quantizer or quantizer,decoder"""
     quantizer: Annotated[str, OneOf(QUANTIZERS)] = "ema"
     """how the codebook learns: standard (codebook loss), ema (moving average), l2 or ema_l2 (unit sphere), gumbel
     (sampled codes), ibq (gradient through the choice), product (several codebooks side by side), bsq (signs on a
@@ -187,12 +194,15 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same config with every ``auto`` replaced by what this machine gives, an open ``entropy_weight`` by the
-        quantizer's own, and a data folder's real path."""
+        quantizer's own, and the real paths of a data folder and of what the weights are from."""
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device)
-        data = located(self.data)
+        data, source = located(self.data), self.init_from
+        if source and not source.startswith(DIGEST):
+            source = os.path.realpath(os.path.expanduser(source))
         entropy_weight = ENTROPY_WEIGHT.get(self.quantizer, 0.0) if self.entropy_weight is None else self.entropy_weight
         found = {"device": device, "precision": precision, "data": data, "entropy_weight": entropy_weight}
+        found["init_from"] = source
         changes = {name: value for name, value in found.items() if value != getattr(self, name)}
         return replace(self, **changes) if changes else self
 
@@ -202,9 +212,11 @@ class Config:
         return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved().stored())[:12]}"
 
     def stored(self) -> "Config":
-        """The config as its run keeps it: with what is in ``alignment_file`` in place of its path. Raises UserError
-        where there is no such file."""
-        return replace(self, alignment_file=content(self.alignment_file)) if self.alignment_file else self
+        """The config as its run keeps it: with what is in ``alignment_file`` and ``init_from`` in place of their paths.
+        Raises UserError where there are no such files."""
+        known = {"alignment_file": content, "init_from": weights_in}
+        changes = {name: digest(path) for name, digest in known.items() if (path := getattr(self, name))}
+        return replace(self, **changes) if changes else self
 
     @property
     def tokens(self) -> int:
@@ -229,6 +241,7 @@ class Config:
             raise UserError(f"{error}; choose from {', '.join(map(str, filter(None, sizes)))}") from error
         if self.full_resolution and self.grid_size == self.image_size:
             raise UserError("full_resolution adds no level to a grid as large as the image; leave it out")
+        check_source(self)
         for name in TURNS[self.token_order]:
             check_order(name, self.grid_size, self.grid_size)
         if self.alignment_weight:
@@ -291,7 +304,8 @@ def preset_settings(preset: str) -> dict[str, Any]:
 def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     """Config of ``backbone`` in ``preset``. ``overrides`` are Config fields; whatever is given wins over the preset,
     and None means the preset's own value. A width that is not given is the preset's, whatever else is; what the preset
-    says of another quantizer than the given one is left out. Raises UserError on an unknown backbone, preset or field.
+    says of another quantizer than the given one is left out, and what the run in ``init_from`` was built with wins over
+    it. Raises UserError on an unknown backbone, preset or field, and where ``init_from`` is no such run.
     """
     shared = preset_settings(preset)
     _backbone(backbone)
@@ -300,8 +314,11 @@ def make_config(backbone: str, preset: str = "cpu", **overrides: Any) -> Config:
     sized = "cnn" if backbone.startswith("timm:") else backbone
     own = {"depth": PRESETS[preset]["depth"], **shared, **PRESETS[preset]["own"].get(sized, {})}
     given = {name: value for name, value in overrides.items() if value is not None}
+    if given.get("init_from"):
+        theirs, taken = built(given["init_from"], Config), _backbone(backbone).options
+        own |= {name: value for name, value in theirs.items() if name not in OPTIONS or name in taken}
     heeded = QUANTIZERS[quantizer].settings if (quantizer := given.get("quantizer")) in QUANTIZERS else SETTINGS
     own = {name: value for name, value in own.items() if name not in SETTINGS or name in heeded}
     if "width" not in {**own, **given}:
         own["width"] = width_of(Config(**{"backbone": sized, "width": 1, **own}), PRESETS[preset]["params"])
-    return Config(**{"backbone": backbone, **own, **given})
+    return Config(**{**own, **given, "backbone": backbone})

@@ -29,7 +29,7 @@ from bench.metrics import (
 from bench.quantizers import nearest
 
 from .config import PROTOCOL_VERSION, Config
-from .tokenizer import Tokenizer, to_device
+from .tokenizer import Tokenizer, started, to_device
 
 EVAL_BATCH = 32  # VGG16 is fastest on CPUs with so many
 UNTRAINED_IMAGES = 64  # scored before training
@@ -89,7 +89,7 @@ def score_untrained(config: Config, images: np.ndarray) -> tuple[dict[str, float
     generators as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # as train() does: the weights that the run starts from
-        tokenizer = to_device(Tokenizer(config), config.device).eval()
+        tokenizer = to_device(started(Tokenizer(config)), config.device).eval()
 
     def reconstructed(chosen: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for x in eval_batches(chosen, EVAL_BATCH):

@@ -15,11 +15,13 @@ from bench.training.trial import read_weights
 
 from .config import Config
 from .sizes import check_size, sides
+from .source import FROZEN
 
 
 class Tokenizer(nn.Module):
-    """Images to codes and back; the decoder sees nothing but the codes' vectors. Raises UserError when the backbone
-    cannot be built, such as a timm model for images of this size."""
+    """Images to codes and back; the decoder sees nothing but the codes' vectors. Parts that the config freezes have no
+    gradient, and are in training as they are when they are scored. Raises UserError when the backbone cannot be built,
+    such as a timm model for images of this size, and where nothing of a part could be frozen."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -33,6 +35,18 @@ class Tokenizer(nn.Module):
             raise UserError(str(error)) from error
         self.quantizer = quantizer(config.codebook_size, config.code_dim, **settings)
         self.decoder = decoder()
+        for name in FROZEN[config.freeze]:
+            part = getattr(self, name).requires_grad_(False)
+            if not part.state_dict():
+                told = f"freeze is {config.freeze}, and the {name} {getattr(config, name)!r} has nothing that could learn"
+                raise UserError(f"{told}; leave it out")
+
+    def train(self, mode: bool = True) -> "Tokenizer":
+        """As any module's, but for frozen parts: whose statistics move, or who drops or draws, does so no more."""
+        super().train(mode)
+        for name in FROZEN[self.config.freeze]:
+            getattr(self, name).eval()
+        return self
 
     def forward(self, x: Tensor, parts: int = 1) -> tuple[Tensor, Quantized]:
         """One training pass: x (B, 3, H, W) in [-1, 1] → reconstruction of the same shape, unbounded, and Quantized.
@@ -86,8 +100,9 @@ class Tokenizer(nn.Module):
         run = Run(Path(folder))
         check_finished(run)
         config = run.settings(Config)
-        # The run's own weights follow, and what it was aligned with is no part of it.
-        none = {name: getattr(Config, name) for name in vars(config) if name.startswith("alignment")}
+        # The run's own weights follow, and what it started from or was aligned with is no part of it.
+        names = ("init_from", "freeze", *(name for name in vars(config) if name.startswith("alignment")))
+        none = {name: getattr(Config, name) for name in names}
         plain = replace(config, pretrained=False, **none, device=device)
         plain.check()
         check_size(plain, device)
@@ -95,6 +110,24 @@ class Tokenizer(nn.Module):
         tokenizer.config = config
         read_weights(run, "tokenizer.safetensors", tokenizer)
         return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def started(tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer``, on the CPU, with the weights that its config starts from, codes and their statistics included, if
+    it names any. Raises UserError where these are not whole, not finite, or of images of another size."""
+    config = tokenizer.config
+    if not config.init_from:
+        return tokenizer
+    source = Tokenizer.from_run(config.init_from)
+    weights = source.state_dict()
+    for name, value in tokenizer.state_dict().items():
+        if value.shape != weights[name].shape:
+            told = f"{config.init_from} was trained on {source.config.image_size}, to which {name} belongs"
+            raise UserError(f"image_size is {config.image_size}, and {told}; leave it out")
+        if not weights[name].isfinite().all():
+            raise UserError(f"{name} of {config.init_from} is not finite; start from another run")
+    tokenizer.load_state_dict(weights)
+    return tokenizer
 
 
 def _kind(value: Any) -> str:

@@ -15,7 +15,7 @@ from .alignment import features
 from .config import Config
 from .discriminator import Adversary
 from .losses import RECONSTRUCTION, adaptive_weight, marginal_cosine, marginal_distances
-from .tokenizer import Tokenizer, to_device
+from .tokenizer import Tokenizer, started, to_device
 
 
 def train(
@@ -43,7 +43,7 @@ class TokenizerLearner:
     def __init__(self, config: Config, images: np.ndarray, accumulate: int = 1):
         torch.manual_seed(config.seed)
         self.config, self.images, self.accumulate = config, images, accumulate
-        self.model = to_device(Tokenizer(config), config.device).train()
+        self.model = to_device(started(Tokenizer(config)), config.device).train()
         self.features, self.trained, parts = None, self.model, {}
         if config.alignment_weight:
             with torch.random.fork_rng():  # the tokenizer's own draws are the same with and without it
@@ -67,8 +67,9 @@ class TokenizerLearner:
         self.hits: Tensor | int = 0  # of the codes, since the last row of the history
 
     def begin(self) -> None:
-        """Starts the codebook."""
-        initialise_codebook(self.model, self.images, self.autocast)
+        """Starts the codebook, unless it came with the weights."""
+        if not self.config.init_from:
+            initialise_codebook(self.model, self.images, self.autocast)
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """One update of the tokenizer and, on the same batch, one of the discriminator."""

@@ -33,7 +33,7 @@ from .curves import curve_metrics
 from .evaluate import EVAL_BATCH, PICTURES, evenly_spaced, kmeans_reference, protocol, score, score_untrained
 from .measure import check_instruments, measure
 from .sizes import check_size, parameter_count
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, started
 from .train import train
 
 COPIES = 5  # of a model's parameters in training: weights, gradients, their moments, average
@@ -50,7 +50,7 @@ def prepare(config: Config, store: Store, fid_weights: Path | None = None) -> Da
     if config.data.startswith("folder:") and images in (place, *place.parents):
         what = f"the results folder {place} lies among the images of {images}, and so would its pictures"
         raise UserError(f"{what}; name another with --results")
-    tokenizer = Tokenizer(config)
+    tokenizer = started(Tokenizer(config))
     if config.alignment_weight:
         features(config.alignment_model, config.alignment_file, config.image_size, config.grid_size)
     state_megabytes = COPIES * 4 * parameter_count(tokenizer) >> 20

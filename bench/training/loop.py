@@ -196,10 +196,13 @@ def learning_rate(config: Schedule, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups: decay on weight matrices and kernels only; none on vectors (norms, biases), on the codebook, on
-    position embeddings, or on what a layer marks ``_no_weight_decay`` (Mamba's A_log, D, dt_bias)."""
+    """AdamW groups of what has a gradient: decay on weight matrices and kernels only; none on vectors (norms, biases),
+    on the codebook, on position embeddings, or on what a layer marks ``_no_weight_decay`` (Mamba's A_log, D, dt_bias).
+    """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         exempt = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
         exempt = exempt or name.endswith(("codebook", "position"))
         (free if exempt else decayed).append(parameter)

@@ -242,6 +242,7 @@ SHAPE = {
         "gan_weight": 0.5,
         "alignment_weight": 0.5,
         "alignment_model": "test_vit",
+        "freeze": "encoder",
     },
     **{**dict.fromkeys(OPTIONS, True), "attention": 2, "token_order": "columns"},
 }

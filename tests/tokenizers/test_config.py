@@ -228,6 +228,7 @@ OTHER = {  # another valid value of every field, of a convnext with ema codes
     **{"kl_weight": 0.5, "temperature_end": 0.5, "uniform_weight": 0.5, "codebooks": 3},
     **{"reconstruction_weight": 0.5, "reconstruction_end": 0.5},
     **{"alignment_weight": 0.5, "alignment_model": "test_vit", "alignment_file": "sha256:0123456789abcdef"},
+    **{"init_from": "sha256:0123456789abcdef", "freeze": "encoder"},
     **{"reconstruction": "l1", "lpips_weight": 0.5, "lpips_net": "vgg", "gan_weight": 0.5, "gan_start": 0.25},
     **{"gan_ramp": 0.25, "gan_warmup": 0.25, "gan_loss": "nonsaturating", "gan_adaptive": False, "gan_lr": 0.5},
     **{"gan_width": 8, "gan_layers": 2, "gan_norm": "spectral", "lecam_weight": 0.5, "r1_weight": 0.5, "steps": 7},

@@ -464,6 +464,7 @@ CHANGES = {
     "lpips_weight": 0.5,
     "lpips_net": "vgg",
     **dict.fromkeys(("alignment_weight", "alignment_model", "alignment_file")),  # checked in test_alignment
+    **dict.fromkeys(("init_from", "freeze")),  # checked in test_source
     "gan_weight": 1.0,
     "gan_start": 0.7,
     "gan_ramp": 0.9,
@@ -534,6 +535,8 @@ PROPERTIES = {
     "test_the_loss_is_of_what_the_decoder_gets_and_reaches_encoder_and_linear_map_alone",
     "alignment_model": "tokenizers/test_alignment.py::test_features_are_the_model_s_own_of_an_image_of_its_size",
     "alignment_file": "tokenizers/test_alignment.py::test_a_run_is_known_by_what_is_in_the_file",
+    "init_from": "tokenizers/test_source.py::test_training_goes_on_from_the_weights_and_codes_of_the_source",
+    "freeze": "tokenizers/test_source.py::test_what_is_frozen_is_equal_to_the_bit_afterwards",
     "gan_weight": "tokenizers/test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
     "gan_start": "tokenizers/test_gan.py::test_gan_start_and_warmup_set_the_steps_at_which_things_begin",
     "gan_ramp": "tokenizers/test_gan.py::test_gan_weight_and_ramp_scale_the_adversary_s_gradient_alone",
