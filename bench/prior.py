@@ -37,6 +37,7 @@ from bench.priors.config import PriorConfig
 from bench.priors.models.masked import BOUND
 from bench.priors.pixels import BITS, PIXELS, Pixels
 from bench.priors.trial import run_prior
+from bench.training.track import Track
 
 # Metrics that the table shows, those of them that the runs have.
 COLUMNS = (
@@ -75,6 +76,8 @@ class PriorArguments(PriorConfig):
     both, under their published names"""
     resume: bool = True
     """continue interrupted runs from their checkpoint"""
+    track: Track = None
+    """tensorboard or wandb: where to watch what is trained now, too"""
     recipe: Recipe = None
     """file with settings in TOML, by the names of the flags and tokenizer for RUN: such as config.toml in the folder of
     a prior, which repeats that; flags win over it"""
@@ -115,7 +118,7 @@ def work(arguments: list[str]) -> int:
         config = options.config(over.name if over is pixels else over.folder.name, prior, seed)
         store = Store(options.results if over is pixels else over.folder.parent.parent)
         config.check()  # all of them, before any is trained
-        work = partial(run_prior, config, over, store, options.fid_weights, options.resume)
+        work = partial(run_prior, config, over, store, options.fid_weights, options.resume, options.track)
         trials.append(Trial(f"{prior} {seed}", store.run(config), work))
     finished, diverged = run_each(trials)
     if finished:

@@ -121,7 +121,7 @@ def compare(options: RunArguments, given: Sequence[str]) -> int:
     def trial(config: Config) -> Trial:
         run = store.run(config)
         instruments = options.instruments or (() if run.finished else ("cheap",))
-        how = options.fid_weights, options.resume, instruments, options.accumulate
+        how = options.fid_weights, options.resume, instruments, options.accumulate, options.track
         work = partial(run_trial, config, store, *how)
         return Trial(f"{config.backbone} {config.quantizer} {config.seed}", run, work)
 

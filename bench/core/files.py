@@ -267,8 +267,8 @@ def sha256_file(path: Path) -> str:
 
 
 def named_by_content(path: Path) -> str:
-    """What stands for the content of the file ``path`` wherever it lies: ``sha256:`` and 16 digits. Raises OSError where
-    there is none."""
+    """What stands for the content of the file ``path``, wherever that lies: ``sha256:`` and 16 digits. Raises OSError
+    where there is none."""
     stat = path.stat()
     return _named(path, stat.st_mtime_ns, stat.st_size)
 

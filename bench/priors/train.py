@@ -13,7 +13,7 @@ from bench.core.errors import UserError
 from bench.data import batch_indices
 from bench.tokenizers.config import check_order
 from bench.tokenizers.sizes import TOLERANCE, nearest_size, parameter_count
-from bench.training.loop import adamw, autocast, descend, fit
+from bench.training.loop import Tell, adamw, autocast, descend, fit, unheard
 
 from .codes import Codes
 from .config import DEPTH, PriorConfig
@@ -21,16 +21,21 @@ from .models import LEARNED, PRIORS, SEQUENCES, Prior
 
 
 def train_prior(
-    config: PriorConfig, codes: Codes, folder: Path, resume: bool = True, checkpoint_seconds: float = 2.0
+    config: PriorConfig,
+    codes: Codes,
+    folder: Path,
+    resume: bool = True,
+    checkpoint_seconds: float = 2.0,
+    tell: Tell = unheard,
 ) -> tuple[Prior, float]:
     """Trains on ``codes.train`` as ``config`` (resolved) says and returns the prior to score, with averaged weights and
-    in eval mode, and the seconds that its steps took; files and errors are those of ``fit``."""
+    in eval mode, and the seconds that its steps took; files and errors are those of ``fit``, which ``tell`` is for."""
     learner = PriorLearner(config, codes)
     if config.prior not in LEARNED:
         began = time.monotonic()
         learner.model.fit(codes.train)
         return learner.model.eval(), max(0.0, time.monotonic() - began)
-    return fit(learner, f"{config.prior} seed {config.seed}", folder, resume, checkpoint_seconds)
+    return fit(learner, f"{config.prior} seed {config.seed}", folder, resume, checkpoint_seconds, tell)
 
 
 class PriorLearner:

@@ -19,6 +19,7 @@ from bench.metrics import PRECISION_NEIGHBOURS
 from bench.tokenizers import evaluate
 from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
+from bench.training.track import check_sink, tracked
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
 from .codes import Codes, digest, encode, load_data
@@ -37,10 +38,12 @@ def run_prior(
     store: Store | str | Path = "results",
     fid_weights: Path | None = None,
     resume: bool = True,
+    track: str | None = None,
 ) -> Run:
     """Trains and scores a prior on the codes of ``over``, the run of a tokenizer or pixels, or returns at once when
     ``store``, or the one in that folder, has it finished. A finished prior that was trained alike and sampled from
-    otherwise lends its weights. Errors are ``run_trial``'s."""
+    otherwise lends its weights. Errors and ``track`` are ``run_trial``'s."""
+    check_sink(track)
     store = Store(store) if isinstance(store, str | Path) else store
     config = config.resolved()
     config.check()
@@ -80,22 +83,25 @@ def run_prior(
 
     shape = {"codebook_size": codes.codebook_size, "grid": codes.grid, "classes": list(codes.classes)}
     about = {"config": asdict(config), "codes": shape, "tokenizer": asdict(tokenizer.config), "trained_on": identity}
-    with begun(run, about, resume):
+    with begun(run, about, resume), tracked(track, run, about["config"]) as tracker:
         write_recipe(run.folder / "config.toml", recipe_of(config, pixels))
         beside = pixels.references if pixels else over.folder / "codes"
         known = references(tokenizer, codes, data, config, beside, fid_weights)
         with peak_memory(config.device) as peak:
             if twin is None:
-                prior, seconds = train_prior(config, codes, run.folder, resume)
+                prior, seconds = train_prior(config, codes, run.folder, resume, tell=tracker.row)
                 costs = {"train_seconds": seconds, "peak_memory_mb": peak()}
             else:
                 prior, costs = lent, {name: twin.metrics().get(name) for name in ("train_seconds", "peak_memory_mb")}
                 if (twin.folder / "history.jsonl").is_file():
                     with atomic_path(run.folder / "history.jsonl") as temporary:
                         shutil.copyfile(twin.folder / "history.jsonl", temporary)
+                for row in run.history():
+                    tracker.row(row)
         generated = score_prior(prior, tokenizer, codes, data, config, known, fid_weights)
         metrics = {**generated.metrics, **known, **costs}
         finish(run, prior, generated, metrics, protocol(config, codes, data, tokenizer.config, fid_weights))
+        tracker.scores("samples.png")
     return run
 
 

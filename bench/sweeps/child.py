@@ -65,12 +65,13 @@ def run_in_child(
     threads: int | None = None,
     watch: Callable[[list[Row]], str | None] = lambda rows: None,
     timeout: float | None = None,
+    track: str | None = None,
 ) -> Outcome:
     """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
 
     ``watch`` is called a few times a second with the rows that the history gained since; when it returns "interrupted"
     or "pruned", the child is stopped with that outcome; after ``timeout`` seconds, with "timed_out". Failures are
-    recorded in the run's folder.
+    recorded in the run's folder. ``track`` is ``run_trial``'s.
     """
     run, seen, began = store.run(config), 0, time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def run_in_child(
         seen = rows[-1]["step"] if rows else seen
         return watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
 
-    outcome = _in_child(_train, config, store, fid_weights, threads, ask)
+    outcome = _in_child(partial(_train, track), config, store, fid_weights, threads, ask)
     if run.finished:
         return Outcome("finished")
     if outcome.status == "finished":
@@ -155,8 +156,8 @@ def _in_child(
     return _ended(told, child.exitcode, run, _memory_kills() > killed_before)
 
 
-def _train(config: AnyConfig, store: Store, fid_weights: Path | None) -> None:
-    KINDS[config.SHELF].train(config, store, fid_weights)
+def _train(track: str | None, config: AnyConfig, store: Store, fid_weights: Path | None) -> None:
+    KINDS[config.SHELF].train(config, store, fid_weights, track)
 
 
 def _look(instruments: Sequence[str], config: Config, store: Store, fid_weights: Path | None) -> None:

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     noun: str  # what several of them are called
     key: str  # what each Optuna study has one value of; its name ends in that,
     prefix: str  # with this before it
-    train: Callable[[Any, Store, Path | None], Run]  # config, store and Inception's weights → the finished run
+    train: Callable[[Any, Store, Path | None, str | None], Run]  # config, store, Inception's weights, where to watch it
     config: type  # whose SHELF is also the key of its runs in a study's file
     frame: frames.Kind  # of which its rows in frames are
     ranked: tuple[str, ...]  # metrics that trials are ranked by; () for those of the study's command line
@@ -52,7 +52,7 @@ TOKENIZERS = Kind(
     noun="trials",
     key="backbone",
     prefix="",
-    train=run_trial,
+    train=lambda config, store, fid_weights, track: run_trial(config, store, fid_weights, track=track),
     config=Config,
     frame=frames.TOKENIZER,
     ranked=(),
@@ -68,7 +68,9 @@ PRIORS = Kind(
     noun="priors",
     key="prior",
     prefix="prior-",
-    train=lambda config, store, fid_weights: run_prior(config, store.named(config.tokenizer), store, fid_weights),
+    train=lambda config, store, fid_weights, track: run_prior(
+        config, store.named(config.tokenizer), store, fid_weights, track=track
+    ),
     config=PriorConfig,
     frame=frames.PRIOR,
     ranked=("coded_bits_per_token",),

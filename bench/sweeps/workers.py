@@ -30,6 +30,7 @@ from bench.tokenizers.curves import undecided
 from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import prepare
 from bench.training.loop import interruptible
+from bench.training.track import check_sink
 
 from . import overview
 from .address import storage_url, without_password
@@ -58,6 +59,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     """Parses the command line, runs what is missing, and reports. Returns the exit code."""
     group.alone("a study")
     plan = make_plan(study, parse_study(study, description, arguments))
+    check_sink(plan.options.track)
     if plan.options.plan:
         put(plan.table(), "a wider terminal")
         return 0
@@ -341,8 +343,8 @@ class Workers:
             reported = report(watched, rows, config, reported)
             return "pruned" if self.plan.prunes(part, watched) else None
 
-        threads = threads_each(self.options.workers)
-        options = (self.plan.store, self.options.fid_weights, threads, watch, self.options.trial_timeout)
+        given, threads = self.options, threads_each(self.options.workers)
+        options = (self.plan.store, given.fid_weights, threads, watch, given.trial_timeout, given.track)
         while not self.stop.is_set():
             outcome = run_in_child(config, *options)
             if outcome.status == "busy":  # its worker was taken for dead and is not

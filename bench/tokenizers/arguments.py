@@ -19,6 +19,7 @@ from bench.core.recipe import Recipe, from_file
 from bench.core.store import find_tokenizer
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
+from bench.training.track import Track
 
 from .budgets import COSTS, match
 from .config import SETTINGS, Config, make_config, preset_settings
@@ -41,8 +42,8 @@ class Arguments(Config):
     depth: Annotated[int | None, OPEN] = None
     """blocks per level (cnn, convnext) or per side (vit, mamba, bimamba, hybrid)"""
     init_from: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
-    """a finished run, by folder or id, whose weights to start from, with its architecture unless that is given. A run is
-    known by these weights, not by where they lie"""
+    """a finished run, by folder or id, whose weights to start from, and whose architecture unless that is given. A run
+    is known by these weights, not by where they lie"""
     seed: tyro.conf.Suppress[int] = 0
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0,)
     """each is one run per backbone; weights, batches and augmentation follow from it"""
@@ -56,6 +57,8 @@ class Arguments(Config):
     fid_weights: Path | None = None
     """file with torch-fidelity's Inception weights, where they cannot be downloaded, or with DINOv2's; or a folder with
     both, under their published names"""
+    track: Track = None
+    """tensorboard or wandb: where to watch what is trained now, too"""
     recipe: Recipe = None
     """file with settings in TOML, by the names of the flags: such as RUN/config.toml, which repeats that run; flags win
     over it"""

@@ -76,9 +76,9 @@ def check_source(config: "Config") -> None:
         told = f"a code stands for {own}×{own} pixels, and for {patch}×{patch} in {config.init_from}"
         fix = f"take grid_size {config.image_size // patch}" if config.image_size >= patch else "leave it out"
         raise UserError(f"grid_size is {config.grid_size} at image_size {config.image_size}: {told}; {fix}")
-    _check_use(config, STARTS, "weights that are given")
+    _check_use(config, STARTS, "a run from given weights")
     if "quantizer" in frozen:
-        _check_use(config, LEARNS, "a quantizer that is frozen")
+        _check_use(config, LEARNS, "a frozen quantizer")
     if "encoder" in frozen and config.alignment_weight:
         told = f"alignment_weight is {config.alignment_weight:g}, and would train the encoder, which is frozen"
         raise UserError(f"{told}; leave out one of them")
@@ -92,4 +92,4 @@ def _check_use(config: "Config", names: tuple[str, ...], whose: str) -> None:
         value, usual = getattr(config, name), getattr(type(config), name)
         known = (usual, ENTROPY_WEIGHT.get(config.quantizer, 0.0)) if name == "entropy_weight" else (usual,)
         if value not in known:
-            raise UserError(f"{name} is {value}, of which {whose} have no use; leave it out")
+            raise UserError(f"{name} is {value}, of which {whose} makes no use; leave it out")

@@ -38,8 +38,8 @@ class Tokenizer(nn.Module):
         for name in FROZEN[config.freeze]:
             part = getattr(self, name).requires_grad_(False)
             if not part.state_dict():
-                told = f"freeze is {config.freeze}, and the {name} {getattr(config, name)!r} has nothing that could learn"
-                raise UserError(f"{told}; leave it out")
+                which = f"{name} {getattr(config, name)!r}"
+                raise UserError(f"freeze is {config.freeze}, and {which} has nothing that could learn; leave it out")
 
     def train(self, mode: bool = True) -> "Tokenizer":
         """As any module's, but for frozen parts: whose statistics move, or who drops or draws, does so no more."""

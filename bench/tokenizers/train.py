@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.core import group
 from bench.data import batch
 from bench.metrics import CodeHistogram, perceptual
-from bench.training.loop import adamw, autocast, descend, fit, in_parts
+from bench.training.loop import Tell, adamw, autocast, descend, fit, in_parts, unheard
 
 from .alignment import features
 from .config import Config
@@ -25,12 +25,13 @@ def train(
     resume: bool = True,
     checkpoint_seconds: float = 2.0,
     accumulate: int = 1,
+    tell: Tell = unheard,
 ) -> tuple[Tokenizer, float]:
     """Trains on ``images`` (N, H, W, 3) uint8 as ``config`` (resolved) says and returns the tokenizer to score, with
-    averaged weights and in eval mode, and the seconds that its steps took; files and errors are those of ``fit``.
-    Networks see a batch in ``accumulate`` parts."""
+    averaged weights and in eval mode, and the seconds that its steps took; files and errors are those of ``fit``, which
+    ``tell`` is for. Networks see a batch in ``accumulate`` parts."""
     label = f"{config.backbone} {config.quantizer} seed {config.seed}"
-    return fit(TokenizerLearner(config, images, accumulate), label, folder, resume, checkpoint_seconds)
+    return fit(TokenizerLearner(config, images, accumulate), label, folder, resume, checkpoint_seconds, tell)
 
 
 class TokenizerLearner:

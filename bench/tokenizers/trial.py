@@ -23,6 +23,7 @@ from bench.core.store import Store
 from bench.data import Data, check_name, load
 from bench.metrics import Codec, digests, from_uint8, to_uint8, weights
 from bench.training.loop import logged
+from bench.training.track import check_sink, tracked
 from bench.training.trial import begun, check_weights, complete, tidy, write_weights
 
 from .alignment import features
@@ -75,14 +76,17 @@ def run_trial(
     resume: bool = True,
     instruments: Sequence[str] = (),
     accumulate: int = 1,
+    track: str | None = None,
 ) -> Run:
     """Trains and scores ``config``, or returns at once when ``store``, or the one in that folder, has it finished. Then
     ``instruments``, names or groups of them (see ``bench.instruments``), look at it, but for those that have. Networks
-    see a batch in ``accumulate`` parts, which takes less memory and changes nothing but rounding.
+    see a batch in ``accumulate`` parts, which takes less memory and changes nothing but rounding. A run that is trained
+    now can be watched by ``track``, a key of SINKS (see ``bench.training.track``).
 
     Raises UserError before any training, Interrupted when stopped (the same call continues), Diverged (also recorded as
     failure.json) when the loss was not finite. Several processes (see ``bench.core.group``) call it alike."""
     began = time.monotonic()
+    check_sink(track)
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
@@ -103,12 +107,15 @@ def run_trial(
     about = {"config": asdict(config.stored()), "trained_on": data.fingerprint}
     with ExitStack() as held:
         group.by_first(lambda: held.enter_context(begun(run, about, resume)))
+        tracker = held.enter_context(tracked(track, run, about["config"]))
         reference, untrained = group.by_first(partial(_before_training, run, data, config, fid_weights)) or ({}, {})
         before = time.monotonic() - began
         with peak_memory(config.device) as peak:
-            tokenizer, seconds = train(config, data.train, run.folder, resume, accumulate=accumulate)
+            options = {"accumulate": accumulate, "tell": tracker.row}
+            tokenizer, seconds = train(config, data.train, run.folder, resume, **options)
             measured = {**untrained, "train_seconds": seconds, "peak_memory_mb": peak()}
         finish(run, tokenizer, data, reference, fid_weights, measured, before)
+        tracker.scores("reconstructions.png")
     group.by_first(partial(measure, run, data, instruments))
     return run
 

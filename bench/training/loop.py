@@ -68,17 +68,30 @@ class Learner(Protocol):
         """The same in brief, for the progress bar."""
 
 
+Tell = Callable[[dict[str, float]], None]  # what is done with a row of the history besides
+
+
+def unheard(row: dict[str, float]) -> None:
+    """Nothing."""
+
+
 def fit(
-    learner: Learner, label: str, folder: Path, resume: bool = True, checkpoint_seconds: float = 2.0
+    learner: Learner,
+    label: str,
+    folder: Path,
+    resume: bool = True,
+    checkpoint_seconds: float = 2.0,
+    tell: Tell = unheard,
 ) -> tuple[nn.Module, float]:
     """Trains ``learner`` and returns its model with averaged weights and in eval mode, and the seconds that the steps
     took, resumed parts included.
 
     Of several processes (see ``bench.core.group``) the first reads and writes, and all stop where one is to.
 
-    Writes ``history.jsonl`` (one line per logged step) and ``checkpoint.pt`` into ``folder``; with ``resume`` it goes
-    on from a whole one found there, without it drops that. One is written every ``checkpoint_seconds``, or less often
-    if writing takes more than 2 % of the time. Raises Diverged, or Interrupted after SIGINT or SIGTERM.
+    Writes ``history.jsonl`` (one line per logged step; ``tell`` gets each, those of before too) and ``checkpoint.pt``
+    into ``folder``; with ``resume`` it goes on from a whole one found there, without it drops that. One is written
+    every ``checkpoint_seconds``, or less often if writing takes more than 2 % of the time. Raises Diverged, or
+    Interrupted after SIGINT or SIGTERM.
     """
     config, ema = learner.config, averaged(learner.model, learner.config.weight_ema)
     state = {**learner.parts, "ema": ema}
@@ -99,6 +112,8 @@ def fit(
             say(f"[yellow]{escape(str(history))} is damaged: it has lost {len(lost)} rows; its curves have a gap[/]")
     for part in state.values():
         group.spread(part)
+    for row in read_rows(history):
+        tell(row)
 
     window, spent = Window(), seconds
     saved = seen = time.monotonic()
@@ -124,6 +139,7 @@ def fit(
                 raise Diverged(f"loss or gradient not finite by step {done}; try --lr below {config.lr:g}")
             log.write(json.dumps(row) + "\n")
             log.flush()
+            tell(row)
             speed = (done - first) * config.batch_size / max(spent - seconds, 1e-9)
             bar.advance(done - bar.done, f"{learner.figures(row)}  {speed:.0f} {learner.unit}/s")
             window = Window()
@@ -157,8 +173,12 @@ class Window:
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with β = (0.9, 0.95) over ``parameter_groups``; ``descend`` sets its rate."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), betas=(0.9, 0.95), fused=True)
+    """AdamW (Loshchilov & Hutter 2019) with β = (0.9, 0.95) over those of ``parameter_groups`` that are not frozen;
+    ``descend`` sets its rate."""
+    groups = parameter_groups(model, weight_decay)
+    for one in groups:
+        one["params"] = [parameter for parameter in one["params"] if parameter.requires_grad]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def descend(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, rate: float, grad_clip: float) -> Tensor:
@@ -196,13 +216,10 @@ def learning_rate(config: Schedule, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups of what has a gradient: decay on weight matrices and kernels only; none on vectors (norms, biases),
-    on the codebook, on position embeddings, or on what a layer marks ``_no_weight_decay`` (Mamba's A_log, D, dt_bias).
-    """
+    """AdamW groups: decay on weight matrices and kernels only; none on vectors (norms, biases), on the codebook, on
+    position embeddings, or on what a layer marks ``_no_weight_decay`` (Mamba's A_log, D, dt_bias)."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         exempt = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
         exempt = exempt or name.endswith(("codebook", "position"))
         (free if exempt else decayed).append(parameter)

@@ -124,14 +124,15 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
     """All asked for with what the command line gave; one that diverges is shown, and the others go on."""
     asked = []
 
-    def run_trial(config, results, fid_weights, resume, instruments, accumulate):
-        asked.append((config.backbone, config.seed, config.steps, fid_weights, resume, accumulate))
+    def run_trial(config, results, fid_weights, resume, instruments, *how):
+        asked.append((config.backbone, config.seed, config.steps, fid_weights, resume, *how))
         if (config.backbone, config.seed) == ("cnn", 3):
             raise Diverged("loss or gradient not finite by step 1; try --lr below 0.1")
         return fabricate(results, config)
 
     monkeypatch.setattr(trial, "run_trial", run_trial)
     several = ("--backbone", "cnn", "vit", *TINY, "--no-resume", "--fid-weights", "file", "--accumulate", "2")
+    several += ("--track", "wandb")
     code, out, err = command(*several, "--seeds", "0")
     assert code == 0
     assert err.count("finished: ") == 2
@@ -140,7 +141,7 @@ def test_every_backbone_and_seed_is_a_run_and_a_row(command, monkeypatch):
     assert code == 1
     assert err.count("already finished: ") == 2
     rows = [("cnn", 0), ("vit", 0), ("cnn", 0), ("cnn", 3), ("vit", 0), ("vit", 3)]
-    assert asked == [(*row, 3, Path("file"), False, 2) for row in rows]
+    assert asked == [(*row, 3, Path("file"), False, 2, "wandb") for row in rows]
     for label in ("cnn ema 0", "vit ema 0", "vit ema 3"):
         assert label in out
     (line,) = (line for line in out.splitlines() if "cnn ema 3" in line)

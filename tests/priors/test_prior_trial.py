@@ -89,7 +89,7 @@ def world(tmp_path, monkeypatch, tiny) -> World:
 
     monkeypatch.setattr("bench.priors.train.build", small)
 
-    def count_training(config, codes, folder, resume):
+    def count_training(config, codes, folder, resume, tell):
         made.trained.append((config, resume))
         if made.diverges:
             raise Diverged("too steep")

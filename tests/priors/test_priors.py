@@ -31,7 +31,7 @@ from bench.priors.train import build as build_prior
 from bench.priors.train import train_prior
 from bench.tokenizers.sizes import parameter_count
 from bench.training import loop
-from bench.training.loop import parameter_groups
+from bench.training.loop import parameter_groups, unheard
 
 K, SIDE = 7, 4
 GRID, LONG = (SIDE, SIDE), (3, 6)  # rows and columns: of codes, and of two pixels of three channels in each row
@@ -891,7 +891,7 @@ def test_a_prior_is_trained_under_its_name_in_its_unit(tmp_path, monkeypatch):
     config = PriorConfig("none", "rnn", 1, 20_000, seed=3, precision="fp32", device="cpu")
     assert train_prior(config, toy_codes(), tmp_path, resume=False, checkpoint_seconds=9.0) == ("prior", 5.0)
     ((learner, given),) = asked
-    assert given == ("rnn seed 3", tmp_path, False, 9.0)
+    assert given == ("rnn seed 3", tmp_path, False, 9.0, unheard)
     assert learner.unit == "grids"
     assert learner.row({"grad_norm": 0.5, "nll": 2 * math.log(2)}) == {"grad_norm": 0.5, "bits_per_token": 2}
     assert learner.figures({"bits_per_token": 1.23456}) == "1.235 bits per token"

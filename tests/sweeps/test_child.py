@@ -52,13 +52,13 @@ def trial(monkeypatch):
     monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
 
     def put(work):
-        def trial(config, store, fid_weights):
+        def trial(config, store, fid_weights, track):
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  (pytest has put another there)
             work(store.run(config))
 
-        def prior(config, tokenizer, store, fid_weights):
+        def prior(config, tokenizer, store, fid_weights, track):
             (store.run(config).folder / "over.txt").write_text(tokenizer.folder.name)
-            trial(config, store, fid_weights)
+            trial(config, store, fid_weights, track)
 
         monkeypatch.setitem(KINDS, "runs", KINDS["runs"]._replace(train=trial))
         monkeypatch.setattr(kinds, "run_prior", prior)
@@ -387,17 +387,17 @@ def test_a_child_has_a_session_and_a_log_of_its_own(trial, store):
     assert (folder / "log.txt").read_text() == "said\nwarned\n"
 
 
-def test_a_child_is_given_its_config_the_store_and_inceptions_weights(trial, store, monkeypatch):
-    def train(config, store, fid_weights):
+def test_a_child_is_given_its_config_the_store_inceptions_weights_and_where_to_tell(trial, store, monkeypatch):
+    def train(config, store, fid_weights, track):
         run = store.run(config)
-        (run.folder / "given.txt").write_text(f"{config.seed} {store.root} {fid_weights}")
+        (run.folder / "given.txt").write_text(f"{config.seed} {store.root} {fid_weights} {track}")
         finishing(run)
 
     monkeypatch.setattr(child, "_context", lambda: multiprocessing.get_context("fork"))
     monkeypatch.setitem(KINDS, "runs", KINDS["runs"]._replace(train=train))
     config = make_config("cnn", "smoke", seed=5)
-    assert run_in_child(config, store, Path("weights.pth")).status == "finished"
-    assert (store.run(config).folder / "given.txt").read_text() == f"5 {store.root} weights.pth"
+    assert run_in_child(config, store, Path("weights.pth"), track="wandb").status == "finished"
+    assert (store.run(config).folder / "given.txt").read_text() == f"5 {store.root} weights.pth wandb"
 
 
 def test_a_run_that_fell_before_its_first_file_is_described_as_any_other(trial, store):

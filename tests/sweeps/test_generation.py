@@ -497,7 +497,7 @@ def test_rows_are_joined_with_the_newest_prior_of_the_study_and_finished_when_bo
 @pytest.mark.slow
 def test_what_is_trained_is_worth_what_its_prior_scored_on_validation(image_folder, tmp_path, monkeypatch):
     def train(config, store, fid_weights, *_):
-        KINDS[config.SHELF].train(config, store, fid_weights)
+        KINDS[config.SHELF].train(config, store, fid_weights, None)
         return Outcome("finished")
 
     monkeypatch.setattr(workers, "run_in_child", train)

@@ -70,7 +70,7 @@ def part_of(state: dict, frozen: str, wrapped: str = "") -> dict[str, torch.Tens
     return {name.removeprefix(wrapped): value for name, value in state.items() if name.startswith(heads)}
 
 
-# ----------------------------------------------------------------------------------------------------------- what starts
+# ---------------------------------------------------------------------------------------------------------- what starts
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -82,7 +82,8 @@ def test_training_goes_on_from_the_weights_and_codes_of_the_source(tiny, images,
     learner.begin()
     assert same(learner.model.state_dict(), weights_of(source))
     assert not learner.optimizer.state_dict()["state"]
-    assert not same(TokenizerLearner(replace(config, init_from=""), images.train).model.state_dict(), weights_of(source))
+    fresh = TokenizerLearner(replace(config, init_from=""), images.train)
+    assert not same(fresh.model.state_dict(), weights_of(source))
 
 
 def test_what_a_run_makes_before_training_is_of_the_weights_that_it_starts_from(tiny, images, tmp_path):
@@ -95,7 +96,7 @@ def test_what_a_run_makes_before_training_is_of_the_weights_that_it_starts_from(
     assert not np.array_equal(score_untrained(tiny.resolved(), images.test)[1][0], shown[0])
 
 
-# ---------------------------------------------------------------------------------------------------------- what is kept
+# --------------------------------------------------------------------------------------------------------- what is kept
 
 CASES = [*((name, "encoder,quantizer") for name in QUANTIZERS if name != "none"), *(("ema", name) for name in KEEPS)]
 CASES = [*dict.fromkeys((*CASES, ("standard", "quantizer"), ("none", "encoder")))]
@@ -309,8 +310,8 @@ OTHERS = [
     ("--attention 0", "attention is 0, and that of {} is 1; leave it out"),
     ("--grid-size 4", "a code stands for 8×8 pixels, and for 4×4 in {}; take grid_size 8"),
     ("--image-size 64", "a code stands for 8×8 pixels, and for 4×4 in {}; take grid_size 16"),
-    ("--kmeans-init", "kmeans_init is True, of which weights that are given have no use; leave it out"),
-    ("--freeze quantizer --revive-after 9", "revive_after is 9, of which a quantizer that is frozen have no use"),
+    ("--kmeans-init", "kmeans_init is True, of which a run from given weights makes no use; leave it out"),
+    ("--freeze quantizer --revive-after 9", "revive_after is 9, of which a frozen quantizer makes no use"),
     ("--freeze decoder --gan-weight 1", "is frozen; give --no-gan-adaptive, too"),
     ("--freeze encoder --alignment-weight 1", "alignment_weight is 1, and would train the encoder, which is frozen"),
     ("--freeze codebook", "unknown freeze 'codebook'; choose from none, encoder,"),
@@ -343,11 +344,11 @@ def test_another_image_size_is_taken_where_the_backbone_can(tiny, tmp_path):
 
 
 def test_what_makes_no_sense_without_a_source_is_told(tiny):
-    with pytest.raises(UserError, match="freeze is encoder, and weights that nothing .*; give --init-from RUN, too"):
+    with pytest.raises(UserError, match=r"freeze is encoder, and weights that nothing .*; give --init-from RUN, too"):
         replace(tiny, freeze="encoder").check()
     with pytest.raises(UserError, match="does not say where these weights are; name a folder"):
         replace(tiny, init_from="sha256:0123456789abcdef").check()
-    with pytest.raises(UserError, match="the quantizer 'none' has nothing that could learn; leave it out"):
+    with pytest.raises(UserError, match="quantizer 'none' has nothing that could learn; leave it out"):
         Tokenizer(replace(tiny, quantizer="none", freeze="quantizer"))
 
 
@@ -383,7 +384,8 @@ def infinite(path: Path) -> None:
 
 
 def of_other_size(path: Path) -> None:
-    save_file({name: torch.cat([value, value]) if value.ndim else value for name, value in load_file(path).items()}, path)
+    state = load_file(path)
+    save_file({name: torch.cat([value, value]) if value.ndim else value for name, value in state.items()}, path)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,8 @@ def of_other_size(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("sealed", [True, False])
-def test_broken_weights_are_one_sentence_and_run_nothing(tiny, tmp_path, capsys, monkeypatch, impatient, fault, told, sealed):
+@pytest.mark.usefixtures("impatient")
+def test_broken_weights_are_one_sentence_and_run_nothing(tiny, tmp_path, capsys, monkeypatch, fault, told, sealed):
     """With the digests that runs have, and, as of runs that somebody made up, without."""
     monkeypatch.chdir(tmp_path)
     run = finished(tmp_path, tiny)
@@ -421,15 +424,16 @@ def test_broken_weights_are_one_sentence_and_run_nothing(tiny, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.safetensors"])
-def test_from_python_a_folder_without_a_run_is_one_sentence(tiny, tmp_path, name, impatient):
+@pytest.mark.usefixtures("impatient")
+def test_from_python_a_folder_without_a_run_is_one_sentence(tiny, tmp_path, name):
     if name:
         os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="tokenizer.safetensors cannot be read there"):
+    with pytest.raises(UserError, match=r"tokenizer\.safetensors cannot be read there"):
         run_trial(replace(tiny, init_from=str(tmp_path)), tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- what it is for
+# ------------------------------------------------------------------------------------------------------- what it is for
 
 
 @pytest.mark.slow

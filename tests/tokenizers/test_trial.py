@@ -270,7 +270,7 @@ def test_a_trial_is_prepared_and_measured_with_its_own_settings(trial_data, tiny
     run.folder.mkdir(parents=True)
     run.fail("crashed", "before")
 
-    def train(*arguments, accumulate):
+    def train(*arguments, accumulate, tell):
         seen["train"] = arguments
         assert run.status == "unfinished"
         assert run.config() == asdict(config)
