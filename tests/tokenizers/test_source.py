@@ -280,6 +280,7 @@ def test_architecture_is_the_source_s_and_all_else_the_preset_s(vit, tmp_path):
     theirs, usual = vit.settings(Config), make_config("vit", "cpu")
     for name in (*BUILT, *SIZES):
         assert getattr(config, name) == getattr(theirs, name), name
+    assert (config.rotary, config.patch_overlap, config.attention, config.codebooks) == (True, True, 1, 3)
     for name in ("steps", "lr", "beta", "data", "lpips_weight", "batch_size"):
         assert getattr(config, name) == getattr(usual, name), name
     assert config.init_from == str(vit.folder)
