@@ -71,7 +71,7 @@ class TensorBoard:
 
 class WandB:
     """A run of the same id in the project ``vqbench``, or $WANDB_PROJECT; its files are in the run's folder ``wandb``.
-    Neither output nor code nor the machine is sent."""
+    Neither output nor code is sent; the package itself notes the machine's name and versions."""
 
     def __init__(self, run: Run, settings: dict[str, Any]):
         import wandb  # seconds
