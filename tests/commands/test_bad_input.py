@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import diff, doctor, encode, prior, report, run, speed, study
+from bench import diff, doctor, encode, prior, report, run, score, speed, study
 from bench.core.store import Store
 from bench.sweeps import workers
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate
 
-COMMANDS = {one.__name__.split(".")[1]: one for one in (run, prior, encode, report, diff, doctor, speed)}
+COMMANDS = {one.__name__.split(".")[1]: one for one in (run, prior, encode, report, diff, doctor, score, speed)}
 BAD = [
     # bench.run
     "run --backbone resnet",
@@ -112,6 +112,22 @@ BAD = [
     "diff cnn nobody",
     "diff cnn cnn more",
     "doctor --result x",
+    # bench.score
+    "score",
+    "score nothing",
+    "score diffusers:",
+    "score codec:webp",
+    "score codec:webp@2304 --data folder:/nowhere",
+    "score codec:webp@2304 --split train",
+    "score codec:webp@2304 --image-size 0",
+    "score codec:webp@2304 --resize-to 32",
+    "score codec:webp@2304 --bits-per-image 3",
+    "score codec:webp@2304 --originals /nowhere --reconstructions /nowhere",
+    "score --originals /nowhere",
+    "score --originals /nowhere --reconstructions /nowhere",
+    "score --originals /nowhere --reconstructions /nowhere --bits-per-image 0",
+    "score codec:webp@2304 --instruments x-ray",
+    "score codec:webp@2304 --device gpu",
     "speed nothing",
     "speed --seconds 0",
     "speed --device gpu",
