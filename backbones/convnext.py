@@ -12,12 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Layer, PyramidDecoder, PyramidEncoder, mlp, timm_layer, zero_init
+from .layers import Layer, PyramidDecoder, PyramidEncoder, mlp, zero_init
+
+EPSILON = 1e-6  # of norms
 
 
-def norm(channels: int) -> nn.Module:
+class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of (B, channels, H, W)."""
-    return timm_layer("LayerNorm2d")(channels)
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class RMSNorm2d(nn.RMSNorm):
+    """RMSNorm over the channels of (B, channels, H, W), as plain operations: they need no other layout."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps) * self.weight.view(-1, 1, 1)
 
 
 class Depthwise(nn.Conv2d):
@@ -66,7 +83,7 @@ class _Depthwise(torch.autograd.Function):
 class NeXtformerBlock(nn.Module):
     """x = dwconv7×7(norm(x)) + x; x = SwiGLU(norm(x)) + x, on (B, channels, H, W)."""
 
-    def __init__(self, channels: int, norm: Layer = norm, token_norm: Layer = nn.LayerNorm):
+    def __init__(self, channels: int, norm: Layer = LayerNorm2d, token_norm: Layer = nn.LayerNorm):
         super().__init__()
         self.norm1 = norm(channels)
         self.depthwise = zero_init(Depthwise(channels, 7))
@@ -81,9 +98,9 @@ class NeXtformerBlock(nn.Module):
 def convnext(side: Callable[..., nn.Module], *shape: int, rms_norm: bool = False, **options: Any) -> nn.Module:
     """PyramidEncoder or PyramidDecoder with blocks of either norm."""
     if not rms_norm:
-        return side(NeXtformerBlock, norm, *shape, **options)
-    rms = timm_layer("RmsNorm2d")
-    return side(partial(NeXtformerBlock, norm=rms, token_norm=timm_layer("RmsNorm")), rms, *shape, **options)
+        return side(NeXtformerBlock, LayerNorm2d, *shape, **options)
+    token_norm = partial(nn.RMSNorm, eps=EPSILON)
+    return side(partial(NeXtformerBlock, norm=RMSNorm2d, token_norm=token_norm), RMSNorm2d, *shape, **options)
 
 
 Encoder = partial(convnext, PyramidEncoder)

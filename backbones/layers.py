@@ -1,6 +1,5 @@
 """Pieces that two or more backbones share."""
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attention, SwiGLU, Turns
 from .orders import read
-from .torchvision_repair import repair
 
 Layer = Callable[[int], nn.Module]  # builds a layer of so many channels
-HEAD_DIM = 32  # of attention
-FEW = 256  # tokens up to which matrix products are the faster attention on CPUs in bfloat16, six times for 64
 
 
 def downsamplings(image_size: int, grid_size: int) -> int:
@@ -51,35 +48,26 @@ def orthogonal(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timm_layer(name: str) -> Callable[..., nn.Module]:
-    """A layer of timm: imported when the first backbone is built, because it takes longer than all else here."""
-    repair()
-    return getattr(importlib.import_module("timm.layers"), name)
-
-
 def mlp(width: int) -> nn.Module:
-    """SwiGLU feed-forward layer on (…, width). Hidden width 8/3 of it, in steps of 8: as many parameters as the usual
-    two-layer network with a hidden width of 4 (Shazeer 2020)."""
-    layer = timm_layer("SwiGLU")(width, hidden_features=round(width / 3) * 8, bias=False)
+    """SwiGLU on (…, width). Hidden width 8/3 of it, in steps of 8: as many parameters as the usual two-layer network
+    with a hidden width of 4."""
+    layer = SwiGLU(width, round(width / 3) * 8)
     zero_init(layer.fc2)
     return layer
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention over the tokens of each image, then SwiGLU, on (B, tokens, width): as many heads of 32 as
-    ``width`` holds, rounded up, so that any width will do."""
+    """Pre-norm attention over the tokens of each image, then SwiGLU, on (B, tokens, width)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = timm_layer("Attention")(width, num_heads=-(-width // HEAD_DIM), attn_head_dim=HEAD_DIM)
+        self.attention = Attention(width)
         zero_init(self.attention.proj)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = mlp(width)
 
     def forward(self, x: Tensor, *rotation: Tensor) -> Tensor:
-        half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        self.attention.fused_attn = not (half and x.shape[1] <= FEW)
         x = x + self.attention(self.norm1(x), *rotation)
         return x + self.mlp(self.norm2(x))
 
@@ -93,13 +81,12 @@ class RotaryBlock(TransformerBlock):
 
     def __init__(self, width: int):
         super().__init__(width)
-        heads = {"num_heads": self.attention.num_heads, "attn_head_dim": HEAD_DIM}
-        self.attention = timm_layer("AttentionRope")(width, **heads, qkv_bias=False, num_prefix_tokens=0)
+        self.attention = Attention(width)  # drawn once more, so that a seed's weights stay what they were
         zero_init(self.attention.proj)
-        self.rotary = timm_layer("RotaryEmbeddingCat")(HEAD_DIM, temperature=100.0, in_pixels=False)
+        self.turns = Turns()
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return super().forward(x, self.rotary.get_embed([height, width]))
+        return super().forward(x, *self.turns(height, width))
 
 
 def blocks(kinds: Sequence[Layer], width: int, depth: int, rotary: bool = False) -> list[nn.Module]:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,7 @@ def sides(config: "Config") -> list[Callable[[], nn.Module]]:
 
 def remembered(config: "Config", what: str, count: Callable[[], dict[str, int]]) -> dict[str, int]:
     """``count()``, numbers that follow from the shapes of ``config`` alone and are called ``what``; or, where the same
-    code has counted them before, what the cache has: who asks for sizes that are known needs neither models nor timm.
-    """
+    code has counted them before, what the cache has: who asks for sizes that are known builds no models."""
     if config.backbone not in BACKBONES or not _is_ours(backbone(config.backbone)):
         return count()
     shape = ("backbone", "image_size", "grid_size", "code_dim", "width", "depth", *OPTIONS)
@@ -56,7 +54,7 @@ def _is_ours(part: Any) -> bool:
         return all(map(_is_ours, (part.func, *part.args, *part.keywords.values())))
     if isinstance(part, list | tuple):
         return all(map(_is_ours, part))
-    return not callable(part) or part.__module__.partition(".")[0] in ("backbones", "torch", "timm")
+    return not callable(part) or part.__module__.partition(".")[0] in ("backbones", "torch")
 
 
 @cache
@@ -64,7 +62,7 @@ def _code() -> list[str]:
     """Digests of the code that builds and counts models, and what it stands on."""
     folders = Path(sys.modules["backbones"].__file__).parent, Path(__file__).parent
     files = [sha256_file(path) for folder in folders for path in sorted(folder.glob("*.py"))]
-    return [*files, torch.__version__, version("timm")]
+    return [*files, torch.__version__]
 
 
 def parameter_count(module: nn.Module) -> int:

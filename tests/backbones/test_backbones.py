@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import BACKBONES, backbone, timm_encoder, torchvision_repair, users
+from backbones.attention import Attention, SwiGLU, Turns
 from backbones.cnn import ResidualBlock
-from backbones.convnext import Depthwise, NeXtformerBlock, _Depthwise
+from backbones.convnext import EPSILON, Depthwise, LayerNorm2d, NeXtformerBlock, RMSNorm2d, _Depthwise
 from backbones.hybrid import VisionBlock
 from backbones.layers import (
     GridTransformer,
@@ -252,7 +253,7 @@ def test_swiglu_has_as_many_parameters_as_the_usual_two_layers(width, hidden):
 @pytest.mark.parametrize(("width", "heads"), [(16, 1), (32, 1), (48, 2), (96, 3), (100, 4)])
 def test_attention_has_heads_of_32(width, heads):
     attention = TransformerBlock(width).attention
-    assert (attention.num_heads, attention.head_dim) == (heads, 32)
+    assert (attention.heads, attention.proj.in_features) == (heads, heads * 32)
 
 
 def test_blocks_share_the_depth_and_earlier_kinds_get_more():
@@ -1094,9 +1095,11 @@ def test_attention_of_few_tokens_in_bfloat16_is_two_matrix_products_and_the_same
     block = TransformerBlock(64)
     nn.init.normal_(block.attention.proj.weight, std=0.1)
     x = torch.randn(2, tokens, 64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), pytest.MonkeyPatch.context() as patch:
+        known, calls = F.scaled_dot_product_attention, []
+        patch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or known(*qkv))
         y = block(x)
-    assert block.attention.fused_attn is fused
+    assert bool(calls) is fused
     block.double()
     torch.testing.assert_close(y.double(), block(x.double()), rtol=0.02 if half else 1e-5, atol=0.02 if half else 1e-5)
 
@@ -1172,6 +1175,51 @@ def test_another_mixer_is_matched_in_parameters_and_sees_the_whole_grid(name, op
     assert x.grad[0, :, -8:, -8:].abs().sum() > 0
 
 
+TIMM_S = {  # ours, timm's with the same parameters, and the shape of what they are given
+    "Attention": (lambda: Attention(48), lambda: timm.layers.Attention(48, num_heads=2, attn_head_dim=32), (2, 6, 48)),
+    "SwiGLU": (lambda: SwiGLU(48, 128), lambda: timm.layers.SwiGLU(48, hidden_features=128, bias=False), (2, 6, 48)),
+    "LayerNorm2d": (lambda: LayerNorm2d(48), lambda: timm.layers.LayerNorm2d(48), (2, 48, 5, 6)),
+    "RMSNorm2d": (lambda: RMSNorm2d(48), lambda: timm.layers.RmsNorm2d(48), (2, 48, 5, 6)),
+    "RMSNorm": (lambda: nn.RMSNorm(48, eps=EPSILON), lambda: timm.layers.RmsNorm(48), (2, 6, 48)),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", TIMM_S)
+def test_layers_that_timm_has_are_bit_equal_to_them(name, half):
+    """Weights drawn, names of parameters, outputs and gradients: what was trained on timm's goes on with ours."""
+    make_ours, make_theirs, shape = TIMM_S[name]
+    found = []
+    for make in (make_ours, make_theirs):
+        torch.manual_seed(0)
+        layer, x = make(), torch.randn(shape, requires_grad=True)
+        layer.fused_attn = not half  # which timm has one choose; ours does
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x)
+        y.float().square().sum().backward()
+        found.append({**layer.state_dict(), "y": y, "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_rotary_positions_are_bit_equal_to_timm_s():
+    rope = timm.layers.RotaryEmbeddingCat(32, temperature=100.0, in_pixels=False)
+    layer = timm.layers.AttentionRope(48, 2, qkv_bias=False, num_prefix_tokens=0, attn_head_dim=32)
+    torch.manual_seed(0)
+    ours, x = Attention(48), torch.randn(2, 15, 48)
+    layer.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x, *Turns()(3, 5)), layer(x, rope.get_embed([3, 5])))
+
+
+def test_a_seed_s_rotary_weights_are_those_of_timm_s_time():
+    """Then a block replaced its attention by another, for which weights were drawn anew."""
+    torch.manual_seed(0)
+    block = RotaryBlock(48)
+    torch.manual_seed(0)
+    TransformerBlock(48)
+    assert torch.equal(block.attention.qkv.weight, Attention(48).qkv.weight)
+
+
 # ------------------------------------------------------------------------------------------------ positions and norms
 
 
@@ -1205,8 +1253,7 @@ def test_rotary_attention_knows_distances_alone():
     block = awaken(RotaryBlock(32))
 
     def told(first: int, second: int) -> torch.Tensor:
-        angles = block.rotary.get_embed([6, 6])[[first, second]]
-        return TransformerBlock.forward(block, pair, angles)
+        return TransformerBlock.forward(block, pair, *(values[[first, second]] for values in block.turns(6, 6)))
 
     pair = torch.randn(1, 2, 32)
     torch.testing.assert_close(told(0, 9), told(14, 23))  # one row and three columns apart
@@ -1244,7 +1291,7 @@ def test_rms_norm_neither_centres_nor_shifts():
         torch.testing.assert_close(block(x), nextformer_block(block, x))
     for side in build("convnext", 8, rms_norm=True):
         names = {type(part).__name__ for part in side.modules() if "Norm" in type(part).__name__}
-        assert names == {"RmsNorm", "RmsNorm2d"}
+        assert names == {"RMSNorm", "RMSNorm2d"}
 
 
 @pytest.mark.parametrize("name", ["cnn", "convnext"])

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import HEAD_DIM, Layer, mlp, zero_init
+from backbones.attention import HEAD_DIM
+from backbones.layers import Layer, mlp, zero_init
 from backbones.mamba import MambaBlock
 
 from .prior import Prior
