@@ -18,7 +18,7 @@ import tyro
 from bench.analysis.excerpts import excerpt
 from bench.analysis.report import write_report
 from bench.core.cli import command, command_line
-from bench.core.progress import printable
+from bench.core.text import printable
 from bench.sweeps.importance import importances
 
 

@@ -19,8 +19,9 @@ from rich.markup import escape
 from .errors import Diverged, Interrupted, UserError, terminations
 from .files import cache_dir, reason
 from .manual import Manual, show, wanted
-from .progress import is_text, runnable, say
+from .progress import runnable, say
 from .runs import Run
+from .text import is_text
 
 # What the system says of a place that takes no more.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)

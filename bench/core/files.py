@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import tempfile
 import tokenize
@@ -19,11 +20,8 @@ from stat import S_ISREG
 from typing import Any, TypeVar
 
 import numpy as np
-import platformdirs
-from rich.markup import escape
 
 from .errors import Damaged
-from .progress import say
 
 Found = TypeVar("Found")
 
@@ -42,6 +40,8 @@ UNREADABLE += (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error
 
 def cache_dir() -> Path:
     """Folder for decoded data and pretrained weights: ``$VQBENCH_CACHE`` or the user's own; it may not exist yet."""
+    import platformdirs
+
     return Path(os.environ.get("VQBENCH_CACHE") or platformdirs.user_cache_dir("vqbench"))
 
 
@@ -73,9 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are for everyone the umask allows
+        _share(temporary, 0o666)
         os.replace(temporary, path)
     except OSError as error:
         named = [Path(str(name)).name for name in (error.filename, error.filename2) if name is not None]
@@ -86,6 +84,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):  # what the disk said first is told
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``folder`` to write into; on success it takes the place of ``folder`` and of all that
+    this held. So there is the old one, or for a moment none, or the whole new one. Creates the parent folder. An
+    OSError that names a file of the new folder names it in ``folder``."""
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (Path(tempfile.mkdtemp(prefix=f"{PART}{folder.name}-", dir=folder.parent)) for _ in range(2))
+    try:
+        yield part
+        _share(part, 0o777)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+    except OSError as error:
+        error.filename = error.filename and str(error.filename).replace(str(part), str(folder))
+        raise
+    finally:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _share(path: Path, mode: int) -> None:
+    """Gives ``path``, which tempfile made private, to everyone the umask allows: results are for others, too."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
 
 
 def _check_room(path: Path, error: Exception) -> None:
@@ -199,6 +226,10 @@ def cached(path: Path, make: Callable[[Path], None], read: Callable[[Path], Foun
     """What ``read`` finds in the file ``path``, which ``make`` wrote: now where there is none, and where it is damaged
     once more, of which a line tells. ``read`` raises Damaged, or what numpy does, on a file that is not as it was
     written."""
+    from rich.markup import escape
+
+    from .progress import say
+
     if os.path.lexists(path):
         try:
             if not path.is_file():

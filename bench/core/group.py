@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import Diverged, Interrupted, UserError
-from .progress import console, stdout
 
 PATIENCE = timedelta(minutes=30)  # of a step with a process that is silent
 LONG = timedelta(days=2)  # of those who wait while another decodes images, scores references or looks by instruments
@@ -177,6 +176,8 @@ def alone(what: str) -> None:
 
 def hush() -> None:
     """Has all processes but the first print nothing: what they would say, it says."""
+    from .progress import console, stdout
+
     if started_as_several() and os.environ.get("RANK", "0") != "0":
         console.quiet = stdout.quiet = True
 
@@ -188,6 +189,8 @@ def joined(device: str) -> Iterator[None]:
     if not started_as_several():
         yield
         return
+    from .progress import console
+
     global _patient
     if missing := [name for name in NEEDED if name not in os.environ]:
         console.quiet = False  # whoever is not the first may be alone

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import lru_cache
 from shutil import which
 from typing import Any, TextIO
 
@@ -16,20 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and not tab and line feed
+from .text import printable
 
 COMMAND = re.compile(r"\bpython(?= -m (?:bench|studies)\.)")
-
-
-def printable(text: str) -> str:
-    """``text`` with a replacement character for each that would steer a terminal, or turn the direction of writing."""
-    return STEERING.sub("\ufffd", text)
-
-
-@lru_cache(4096)
-def is_text(name: str) -> bool:
-    """Whether ``name`` can be written into a file and read again: it steers nothing, and all of it is characters."""
-    return name == printable(name) and name == name.encode(errors="replace").decode()
 
 
 class SafeConsole(Console):

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from .errors import Copied, Damaged, UserError
 from .files import atomic_path, read_arrays, read_rows, read_signed, sha256_file, sha256_json
-from .progress import printable
 from .settings import HUGE, check_values
+from .text import printable
 
 # How a run can end without scores.
 FAILURES = {
@@ -372,6 +371,8 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process. Raises Busy when another one has it."""
+        from filelock import FileLock, Timeout
+
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import UserError
-from .progress import is_text
+from .text import is_text
 
 
 class Limit(NamedTuple):

@@ -22,7 +22,8 @@ from rich.markup import escape
 
 from bench.core.errors import Damaged, UserError
 from bench.core.files import UNREADABLE, atomic_path, cache_dir, reason, seal, sha256_arrays, unseal
-from bench.core.progress import Bar, console, printable, say
+from bench.core.progress import Bar, console, say
+from bench.core.text import printable
 
 from .batches import batch_indices
 from .datasets import DATASETS

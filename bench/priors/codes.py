@@ -29,7 +29,7 @@ from bench.core.runs import UNDEFINED, Changed, Run, check_finished
 from bench.data import Data, eval_batches, load
 from bench.metrics import from_uint8, full_precision
 from bench.tokenizers.tokenizer import Tokenizer
-from bench.training.trial import check_weights
+from bench.training.weights import check_weights
 
 ENCODE_BATCH = 64
 

@@ -20,7 +20,8 @@ from bench.tokenizers import evaluate
 from bench.tokenizers.config import Config
 from bench.tokenizers.tokenizer import Tokenizer
 from bench.training.track import check_sink, tracked
-from bench.training.trial import begun, check_weights, complete, tidy, write_weights
+from bench.training.trial import begun, complete, tidy
+from bench.training.weights import check_weights, write_weights
 
 from .codes import Codes, digest, encode, load_data
 from .config import PRIOR_VERSION, SAMPLING, PriorConfig

@@ -112,6 +112,8 @@ def nearest(tokens: Tensor, codebook: Tensor) -> Tensor:
     ‖e‖² − 2 x·e: one GEMM and one argmin, in chunks of rows that stay in cache, so that no N×K matrix exists.
     """
     half_norms = codebook.square().sum(1).mul_(0.5)
+    if torch.compiler.is_compiling():  # into a graph, which takes any number of tokens and is no place for chunks
+        return torch.addmm(half_norms, tokens, codebook.T, alpha=-1).argmin(1)
     codes = torch.empty(len(tokens), dtype=torch.int64, device=tokens.device)
     rows = min(chunk_rows(codebook), max(1, len(tokens)))
     distances = torch.empty(rows, len(codebook), device=tokens.device)

@@ -67,7 +67,8 @@ class FSQQuantizer(ProjectedQuantizer):
         self.check(codebook_size, code_dim)
         levels = fsq_levels(codebook_size)
         super().__init__(codebook_size, code_dim, len(levels))
-        self.codec = package().FSQ(list(levels))
+        with torch.device("cpu"):  # it looks at its levels, which on the meta device are not there; it learns nothing
+            self.codec = package().FSQ(list(levels))
 
     @classmethod
     def check(cls, codebook_size: int, code_dim: int, **settings: Any) -> None:

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
 from bench.core import group
-from bench.training.loop import in_parts
+from bench.training.parts import in_parts
 
 from .config import Config
 from .losses import ADVERSARIAL, gradient_penalty, lecam

@@ -73,18 +73,19 @@ def parameter_count(module: nn.Module) -> int:
 @cache
 def parameters(config: "Config") -> int:
     """Parameters of encoder and decoder; nothing is allocated, and no weights are fetched."""
+    return remembered(config, "parameters", lambda: {"parameters": count_parameters(config)})["parameters"]
 
-    def count() -> dict[str, int]:
-        with torch.device("meta"):
-            return {"parameters": sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))}
 
-    return remembered(config, "parameters", count)["parameters"]
+def count_parameters(config: "Config") -> int:
+    """``parameters``, of which nothing is remembered."""
+    with torch.device("meta"):
+        return sum(parameter_count(build()) for build in sides(replace(config, pretrained=False)))
 
 
 def check_size(config: "Config", device: str, copies: int = 1) -> None:
     """Raises UserError where so many ``copies`` of a tokenizer do not fit into the memory of ``device``."""
     own = replace(config, backbone="cnn") if config.backbone.startswith("timm:") else config  # and of timm a decoder
-    check_memory(copies * (parameters(own) + config.codebook_size * config.code_dim), device)
+    check_memory(copies * (count_parameters(own) + config.codebook_size * config.code_dim), device)
 
 
 @cache

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from bench.core.errors import UserError
 from bench.core.runs import Run, check_finished
 from bench.quantizers import QUANTIZERS, Quantized
-from bench.training.loop import in_parts
-from bench.training.trial import read_weights
+from bench.training.parts import in_parts
+from bench.training.weights import check_layout, check_weights, load_weights
 
+from . import pretrained
 from .config import Config
 from .sizes import check_size, sides
 from .source import FROZEN
+
+FILE = "tokenizer.safetensors"  # of a run
 
 
 class Tokenizer(nn.Module):
@@ -99,16 +102,36 @@ class Tokenizer(nn.Module):
         """The scored tokenizer of a finished run folder, in eval mode on ``device``. Raises UserError without one."""
         run = Run(Path(folder))
         check_finished(run)
-        config = run.settings(Config)
-        # The run's own weights follow, and what it started from or was aligned with is no part of it.
+        check_weights(run, FILE)
+        return cls._restored(run.settings(Config), run.folder / FILE, device)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "Tokenizer":
+        """The tokenizer that ``python -m bench.export`` put into the folder ``source``, or pushed to the Hugging Face
+        Hub under that name, in eval mode on ``device``. Raises UserError without one, and where a file of it is not
+        what was put there. Needs torch, safetensors and NumPy; from the Hub, huggingface_hub too."""
+        folder = pretrained.located(source)
+        return cls._restored(*pretrained.read(folder), device)
+
+    @classmethod
+    def _restored(cls, config: Config, weights: Path, device: str) -> "Tokenizer":
+        """The tokenizer of ``config`` with the ``weights`` in that file; no memory is taken before they are found to be
+        its own."""
+        # Its weights follow, and what it started from or was aligned with is no part of it.
         names = ("init_from", "freeze", *(name for name in vars(config) if name.startswith("alignment")))
         none = {name: getattr(Config, name) for name in names}
         plain = replace(config, pretrained=False, **none, device=device)
         plain.check()
         check_size(plain, device)
-        tokenizer = cls(plain)
+        try:
+            with torch.device("meta"):
+                check_layout(weights, cls(plain))
+            tokenizer = cls(plain)
+            load_weights(weights, tokenizer)
+        except ValueError as error:
+            told = f"{weights} does not hold the weights of this tokenizer ({error})"
+            raise UserError(f"{told}; move that folder") from error
         tokenizer.config = config
-        read_weights(run, "tokenizer.safetensors", tokenizer)
         return tokenizer.to(device).eval().requires_grad_(False)
 
 

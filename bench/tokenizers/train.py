@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from bench.core import group
 from bench.data import batch
 from bench.metrics import CodeHistogram, perceptual
-from bench.training.loop import Tell, adamw, autocast, descend, fit, in_parts, unheard
+from bench.training.loop import Tell, adamw, autocast, descend, fit, unheard
+from bench.training.parts import in_parts
 
 from .alignment import features
 from .config import Config

@@ -24,7 +24,8 @@ from bench.data import Data, check_name, load
 from bench.metrics import Codec, digests, from_uint8, to_uint8, weights
 from bench.training.loop import logged
 from bench.training.track import check_sink, tracked
-from bench.training.trial import begun, check_weights, complete, tidy, write_weights
+from bench.training.trial import begun, complete, tidy
+from bench.training.weights import check_weights, write_weights
 
 from .alignment import features
 from .codecs import format_references

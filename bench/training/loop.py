@@ -13,7 +13,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,6 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
 
 from bench.core import group
 from bench.core.errors import Damaged, Diverged, Interrupted, UserError, terminations
@@ -192,16 +191,6 @@ def descend(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, ra
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     return norm
-
-
-def in_parts(network: Callable[..., Tensor], parts: int, *inputs: Tensor) -> Tensor:
-    """``network`` of ``inputs`` (B, …), in so many ``parts`` of the batch, each computed once more in the backward
-    pass: the activations of one part alone are held at a time (Chen et al. 2016, "Training Deep Nets with Sublinear
-    Memory Cost"). The same numbers up to rounding, where no image of a batch depends on the others."""
-    if parts == 1:
-        return network(*inputs)
-    chunks = zip(*(x.chunk(parts) for x in inputs), strict=True)
-    return torch.cat([checkpoint(network, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def autocast(config: Schedule) -> torch.autocast:

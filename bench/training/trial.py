@@ -1,18 +1,14 @@
 """What a trial of either kind does around its training: hold the folder, record a failure, write the scores last."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import safetensors.torch
 from rich.markup import escape
-from safetensors import SafetensorError
-from torch import nn
 
 from bench.core.environment import environment
-from bench.core.errors import Diverged, UserError
-from bench.core.files import atomic_path, remove_parts, sha256_file
+from bench.core.errors import Diverged
+from bench.core.files import remove_parts, sha256_file
 from bench.core.progress import say
 from bench.core.runs import KEPT, Changed, Run, check_whole
 
@@ -60,36 +56,6 @@ def _changes(old: Any, new: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {known.get(name)} before, {new[name]} now" for name in new if known.get(name) != new[name]
     )
-
-
-def write_weights(run: Run, name: str, model: nn.Module) -> None:
-    """Writes the scored weights of ``model``, on any device, as the file ``name``."""
-    with atomic_path(run.folder / name) as temporary:
-        safetensors.torch.save_model(model, str(temporary))
-
-
-def read_weights(run: Run, name: str, model: nn.Module) -> None:
-    """Loads what ``write_weights`` wrote into ``model``. Raises UserError on a damaged file or that of another model,
-    such as one that an older version of the code built."""
-    path = run.folder / name
-    check_weights(run, name)
-    try:
-        safetensors.torch.load_model(model, path)
-    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder") from error
-
-
-def check_weights(run: Run, name: str) -> None:
-    """Raises UserError where the file ``name`` is no file or gone, or holds other weights than those that the finished
-    ``run`` was scored with."""
-    path, known = run.folder / name, run.digests().get(name)
-    if not path.is_file() and (known is not None or os.path.lexists(path)):
-        what = "is no file" if os.path.lexists(path) else "is gone"
-        raise UserError(f"{path} {what}, and the run was scored with its weights; move that folder and make it again")
-    if known is not None and sha256_file(path) != known:  # older runs have none
-        reason = "its digest is that of other weights"
-        raise UserError(f"{path} does not hold the weights of this run ({reason}); move that folder")
 
 
 def complete(run: Run, metrics: dict[str, Any], protocol: dict[str, Any]) -> None:

@@ -225,10 +225,10 @@ def test_weights_that_are_not_those_of_the_config_are_refused(finished):
     few = {key: value for key, value in state.items() if key != name}
     for other in (few, state | {"encoder.more": torch.zeros(1)}):
         safetensors.torch.save_file(other, folder / "tokenizer.safetensors")
-        with pytest.raises(UserError, match="safetensors does not hold the weights of this run"):
+        with pytest.raises(UserError, match="safetensors does not hold the weights of this tokenizer"):
             Tokenizer.from_run(folder)
     (folder / "tokenizer.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="does not hold the weights of this run"):
+    with pytest.raises(UserError, match="does not hold the weights of this tokenizer"):
         Tokenizer.from_run(folder)
     safetensors.torch.save_file(state, folder / "tokenizer.safetensors")
     Tokenizer.from_run(folder)
@@ -246,7 +246,7 @@ def test_a_finished_run_needs_no_weights_of_others(finished, monkeypatch):
         Tokenizer, "__init__", lambda self, config: asked.append(config.pretrained) or build(self, config)
     )
     assert Tokenizer.from_run(folder).config.pretrained
-    assert asked == [False]
+    assert set(asked) == {False}
 
 
 def test_parameters_are_counted_one_by_one():

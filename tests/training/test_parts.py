@@ -11,7 +11,7 @@ from bench.core.errors import UserError
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.train import TokenizerLearner, train
 from bench.tokenizers.trial import run_trial
-from bench.training.loop import in_parts
+from bench.training.parts import in_parts
 from tests.training.test_group import CASES, GAN, TINY, images
 
 R1 = make_config("cnn", "smoke", **TINY, **GAN, lecam_weight=0.1, r1_weight=1.0)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from bench.core.errors import Diverged, Interrupted, UserError
 from bench.core.runs import Busy, Run
 from bench.training import trial
-from bench.training.trial import begun, complete, read_weights, write_weights
+from bench.training.trial import begun, complete
+from bench.training.weights import read_weights, write_weights
 from tests.fabricate import least
 
 
@@ -63,21 +65,21 @@ def test_weights_are_written_whole_or_not_at_all(run, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(trial.safetensors.torch, "save_model", fail)
+    monkeypatch.setattr(safetensors.torch, "save_model", fail)
     with pytest.raises(OSError, match="disk full"):
         write_weights(run, "prior.safetensors", nn.Linear(2, 3))
     assert (run.folder / "prior.safetensors").read_bytes() == before
     assert [path.name for path in run.folder.iterdir()] == ["prior.safetensors"]
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_first_line_of_the_reason(run):
+def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_reason(run):
     """Of another model, or of none."""
     run.folder.mkdir(parents=True)
     path = run.folder / "prior.safetensors"
     write_weights(run, path.name, nn.Linear(2, 3))
     with pytest.raises(UserError) as error:
         read_weights(run, path.name, nn.Linear(4, 3))
-    reason = "Error(s) in loading state_dict for Linear:"
+    reason = "weight is (3, 2) and should be (3, 4)"
     assert str(error.value) == f"{path} does not hold the weights of this run ({reason}); move that folder"
     path.unlink()
     with pytest.raises(UserError, match=r"does not hold the weights of this run \(No such file"):

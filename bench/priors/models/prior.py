@@ -14,7 +14,7 @@ from backbones.orders import order
 from bench.core.device import check_memory
 from bench.core.errors import UserError
 from bench.core.runs import Run, check_whole
-from bench.training.trial import read_weights
+from bench.training.weights import read_weights
 
 
 class Prior(nn.Module):
