@@ -163,12 +163,13 @@ class BSQQuantizer(ProjectedQuantizer):
         loss = self.beta * distance
         if self.training and self.entropy_weight:
             loss = loss + self.entropy_weight * bit_entropy(directions, self.bits**-0.5, distance)
-        codes = (chosen.long() << torch.arange(self.bits, device=scalars.device)).sum(1)
+        codes = torch.bitwise_left_shift(chosen.long(), torch.arange(self.bits, device=scalars.device)).sum(1)
         return straight_through(directions, signs), codes, loss
 
     def scalars(self, codes: Tensor) -> Tensor:
         """The signs that the bits of ``codes`` stand for, the lowest first."""
-        return self._signs(codes[:, None] >> torch.arange(self.bits, device=codes.device) & 1)
+        places = torch.arange(self.bits, device=codes.device)
+        return self._signs(torch.bitwise_right_shift(codes[:, None], places) & 1)  # ONNX has no word for >>
 
     def _signs(self, bits: Tensor) -> Tensor:
         return (2 * bits.float() - 1) * self.bits**-0.5

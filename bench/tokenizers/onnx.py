@@ -93,10 +93,16 @@ def write(graph: Graph, example: Tensor, names: tuple[str, str], path: Path) -> 
     except OSError:
         raise
     except Exception as error:  # exporters raise what they like
-        config = graph.tokenizer.config
-        what = f"{config.backbone} with quantizer {config.quantizer} cannot be written as {path.name}"
-        said = textwrap.shorten(str(error) or type(error).__name__, 160)
-        raise UserError(f"{what} ({said}); leave out --onnx") from error
+        raise refusal(graph.tokenizer, path, "cannot be written as", error) from error
+
+
+def refusal(tokenizer: Tokenizer, path: Path, what: str, error: Exception) -> UserError:
+    """That this kind of tokenizer ``what`` the file ``path``, by what first went wrong."""
+    while error.__cause__:
+        error = error.__cause__
+    said = textwrap.shorten(str(error).partition("\n")[0] or type(error).__name__, 160)
+    kind = f"backbone {tokenizer.config.backbone} with quantizer {tokenizer.config.quantizer}"
+    return UserError(f"{kind} {what} {path.name} ({said}); leave out --onnx")
 
 
 def forget(model: Any) -> None:
@@ -109,9 +115,12 @@ def forget(model: Any) -> None:
 def compare(tokenizer: Tokenizer, images: Tensor, folder: Path) -> Agreement:
     """How what onnxruntime makes of the files in ``folder`` agrees with ``tokenizer``, on all ``images`` at once and on
     the first alone. Raises UserError where it does not."""
-    codes, ties, error, count = tokenizer.encode(images), 0, 0.0, 0
+    codes, errors, count, ties = tokenizer.encode(images), [], 0, 0
     for some, expected in ((images, codes), (images[:1], codes[:1])):
-        found = run(folder / ENCODER, some)
+        try:
+            found, decoded_there = run(folder / ENCODER, some), run(folder / DECODER, expected)
+        except Exception as error:  # of onnxruntime's, which has no common kind
+            raise refusal(tokenizer, folder / ENCODER, "cannot be run for any number of images by", error) from error
         if tokenizer.config.discrete:
             other, count = found != expected, count + expected.numel()
             latents = tokenizer.encoder(some).movedim(1, -1)[other]
@@ -121,8 +130,9 @@ def compare(tokenizer: Tokenizer, images: Tensor, folder: Path) -> Agreement:
                 raise UserError(f"{told}; leave out --onnx")
             ties += tied
         else:
-            error = max(error, float((found - expected).abs().max()))
-        error = max(error, float((run(folder / DECODER, expected) - tokenizer.decode(expected)).abs().max()))
+            errors.append((found - expected).abs().max())
+        errors.append((decoded_there - tokenizer.decode(expected)).abs().max())
+    error = float(torch.stack(errors).max())
     if not error <= LARGEST_ERROR:  # NaN, too
         raise UserError(f"ONNX and PyTorch differ by {error:.1g}, more than {LARGEST_ERROR:g}; leave out --onnx")
     return Agreement(len(images), count, ties, error)

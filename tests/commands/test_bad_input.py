@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import diff, doctor, encode, prior, report, run, score, speed, study
+from bench import diff, doctor, encode, export, prior, report, run, score, speed, study
 from bench.core.store import Store
 from bench.sweeps import workers
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate
 
-COMMANDS = {one.__name__.split(".")[1]: one for one in (run, prior, encode, report, diff, doctor, score, speed)}
+COMMANDS = {one.__name__.split(".")[1]: one for one in (run, prior, encode, export, report, diff, doctor, score, speed)}
 BAD = [
     # bench.run
     "run --backbone resnet",
@@ -97,11 +97,21 @@ BAD = [
     "prior cnn --top-k -1",
     "prior pixels --image-size 8",
     "prior pixels --data imagenet",
-    # bench.encode, bench.report, bench.diff, bench.doctor, bench.speed
+    # bench.encode, bench.export, bench.report, bench.diff, bench.doctor, bench.speed
     "encode",
     "encode nobody",
     "encode cnn --device gpu",
     "encode cnn",
+    "export",
+    "export nobody",
+    "export cnn",
+    "export cnn cnn --to out",
+    "export cnn --to file",
+    "export cnn --to store",
+    "export cnn --to out --push nobody",
+    "export cnn --to out --push a/b/c",
+    "export cnn --to out --onxx",
+    "export cnn --to out",
     "report nobody",
     "report --results nowhere",
     "report --results store --columns fidd",
@@ -185,7 +195,7 @@ def there(place: Path) -> set[Path]:
 @pytest.mark.parametrize("line", BAD)
 def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(place, capsys, line):
     name, *words = shlex.split(line)
-    if name in ("prior", "encode", "diff"):
+    if name in ("prior", "encode", "export", "diff"):
         words += ["--results", "store"]
     before = there(place)
     try:

@@ -16,7 +16,7 @@ import torch
 from backbones import BACKBONES
 from bench import Tokenizer
 from bench.core.errors import UserError
-from bench.core.files import sha256_file, sha256_json
+from bench.core.files import read_signed, sha256_file, sha256_json
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.quantizers import QUANTIZERS
