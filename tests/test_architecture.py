@@ -53,7 +53,19 @@ def test_imports_point_down(path):
 
 def test_the_house_shows_its_rooms_and_commands():
     """Whatever else lies in bench/ needs a place in this list, or in a room."""
-    commands = {"run", "prior", "encode", "reconstruct", "score", "export", "study", "report", "diff", "doctor", "speed"}
+    commands = {
+        "run",
+        "prior",
+        "encode",
+        "reconstruct",
+        "score",
+        "export",
+        "study",
+        "report",
+        "diff",
+        "doctor",
+        "speed",
+    }
     there = {path.stem for path in (ROOT / "bench").iterdir() if not path.name.startswith("__")}
     assert there - {"training"} == {*ROOMS, *commands} - {"training"}
 

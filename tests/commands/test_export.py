@@ -233,7 +233,5 @@ def test_what_onnx_has_no_word_for_is_one_sentence(run, tmp_path, monkeypatch):
     def one_size(*_) -> torch.Tensor:
         raise RuntimeError("Got: 1 Expected: 3")
 
-    with pytest.raises(
-        UserError, match=r"cannot be run for any number of images by encoder.onnx \(Got: 1 Expected: 3\)"
-    ):
+    with pytest.raises(UserError, match=r"run for any number of images by encoder.onnx \(Got: 1 Expected: 3\)"):
         checked(run, monkeypatch, one_size, Tokenizer.decode)
