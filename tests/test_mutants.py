@@ -75,7 +75,8 @@ def test_every_source_file_with_logic_is_edited():
     """A new file is on the list, too."""
     files = {str(path.relative_to(ROOT)) for folder in ("bench", "backbones") for path in (ROOT / folder).rglob("*.py")}
     bare = {file for file in files if not ast.parse((ROOT / file).read_text(encoding="utf-8")).body[1:]}
-    exempt = {"bench/core/errors.py", "bench/data/__init__.py", "bench/priors/models/__init__.py"}  # names alone
+    exempt = {"bench/core/errors.py", "bench/data/__init__.py", "bench/guests/__init__.py"}  # names alone
+    exempt |= {"bench/priors/models/__init__.py"}
     assert files - bare - exempt - {edit.file for edit in EDITS} == set()
 
 

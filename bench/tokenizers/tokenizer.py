@@ -147,8 +147,6 @@ def started(tokenizer: Tokenizer) -> Tokenizer:
         if value.shape != weights[name].shape:
             told = f"{config.init_from} was trained on {source.config.image_size}, to which {name} belongs"
             raise UserError(f"image_size is {config.image_size}, and {told}; leave it out")
-        if not weights[name].isfinite().all():
-            raise UserError(f"{name} of {config.init_from} is not finite; start from another run")
     tokenizer.load_state_dict(weights)
     return tokenizer
 

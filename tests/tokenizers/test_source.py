@@ -32,7 +32,7 @@ from bench.tokenizers.tokenizer import Tokenizer, started
 from bench.tokenizers.train import TokenizerLearner, initialise_codebook, train
 from bench.tokenizers.trial import run_trial
 from bench.training.loop import autocast
-from bench.training.trial import write_weights
+from bench.training.weights import write_weights
 from tests.fabricate import fabricate, seal
 from tests.training.test_group import GAN, environ, free_port, rows
 from tests.watched import Crash, checkpoint, same
@@ -392,13 +392,13 @@ def of_other_size(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (lambda path: path.write_bytes(pickle.dumps(Unsafe())), "does not hold the weights of this run"),
-        (lambda path: path.write_bytes(b""), "does not hold the weights of this run"),
-        (lambda path: path.write_bytes(b"\xff" * 64), "does not hold the weights of this run"),
-        (cut, "does not hold the weights of this run"),
-        (without, "does not hold the weights of this run"),
-        (of_other_size, "does not hold the weights of this run"),
-        (infinite, "is not finite; start from another run"),
+        (lambda path: path.write_bytes(pickle.dumps(Unsafe())), "does not hold the weights of this"),
+        (lambda path: path.write_bytes(b""), "does not hold the weights of this"),
+        (lambda path: path.write_bytes(b"\xff" * 64), "does not hold the weights of this"),
+        (cut, "does not hold the weights of this"),
+        (without, "does not hold the weights of this"),
+        (of_other_size, "does not hold the weights of this"),
+        (infinite, "has numbers that are not finite"),
         (piped, "has lost its tokenizer.safetensors"),
         (Path.unlink, "has lost its tokenizer.safetensors"),
         (lambda path: (path.parent / "metrics.json").unlink(), "is unfinished; finish it"),
