@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Lost(UserError):
+    """Another process that works on the same trial ended or is silent."""
+
+
 class Damaged(UserError):
     """A stored file does not hold what was written to it. The message names the file."""
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .errors import Diverged, Interrupted, UserError
+from .errors import Diverged, Interrupted, Lost, UserError
 
 PATIENCE = timedelta(minutes=30)  # of a step with a process that is silent
 LONG = timedelta(days=2)  # of those who wait while another decodes images, scores references or looks by instruments
@@ -103,7 +103,7 @@ def of_first(value: Found) -> Found:
 
 
 def by_first(work: Callable[[], Found]) -> Found | None:
-    """What ``work`` gives to the first process, which does it alone. Where that raises UserError, all do."""
+    """What ``work`` gives to the first process, which does it alone. Where that raises UserError, all raise it."""
     if size() == 1:
         return work()
     found, told = None, None
@@ -112,10 +112,15 @@ def by_first(work: Callable[[], Found]) -> Found | None:
             found = work()
         except UserError as error:
             told = error
-    said = of_first(told and str(told))
-    if told is not None or said is not None:
-        raise told or UserError(said)
+    said = of_first(told and (type(told), str(told)))
+    if said is not None:
+        raise told or _again(*said)
     return found
+
+
+def _again(kind: type[UserError], message: str) -> UserError:
+    """The error of another process, whose own arguments its message may not tell."""
+    return kind.__new__(kind, message)
 
 
 def spread(part: Any) -> None:
@@ -135,20 +140,21 @@ def gathered(value: Found) -> list[Found]:
 
 def in_turn(work: Callable[[], Found]) -> Found:
     """``work`` of the first process of a machine, and then of the others, for whom it leaves its results in caches.
-    Where that raises UserError in any process, all do."""
+    Where that raises UserError in any process, all raise it."""
     if size() == 1:
         return work()
-    found, said, leads = None, "", os.environ["LOCAL_RANK"] == "0"
+    found, said, leads = None, None, os.environ["LOCAL_RANK"] == "0"
     for turn in (True, False):
         if leads == turn:
             try:
                 found = work()
             except UserError as error:
-                said = str(error)
-        messages = gathered(said)
-    for number, message in enumerate(messages):
-        if message:
-            raise UserError(message if number == 0 else f"process {number}: {message}")
+                said = type(error), str(error)
+        errors = gathered(said)
+    for number, error in enumerate(errors):
+        if error is not None:
+            kind, message = error
+            raise _again(kind, message if number == 0 else f"process {number}: {message}")
     return found
 
 
@@ -174,6 +180,13 @@ def alone(what: str) -> None:
         raise UserError(f"{what} works in one process, and WORLD_SIZE is {count}; start it without torchrun")
 
 
+def check_gpus(device: str, processes: int) -> None:
+    """Raises UserError where ``device`` are GPUs, and this machine has not one for each of several ``processes``."""
+    if device.startswith("cuda") and (":" in device or processes > torch.cuda.device_count()):
+        told = f"each process takes a GPU of its own, and this machine has {torch.cuda.device_count()}"
+        raise UserError(f"{told}; start as many processes on it at most, with --device cuda and no number")
+
+
 def hush() -> None:
     """Has all processes but the first print nothing: what they would say, it says."""
     from .progress import console, stdout
@@ -185,7 +198,7 @@ def hush() -> None:
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Joins the processes that were started with this one, for work on ``device``. UserError where there is no
-    rendezvous, and where another process ends or is silent for PATIENCE."""
+    rendezvous, and Lost where another process ends or is silent for PATIENCE."""
     if not started_as_several():
         yield
         return
@@ -197,9 +210,7 @@ def joined(device: str) -> Iterator[None]:
         told = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and there is no {missing[0]} to meet the others by"
         raise UserError(f"{told}; start with {START}, or unset WORLD_SIZE")
     cuda, own = device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
-    if cuda and (":" in device or own >= torch.cuda.device_count()):
-        told = f"each process takes a GPU of its own, and this machine has {torch.cuda.device_count()}"
-        raise UserError(f"{told}; start as many processes on it at most, with --device cuda and no number")
+    check_gpus(device, own + 1)
     try:
         if cuda:
             torch.cuda.set_device(own)
@@ -214,7 +225,7 @@ def joined(device: str) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0][-120:]
         told = f"another process of this trial ended or is silent ({reason})"
-        raise UserError(f"{told}; the same command continues") from error
+        raise Lost(f"{told}; the same command continues") from error
     finally:
         _patient = None
         if dist.is_initialized():

@@ -14,48 +14,30 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from bench.core.cli import REFUSALS, lacks_memory, refusal
+from bench.core.cli import refusal
 from bench.core.environment import environment
-from bench.core.errors import Diverged, Interrupted, UserError
-from bench.core.runs import FAILURES, Busy, Changed, NoSpace, Run
+from bench.core.errors import Interrupted
+from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.tokenizers.config import Config
 from bench.tokenizers.trial import run_trial
 
 from .kinds import KINDS, AnyConfig, Row
+from .outcome import Outcome, outcome_of
+from .together import train_together
 
 POLL_SECONDS = 0.2
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)  # of a log; nobody waits for a pipe
 GRACE_SECONDS = 30.0  # from asking a child to stop, while it writes its checkpoint, until it is killed
-LONGEST = 500  # characters of a reason: what a pipe takes at once, whether anybody reads it or not
-ENDINGS: dict[type[BaseException], str] = {  # error → status, the first that fits; any other is a crash
-    Busy: "busy",
-    NoSpace: "blocked",
-    Changed: "blocked",
-    UserError: "refused",
-    Diverged: "diverged",
-    Interrupted: "interrupted",
-    MemoryError: "out_of_memory",
-    torch.OutOfMemoryError: "out_of_memory",
-}
-
-
-class Outcome(NamedTuple):
-    """How a trial ended: ``status`` is finished, interrupted, busy (another process has it), blocked (its folder cannot
-    be written, or the images have changed) or a key of FAILURES."""
-
-    status: str
-    reason: str = ""
 
 
 def run_in_child(
@@ -66,8 +48,10 @@ def run_in_child(
     watch: Callable[[list[Row]], str | None] = lambda rows: None,
     timeout: float | None = None,
     track: str | None = None,
+    processes: int = 1,
 ) -> Outcome:
     """Runs one trial, of a tokenizer or of a prior over one in ``store``, in a child process and tells how it ended.
+    The child of a tokenizer's may start several ``processes``, each with so many ``threads``.
 
     ``watch`` is called a few times a second with the rows that the history gained since; when it returns "interrupted"
     or "pruned", the child is stopped with that outcome; after ``timeout`` seconds, with "timed_out". Failures are
@@ -82,7 +66,8 @@ def run_in_child(
         seen = rows[-1]["step"] if rows else seen
         return watch(rows) or ("timed_out" if timeout and time.monotonic() - began > timeout else None)
 
-    outcome = _in_child(partial(_train, track), config, store, fid_weights, threads, ask)
+    work = partial(train_together, processes, track) if processes > 1 else partial(_train, track)
+    outcome = _in_child(work, config, store, fid_weights, threads, ask)
     if run.finished:
         return Outcome("finished")
     if outcome.status == "finished":
@@ -131,10 +116,11 @@ def _in_child(
     told, tell = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(work, config, store.root, fid_weights, threads, tell), daemon=False)
     asked, alive = None, True
-    try:
-        child.start()
-    except (EOFError, ConnectionError):  # the server that forks was killed; this starts another
-        child.start()
+    with _unterminated():
+        try:
+            child.start()
+        except (EOFError, ConnectionError):  # the server that forks was killed; this starts another
+            child.start()
     tell.close()
     try:
         while alive and asked is None:
@@ -168,6 +154,19 @@ def _look(instruments: Sequence[str], config: Config, store: Store, fid_weights:
     run_trial(config, store, fid_weights, instruments=instruments)
 
 
+@contextmanager
+def _unterminated() -> Iterator[None]:
+    """Has what is started here outlive a SIGTERM to all processes of a job, as clusters send it: the server that forks,
+    since how its children end is known to it alone. Those heed it again."""
+    blocks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]) if blocks else ()
+    try:
+        yield
+    finally:
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -189,6 +188,7 @@ def _child(
         os.setsid()  # Ctrl-C in the terminal reaches the parent alone, which then asks children to stop
         # tqdm's lock then has no name that could outlive the child
         multiprocessing.set_start_method("fork", force=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     store = Store(root)
     try:
         log = os.open(store.run(config).folder / "log.txt", FLAGS, 0o666)
@@ -202,7 +202,7 @@ def _child(
     try:
         work(config, store, fid_weights)
     except BaseException as error:
-        outcome = _outcome(error)
+        outcome = outcome_of(error)
         with suppress(BrokenPipeError):  # of a parent that has died
             tell.send(outcome)
         with suppress(OSError):  # the log is for people, and may have no room left
@@ -210,17 +210,6 @@ def _child(
                 traceback.print_exception(error)
             print(f"{outcome.status}: {outcome.reason}", file=sys.stderr, flush=True)
         os._exit(1)  # without flushing what the log has no room for
-
-
-def _outcome(error: BaseException) -> Outcome:
-    status = next((status for kind, status in ENDINGS.items() if isinstance(error, kind)), "crashed")
-    if isinstance(error, OSError) and error.errno in REFUSALS:
-        return Outcome("blocked", refusal(error)[:LONGEST])
-    reason = str(error) or type(error).__name__
-    if status == "crashed":
-        reason = f"{type(error).__name__}: {error}"
-        status = "out_of_memory" if lacks_memory(error) else status
-    return Outcome(status, reason.partition("\n")[0][:LONGEST])
 
 
 def _stop_with_parent() -> None:

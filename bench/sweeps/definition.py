@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -27,9 +28,10 @@ from .address import hide_misplaced
 from .objectives import UNSOUGHT, objectives
 
 TYPES = get_type_hints(Config)
-POSITIVE = ("workers", "trials", "timeout", "trial_timeout", "bits_per_image")
+POSITIVE = ("workers", "processes", "trials", "timeout", "trial_timeout", "bits_per_image", "time", "cpus_per_worker")
 # Beyond all use: each worker is a thread with a process of its own.
-MOST = {"workers": 256, "trials": 10**5, "confirm": 1000}
+MOST = {"workers": 256, "processes": 256, "trials": 10**5, "confirm": 1000}
+JOBS = ("launcher", "gpus_per_worker", "cpus_per_worker", "partition", "time", "sbatch")  # of who submits them alone
 
 
 class Range(NamedTuple):
@@ -109,10 +111,25 @@ class StudyArguments(Arguments):
     metric: tuple[str, ...] = ("lpips_vgg",)
     """what the dashboard ranks by and a search optimises; several make a search multi-objective, without pruning"""
     workers: int = 1
-    """trials at a time on this machine, from 1; start the same command elsewhere for more"""
+    """trials at a time on this machine, from 1; start the same command elsewhere for more. With --launcher, jobs that
+    have one at a time"""
+    processes: int = 1
+    """processes that train each trial together, on this machine: the same run up to rounding. On GPUs each takes one"""
     storage: str | None = None
     """Optuna storage URL, postgresql+psycopg://... for many machines; the default is $VQBENCH_STORAGE, which keeps a
     password off the command line, or else SQLite below --results"""
+    launcher: str | None = None
+    """slurm: have workers be jobs of the cluster, wait for these, and cancel them on Ctrl-C"""
+    gpus_per_worker: int = 0
+    """GPUs of each job"""
+    cpus_per_worker: int = 1
+    """CPU cores of each job, from 1"""
+    partition: str | None = None
+    """where jobs are submitted to; the default is the cluster's own"""
+    time: int | None = None
+    """minutes that a job may take; two before their end it gives its trial back. The default is the partition's"""
+    sbatch: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE [NAME=VALUE ...]")] = ()
+    """further options of sbatch for each job, by their long names without the dashes, such as mem=32G account=me"""
     plan: bool = False
     """show the cells, what is already finished and the estimated cost, and stop"""
     trial_timeout: float | None = None
@@ -250,7 +267,8 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
             name = f"{of}{EXTRACTORS[extractor].metric}"
             if name in options.metric and EXTRACTORS[extractor].digest(options.fid_weights) is None:
                 raise UserError(f"metric {name!r} cannot be had: {missing()}; --metric {of}fid_vgg16 can")
-    optional = ("--prior",) if isinstance(study, Search) else ()
+    _check_jobs(options, words)
+    optional = ("--prior", "--sbatch") if isinstance(study, Search) else ("--sbatch",)
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if value == () and flag not in optional:
@@ -262,3 +280,24 @@ def parse_study(study: Ablation | Search, description: str, arguments: list[str]
         if name in MOST and value > MOST[name]:
             raise UserError(f"{flag} is {value}; it must be at most {MOST[name]}")
     return options
+
+
+def _check_jobs(options: StudyArguments, words: list[str]) -> None:
+    """Raises UserError where trials are not to be trained as ``options`` have it, by the command line ``words``: by
+    several processes, or in jobs."""
+    if options.gpus_per_worker < 0:
+        raise UserError(f"--gpus-per-worker is {options.gpus_per_worker}; it must be 0 or more")
+    if wrong := [word for word in options.sbatch if not re.fullmatch(r"[\w-]+=.+", word)]:
+        raise UserError(f"--sbatch has {wrong[0]!r}; it takes NAME=VALUE, such as mem=32G")
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    for name in JOBS:
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(options, name) != getattr(StudyArguments, name) and not {flag, "--launcher"} <= given:
+            fix = "add --launcher slurm" if flag in given else "give it and --launcher on the command line"
+            raise UserError(f"{flag} is of jobs that a command submits; {fix}, or leave it out")
+    several = f"--processes is {options.processes}" if options.processes > 1 else ""
+    if options.timed and (several or options.launcher):
+        told = several or f"--launcher is {options.launcher}"
+        raise UserError(f"{told}, and --match {options.match} measures steps in one process here; give --steps instead")
+    if several and (prior := vars(options).get("prior")):
+        raise UserError(f"{several}, and the prior {prior[0]} is trained by one; leave out one of them")

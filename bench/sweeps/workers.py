@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -28,7 +29,7 @@ from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import without
 from bench.tokenizers.curves import undecided
 from bench.tokenizers.measure import check_instruments, seen
-from bench.tokenizers.trial import prepare
+from bench.tokenizers.trial import check_processes, prepare
 from bench.training.loop import interruptible
 from bench.training.track import check_sink
 
@@ -40,6 +41,7 @@ from .definition import Ablation, Search, parse_study
 from .importance import importances
 from .index import GRACE_SECONDS, Index, Study, Trial, TrialState
 from .kinds import KINDS, TOKENIZERS, AnyConfig, Row, endings
+from .launcher import launch
 from .plan import Cell, Part, Plan, shown, threads_each
 from .search import make_plan
 
@@ -58,14 +60,22 @@ def main(study: Ablation | Search, description: str, arguments: list[str] | None
 def work(study: Ablation | Search, description: str, arguments: list[str]) -> int:
     """Parses the command line, runs what is missing, and reports. Returns the exit code."""
     group.alone("a study")
-    plan = make_plan(study, parse_study(study, description, arguments))
-    check_sink(plan.options.track)
-    if plan.options.plan:
+    options = parse_study(study, description, arguments)
+    check_sink(options.track)
+    elsewhere = {"device": "cpu"} if options.launcher else {}  # where jobs run, there may be another
+    plan = make_plan(study, replace(options, **elsewhere))
+    for backbone in plan.backbones:
+        check_processes(plan.example(backbone), options.processes)
+    if options.plan:
         put(plan.table(), "a wider terminal")
         return 0
-    url = storage_url(plan.options.storage, plan.store.root)
+    url = storage_url(options.storage, plan.store.root)
+    if options.launcher:
+        return launch(partial(main, study, description), arguments, options, plan.store, plan.name, url)
     for backbone in plan.backbones:
         example = plan.example(backbone)
+        if options.processes > 1:
+            group.check_gpus(example.device, options.processes)
         data = prepare(example, plan.store, plan.options.fid_weights)
         check_instruments(example, data, plan.options.instruments)
     index = Index(url, plan.store.root / "studies")
@@ -343,8 +353,9 @@ class Workers:
             reported = report(watched, rows, config, reported)
             return "pruned" if self.plan.prunes(part, watched) else None
 
-        given, threads = self.options, threads_each(self.options.workers)
-        options = (self.plan.store, given.fid_weights, threads, watch, given.trial_timeout, given.track)
+        given, several = self.options, self.options.processes
+        threads = threads_each(given.workers * several)
+        options = (self.plan.store, given.fid_weights, threads, watch, given.trial_timeout, given.track, several)
         while not self.stop.is_set():
             outcome = run_in_child(config, *options)
             if outcome.status == "busy":  # its worker was taken for dead and is not

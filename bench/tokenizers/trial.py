@@ -91,7 +91,7 @@ def run_trial(
     config = config.resolved()
     store = store if isinstance(store, Store) else Store(store)
     run = store.run(config)
-    _check_processes(config, accumulate)
+    check_processes(config, group.size(), accumulate)
     group.by_first(partial(check_whole, run))
     data = group.in_turn(partial(prepare, config, store, fid_weights))
     if group.size() > 1:
@@ -121,16 +121,16 @@ def run_trial(
     return run
 
 
-def _check_processes(config: Config, accumulate: int) -> None:
-    """Raises UserError where several processes, or parts of a batch, cannot train ``config`` as one would."""
-    own = config.batch_size // group.size()
+def check_processes(config: Config, processes: int, accumulate: int = 1) -> None:
+    """Raises UserError where so many ``processes``, or parts of a batch, cannot train ``config`` as one would."""
+    own = config.batch_size // processes
     if not 1 <= accumulate <= max(1, own):
         raise UserError(f"accumulate is {accumulate}; a batch of {own} images has 1 to {own} parts")
-    if group.size() == accumulate == 1:
+    if processes == accumulate == 1:
         return
-    if config.batch_size % group.size():
-        told = f"batch_size {config.batch_size} cannot be shared evenly by {group.size()} processes"
-        raise UserError(f"{told}; take {config.batch_size // group.size() * group.size() or group.size()}")
+    if config.batch_size % processes:
+        told = f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes"
+        raise UserError(f"{told}; take {own * processes or processes}")
     if any(isinstance(module, _BatchNorm) for module in Tokenizer(config).modules()):
         told = f"backbone {config.backbone!r} normalises the images of a batch together"
         raise UserError(f"{told}; train it in one process, and with --accumulate 1")

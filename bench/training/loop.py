@@ -290,14 +290,15 @@ def rewind(history: Path, step: int) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Turns SIGINT and ``terminations`` into an event that the loop looks at; a second signal stops at once."""
+    """Turns SIGINT and ``terminations`` into an event that the loop looks at; a second SIGINT stops at once. Of the
+    others a second is no second thought: who ends a job tells every process of it, and parents tell their children."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread only
         return
 
     def stop(number: int, frame: object) -> None:
-        if event.is_set():
+        if event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         event.set()
 
