@@ -31,8 +31,8 @@ from bench.core.store import Store
 from bench.priors import codes as prior_codes
 from bench.priors.models import Prior
 from bench.sweeps import workers
-from bench.sweeps.child import Outcome, _outcome
 from bench.sweeps.definition import Ablation
+from bench.sweeps.outcome import Outcome, outcome_of
 from bench.tokenizers import trial
 from bench.tokenizers.config import Config, make_config
 from bench.tokenizers.curves import METRICS as CURVES
@@ -327,7 +327,7 @@ def test_a_run_does_not_go_on_with_other_images(world, images):
     change = f"what {run.folder} is trained on has changed since it was begun, from {'0' * 16} to {'1' * 16}"
     with pytest.raises(Changed, match=change) as error:
         world.go(run)
-    assert _outcome(error.value).status == "blocked"  # a study fails nobody for it
+    assert outcome_of(error.value).status == "blocked"  # a study fails nobody for it
     assert contents(run.folder) == before
     world.images = images
     assert contents(world.go(run).folder) == world.undisturbed("ema")
@@ -358,7 +358,7 @@ def test_a_study_does_not_go_on_with_other_images(world, image_folder, tmp_path,
             runs.append(store.run(config))
             trial.run_trial(config, store)
         except UserError as error:
-            return _outcome(error)
+            return outcome_of(error)
         shutil.copy(other, image)
         return Outcome("finished")
 

