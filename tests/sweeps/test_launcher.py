@@ -72,6 +72,7 @@ def submit(monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(launcher.LAUNCHERS, "slurm", lambda jobs: next(answers))
         line = ["--results", str(tmp_path), "--backbone", "cnn", "--seeds", "0", "--launcher", "slurm", *words]
         code = workers.main(STUDY, "", line)
+        assert not [*answers]  # it has asked until all had ended
         return code, " ".join(capsys.readouterr().err.split())
 
     return launch
