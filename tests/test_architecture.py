@@ -65,6 +65,7 @@ def test_the_house_shows_its_rooms_and_commands():
         "diff",
         "doctor",
         "speed",
+        "shard",
     }
     there = {path.stem for path in (ROOT / "bench").iterdir() if not path.name.startswith("__")}
     assert there - {"training"} == {*ROOMS, *commands} - {"training"}

@@ -4,6 +4,8 @@ from typing import Any
 
 import pandas as pd
 
+from bench.core.files import FILES
+
 from .frames import METRICS
 
 BITS = ("codebook_size", "grid_size")  # the settings that change the bits of an image
@@ -18,11 +20,11 @@ def label_of(name: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in few characters; of a folder its last part."""
+    """A value in few characters; of a path its last part."""
     if isinstance(value, float):
         return f"{value:.3g}"
     text = str(value)
-    text = text.rpartition("/")[2] if text.startswith("folder:") else text
+    text = text.rpartition("/")[2] if text.partition(":")[0] in (*FILES, "hf") else text
     return text if len(text) <= 24 else f"{text[:8]}…"
 
 

@@ -25,6 +25,7 @@ from .errors import Damaged
 
 Found = TypeVar("Found")
 
+FILES = ("folder", "shards", "parquet", "npy")  # data that is known by a path
 PART = ".part-"  # how the names of files begin that are still being written
 DIGEST = "sha256:"  # how the name of a content begins
 SPARE = 1 << 20  # bytes: a disk that does not take so many is full
@@ -46,9 +47,15 @@ def cache_dir() -> Path:
 
 
 def located(data: str) -> str:
-    """``data``, of folder:PATH with its real path: what such images go by, wherever a command is started."""
+    """``data``, of files and folders such as folder:PATH with the real path: what such images go by, wherever a command
+    is started. A name on a hub is what it is, unless a folder is called so here."""
     kind, _, path = data.partition(":")
-    return f"folder:{os.path.realpath(os.path.expanduser(path))}" if kind == "folder" and path else data
+    split = ""
+    if kind == "hf" and not os.path.isdir(os.path.expanduser(path)):
+        path, colon, split = path.rpartition(":")  # of a folder's split
+        split = colon + split
+    known = kind in FILES or (kind == "hf" and os.path.isdir(os.path.expanduser(path)))
+    return f"{kind}:{os.path.realpath(os.path.expanduser(path))}{split}" if known and path else data
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 
 _HOMES = {
     **dict.fromkeys(("AUGMENTATIONS", "batch", "batch_indices", "eval_batches", "from_uint8"), "batches"),
-    **dict.fromkeys(("ABOUT", "DATASETS"), "datasets"),
+    **dict.fromkeys(("ABOUT", "DATASETS", "FORMATS"), "datasets"),
     **dict.fromkeys(("Data", "check_name", "load"), "decoding"),
     **dict.fromkeys(("photographs",), "photos"),
+    **dict.fromkeys(("Shards",), "shards"),
     **dict.fromkeys(("SPLITS", "find_images", "to_pixels", "to_rgb"), "sources"),
 }
 __all__ = [*_HOMES]

@@ -12,20 +12,39 @@ from torch import Tensor
 
 from backbones.torchvision_repair import repair
 
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+RUN, WINDOW = 64, 1 << 16  # of images that stay on disk: neighbours that move together, and how many are mixed
 
 
-def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _permutation(count: int, *key: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(count)
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int, run: int = 0) -> np.ndarray:
     """Rows of batch number ``step``: (batch_size,) int64 in [0, count). A pure function of its arguments.
 
     Batches walk through one fresh permutation an epoch, so every image comes exactly once an epoch; a batch may end
-    one epoch and begin the next.
+    one epoch and begin the next. Where there are more than WINDOW images, and ``run`` of them are best read together,
+    it is a permutation of such runs, and then of the images in each WINDOW of them.
     """
     epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
-    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
+    order = partial(_in_runs, run=run) if run and count > WINDOW else _anywhere
+    return np.concatenate([order(seed, int(e), count, places[epochs == e]) for e in np.unique(epochs)])
+
+
+def _anywhere(seed: int, epoch: int, count: int, places: np.ndarray) -> np.ndarray:
+    return _permutation(count, seed, epoch)[places]
+
+
+def _in_runs(seed: int, epoch: int, count: int, places: np.ndarray, run: int) -> np.ndarray:
+    mixed = places.copy()
+    for window in np.unique(places // WINDOW):
+        begin, here = window * WINDOW, places // WINDOW == window
+        order = _permutation(int(min(WINDOW, count - begin)), seed, epoch, 1 + int(window))  # 0 would be the runs'
+        mixed[here] = begin + order[places[here] - begin]
+    whole = mixed // run < count // run  # what is left of the last run stays last
+    mixed[whole] = _permutation(count // run, seed, epoch)[mixed[whole] // run] * run + mixed[whole] % run
+    return mixed
 
 
 def from_uint8(x: Tensor) -> Tensor:
@@ -46,10 +65,13 @@ def batch(
 
     A pure function of (images, seed, step): global random states play no part, and the random draws are those of the
     CPU on any device, and of the whole batch for any part. ``images`` is (N, H, W, 3) uint8, ``augment`` a name in
-    AUGMENTATIONS.
+    AUGMENTATIONS. Of images that stay on disk the next batch is decoded meanwhile.
     """
-    rows = batch_indices(seed, step, batch_size, len(images))[part]
+    run = getattr(images, "run", 0)  # arrays have none: whatever the order, their rows are as near
+    rows = batch_indices(seed, step, batch_size, len(images), run)[part]
     pixels = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2)
+    if run:
+        images.ahead(batch_indices(seed, step + 1, batch_size, len(images), run)[part])
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     draws = Draws(torch.Generator().manual_seed(int(state[0])), batch_size, part)
     return from_uint8(AUGMENTATIONS[augment](pixels, draws).contiguous(memory_format=torch.channels_last))

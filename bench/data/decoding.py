@@ -6,9 +6,10 @@ Arrays are (N, H, W, 3): what decoders give, and one image is one contiguous rea
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,12 +27,14 @@ from bench.core.progress import Bar, console, say
 from bench.core.text import printable
 
 from .batches import batch_indices
-from .datasets import DATASETS
-from .sources import SPLITS, Source, Split, check_folder, folder_source
+from .datasets import DATASETS, FORMATS
+from .shards import PLACE, Shards
+from .sources import SPLITS, Source, Split
 
 DECODING_VERSION = 3  # part of the cache key: raise it when the same files would decode to other pixels
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DECODING_CHUNK = 256  # images in flight, so that memory does not grow with the data
+MOST = 0.8  # of a disk's free space that arrays may take without a word
 SHARE = 16  # of them that a thread takes at a time: each hand-over costs as much as a small image
 
 
@@ -42,8 +45,8 @@ class Subset:
     """Some of ``images`` (N, H, W, 3), those in ``rows``, as an array for those who index its first axis. What they
     ask for is copied, not all of it."""
 
-    def __init__(self, images: np.ndarray, rows: np.ndarray):
-        self.images, self.rows = images, rows
+    def __init__(self, images: np.ndarray | Shards, rows: np.ndarray):
+        self.images, self.rows, self.run = images, rows, getattr(images, "run", 0)
         self.shape = (len(rows), *images.shape[1:])
 
     def __len__(self) -> int:
@@ -52,16 +55,20 @@ class Subset:
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
         return self.images[self.rows[places]]
 
+    def ahead(self, places: np.ndarray) -> None:
+        """Begins to decode what is asked for next, of images that stay on disk."""
+        self.images.ahead(self.rows[places])
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
     """Three splits of equally sized images, and what a protocol has to say about them."""
 
     name: str  # as given to load()
-    train: np.ndarray | Subset  # (N, H, W, 3) uint8, a read-only memory map
+    train: np.ndarray | Subset | Shards  # (N, H, W, 3) uint8, a read-only memory map unless they stay in shards
     val: np.ndarray  # the same: for choosing between settings
     test: np.ndarray  # the same: for the scores of what was chosen
-    fingerprint: str  # SHA-256 of the pixels of all splits: equal on any machine that decodes to equal pixels
+    fingerprint: str  # SHA-256 of all pixels, or files in shards: equal on any machine that decodes to equal pixels
     split: str  # e.g. "photos: 4096 train / 512 val / 512 test crops of 8 photographs, …"
     skipped: tuple[str, ...]  # files that could not be decoded, relative to the folder
     classes: tuple[str, ...] = ()  # names of what the images show, sorted; none where they have no labels
@@ -88,7 +95,7 @@ class Data:
 
 
 def load(data: str, image_size: int) -> Data:
-    """The images of ``data``, a name in DATASETS or ``folder:PATH``, as squares of ``image_size``.
+    """The images of ``data``, a name in DATASETS or of FORMATS with a place, as squares of ``image_size``.
 
     The first call decodes (and downloads if need be) into ``cache_dir()/data``; later calls and other processes map the
     same files. Raises UserError for an unknown name, a folder without images, more than 1 % unreadable images, an
@@ -97,17 +104,19 @@ def load(data: str, image_size: int) -> Data:
     check_name(data)
     if data in DATASETS:
         return decoded(data, DATASETS[data](image_size), image_size)
-    return decoded(data, folder_source(data.removeprefix("folder:"), image_size), image_size)
+    name, _, where = data.partition(":")
+    return decoded(data, FORMATS[name].source(where, image_size), image_size)
 
 
 def check_name(data: str) -> None:
-    """Raises UserError unless ``data`` is a name in DATASETS or ``folder:PATH`` of a folder that can be listed."""
-    name, _, path = data.partition(":")
-    if data not in DATASETS and not (name == "folder" and path):
+    """Raises UserError unless ``data`` is a name in DATASETS, or of FORMATS with a place that can be read."""
+    name, _, where = data.partition(":")
+    if data not in DATASETS and not (name in FORMATS and where):
         there = f"; {data} is there: write folder:{data}" if os.path.isdir(data) else ""
-        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or folder:PATH{there}")
+        formats = ", ".join(f"{name}:{kind.place}" for name, kind in FORMATS.items())
+        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DATASETS)}, or {formats}{there}")
     if data not in DATASETS:
-        check_folder(path)
+        FORMATS[name].check(where)
 
 
 def decoded(data: str, source: Source, image_size: int) -> Data:
@@ -150,7 +159,10 @@ def _read(data: str, folder: Path) -> Data:
     paths = [folder / f"{split}.npy" for split in SPLITS]
     images = [np.load(path, mmap_mode="r") for path in paths]
     labels = tuple(np.load(folder / f"{split}_labels.npy") for split in SPLITS)
-    for shown in images:  # of which a fingerprint knows the bytes, their number and one side
+    shards = meta.get("shards")
+    if shards and (images[0].dtype != PLACE or sha256_arrays(images[0]) != meta["places"]):
+        raise Damaged(folder, "its index is not the one that was written")
+    for shown in images[bool(shards) :]:  # of which a fingerprint knows the bytes, their number and one side
         side = shown.shape[1:2]
         if shown.dtype != np.uint8 or shown.shape[1:] != (*side, *side, 3):
             raise Damaged(folder, "its images are of another type or shape")
@@ -163,22 +175,25 @@ def _read(data: str, folder: Path) -> Data:
             raise Damaged(folder, "its labels are not those of its images")
     if meta.get("labels", found := sha256_arrays(*labels)) != found:  # older versions wrote none
         raise Damaged(folder, "its labels are not those that were written")
+    if shards:
+        images[0] = Shards(shards, images[0], images[1].shape[1])
     about = (meta["fingerprint"], meta["split"], tuple(meta["skipped"]))
     return Data(data, *images, *about, classes, labels if classes else None)
 
 
 @cache
 def _fingerprint(*files: tuple[Path, int]) -> str:
-    """Digest of the pixels and shapes in ``files``, computed once in a process until one of them has another time."""
+    """Digest of the pixels and shapes in ``files``, computed once in a process until one of them has another time. Of
+    an index of shards it is that of the images' digests, wherever they lie."""
     digest = hashlib.sha256()
     for path, _ in files:
         images = np.load(path, mmap_mode="r")
-        digest.update(images)
-        digest.update(_shape(len(images), images.shape[1]))
+        digest.update(images if images.dtype != PLACE else images["digest"].tobytes())
+        digest.update(_shape(*images.shape[:2]))
     return digest.hexdigest()
 
 
-def _shape(count: int, image_size: int) -> bytes:
+def _shape(count: int, image_size: int = 0) -> bytes:
     """What a fingerprint says of an array after its pixels."""
     return repr((count, image_size)).encode()
 
@@ -190,16 +205,12 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         folder.unlink()  # a file, or a link that leads nowhere
     *splits, how = source.open()
-    total = sum(len(split.items) for split in splits)
-    required, free = total * image_size**2 * 3, shutil.disk_usage(folder.parent).free
-    if required > free:
-        raise UserError(
-            f"decoding {data} takes {required / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB left: "
-            "free some space, or set VQBENCH_CACHE to a folder on a larger disk"
-        )
+    total = sum(len(split.items) for split in splits if not split.kept)
+    _check_disk(data, source, splits, image_size, folder.parent)
 
     digest = hashlib.sha256()
     skipped: list[Skipped] = []
+    kept: dict[str, Any] = {}  # what is known of images that stay in shards
     labels: dict[str, list[str]] = {split: [] for split in SPLITS}  # of the images that can be decoded
     try:
         workers = ThreadPoolExecutor(os.cpu_count())
@@ -207,6 +218,10 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
             warnings.filterwarnings("ignore", module="PIL")  # oddities of single files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for (part, found), split in zip(labels.items(), splits, strict=True):
+                if split.kept:
+                    found += map(split.label, split.items)
+                    kept = {"shards": split.kept, "places": _write_places(folder / f"{part}.npy", split.items, digest)}
+                    continue
                 blocks = _decode_blocks(data, split, pool, bar, found, skipped, limit=total / 100)
                 with atomic_path(folder / f"{part}.npy") as path:
                     _write_npy(path, blocks, image_size, digest)
@@ -216,13 +231,34 @@ def _decode(data: str, source: Source, image_size: int, folder: Path) -> None:
         what = f"{name}: {' / '.join(f'{len(found)} {split}' for split, found in labels.items())} {how}"
         with atomic_path(folder / "meta.json") as path:
             about = {"fingerprint": digest.hexdigest(), "split": what, "skipped": [name for name, _ in skipped]}
-            path.write_text(seal({**about, "classes": classes, "labels": written}))
+            path.write_text(seal({**about, **kept, "classes": classes, "labels": written}))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if skipped:
         message = f"skipped {len(skipped)} of {total} images that cannot be decoded: {_first(skipped)}"
         console.print(message, markup=False)
+
+
+def _check_disk(data: str, source: Source, splits: Sequence[Split], image_size: int, place: Path) -> None:
+    """Raises UserError where arrays of ``splits`` do not fit the disk of the folder ``place``, and warns where they
+    take most of what is free there; both tell what the images of a folder would take as shards."""
+    counts = [0 if split.kept else len(split.items) for split in splits]
+    required, free = sum(counts) * image_size**2 * 3, shutil.disk_usage(place).free
+    if required <= free * MOST:
+        return
+    what = f"decoding {data} takes {required / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB left"
+    fix, arrays = (
+        "free some space, or set VQBENCH_CACHE to a folder on a larger disk",
+        sum(counts[1:]) * image_size**2 * 3,
+    )
+    if source.files:
+        size = f"{source.files / 1e9:.2f} GB and arrays of {arrays / 1e9:.2f} GB to score"
+        where = shlex.quote(data.partition(":")[2])
+        fix += f"; as shards they take {size}: python -m bench.shard {where} --to DIR, then --data shards:DIR"
+    if required > free:
+        raise UserError(f"{what}: {fix}")
+    say(f"[yellow]the disk fills:[/] {escape(f'{what}: {fix}')}")
 
 
 def _write_labels(folder: Path, labels: dict[str, list[str]]) -> tuple[list[str], str]:
@@ -280,6 +316,16 @@ def _decode_blocks(
         bar.advance(len(chunk))
         if readable := [image for image in images if not isinstance(image, str)]:
             yield np.stack(readable)
+
+
+def _write_places(path: Path, places: np.ndarray, digest: Any) -> str:
+    """Writes an index of shards as an .npy file, the images' digests and number into ``digest``; returns that of the
+    whole index."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, places)
+    digest.update(places["digest"].tobytes())
+    digest.update(_shape(len(places)))
+    return sha256_arrays(places)
 
 
 def _write_npy(path: Path, blocks: Iterator[np.ndarray], image_size: int, digest: Any) -> None:

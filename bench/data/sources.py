@@ -4,7 +4,10 @@ Every source has three splits: train, val for choosing between settings, test fo
 """
 
 import hashlib
+import importlib.util
+import io
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -24,6 +27,7 @@ ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 ORIENTATION = 0x0112  # EXIF's tag
 SPLITS = ("train", "val", "test")
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+MOST_HELD = 10_000  # images of a share that is held out, where nobody says which; a folder's is a tenth
 
 
 class Split(NamedTuple):
@@ -32,6 +36,7 @@ class Split(NamedTuple):
     items: Sequence[Any]  # whose str() names them in messages
     read: Callable[[Any], np.ndarray]  # item → (H, W, 3) uint8, or it raises
     label: Callable[[Any], str]  # item → name of its class; empty for none
+    kept: tuple[str, ...] = ()  # shards that images stay in, whose places the items are then: they are not decoded
 
 
 class Source(NamedTuple):
@@ -39,6 +44,7 @@ class Source(NamedTuple):
 
     identity: Any  # a cheap JSON value that changes whenever the pixels may have
     open: Callable[[], tuple[Split, Split, Split, str]]  # train, val, test, and how they were made, in words
+    files: int = 0  # bytes of its image files, if it is a folder, which could be written as shards
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -66,6 +72,14 @@ def to_pixels(image: Image.Image, image_size: int) -> np.ndarray:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box))
+
+
+def decode(content: bytes, image_size: int) -> np.ndarray:
+    """The same, of a picture that is the ``content`` of a file. Raises nearly every kind where it is none."""
+    with Image.open(io.BytesIO(content)) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
+        return to_pixels(image, image_size)
 
 
 # --- torchvision's datasets -----------------------------------------------------------------------------------------
@@ -177,7 +191,8 @@ def _held_out(items: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
     return sorted(ordered[count:]), sorted(ordered[:count])
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def stamp(path: str) -> tuple[int, int, int] | None:
+    """What changes with the content of the file ``path``; None where there is none."""
     try:
         status = os.stat(path)
     except OSError:  # a dangling link: decoding will name it
@@ -256,7 +271,58 @@ def folder_source(path: str, image_size: int) -> Source:
         return folders[0] if folders else ""
 
     how = f"images, central squares resized to {image_size}×{image_size}, {how}"
-    stamps = [(name, _stamp(os.path.join(root, name))) for name in train + val + test]
+    stamps = [(name, stamp(os.path.join(root, name))) for name in train + val + test]
     sizes = len(train), len(val)
     splits = [Split(names, read, label) for names in (train, val, test)]
-    return Source((root, *sizes, stamps), lambda: (*splits, how))
+    return Source((root, *sizes, stamps), lambda: (*splits, how), sum(known[0] for _, known in stamps if known))
+
+
+# --- what formats of several files share ----------------------------------------------------------------------------
+
+
+def needed(package: str, what: str) -> None:
+    """Raises UserError where an optional ``package`` is not installed, which ``what`` needs."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs the package {package}; pip install 'vqbench[data]'")
+
+
+def by_split(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Which of ``paths`` belong to train, val and test: those that have that word, or another for val, among the words
+    of their name and of the folders that not all share, such as ``train/000.tar`` or ``x-validation-07.tar``. Where
+    that gives nothing to train on or nothing else, all of them under an empty name."""
+    top = os.path.commonpath([os.path.dirname(path) for path in paths])
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        words = {*re.split("[^a-z]+", os.path.relpath(path, top).lower())} & {"train", *VALIDATION_FOLDERS, "test"}
+        split = words.pop() if len(words) == 1 else ""
+        found.setdefault("val" if split in VALIDATION_FOLDERS else split, []).append(path)
+    if "train" not in found or not {"val", "test"} & {*found}:
+        return {"": list(paths)}
+    for path in found.pop("", []):
+        say(f"[yellow]left out:[/] {escape(path)}, whose name is of no split")
+    return found
+
+
+def divided(
+    found: dict[str, Sequence[Any]], where: str, hold_out: Callable[[Any, int], tuple[Any, Any]] = _held_out
+) -> tuple[Any, Any, Any, str]:
+    """Items to train on, to validate and to test with, and how they were made, in words, from those of the splits that
+    are ``found`` in ``where``, as a folder's are. Raises UserError where there are too few."""
+    if "" in found:
+        items = found[""]
+        if len(items) < 3:
+            raise UserError(f"too few images in {where} ({len(items)}): add some, train, val and test need one each")
+        count = min(_tenth(items), MOST_HELD)
+        train, test = hold_out(items, count)
+        return *hold_out(train, count), test, f"{count} each for val and test by a hash"
+    train, held = found["train"], [found[name] for name in ("val", "test") if name in found]
+    if len(train) < 2 or not all(map(len, held)):
+        raise UserError(f"too few images in {where}: two to train on, and one of every other split, are needed")
+    if len(held) == 2:
+        return train, *held, "its train / val / test"
+    count = min(_tenth(train), len(held[0]), MOST_HELD)
+    return (
+        *hold_out(train, count),
+        held[0],
+        f"its train / {'test' if 'test' in found else 'val'}, val: a share of train",
+    )

@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from bench.core import settings
+from bench.core.errors import UserError
 from bench.core.files import cache_dir, located
 from bench.core.runs import Run
 from bench.core.settings import Count, Natural
-from bench.data import from_uint8, load
+from bench.data import Shards, from_uint8, load
 from bench.metrics import MINIMUM_SIZE
 from bench.tokenizers.config import LARGEST
 
@@ -63,6 +64,8 @@ class Pixels:
         config = PixelConfig(located(data), image_size)
         settings.check_fields(config)
         self.data = load(config.data, image_size)
+        if isinstance(self.data.train, Shards):
+            raise UserError(f"priors over pixels read decoded arrays, and {data} stays in shards; give a folder")
         grey = is_grey(self.data.train) and is_grey(self.data.images(config.split))
         self.config = replace(config, channels=1 if grey else 3)
 

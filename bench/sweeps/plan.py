@@ -20,7 +20,7 @@ from rich.table import Table
 from backbones import OPTIONS
 from bench.analysis.frames import DEFAULTS, frame, statuses
 from bench.core.errors import UserError
-from bench.core.files import located
+from bench.core.files import FILES, located
 from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
@@ -129,8 +129,8 @@ class Plan:
         for name, value in self.options.settings().items():
             if name in unnamed or (value == usual.get(name) and name not in uneven):
                 continue
-            if name == "data" and value.startswith("folder:"):
-                path = located(value).removeprefix("folder:")
+            if name == "data" and value.partition(":")[0] in FILES:
+                path = located(value).partition(":")[2]
                 value = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
             value = weights_in(value) if name == "init_from" else value
             exact = str(value) if isinstance(value, float) and float(shown(value)) != value else shown(value)

@@ -92,7 +92,8 @@ class Config:
     sphere); fsq, lfq, simvq, residual, of an optional package; or, as references without codes, none (the latent as it
     is) and kl (a Gaussian latent), which have no use for codebook_size"""
     data: str = "photos"
-    """photos (embedded, no download), folder:PATH, cifar10, fashion_mnist, stl10, celeba or flowers102"""
+    """photos (embedded, no download), folder:PATH, shards:DIR, parquet:DIR, npy:FILE, hf:NAME, cifar10, fashion_mnist,
+    stl10, celeba or flowers102"""
     train_images: Natural = 0
     """so many of the images to train on, drawn once for all seeds; 0 takes all"""
     split: Literal["test", "val"] = "test"

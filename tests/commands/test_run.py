@@ -30,7 +30,7 @@ from bench.core.files import cache_dir
 from bench.core.progress import runnable
 from bench.core.store import Store
 from bench.data import DATASETS
-from bench.data.datasets import ABOUT
+from bench.data.datasets import ABOUT, FORMATS
 from bench.doctor import main as doctor
 from bench.metrics import from_uint8, weights
 from bench.priors import models
@@ -184,7 +184,7 @@ def test_list_names_all_that_can_be_chosen_with_a_line_each(command):
     configs = [make_config(name, "smoke") for name in BACKBONES]
     assert rows == {one.backbone: [str(one.width), str(one.depth), "150"] for one in configs}
     assert backbones.ABOUT.keys() == BACKBONES.keys() | {"timm:MODEL"}
-    assert set(ABOUT) == {*DATASETS, "folder:PATH"}
+    assert set(ABOUT) == {*DATASETS, *(f"{name}:{kind.place}" for name, kind in FORMATS.items())}
     assert set(models.ABOUT) == set(PRIORS)
 
 

@@ -396,7 +396,7 @@ def hashed(paths: list[str]) -> list[list[str]]:
 
 @given(st.sets(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])), min_size=3, max_size=60))
 def test_the_hash_split_is_a_partition_with_two_tenths_that_ignores_order(paths):
-    with mock.patch.object(sources, "_stamp", str):
+    with mock.patch.object(sources, "stamp", str):
         train, val, test = hashed(sorted(paths))
         assert sorted(train + val + test) == sorted(paths)
         assert len(val) == len(test) == max(1, round(len(paths) / 10))
@@ -763,7 +763,7 @@ def test_a_stamp_is_of_a_size_and_two_times(monkeypatch):
     def stamp(**changed: int) -> object:
         status = SimpleNamespace(**{"st_size": 1, "st_mtime": 2, "st_mtime_ns": 2, "st_ctime_ns": 3} | changed)
         monkeypatch.setattr(sources, "os", SimpleNamespace(stat=lambda path: status))
-        return sources._stamp("x.png")
+        return sources.stamp("x.png")
 
     stamps = {stamp(), stamp(st_size=9), stamp(st_mtime_ns=9), stamp(st_ctime_ns=9)}
     assert len(stamps) == 4
