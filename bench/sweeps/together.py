@@ -32,7 +32,8 @@ def train_together(
     processes: int, track: str | None, config: Config, store: Store, fid_weights: Path | None
 ) -> None:
     """Trains and scores ``config`` by so many ``processes``, with as many threads each as this one has, watched by
-    ``track``. Where a signal ends one of them, it ends this one too. Raises Ended for what they say, and Interrupted where this is terminated."""
+    ``track``. Where a signal ends one of them, it ends this one too. Raises Ended for what they say, and Interrupted
+    where this is terminated."""
     from torch.distributed import run as torchrun  # not for a study's --help
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
