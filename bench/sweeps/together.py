@@ -28,9 +28,7 @@ GRACE_SECONDS = 30.0  # from the end of torchrun, while the checkpoint is writte
 TOLD = "TORCHELASTIC_ERROR_FILE"  # where torchrun has each process say why it failed
 
 
-def train_together(
-    processes: int, track: str | None, config: Config, store: Store, fid_weights: Path | None
-) -> None:
+def train_together(processes: int, track: str | None, config: Config, store: Store, fid_weights: Path | None) -> None:
     """Trains and scores ``config`` by so many ``processes``, with as many threads each as this one has, watched by
     ``track``. Where a signal ends one of them, it ends this one too. Raises Ended for what they say, and Interrupted
     where this is terminated."""
