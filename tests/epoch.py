@@ -77,6 +77,7 @@ def main(options: Options) -> int:
                 speed = (step + 1) * options.batch_size / (time.monotonic() - began)
                 memory = process.memory_info().rss / 2**20
                 stdout.print(f"{(step + 1) * options.batch_size} images, {speed:.0f} images/s, {memory:.0f} MB")
+        [task.result() for task in data.train.begun[1]]  # the batch after the last, before its files go
     stdout.print(f"each image once: {(seen == 1).all()}")
     return int((seen != 1).any())
 
