@@ -2,7 +2,7 @@
 
 Every Encoder and Decoder is built as ``(image_size, grid_size, code_dim, width, depth, **options)`` and maps
 (B, 3, image_size, image_size) in [-1, 1] to (B, code_dim, grid_size, grid_size) and back. At one grid all of them make
-the same number of tokens, so all of them spend the same bits. CONTRIBUTING.md says how to add one.
+the same number of tokens, so all of them spend the same bits. docs/extending.md says how to add one.
 """
 
 import difflib

@@ -1,6 +1,7 @@
 """The code that the documentation shows does what the text around it says."""
 
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import backbones
-from backbones import BACKBONES, PYRAMID, Backbone
+from backbones import BACKBONES, Backbone
 from bench.analysis.frames import LABELS
 from bench.data import DATASETS, load
 from bench.metrics import Batch, Setup
@@ -38,13 +39,39 @@ def trained(tmp_path: Path, backbone: str = "cnn", **settings) -> Tokenizer:
     return train(config.resolved(), IMAGES, tmp_path)[0]
 
 
-def test_a_backbone_needs_its_file_and_a_line(tmp_path, monkeypatch):
-    convmixer = shown("backbone")
-    monkeypatch.setitem(BACKBONES, "convmixer", Backbone(convmixer.Encoder, convmixer.Decoder, *PYRAMID))
+def added(page: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    """The backbone ``name`` of a package of backbones that has the file of extending.md, in ``folder``, and those lines
+    that ``page`` shows for it and nothing else."""
+    text = (ROOT / page).read_text()
+    (line, entry) = re.search(
+        rf'^    (from .* {name})\n    BACKBONES = {{\.\.\., ("{name}": .*)}}$', text, re.MULTILINE
+    ).groups()
+    (code,) = re.findall(r"```python backbone\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(folder)])
+    monkeypatch.setitem(sys.modules, f"backbones.{name}", None)  # which is then put back
+    del sys.modules[f"backbones.{name}"]
+    before, dictionary, after = Path(backbones.__file__).read_text().partition("BACKBONES: dict[str, Backbone] = {\n")
+    package = {"__name__": "backbones", "__package__": "backbones"}
+    exec(
+        before.replace("\nclass Backbone", f"\n{line}\n\nclass Backbone", 1) + dictionary + f"{entry},\n{after}",
+        package,
+    )
+    return package["backbone"](name)
+
+
+def test_a_backbone_needs_its_file_and_the_lines_that_are_shown(tmp_path, monkeypatch):
+    made = added("docs/extending.md", "convmixer", tmp_path, monkeypatch)
+    assert made.options == {"attention", "full_resolution"}
+    monkeypatch.setitem(BACKBONES, "convmixer", made)
     tokenizer = trained(tmp_path, "convmixer")
-    assert any(isinstance(part, convmixer.ConvMixerBlock) for part in tokenizer.encoder.modules())
+    assert any(type(part).__name__ == "ConvMixerBlock" for part in tokenizer.encoder.modules())
     assert tokenizer.encode(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 4)
-    assert backbones.backbone("convmixer").options == {"attention", "full_resolution"}
+
+
+def test_the_lines_for_a_backbone_in_the_readme_are_all_that_it_needs(tmp_path, monkeypatch):
+    made = added("README.md", "name", tmp_path, monkeypatch)
+    assert made.Encoder(32, 4, 8, 16, 1)(torch.zeros(2, 3, 32, 32)).shape == (2, 8, 4, 4)
 
 
 def test_a_quantizer_chooses_as_it_says(tmp_path, monkeypatch):
