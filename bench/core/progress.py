@@ -17,7 +17,9 @@ from rich.segment import Segment
 
 from .text import printable
 
-COMMAND = re.compile(r"\bpython(?= -m (?:bench|studies)\.)")
+COMMAND = re.compile(
+    r"(?<![\w/])python(?= -m (?:bench|studies)\.)"
+)  # by its bare name: one with a path is one that runs
 
 
 class SafeConsole(Console):

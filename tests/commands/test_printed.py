@@ -119,6 +119,7 @@ def test_a_program_is_called_as_shortly_as_it_can_be(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", path)
     text = runnable("run python -m bench.run, not python -m pip or a python")
     assert text == "run 'a b/bin/python' -m bench.run, not python -m pip or a python"
+    assert runnable(text) == text
     done = subprocess.run(text[4:].partition(",")[0], shell=True, capture_output=True, text=True, check=True)
     assert done.stdout == "here\n"
     monkeypatch.chdir(home)
@@ -127,3 +128,11 @@ def test_a_program_is_called_as_shortly_as_it_can_be(tmp_path, monkeypatch):
     assert program("python", path) == path
     monkeypatch.setenv("PATH", str(home))
     assert program("python", path) == "python"
+
+
+def test_a_mistake_names_an_interpreter_that_is_not_on_the_path_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    with pytest.raises(SystemExit):
+        run.main(["--bakcbone", "cnn"])
+    assert capsys.readouterr().err.endswith("; .venv/bin/python -m bench.run --help lists all\n")
