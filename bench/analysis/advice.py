@@ -21,10 +21,12 @@ MOST = 1000  # seeds: who needs more will not run them
 
 
 class Advice(NamedTuple):
-    """The recommendation, and sentences on what makes the numbers under it less than final."""
+    """The recommendation, sentences on what makes the numbers under it less than final, and what to add to the command
+    that trained these runs for those that are missing: more steps, more seeds."""
 
     line: str
     warnings: list[str]
+    flags: tuple[str, ...] = ()
 
 
 def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
@@ -42,13 +44,18 @@ def advice(block: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
             f"Training ended early: its second half still lowered the reconstruction loss of {each}. More steps would "
             "change these numbers, and perhaps their order."
         )
+    flags = []
     if block.steps.nunique() == 1:
         warnings.extend(outlook(curves, float(block.steps.iloc[0])))
+        flags += ["--steps", f"{2 * block.steps.iloc[0]:.0f}"] if len(low) or rising else []
     backbones = sorted(block.backbone.unique())
     first, second, pair = _first_two(backbones, family)
     if pair and (against := _against(block, first, second)):
         warnings.insert(0, f"Other metrics see it otherwise: {second} is ahead of {first} in {against}.")
-    return Advice(_line(first, second, pair, family, {*low.index}, bool(rising)), warnings)
+    if pair and pair.interval is None:
+        known = sorted({*block.seed})
+        flags += ["--seeds", *map(str, [*known, *range(known[-1] + 1, known[-1] + 1 + FEWEST - len(known))])]
+    return Advice(_line(first, second, pair, family, {*low.index}, bool(rising)), warnings, tuple(flags))
 
 
 def _first_two(backbones: list[str], family: list[Verdict]) -> tuple[str, str, Verdict | None]:

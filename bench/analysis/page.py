@@ -15,7 +15,7 @@ from PIL import Image
 from .charts import Chart
 from .frames import LABELS
 from .rankings import FIRST, RANKED
-from .tables import heading
+from .tables import BRIEF, heading
 from .vectors import embedded
 from .viewer import Viewer
 
@@ -43,6 +43,7 @@ def html(report: "Report", figures: Sequence[Chart], viewer: Viewer | None, fold
         heading=heading,
         links=links,
         METRICS=LABELS,
+        brief=BRIEF,
         minor={*RANKED} - {*FIRST},
     )
 

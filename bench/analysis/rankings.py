@@ -9,7 +9,7 @@ import pandas as pd
 
 from bench.core.runs import HELD_OUT
 from bench.instruments import INSTRUMENTS, SHOWN
-from bench.metrics import EVALUATORS
+from bench.metrics import EVALUATORS, EXTRACTORS
 from bench.priors.models.masked import BOUND
 from bench.priors.pixels import BITS, PIXELS
 from bench.tokenizers import curves
@@ -21,6 +21,7 @@ from .slices import listed
 from .statistics import Verdict
 from .tables import NONE, Cell, Sheet, best_of, cell, sampling, text_of
 
+FEW = 1000  # images, of which a Fréchet distance is of little use outside of its table
 LIMIT = 500  # rows of one table on the page
 FIXED = ("bits_per_image", "params", "flops")  # follow from the settings, not the seed: shown without a spread
 # What evaluators measure, but for what says the same again, follows from the settings, or is of untrained weights.
@@ -58,6 +59,11 @@ def ranking(block: pd.DataFrame, failed: pd.DataFrame, latents: pd.DataFrame | N
     swept = [name for name in by if name not in ("backbone", "n", "failed")]
     notes = [_protocol_line(protocol_of(block)), *_every_row(swept), *_uneven(block), *_cut(len(table))]
     notes += references.notes(block, latents)
+    if block.protocol_count.iloc[0] < FEW and any(one.metric in names for one in EXTRACTORS.values()):
+        notes.append(
+            f"Fréchet distances of fewer than {FEW:,} images are too large, the more so the fewer they are: "
+            "compare none with one of another number of images."
+        )
     if unequal:
         labels = ", ".join(METRICS[name].label for name in unequal)
         notes.append(f"Measured on {machines(block)} different machines and therefore not ranked: {labels}.")

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +22,16 @@ from bench.core.runs import FAILURES, Run
 from bench.core.store import Store
 from bench.priors.pixels import over_pixels
 
-from . import charts, claims, frames, rankings, searches, viewer
+from . import charts, claims, frames, onward, rankings, searches, viewer
 from .advice import Advice, advice
 from .data import write_data
 from .frames import CONFIG, PRIOR, main_metric, settings
 from .page import html
 from .statistics import COMPARED, Images, Verdict, backbone_verdicts, sentences, setting_verdicts
-from .tables import Sheet, as_markdown, fits, heading, inline, put, text_of
+from .tables import BRIEF, Sheet, as_markdown, fits, heading, inline, put, so_many, text_of
 
+SIZES = ("width", "depth")  # which a budget may set
 CHECKED = 1000  # runs whose files are all compared with their digests: of more, that takes longer than the report
-BRIEF = 8  # rows, sentences or names where there is little room
 
 
 class Selection(NamedTuple):
@@ -145,20 +144,9 @@ def write_report(
             temporary.write_text(text, encoding="utf-8")
     show(report)
     stdout.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
-    for line in next_commands(report, dict(zip(table.run_id, table.folder, strict=True))):
+    for line in onward.commands(report.blocks, table, selection.study):
         stdout.print(escape(runnable(line)), soft_wrap=True)
     return Written(folder / "report.html", figures)
-
-
-def next_commands(report: Report, places: dict[str, str]) -> list[str]:
-    """Commands that go on from the first block, with the folders of runs by id: its two best rows held against each
-    other, and images from the best that has its weights."""
-    named = [row[0].run for row in report.blocks[0].ranking.rows] if report.blocks else []
-    folders = [places[run] for run in named if run]
-    pair = f"Compare the best two: python -m bench.diff {shlex.join(folders[:2])}"
-    whole = [folder for folder in folders if (Path(folder) / "tokenizer.safetensors").is_file()]
-    images = [f"Generate images: python -m bench.prior {shlex.quote(folder)}" for folder in whole[:1]]
-    return [pair] * (len(folders) > 1) + images
 
 
 def priors_over(selection: Selection) -> tuple[pd.DataFrame, list[str]]:
@@ -286,7 +274,7 @@ def _advice(block: pd.DataFrame, verdicts: list[Verdict]) -> Advice:
     longest = block[block.steps == block.steps.max()]
     if len(longest) == len(block):
         return advice(block, verdicts)
-    line, warnings = advice(longest, backbone_verdicts(longest, (main_metric(longest),)))
+    line, warnings, _ = advice(longest, backbone_verdicts(longest, (main_metric(longest),)))
     return Advice(
         f"At {longest.steps.iloc[0]:,.0f} steps, the most that were run: {line[0].lower()}{line[1:]}", warnings
     )
@@ -342,13 +330,27 @@ def _facts(selection: Selection, table: pd.DataFrame, damaged: int) -> dict[str,
     known = dict.fromkeys(("finished", *FAILURES, *sorted(counts)))
     runs = [f"{counts[status]} {status}" for status in known if counts[status]]
     facts = {"backbones": ", ".join(sorted(table.backbone.unique()))}
-    facts["swept"] = "; ".join(f"{name} {_values(table[name])}" for name in settings(table)) or "nothing"
+    ended = table[table.status == "finished"]
+    rows = table if ended.empty else ended
+    facts["swept"] = "; ".join(f"{name} {_values(rows[name])}" for name in _swept(table)) or "nothing"
     if selection.study:
         facts = {"kind": selection.study["kind"], **facts}
         planned = len(selection.study["runs"] | selection.study.get("confirmed", {})) - len(table) - damaged
         runs += [f"{planned} planned but not started"] if planned else []
     facts |= {"seeds": _values(table.seed), "runs": ", ".join(runs).replace("_", " ")}
     return {name: text or "none" for name, text in facts.items()}
+
+
+def _swept(table: pd.DataFrame) -> list[str]:
+    """Fields that take several values among the finished rows that were measured the same way, or among all where none
+    is; a width or depth that follows from the other fields, as one that is solved for a budget does, is none."""
+    found: dict[str, None] = {}
+    for rows in frames.protocols(frames.coded(table)) or [table]:
+        names = settings(rows)
+        others = [name for name in names if name not in SIZES]
+        sizes = rows.groupby(["backbone", *others], dropna=False)[[*SIZES]].nunique().max() > 1
+        found |= dict.fromkeys(name for name in names if name in others or not others or sizes[name])
+    return [name for name in CONFIG if name in found]
 
 
 def _values(column: pd.Series) -> str:
@@ -417,19 +419,20 @@ def show(report: Report) -> None:
         for sentence in filter(None, [block.within, *block.headline[:BRIEF]]):
             stdout.print(escape(sentence), soft_wrap=True)
         if (rows := len(ranking.rows) - BRIEF) > 0 or len(block.headline) > BRIEF:
-            what = [f"{rows:,} more rows"] * (rows > 0)
-            what += [f"{len(block.headline) - BRIEF:,} more sentences"] * (len(block.headline) > BRIEF)
+            what = [so_many(rows, "more row")] * (rows > 0)
+            what += [so_many(len(block.headline) - BRIEF, "more sentence")] * (len(block.headline) > BRIEF)
             stdout.print(f"{' and '.join(what)} in the report.")
     if len(report.blocks) > BRIEF:
-        stdout.print(f"{len(report.blocks) - BRIEF} more blocks, of other bits or protocols, in the report.")
+        stdout.print(f"{so_many(len(report.blocks) - BRIEF, 'more block')}, of other bits or protocols, in the report.")
     for sentence in report.answers:
         stdout.print(escape(sentence), soft_wrap=True)
     for claim, answer, evidence in report.claims.rows:
         stdout.print(escape(f"{answer.text}: {claim.text} ({evidence.text})"), soft_wrap=True)
     for title, sheet in report.search:
-        stdout.print(escape(f"{title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
+        stdout.print(escape(f"{title}: {so_many(len(sheet.rows), 'row')}; see the report."), soft_wrap=True)
     for title, sheet in report.generation:
-        stdout.print(escape(f"Generation, {title}: {len(sheet.rows)} rows; see the report."), soft_wrap=True)
+        rows = so_many(len(sheet.rows), "row")
+        stdout.print(escape(f"Generation, {title}: {rows}; see the report."), soft_wrap=True)
     if report.refusals.rows:
         names = ", ".join(dict.fromkeys(row[1].text for row in report.refusals.rows))
         stdout.print(f"{len(report.blocks)} blocks are not ranked against each other: they differ in {names}.")

@@ -31,6 +31,7 @@ SHORT = {  # headings on the terminal, by lines, where labels are too wide
 }
 NONE = "–"
 WIDEST = 10_000  # characters of a table
+BRIEF = 8  # rows, sentences or names where there is little room
 
 
 class Cell(NamedTuple):
@@ -150,6 +151,11 @@ def put(table: Table, whole: str, gone: Sequence[str] = ()) -> None:
         stdout.print(
             escape(f"No room for {', '.join(' '.join(name.split()) for name in names)}: see {whole}."), soft_wrap=True
         )
+
+
+def so_many(count: int, what: str) -> str:
+    """A number of things in words: 1 row, 2 rows."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def fits(table: Table) -> bool:

@@ -166,7 +166,7 @@ def test_page_markdown_and_terminal_open_with_it(store, capsys):
     selection = select([], store.root)
     report = contents(selection, frame(selection.runs), frame([]))
     (block,) = report.blocks
-    line, (warning, *others) = block.advice
+    line, (warning, *others), _ = block.advice
     show(report)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith(f"{block.title}. {line} {warning}")

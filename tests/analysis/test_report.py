@@ -19,10 +19,12 @@ import pytest
 from PIL import Image
 from rich.table import Table
 
+from backbones import BACKBONES
 from bench import diff
 from bench import report as command
 from bench.analysis import charts, data, rankings, report, statistics, tables
 from bench.analysis.frames import CLOCKED, CONFIG, METRICS, PRIOR, blocks, frame, load_runs, with_rates
+from bench.analysis.page import html
 from bench.analysis.rankings import LIMIT, RANKED, generation, ranking, refusals, run_list, verdict_list
 from bench.analysis.report import Report, Selection, contents, markdown, select, write_report
 from bench.analysis.slices import protocol_scopes
@@ -240,6 +242,41 @@ def test_a_verdict_is_listed_with_its_signs_and_named_better():
     assert texts[0] == ["PSNR dB", "cnn", "vit", "", "5", "−0.500", seeds, images, "0.012", "vit better"]
     assert texts[1][-1] == "not distinguishable"
     assert texts[2] == ["PSNR dB", "cnn", "vit", "", "2", "+0.500", NONE, NONE, NONE, "too few seeds"]
+
+
+def test_swept_is_what_varies_among_scored_runs_that_were_measured_alike():
+    """Neither the settings of unfinished runs, nor widths that follow from others, nor what sets two blocks apart."""
+    runs = [(smoke(beta=beta, width=width), {"psnr": 20.0}) for beta, width in ((0.25, 20), (1.0, 24))]
+    other = (make_config("cnn", "cpu", beta=0.25), {"psnr": 20.0, "protocol_fingerprint": "e" * 64})
+    unfinished = made((smoke(beta=0.5, lr=1.0), {}), status="unfinished")
+    table = pd.concat([made(*runs, other), unfinished], ignore_index=True)
+    found = contents(Selection("all", [], Path("results")), table, frame([], PRIOR))
+    assert found.facts["swept"] == "beta 0.25, 1"
+    wide = [(smoke(width=width, depth=depth), {"psnr": 20.0}) for width in (20, 24) for depth in (1, 2)]
+    assert about(*wide).facts["swept"] == "width 20, 24; depth 1, 2"
+
+
+def test_of_few_images_a_frechet_distance_is_told_as_biased():
+    for count, told in ((999, True), (1000, False)):
+        table = made((smoke(), {"lpips_alex": 0.3, "fid_vgg16": 20.0, "protocol_count": count}))
+        notes = ranking(table, table[:0]).notes
+        assert any("Fréchet distances of fewer than 1,000 images" in note for note in notes) is told
+    table = made((smoke(), {"lpips_alex": 0.3, "protocol_count": 9}))
+    assert not any("Fréchet" in one for one in ranking(table, table[:0]).notes)
+
+
+def test_a_wall_of_verdicts_is_folded_on_the_page(store):
+    """Six backbones have fifteen pairs in two metrics: the first are in sight, all are there."""
+    for name in BACKBONES:
+        for seed in range(3):
+            fabricate(store, smoke(name, seed=seed))
+    found = report_of(store)
+    (block,) = found.blocks
+    assert len(block.headline) == 30
+    page = unescape(html(found, [], None, store.root))
+    first, _, rest = page.partition("22 more sentences on backbones</summary>")
+    assert all(sentence in first for sentence in block.headline[:8])
+    assert all(sentence in rest and sentence not in first for sentence in block.headline[8:])
 
 
 def test_the_facts_count_every_run_once(tmp_path):
