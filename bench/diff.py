@@ -7,6 +7,7 @@ A run is named by its folder, or by its id below --results or the beginning of i
 "Better" and "worse" are said of B, and only where the two may be ranked against each other.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import instruments
-from bench.analysis.frames import CLOCKED, METRICS, differing, read
+from bench.analysis.frames import CLOCKED, CONFIG, METRICS, differing, frame, read, unsteady
 from bench.analysis.tables import put
 from bench.core.cli import command, command_line
 from bench.core.errors import UserError
-from bench.core.progress import say, stdout
+from bench.core.progress import runnable, say, stdout
 from bench.core.runs import Run
 from bench.core.store import Store
 from bench.priors.config import PriorConfig
 
 LABEL = 30  # characters of what a metric is called in one line
-TIMELESS = {"seed", "beta", "lr", "weight_decay"}  # settings that no clock shows
-CLOCKS = {"train_seconds": ("s", "of training"), "images_per_second_encode": ("images/s", "encoded")}
-CLOCKS |= {"images_per_second_decode": ("images/s", "decoded")}
-FACTOR = 1.5  # of two clocks that a quiet machine does not explain
+TIMELESS = ("seed", "beta", "lr", "weight_decay")  # settings that no clock shows
 Pairs = dict[str, tuple[Any, Any]]  # by name the value in run A and the one in run B, where they are not equal
 
 
@@ -66,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(a: Run, b: Run) -> None:
-    """Prints how ``b`` differs from ``a``. Clocked metrics of two machines, or of a busy one, are not ranked."""
+    """Prints how ``b`` differs from ``a``. Clocked metrics of two environments or a busy machine are not ranked."""
     for letter, run in (("A", a), ("B", b)):
         _say(f"{letter}: {run.folder}" + ("" if run.finished else f" ({run.status}: {run.reason or 'no scores yet'})"))
 
@@ -75,10 +73,7 @@ def show(a: Run, b: Run) -> None:
     if set(config) == {"seed"}:
         _say("The same configuration with another seed: the differences are seed noise.")
     environment = _unequal(_flat(a.environment()), _flat(b.environment()))
-    unlike = [] if environment or config.keys() - TIMELESS else unlike_clocks(a, b)
-    busy = f"The same environment, but the clocks differ: {', '.join(unlike)}; other work ran beside one of them, so"
-    same = f"{busy} what is clocked is not ranked." if unlike else "The same environment."
-    _show_pairs("Environment", environment, same)
+    _show_pairs("Environment", environment, "The same environment.")
     if not (a.finished and b.finished):
         _say("No metrics to compare: both runs must be finished.")
         return
@@ -93,8 +88,12 @@ def show(a: Run, b: Run) -> None:
     if refusals:
         _say(f"The two must not be ranked against each other: they differ in {', '.join(refusals)}.")
     ranked = set() if refusals else {name for name, metric in METRICS.items() if metric.better}
-    if unlike or environment.keys() & {"processor", "threads"}:
+    if environment.keys() - {"commit"}:
         ranked -= set(CLOCKED)
+    elif busy := busy_clocks(a, b):
+        ranked -= busy.keys()
+        each = ", ".join(f"{METRICS[name].label} (×{times:.1f})" for name, times in busy.items())
+        _say(f"Not ranked, as equal work differs from run to run, so that the machine was busy: {each}.")
     shown, equal = metric_table(table, ranked)
     if shown.row_count:
         put(shown, "a wider terminal")
@@ -104,18 +103,33 @@ def show(a: Run, b: Run) -> None:
         _say("All that instruments found is in instruments.json of either run.")
     if ranked:
         _say(_images(a, b))
+        if set(config) - {"seed"}:
+            _say(runnable(chance(a, b)))
 
 
-def unlike_clocks(a: Run, b: Run) -> list[str]:
-    """Which clocks of two runs of the same work are FACTOR or more apart, each in words; none of unfinished ones."""
+def busy_clocks(a: Run, b: Run) -> dict[str, float]:
+    """The clocks that measured what else the machine did, as reports have it (see ``unsteady``): by the runs beside
+    ``a`` and ``b`` that are the same work as one of them, on the same machine. None of unfinished ones."""
     if not (a.finished and b.finished):
-        return []
-    clocks = [(told, a.metrics().get(name), b.metrics().get(name)) for name, told in CLOCKS.items()]
-    return [
-        f"{one:.4g} {unit} against {other:.4g} {unit} {what}"
-        for (unit, what), one, other in clocks
-        if one and other and max(one, other) >= FACTOR * min(one, other)
-    ]
+        return {}
+    kinds = {run.folder.name.rpartition("-")[0] for run in (a, b)}  # an id is what is trained, and a digest
+    shelves = {run.folder.resolve().parent for run in (a, b)}
+    beside = {path for shelf in shelves for path in shelf.iterdir() if path.name.rpartition("-")[0] in kinds}
+    own, others = frame([a, b]), frame(map(Run, sorted({*beside} | {a.folder.resolve(), b.folder.resolve()})))
+    same = [name for name in (*CONFIG, "processor", "threads") if name not in TIMELESS]
+    alike = others[others.status == "finished"].merge(own[same].drop_duplicates(), on=same)
+    return unsteady(alike.assign(**dict.fromkeys(TIMELESS, 0)))
+
+
+def chance(a: Run, b: Run) -> str:
+    """What one run each does not tell, and the command that does, in a sentence."""
+    words = "One run each says nothing about chance: "
+    files = [run.folder / "config.toml" for run in (a, b)]
+    if not all(file.is_file() for file in files):  # older runs have none
+        return f"{words}train more seeds of both, and python -m bench.report tells whether they agree."
+    each = [["--config", file, "--seeds", 0, 1, 2, "--results", file.parent.parent.parent] for file in files]
+    first, second = (f"python -m bench.run {shlex.join(map(str, one))}" for one in each)
+    return f"{words}{first}, then {second}, and python -m bench.report tells whether other seeds agree."
 
 
 def metric_table(table: pd.DataFrame, ranked: set[str]) -> tuple[Table, list[str]]:

@@ -133,32 +133,54 @@ def test_environment_differences(store, diff):
     assert line(out, "versions.torch") == ["versions.torch", "2.5.0", "2.6.0"]
     assert line(out, "python") == ["python", "–", "3.12.1"]
     assert "versions.numpy" not in out
-    assert words_on_b(out)["train_seconds"] in ("better", "worse")
+    assert words_on_b(out)["train_seconds"] == "–"
+
+
+def test_another_commit_is_no_other_machine(store, diff):
+    a, b = (
+        changed_environment(fabricate(store, smoke()), commit="abc"),
+        fabricate(store, smoke("vit"), train_seconds=9.0),
+    )
+    assert words_on_b(diff(a, changed_environment(b, commit="def"))[1])["train_seconds"] == "better"
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"beta": 0.5, "lr": 1e-3}])
 def test_one_machine_that_was_busy_is_told_by_its_clocks(store, diff, changes):
-    """Of the same work, and what is clocked is then not ranked; half as much again is what machines do."""
+    """Of the same work, by the factor that reports have; what is clocked so is then not ranked."""
     quick = fabricate(store, smoke(), train_seconds=120.0)
-    slow = fabricate(store, smoke(**changes), 0.1, train_seconds=480.0, images_per_second_encode=100.0)
-    _, out, _ = diff(quick, slow)
-    told = "The same environment, but the clocks differ: 120 s against 480 s of training, "
-    assert told in out
-    assert "images/s against 100 images/s encoded; other work ran beside one of them, so what is clocked" in out
-    words = words_on_b(out)
-    assert words["train_seconds"] == words["images_per_second_encode"] == "–"
-    assert words["psnr"] in ("better", "worse")
-    near = fabricate(store, smoke(seed=2), train_seconds=170.0)
-    _, out, _ = diff(quick, near)
-    assert "The same environment." in out
-    assert words_on_b(out)["train_seconds"] == "worse"
+    near = fabricate(store, smoke(**changes), 0.1, train_seconds=137.0)
+    assert words_on_b(diff(quick, near)[1])["train_seconds"] == "worse"
+    slow = fabricate(store, smoke(**changes), 0.1, train_seconds=139.0, images_per_second_encode=100.0)
+    for pair in ((quick, slow), (slow, quick)):
+        _, out, _ = diff(*pair)
+        assert "the machine was busy: encode images/s (×" in out
+        assert "train s (×1.2)." in out
+        words = words_on_b(out)
+        assert words["train_seconds"] == words["images_per_second_encode"] == "–"
+        assert words["psnr"] in ("better", "worse")
 
 
-def test_other_work_has_other_clocks_and_nobody_was_busy(store, diff):
-    other = fabricate(store, smoke("vit"), train_seconds=480.0)
-    _, out, _ = diff(fabricate(store, smoke(), train_seconds=120.0), other)
-    assert "The same environment." in out
-    assert words_on_b(out)["train_seconds"] == "worse"
+def test_other_work_has_other_clocks_until_equal_work_beside_it_has_them_too(store, diff):
+    """Further seeds tell that the machine was busy, where they were run on it; runs that are no equal work do not."""
+    a, b = fabricate(store, smoke(), train_seconds=120.0), fabricate(store, smoke("vit"), train_seconds=480.0)
+    fabricate(store, smoke("vit", codebook_size=64), train_seconds=999.0)
+    changed_environment(fabricate(store, smoke("vit", seed=1), train_seconds=999.0), threads=64)
+    assert words_on_b(diff(a, b)[1])["train_seconds"] == "worse"
+    fabricate(store, smoke("vit", seed=2), train_seconds=700.0)
+    _, out, _ = diff(a, b)
+    assert "Not ranked, as equal work differs from run to run, so that the machine was busy: train s (×1.5)." in out
+    assert words_on_b(out)["train_seconds"] == "–"
+
+
+def test_it_ends_with_what_one_run_each_does_not_tell(store, diff):
+    a, b, again = (fabricate(store, config) for config in (smoke(), smoke("vit"), smoke(seed=1)))
+    assert "One run each says nothing about chance: train more seeds of both, and " in diff(a, b)[1]
+    for run in (a, b):
+        (run.folder / "config.toml").touch()
+    last = diff(a, b)[1].splitlines()[-1]
+    for run in (a, b):
+        assert f"-m bench.run --config {run.folder}/config.toml --seeds 0 1 2 --results {store.root}" in last
+    assert "chance" not in diff(a, again)[1]
 
 
 def test_clocks_of_two_machines_are_not_ranked(store, diff):
