@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -37,6 +38,7 @@ PRIOR_SETTINGS = {"prior_parameters": "parameters", "prior_steps": "steps", "sam
 SHAPE = ("backbone", "width", "depth", "image_size", "grid_size", "batch_size", "lpips_weight", "lpips_net")
 SHAPE += ("quantizer", "codebook_size", "code_dim", "device", "precision", "gan_weight", *OPTIONS)
 SHAPE += ("alignment_weight", "alignment_model", "freeze")  # what the time of a step depends on
+SCORED = ("data", "split", "image_size")  # which images are scored, on which the time of that depends most
 LONGEST_NAME = 200  # bytes of a study's name: files are called by it, and by a few letters more
 PACED = 20  # runs of a shape that its time is estimated by
 START_SECONDS = 5.0  # until a command that has imported everything begins its first trials
@@ -248,10 +250,12 @@ class Plan:
             about = "unknown" if seconds is None else f"{seconds / 60:.1f} min"
             table.add_row(backbone, f"{cells} × {len(self.seeds)}", *map(str, counts), about)
         total = makespan(every, workers) + START_SECONDS * bool(every)
-        table.caption = f"{total / 60:.0f} min, training and scoring, {workers} at a time, as finished runs took"
-        if tried:
-            table.caption += f", or {REHEARSED} steps that were tried now ({', '.join(tried)})"
-            table.caption += "" if all(tried.values()) else ", these without scoring"
+        sources = ["finished runs"] * any(row.missing and name not in tried for name, row in rows.items())
+        sources += [f"{REHEARSED} steps that were tried now ({', '.join(tried)})"] * bool(tried)
+        lacking = ", ".join(name for name, scored in tried.items() if not scored)
+        table.caption = f"{total / 60:.0f} min, {workers} at a time, by {' and '.join(sources) or 'finished runs'}\n"
+        table.caption += f"scoring of {lacking} comes on top" if lacking else "scoring is included"
+        table.caption += "; too long where other work ran beside them"
         if unknown:
             others = "" if len(unknown) == len(rows) else f"{table.caption}; "
             table.caption = f"{others}unknown of {', '.join(unknown)}, until a run of the same size is finished"
@@ -388,7 +392,7 @@ def estimates(configs: list[Config], known: pd.DataFrame, threads: int) -> list[
 
 def with_rehearsals(known: pd.DataFrame, missing: list[Config]) -> tuple[pd.DataFrame, dict[str, bool]]:
     """``known`` with a row for each shape of ``missing`` that it has none of, by a few steps that are trained now, or
-    were once; and the backbones of these, with whether scoring counts: as the median of finished runs on as large
+    were once; and the backbones of these, with whether scoring counts: as the median of finished runs on the same
     images. Shapes whose step may take a CPU minutes are left out, as is what cannot be trained here."""
     shapes = {shape_of(config): config for config in missing}
     found = estimates([*shapes.values()], known, torch.get_num_threads())
@@ -396,7 +400,8 @@ def with_rehearsals(known: pd.DataFrame, missing: list[Config]) -> tuple[pd.Data
     for config in (
         config.resolved() for config, seconds in zip(shapes.values(), found, strict=True) if seconds is None
     ):
-        alike = known[(known.status == "finished") & (known.image_size == config.image_size)]
+        same = (known[name] == getattr(config, name) for name in SCORED)
+        alike = known[np.logical_and.reduce([known.status == "finished", *same])]
         with suppress(UserError):
             if step_flops(config) <= SHORT or config.device != "cpu":
                 seconds = config.steps * step_seconds(config, REHEARSED)

@@ -324,16 +324,31 @@ def test_what_never_ran_is_priced_by_a_few_steps_and_by_the_scoring_of_others(tm
     timed = []
     monkeypatch.setattr(plan, "step_seconds", lambda config, steps: timed.append((config, steps)) or 0.5)
     threads = torch.get_num_threads()
-    for finished, seconds in ((done, 80.0), (done.assign(image_size=64), 50.0)):
+    others = ({"image_size": 64}, {"data": "cifar10"}, {"split": "val"})
+    for finished, seconds in ((done, 80.0), *((done.assign(**other), 50.0) for other in others)):
         found, tried = plan.with_rehearsals(finished, made)
         assert estimates(made, found, threads) == pytest.approx([seconds] * 2)
         assert tried == {"cnn": seconds == 80}
-    assert [(plan.shape_of(config), steps) for config, steps in timed] == [(plan.shape_of(made[0]), 4)] * 2
+    assert [(plan.shape_of(config), steps) for config, steps in timed] == [(plan.shape_of(made[0]), 4)] * 4
     found, tried = plan.with_rehearsals(table(known(made[0], 5.0)), made)
-    assert (len(found), tried, len(timed)) == (1, {}, 2)
+    assert (len(found), tried, len(timed)) == (1, {}, 4)
     monkeypatch.setattr(plan, "SHORT", 1e6)
     assert plan.with_rehearsals(done, made)[1] == {}
-    assert len(timed) == 2
+    assert len(timed) == 4
+
+
+def test_a_plan_says_what_its_estimate_is_from_and_whether_scoring_is_in_it(tmp_path, monkeypatch):
+    found = planned(SWEEP, tmp_path, "--steps", "60")
+    told = {}
+    for name, tried in (("runs", {}), ("both", {"cnn": True}), ("steps", {"cnn": True, "vit": False})):
+        monkeypatch.setattr(plan, "with_rehearsals", lambda known, missing, tried=tried: (known, tried))
+        monkeypatch.setattr(plan, "estimates", lambda configs, *_: [60.0] * len(configs))
+        told[name] = found.table().caption.splitlines()
+    long = "; too long where other work ran beside them"
+    assert told["runs"] == ["16 min, 1 at a time, by finished runs", f"scoring is included{long}"]
+    steps = "4 steps that were tried now"
+    assert told["both"] == [f"16 min, 1 at a time, by finished runs and {steps} (cnn)", f"scoring is included{long}"]
+    assert told["steps"] == [f"16 min, 1 at a time, by {steps} (cnn, vit)", f"scoring of vit comes on top{long}"]
 
 
 @pytest.mark.slow
@@ -344,7 +359,7 @@ def test_a_plan_of_a_new_study_tells_minutes(tmp_path, monkeypatch):
     found = planned(SWEEP, tmp_path, "--backbone", "cnn", "--codebook-size", "64", *size)
     minutes = re.fullmatch(r"(.*) min", next(iter(found.table().columns[-1].cells)))
     assert 0.01 < float(minutes[1]) < 100
-    assert "4 steps that were tried now (cnn), these without scoring" in found.table().caption
+    assert "by 4 steps that were tried now (cnn)\nscoring of cnn comes on top" in found.table().caption
 
 
 def test_a_searchs_table_counts_what_it_has_tried(tmp_path, monkeypatch):
