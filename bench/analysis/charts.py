@@ -35,7 +35,7 @@ STYLE = {  # files are the same bytes each time, SVG text stays text, and a $ in
     "svg.fonttype": "none",
     "text.parse_math": False,
 }
-REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}  # k-means on patches
+REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.2, "marker": "_"}  # k-means on patches
 
 
 class Chart(NamedTuple):
@@ -112,8 +112,9 @@ def _against(name: str, lines: list[pd.DataFrame], metrics: list[str], means: bo
             reference = f"{metric}_kmeans"
             if means and reference in line and line[reference].notna().any():
                 mean = line[reference].groupby(x[line.index]).mean()
-                axes.plot(mean.index, mean, marker="_", zorder=1, **REFERENCE)
-                entries = {"k-means on patches": REFERENCE} | more
+                look = REFERENCE if len(mean) > 1 else REFERENCE | {"linestyle": "none"}  # which joins nothing
+                axes.plot(mean.index, mean, zorder=1, **look)
+                entries = {"k-means on patches": look} | more
         looks.scale_x(axes, rows[name], name)
         looks.least_span(axes)
         axes.set_ylabel(label_of(metric))

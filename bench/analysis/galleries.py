@@ -94,7 +94,7 @@ def _curve_axes(quantities: list[str], names: list[str]) -> tuple[Figure, dict[t
         if quantity != "perplexity":
             axes.set_yscale("log")
             looks.plain_log(axes.yaxis)
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if name == names[0]:
             axes.set_ylabel(QUANTITIES[quantity])

@@ -9,6 +9,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .files import atomic_path
@@ -58,16 +59,24 @@ def curves(path: Path, history: list[dict[str, float]], codebook_size: int | Non
     for name in ("reconstruction", "quantizer", "lpips"):
         if all(row.get(name, 0) > 0 for row in history):
             sns.lineplot(x=steps, y=[row[name] for row in history], ax=left, label=name)
-    left.set(xlabel="step", ylabel="training loss, unweighted", yscale="log", title=title)
+    left.set(ylabel="training loss, unweighted", yscale="log", title=title)
     for right in others:
         sns.lineplot(x=steps, y=[row[beside] for row in history], ax=right, label=beside.replace("_", " "))
         if codebook_size:
             sns.lineplot(x=steps, y=[row["codes_used"] for row in history], ax=right, label="codes in use")
             right.axhline(codebook_size, color="0.5", linestyle=":", label=f"K = {codebook_size}")
             right.set(ylabel="codes, over one logging window", ylim=(0, 1.05 * codebook_size))
-        right.set(xlabel="step")
-        right.legend(loc="lower right")
+    for axes in (left, *others):
+        _against_steps(axes)
     save(figure, path)
+
+
+def _against_steps(axes: Axes) -> None:
+    """Makes the axis below one of whole steps, and puts the legend under it, where no curve is."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
 
 
 def whole_windows(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -111,8 +120,8 @@ def prior_curve(path: Path, history: list[dict[str, float]], metrics: dict[str, 
     floor, rate = metrics["coded_bits_per_token_independent"], metrics["coded_bits_per_token"]
     axes.axhline(floor, color="0.5", linestyle=":", label=f"independent, held out: {floor:.2f}")
     axes.axhline(rate, color="0.2", linestyle="--", label=f"held out: {rate:.2f}")
-    axes.set(xlabel="step", ylabel="bits per token", title=title)
-    axes.legend(loc="upper right")
+    axes.set(ylabel="bits per token", title=title)
+    _against_steps(axes)
     save(figure, path)
 
 

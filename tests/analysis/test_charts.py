@@ -159,6 +159,26 @@ def test_heat_maps_and_rate_distortion_show_means(store):
     np.testing.assert_allclose(drawing.figure.axes[0].get_xticks(), [96 / 1024, 112 / 1024])
 
 
+@pytest.mark.parametrize("values", [(64, 128), (64,)])
+def test_kmeans_looks_in_the_legend_as_among_the_points(values):
+    """A line of marks, or of a single rate, which joins nothing, a mark."""
+    scores = {"psnr": 20.0, "psnr_kmeans": 21.0, "psnr_webp": 22.0, "bits_per_pixel_webp": 0.1}
+    rows = [{"codebook_size": value, "bits_per_pixel": value / 1024, **scores} for value in values]
+    (drawing,) = charts.rate_distortion(scope(made(*rows)))
+    (shown,) = (line for line in drawing.figure.axes[0].get_lines() if line.get_marker() == "_")
+    (entry,) = (one for one in drawing.figure.legends[0].legend_handles if one.get_label() == "k-means on patches")
+    looks_of = [(line.get_marker(), line.get_linestyle(), line.get_color()) for line in (shown, entry)]
+    assert looks_of[0] == looks_of[1]
+    assert (shown.get_linestyle() == "None") is (len(values) == 1)
+
+
+def test_learning_curves_of_few_steps_have_whole_ones(store):
+    _, grid = galleries._curve_axes(["reconstruction"], [""])
+    (axes,) = grid.values()
+    axes.set_xlim(1, 3)
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
 @pytest.mark.parametrize(("metric", "best"), [("lpips_vgg", 0.2), ("psnr", 22.0)])
 def test_the_best_place_of_a_heat_map_is_the_yellow_one(metric, best):
     """Where less is better the least, where more is better the most."""

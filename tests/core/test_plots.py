@@ -114,6 +114,23 @@ def test_curves_are_the_columns_of_the_history(figures):
     assert lines(figures[1].axes[0])["lpips"] == [0.5] * 3
 
 
+def test_steps_are_whole_and_no_legend_lies_on_a_curve(figures):
+    """Also of a run of three steps."""
+    history = [
+        {"step": k, "reconstruction": 8 / k, "quantizer": 4 / k, "lpips": 1 / k, "perplexity": 9 + k, "codes_used": 9}
+        | {"bits_per_token": 9 - k}
+        for k in (1, 2, 3)
+    ]
+    plots.curves(None, history, 64, "")
+    plots.prior_curve(None, history, {"coded_bits_per_token": 6.5, "coded_bits_per_token_independent": 8.25}, "")
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            assert all(tick == round(tick) for tick in axes.get_xticks())
+            assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+            assert axes.get_legend().get_window_extent().y0 >= 0
+
+
 def test_curves_end_with_their_last_whole_window(figures):
     history = [{"step": k, "reconstruction": 1.0, "perplexity": k, "codes_used": 20} for k in (6, 12, 18, 22)]
     plots.curves(None, history, 64, "")
