@@ -37,6 +37,7 @@ from bench.priors.config import PriorConfig
 from bench.priors.models.masked import BOUND
 from bench.priors.pixels import BITS, PIXELS, Pixels
 from bench.priors.trial import run_prior
+from bench.tokenizers.curves import undecided
 from bench.training.track import Track
 
 # Metrics that the table shows, those of them that the runs have.
@@ -127,12 +128,31 @@ def work(arguments: list[str]) -> int:
         bound = f" Masked was drawn in {options.passes} passes. {BOUND}" * ("masked" in options.prior)
         line = protocol_line(finished[0]) + bound + f" {BITS}" * (pixels is not None)
         stdout.print(escape(line), soft_wrap=True)
+        codes = [of_its_codes(one) for one in tokenizers if one is not pixels]
+        for line in filter(None, [*map(not_done, finished), *codes]):
+            stdout.print(f"[yellow]not done:[/] {escape(line)}", soft_wrap=True)
         shown = finished[-1].folder
         again = ["--config", str(shown / "config.toml"), "--results", str(shown.parent.parent)]
         stdout.print(escape(f"Pictures: {shown}/samples.png, neighbours.png"), soft_wrap=True)
         if (shown / "config.toml").is_file():  # older runs have none
             stdout.print(escape(runnable(f"Repeat: python -m bench.prior {shlex.join(again)}")), soft_wrap=True)
     return 1 if diverged else 0
+
+
+def not_done(run: Run) -> str:
+    """What says that a prior has learned less than how often each code is used, in a line; empty where nothing does."""
+    config, metrics = run.config(), run.metrics()
+    rates = metrics["coded_bits_per_token"], metrics["coded_bits_per_token_independent"]
+    if rates[0] <= rates[1]:
+        return ""
+    told = f"worse than independent codes ({rates[0]:.2f} bits per token against {rates[1]:.2f})"
+    return f"{config['prior']} {config['seed']}: {told}: train longer"
+
+
+def of_its_codes(tokenizer: Run) -> str:
+    """The same of a tokenizer that is worse than k-means, whose codes are little to generate from."""
+    reasons = undecided(tokenizer.metrics(), [])
+    return f"the tokenizer {tokenizer.folder.name} is {reasons[0]}: train that for longer first" if reasons else ""
 
 
 def result_table(runs: list[Run]) -> Table:

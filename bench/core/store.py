@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -58,7 +59,8 @@ class Store:
         if len(exact or runs) == 1:
             return (exact or runs)[0]
         if runs:
-            raise UserError(f"{name!r} is the beginning of {_some([run.folder.name for run in runs])}; give more of it")
+            known = _some([f"{run.folder.name} ({run.status})" for run in runs[: LISTED + 1]])
+            raise UserError(f"{name!r} is the beginning of {known}; give more of it")
         for folder in (Path(name), self.named(name).folder):
             if folder.is_dir():
                 raise UserError(f"{folder} has no config.json, so it is no run; name a folder like results/runs/RUN_ID")
@@ -150,7 +152,10 @@ def find_tokenizer(name: str, results: Path) -> Run:
         raise UserError(f"{name} is the run of a prior; name that of a tokenizer: {known_tokenizers(results)}")
     check_whole(run)
     if not run.finished:
-        raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with python -m bench.run first")
+        recipe, words = run.folder / "config.toml", ["python", "-m", "bench.run"]
+        if recipe.is_file():  # older runs have none
+            words += ["--config", str(recipe), "--results", str(run.folder.parent.parent)]
+        raise UserError(f"the tokenizer run {run.folder} is {run.status}; finish it with {shlex.join(words)} first")
     if run.elsewhere:
         raise UserError(f"{run.folder} was trained elsewhere, and its scores alone are here; name a tokenizer of ours")
     if not (run.folder / "tokenizer.safetensors").is_file():

@@ -125,7 +125,8 @@ def _encode(meta: Path, tokenizer: Tokenizer, data: Data, identity: str) -> None
     mirrored = config.augment != "none"
     kind = np.min_scalar_type(config.codebook_size - 1)
     held_out = data.images(config.split)
-    with Bar("encoding", len(held_out) + len(data.train) * (1 + mirrored)) as bar:
+    label = "encoding images" + ", those to train on mirrored, too" * mirrored
+    with Bar(label, len(held_out) + len(data.train) * (1 + mirrored)) as bar:
         for split, images, mirror in (("train", data.train, mirrored), ("held_out", held_out, False)):
             passes = []
             for flip in (False, True)[: 1 + mirror]:

@@ -270,7 +270,24 @@ def test_runs_that_are_no_tokenizers(results, capsys):
     assert "name the run of a tokenizer" in err
     assert f"unknown run 'nothing'; below {results / 'runs'} there are {folder.name}" in err
     assert "is the run of a prior" in err
-    assert runnable("is unfinished; finish it with python -m bench.run first") in err
+    again = f"--config {folder.resolve()}/config.toml --results {results.resolve()} first"
+    assert runnable(f"is unfinished; finish it with python -m bench.run {again}") in err
+
+
+def test_what_is_not_done_is_told_of_priors_and_of_the_tokenizer_under_them(tmp_path):
+    store = Store(tmp_path)
+    poor = fabricate(store, make_config("cnn", "smoke"), psnr=20.0, psnr_kmeans=21.5)
+    good = fabricate(store, make_config("vit", "smoke"), psnr=22.0, psnr_kmeans=21.5)
+    assert prior.of_its_codes(poor) == (
+        f"the tokenizer {poor.folder.name} is 1.5 dB below k-means at the same bits: train that for longer first"
+    )
+    assert prior.of_its_codes(good) == ""
+    told = [
+        prior.not_done(fabricate_prior(store, PriorConfig(good.folder.name, "rnn", seed=seed), bits, 100.0))
+        for seed, bits in enumerate((6.4, 6.5, 6.6))
+    ]
+    worse = "worse than independent codes (6.60 bits per token against 6.50)"
+    assert told == ["", "", f"rnn 2: {worse}: train longer"]
 
 
 def test_changed_images_are_noticed(results, capsys):

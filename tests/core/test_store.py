@@ -245,6 +245,7 @@ def started(store: Store, *names: str) -> None:
 def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store, monkeypatch):
     """A whole id counts before the beginning of others; several, or none, are told with those that there are."""
     started(store, "vit-b", "cnn-a2", "cnn-a", "cnn-a1")
+    store.named("cnn-a1").fail("diverged", "too steep")
     assert [run.folder.name for run in store.runs()] == ["cnn-a", "cnn-a1", "cnn-a2", "vit-b"]
     for name, meant in (("vit", "vit-b"), ("cnn-a", "cnn-a"), ("cnn-a2", "cnn-a2")):
         assert store.find(name) == store.named(meant)
@@ -252,7 +253,9 @@ def test_a_run_goes_by_its_folder_its_id_or_the_beginning_of_one_id(store, monke
     with monkeypatch.context() as patch:
         patch.chdir(store.root / "runs")  # folders are looked for here first, not below the store
         assert store.find("./cnn-a1").folder.resolve() == store.named("cnn-a1").folder
-    with pytest.raises(UserError, match=r"^'cnn' is the beginning of cnn-a, cnn-a1, cnn-a2; give more of it$"):
+    with pytest.raises(
+        UserError, match=r"beginning of cnn-a \(\w+\), cnn-a1 \(diverged\), cnn-a2 \(unfin.*; give more of it$"
+    ):
         store.find("cnn")
     for name in ("b", "a1"):  # a part of an id is not its beginning
         with pytest.raises(UserError) as error:
@@ -272,6 +275,10 @@ def test_a_tokenizer_that_cannot_be_used_is_told_with_the_reason(store):
     run = store.named("cnn-a")
     assert known_tokenizers(store.root) == f"{store.root} has none; train one with python -m bench.run"
     with pytest.raises(UserError, match=r"cnn-a is unfinished; finish it with python -m bench.run first$"):
+        find_tokenizer("cnn", store.root)
+    (run.folder / "config.toml").touch()
+    command = f"python -m bench.run --config {run.folder}/config.toml --results {store.root} first"
+    with pytest.raises(UserError, match=re.escape(f"cnn-a is unfinished; finish it with {command}")):
         find_tokenizer("cnn", store.root)
     run.fail("diverged", "too steep")
     with pytest.raises(UserError, match=r"cnn-a is diverged; finish it"):
