@@ -85,8 +85,10 @@ def work(arguments: list[str]) -> int:
             if size not in originals:
                 originals[size] = np.stack([read(path, size) for path in paths])
             columns.append(reconstruct(tokenizer, folder.name, originals[size], device, bar))
+    before = options.out.read_bytes() if options.out.is_file() else None
     draw(options.out, [path.name for path in paths], originals, columns)
-    stdout.print(f"Picture: {escape(str(options.out))}", soft_wrap=True)
+    replaced = " (another file of that name was overwritten)" * (before not in (None, options.out.read_bytes()))
+    stdout.print(f"Picture: {escape(str(options.out))}{replaced}", soft_wrap=True)
     return 0
 
 

@@ -82,6 +82,18 @@ def test_a_row_per_image_and_a_column_per_tokenizer_with_its_decibels(store, pho
     assert figure.axes[0].images[0].get_array()[..., 1].max() < 20  # the central square alone: no white
 
 
+def test_a_picture_in_the_place_of_another_file_is_told(store, photo, tmp_path, capsys):
+    """And the same once more is no other."""
+    words = (photo, "--run", trained(store), "--out", tmp_path / "x.png")
+    told = []
+    for content in (None, None, b"a picture of years ago"):
+        if content:
+            (tmp_path / "x.png").write_bytes(content)
+        assert command(store, *words) == 0
+        told.append(capsys.readouterr().out)
+    assert ["overwritten" in out for out in told] == [False, False, True]
+
+
 def test_runs_that_would_be_called_alike_are_told_apart(store, photo, drawn, tmp_path):
     folders = [trained(store, seed=seed) for seed in (0, 1)]
     assert command(store, photo, "--run", *folders, folders[0], "--out", tmp_path / "a.png") == 0
