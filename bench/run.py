@@ -196,12 +196,16 @@ def instrument_tables(runs: list[Run]) -> list[Table]:
 
 def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -> str:
     """Where the picture is, and the commands that are most useful after this one, whose words were ``given``: the same
-    with all backbones, or with more seeds, images from the last run that has codes, and that run from its file."""
-    if len(options.backbone) == 1 and not options.init_from:
+    for twice as long where a run asks for that, else with all backbones or with more seeds; images from the last run
+    that has codes, and that run from its file."""
+    longer = options.longer(runs)
+    if longer:
+        others = longer
+    elif len(options.backbone) == 1 and not options.init_from:
         others = ["--backbone", *BACKBONES]
     else:
         others = ["--backbone", *options.backbone, "--seeds", *map(str, range(max(options.seeds) + 2))]
-    if options.recipe and options.match is None:  # whose width is that of its own backbone
+    if options.recipe and options.match is None and not longer:  # whose width is that of its own backbone
         others += ["--match", f"params:{runs[-1].metrics()['params']:.0f}"]
     words = without(given, {word for word in others if word.startswith("--")})
     with_codes = [run for run in runs if QUANTIZERS[run.config()["quantizer"]].discrete]

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 from rich import box
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Column, Table
 from tyro.extras import subcommand_cli_from_dict
 
@@ -31,6 +32,7 @@ from bench.core.runs import Run
 from bench.core.store import Store
 
 ALL = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")
+WIDEST = 10_000  # characters of a table in a file
 URL = tyro.conf.arg(metavar="URL", help_behavior_hint="")
 
 # What a study file needs, and imports: seconds, which the list of a hundred thousand runs is shown in.
@@ -110,7 +112,9 @@ def show(results: Path = Path("results")) -> int:
         none = f"no studies below {results}; start one with python -m studies.beta"
         stdout.print(escape(runnable(none)), soft_wrap=True)
         return 0
-    stdout.print(table)
+    if not stdout.is_terminal:  # where programs read it: a name is one word, whatever its length
+        table.width = Measurement.get(stdout, stdout.options.update(max_width=WIDEST), table).maximum
+    stdout.print(table, crop=False)
     words = ("python", "-m", "bench.report", shown, "--results", str(results))
     stdout.print(escape(runnable(f"Tables and charts of one: {shlex.join(words)}")), soft_wrap=True)
     return 0
@@ -134,6 +138,8 @@ def run(arguments: list[str] | None = None) -> int:
             from bench.sweeps.address import hide_misplaced
 
             words = hide_misplaced(words)
+        if words and not words[0].startswith("-") and words[0] not in known:
+            raise UserError(f"unknown command {words[0]!r}; choose from {', '.join(known)}")
         options = {"args": words, "prog": prog, "description": __doc__}
         return parsed(lambda: subcommand_cli_from_dict(known, **options), prog)()
 

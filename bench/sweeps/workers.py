@@ -21,13 +21,13 @@ from bench.analysis.frames import LABELS
 from bench.analysis.tables import put
 from bench.core import group
 from bench.core.cli import command
-from bench.core.errors import Damaged, Interrupted, UserError
+from bench.core.errors import Interrupted, UserError
 from bench.core.progress import Bar, program, say
 from bench.core.runs import Run
+from bench.data import check_name
 from bench.instruments import choose
 from bench.quantizers import QUANTIZERS
 from bench.tokenizers.arguments import without
-from bench.tokenizers.curves import undecided
 from bench.tokenizers.measure import check_instruments, seen
 from bench.tokenizers.trial import check_processes, prepare
 from bench.training.loop import interruptible
@@ -61,6 +61,7 @@ def work(study: Ablation | Search, description: str, arguments: list[str]) -> in
     """Parses the command line, runs what is missing, and reports. Returns the exit code."""
     group.alone("a study")
     options = parse_study(study, description, arguments)
+    check_name(options.data)
     check_sink(options.track)
     elsewhere = {"device": "cpu"} if options.launcher else {}  # where jobs run, there may be another
     plan = make_plan(study, replace(options, **elsewhere))
@@ -197,12 +198,8 @@ def next_commands(plan: Plan, pages: list[overview.Page], given: list[str]) -> l
         more = ["--confirm", "3"] if plan.options.bits_per_image and not plan.options.confirm else []
     elif plan.failed():
         more = ["--retry-failed"]
-    elif (
-        not plan.options.timed
-        and "steps" not in plan.space
-        and any(map(_short, [cell.run for own in plan.cells.values() for cell in own][:LOOKED_AT]))
-    ):
-        more = ["--steps", str(2 * plan.options.steps)]
+    elif "steps" not in plan.space:
+        more = plan.options.longer([cell.run for own in plan.cells.values() for cell in own][:LOOKED_AT]) or more
     if more and (url is None or without_password(url) == url):  # which is not printed, and must not be another
         words = [*without(given, {more[0]}), *more]
         found.append(shlex.join(["python", "-m", f"studies.{plan.study.name}", *words]))
@@ -211,14 +208,6 @@ def next_commands(plan: Plan, pages: list[overview.Page], given: list[str]) -> l
         if QUANTIZERS[run.config()["quantizer"]].discrete:
             found.append(shlex.join(["python", "-m", "bench.prior", str(run.folder)]))
     return found
-
-
-def _short(run: Run) -> bool:
-    """Whether a finished tokenizer says that it should be trained for longer."""
-    try:
-        return bool(undecided(run.metrics(), run.history()))
-    except (OSError, Damaged):
-        return False
 
 
 def _counts(runs: list[Run]) -> str:
@@ -342,10 +331,12 @@ class Workers:
 
         def watch(rows: list[Row]) -> str | None:
             nonlocal reported
+            told = self.figures.get(label, f"{label}: begins")
             if rows:
                 step, figures = rows[-1]["step"], KINDS[config.SHELF].figures(rows[-1])
                 figures += ", trained and being scored" if step == config.steps else ""
-                self._advance(label, f"{label}: {step}/{config.steps} {figures}")
+                told = f"{label}: {step}/{config.steps} {figures}"
+            self._advance(label, told)  # also where nothing is new, so that a log is told that work goes on
             if self.stop.is_set():
                 return "interrupted"
             if not rows or watched is None:

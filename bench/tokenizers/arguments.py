@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,10 +12,11 @@ import tyro
 
 from backbones import BACKBONES, OPTIONS, backbone
 from bench.core.cli import command_line
-from bench.core.errors import UserError
+from bench.core.errors import Damaged, UserError
 from bench.core.files import DIGEST
 from bench.core.manual import Manual
 from bench.core.recipe import Recipe, from_file
+from bench.core.runs import Run
 from bench.core.store import find_tokenizer
 from bench.instruments import GROUPS, INSTRUMENTS
 from bench.quantizers import QUANTIZERS
@@ -23,6 +24,7 @@ from bench.training.track import Track
 
 from .budgets import COSTS, match
 from .config import SETTINGS, Config, make_config, preset_settings
+from .curves import undecided
 
 BACKBONE = f"{', '.join(BACKBONES)} or timm:MODEL; several are run in turn and compared"
 LOOKS = (
@@ -79,6 +81,11 @@ class Arguments(Config):
         """Whether the budget to match has parameters or FLOPs, which set width and depth."""
         return any(f"{kind}:" in (self.match or "") for kind in COSTS)
 
+    def longer(self, runs: Iterable[Run]) -> list[str]:
+        """The flag for twice as many steps, where one of ``runs`` that is finished says that it should be trained for
+        longer; nothing where none does, and where a time sets the steps."""
+        return ["--steps", str(2 * self.steps)] if not self.timed and any(map(_short, runs)) else []
+
     def config(self, backbone: str, seed: int, **settings: Any) -> Config:
         """Config of one run, at the budget to match if there is one; ``settings`` override those of all runs. Raises
         UserError on a budget for what was given."""
@@ -91,6 +98,14 @@ class Arguments(Config):
                 raise UserError(f"{name} is {settings[name]}, and --match {self.match} sets it; leave out one of them")
         config.check()  # before a model of it is built
         return match(config, self.match)
+
+
+def _short(run: Run) -> bool:
+    """Whether a tokenizer is finished and says that it should be trained for longer."""
+    try:
+        return bool(undecided(run.metrics(), run.history()))
+    except (OSError, Damaged):
+        return False
 
 
 _FIELDS = tuple(field.name for field in fields(Config))

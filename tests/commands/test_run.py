@@ -28,6 +28,7 @@ from bench.core import store
 from bench.core.errors import Diverged, UserError
 from bench.core.files import cache_dir
 from bench.core.progress import runnable
+from bench.core.runs import Run
 from bench.core.store import Store
 from bench.data import DATASETS
 from bench.data.datasets import ABOUT, FORMATS
@@ -36,7 +37,7 @@ from bench.metrics import from_uint8, weights
 from bench.priors import models
 from bench.priors.models import PRIORS
 from bench.quantizers import QUANTIZERS
-from bench.tokenizers import costs, sizes, trial
+from bench.tokenizers import arguments, costs, sizes, trial
 from bench.tokenizers.arguments import parse
 from bench.tokenizers.config import PROTOCOL_VERSION, Config, make_config
 from bench.tokenizers.costs import shape_costs
@@ -75,8 +76,8 @@ def test_one_run_ends_with_a_table_a_protocol_and_the_next_command(trial_data, c
     assert "24 test images" in out
     assert re.search(r"^not done: cnn ema 0: train longer: \d+\.\d dB below k-means at the same bits$", out, re.M)
     suggested = out[out.index("Next: ") :].partition("\nGenerate")[0]
-    assert suggested.startswith(runnable("Next: python -m bench.run --preset smoke"))
-    assert suggested.endswith(f" --backbone {' '.join(BACKBONES)}")
+    assert suggested.startswith(runnable("Next: python -m bench.run --backbone cnn --preset smoke"))
+    assert suggested.endswith(" --steps 6")
     assert "finished" in err
     code, out, err = command("--backbone", "cnn", *TINY)
     assert code == 0
@@ -599,7 +600,29 @@ def test_the_protocol_line_says_how_the_numbers_were_measured(tmp_path, monkeypa
     assert "No F" not in line
 
 
-def test_the_next_command_compares_backbones_and_then_seeds(tmp_path):
+def test_what_should_be_trained_for_longer_is_trained_for_longer_next(tmp_path, monkeypatch):
+    """Whatever else there was to compare, as the lines above it say; where a time sets the steps, it stays."""
+    runs = [fabricate(Store(tmp_path), make_config("cnn", "smoke", device="cpu"))]
+
+    def suggested(*words: str) -> str:
+        (line,) = (one for one in next_of(runs, *words).splitlines() if one.startswith("Next: "))
+        return line.partition("bench.run ")[2]
+
+    assert run.not_done(runs[0]).startswith("cnn ema 0: train longer: ")
+    assert suggested("--backbone", "cnn", "--preset", "smoke") == "--backbone cnn --preset smoke --steps 300"
+    assert suggested("--steps", "7", "--backbone", "cnn") == "--backbone cnn --steps 14"
+    assert "--steps" not in suggested("--backbone", "cnn", "--match", "time:9s")
+    monkeypatch.setattr(arguments, "undecided", lambda metrics, history: [])
+    assert "--steps" not in suggested("--backbone", "cnn", "--preset", "smoke")
+
+
+def next_of(runs: list[Run], *words: str) -> str:
+    return run.next_command(parse(run.RunArguments, [*words, "--device", "cpu"], "run", ""), runs, words)
+
+
+def test_the_next_command_compares_backbones_and_then_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "undecided", lambda metrics, history: [])
+
     def suggested(*arguments):
         options = parse(run.RunArguments, [*arguments, "--device", "cpu"], "run", "")
         runs = [fabricate(Store(tmp_path), make_config(name, "smoke", device="cpu")) for name in ("cnn", "vit")]

@@ -38,6 +38,7 @@ from bench.sweeps.index import Index
 from bench.sweeps.kinds import KINDS
 from bench.sweeps.plan import Plan
 from bench.sweeps.search import make_plan
+from bench.tokenizers import arguments
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate, fabricate_failed, fabricate_prior
 
@@ -540,6 +541,7 @@ def test_the_name_tells_runs_apart_that_may_not_be_mixed(tmp_path):
         (("--beta",), ["--beta", "one value"]),
         (("--grid-size", "3"), ["3"]),
         (("--backbone", "resnet"), ["resnet", "convnext"]),
+        (("--data", "/", "--plan"), ["unknown data '/'", "/ is there: write folder:/"]),
         (("--storage", "nonsense"), ["cannot be read", "--storage"]),
         (("--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), ["127.0.0.1", "--storage"]),
         (("--storage", "oracle://me:secret@127.0.0.1:1/x"), ["oracle"]),
@@ -914,6 +916,14 @@ def test_the_list_counts_the_runs_of_each_study_by_how_they_ended(child, tmp_pat
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert lines["beta-smoke"] == "beta-smoke ablation beta cnn, vit 3 finished, 1 diverged"
     assert lines["other-smoke"] == "other-smoke ablation beta vit 1 finished"
+    Store(tmp_path).extend_study(longest := "a-study-" * 20, {"kind": "ablation", "sweep": [], "metrics": ["psnr"]}, {})
+    study_command.show(tmp_path)
+    assert longest in capsys.readouterr().out.split()  # in one piece, where a program reads it
+
+
+def test_an_unknown_command_is_told_with_those_that_there_are(capsys):
+    assert study_command.run(["lst"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'lst'; choose from list, rebuild\n"
 
 
 # -- priors -----------------------------------------------------------------------------------------------------------
@@ -1243,7 +1253,7 @@ def nexts(err: str) -> list[list[str]]:
 
 def test_a_study_ends_with_the_best_mean_and_commands_that_go_on(child, tmp_path, monkeypatch, capsys):
     """FakeChild's runs are the better the larger β is; a second command has one more seed, and nothing else."""
-    monkeypatch.setattr(study, "undecided", lambda metrics, history: [])
+    monkeypatch.setattr(arguments, "undecided", lambda metrics, history: [])
     assert start(BETA, tmp_path, "--seeds", "0", "1") == 0
     err = capsys.readouterr().err
     (best,) = [line for line in err.splitlines() if line.startswith("best of ")]
@@ -1259,7 +1269,7 @@ def test_a_study_ends_with_the_best_mean_and_commands_that_go_on(child, tmp_path
 
 
 def test_what_should_be_trained_for_longer_is_trained_for_longer_next(child, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "undecided", lambda metrics, history: ["12.0 dB below k-means at the same bits"])
+    monkeypatch.setattr(arguments, "undecided", lambda metrics, history: ["12.0 dB below k-means at the same bits"])
     assert start(BETA, tmp_path) == 0
     longer = nexts(capsys.readouterr().err)[0]
     assert longer[-2:] == ["--steps", str(2 * make_config("cnn", "smoke").steps)]
@@ -1314,6 +1324,16 @@ def test_the_bar_tells_how_far_a_trial_has_come(tmp_path, monkeypatch):
     rows.append({"step": 50, "reconstruction": 0.2})  # what follows may take minutes, and has no rows
     assert workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None).status == "finished"
     assert workers.told[-1] == "a: 50/50 loss 0.2000, trained and being scored"
+
+
+def test_the_bar_is_told_of_a_trial_that_has_nothing_new_to_tell(tmp_path, monkeypatch):
+    """Before the first row, and while it is scored, which may take minutes each: a log has lines all the same."""
+    what = planned(tmp_path, "--steps", "50")
+    workers = workers_of(what)
+    polls = ([], [{"step": 50, "reconstruction": 0.2}], [], [])
+    monkeypatch.setattr(study, "run_in_child", lambda config, *given: [Outcome("finished"), *map(given[3], polls)][0])
+    workers._attempt(what.example("cnn"), "a", what.tokenizers()[0], None)
+    assert workers.told == ["a: begins"] + ["a: 50/50 loss 0.2000, trained and being scored"] * 3
     assert KINDS["priors"].figures({"bits_per_token": 7.12345}) == "7.123 bits per token"
 
 
