@@ -12,10 +12,12 @@ MAMBA_SSM = .venv/bin/python -c "import sys, torch; sys.exit(torch.cuda.is_avail
 .PHONY: run test lint mutants
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	@echo "installing into .venv, which takes some two minutes"
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
+	@echo "installing what tests need into .venv, which takes some minutes"
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(MAMBA_SSM) || echo "mamba-ssm not installed: its parity tests will be skipped"
 	touch $@
