@@ -84,7 +84,7 @@ class Verdict:
             claim = f"{self.a} and {self.b} not distinguishable in {label}: difference {number}"
         words = f"{place}{claim} {self._range(self.interval, sign)}, {self._seeds}"
         if self.better is None and not self.interval[0] <= 0 <= self.interval[1]:
-            words += f"; that interval is of this pair alone, and p {self.p:.2g} after correction for all pairs"
+            words += f", but p {self.p:.2g} after correction for all pairs (the interval is of this one alone)"
         words += f"; over images {self._range(self.image_interval, sign)}" if self.image_interval else ""
         return words + low
 

@@ -510,7 +510,7 @@ def test_words_of_a_verdict():
     assert "difference 0.00 [-0.10, 0.14]" in zero.sentence()
     corrected = replace(verdict, interval=(0.01, 0.03), p=0.12)
     assert corrected.sentence().endswith(
-        "[0.010, 0.030], 3 paired seeds; that interval is of this pair alone, and p 0.12 after correction for all pairs"
+        "[0.010, 0.030], 3 paired seeds, but p 0.12 after correction for all pairs (the interval is of this one alone)"
     )
 
 
