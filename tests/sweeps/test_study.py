@@ -54,7 +54,7 @@ class FakeChild:
     def __init__(self, endings=()):
         self.calls, self.endings, self.lock = [], list(endings), threading.Lock()
 
-    def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+    def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
         with self.lock:
             self.calls.append(config)
             ending = self.endings.pop(0) if self.endings else "finished"
@@ -234,7 +234,7 @@ def test_failures_are_told_apart_retried_with_a_bound_and_never_stop_the_study(c
 
 def test_an_interrupted_study_goes_on_where_it_stopped(child, tmp_path, monkeypatch):
     class Stopping(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             if len(self.calls) == 2:
                 self.stop()
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
@@ -384,7 +384,7 @@ def test_a_search_gives_every_backbone_the_same_budget(child, tmp_path):
 
 def test_a_hopeless_search_trial_is_pruned_and_stays_pruned(child, tmp_path):
     class Pruning(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             self.calls.append(config)
             loss = 1.0 if len(self.calls) <= 6 else 100.0
             row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
@@ -407,7 +407,7 @@ def test_an_ablation_gives_up_no_cell_for_its_curve(child, tmp_path):
     said = []
 
     class Curves(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             loss = 1.0 if len(self.calls) < 6 else 100.0
             said.append(watch([{"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}]))
             return super().__call__(config, store, fid_weights, threads, lambda rows: None, timeout)
@@ -614,7 +614,7 @@ def test_pruning_hits_the_worse_loss_whichever_way_the_metric_goes(child, tmp_pa
     losses = [1.0] * 6 + [0.01, 100.0]
 
     class Pruning(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             loss = losses[len(self.calls)]
             self.calls.append(config)
             row = {"step": config.steps - 10, "reconstruction": loss, "perplexity": 9.0}
@@ -743,7 +743,7 @@ def test_workers_share_the_cores(child, tmp_path, monkeypatch, workers, threads)
     found = []
 
     class Counting(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             found.append((threads, timeout))
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
 
@@ -758,7 +758,7 @@ def test_several_processes_of_a_trial_share_its_threads(child, tmp_path, monkeyp
     found = []
 
     class Counting(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             found.append((threads, processes))
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
 
@@ -773,7 +773,7 @@ def test_no_further_seed_is_run_of_a_search_trial_that_failed(child, tmp_path, m
     """And the pruner sees the curve of the first seed alone."""
 
     class Curves(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             watch([{"step": config.steps - 10 * (1 + config.seed), "reconstruction": 5.0, "perplexity": 9.0}])
             return super().__call__(config, store, fid_weights, threads, watch, timeout)
 
@@ -812,7 +812,7 @@ def test_a_busy_run_is_waited_for_and_then_adopted(child, tmp_path):
     one = Ablation("beta", sweep={"beta": (0.25,)}, backbones=("cnn",), seeds=(0,))
 
     class Busy(FakeChild):
-        def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+        def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
             self.calls.append(config)
             if len(self.calls) < 5:
                 return Outcome("busy")
@@ -1404,7 +1404,7 @@ def test_a_trial_that_is_asked_about_answers_stop_before_prune(tmp_path, monkeyp
     watched = SimpleNamespace(should_prune=lambda: True)
     answers = []
 
-    def run(config, store, fid_weights, threads, watch, timeout, processes=1):
+    def run(config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
         answers.extend([watch([]), watch(rows), watch(rows)])
         workers.stop.set()
         answers.append(watch(rows))
