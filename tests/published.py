@@ -20,7 +20,7 @@ PAGES = ("README.md", "results/REPORT.md")
 # A command in a line of its own, and what follows it: titles, tables, and notes between them.
 PRINTED = re.compile(
     r"^`python -m bench\.report ([^`\n]*)`:\n\n"
-    r"((?:\*\*.*\*\*\n\n(?:(?:\|.*\n)+\n?)+(?:(?:†|Intervals are|Where further|The first) .*\n\n?)*)*)",
+    r"((?:\*\*.*\*\*\n\n(?:(?:\|.*\n)+\n?)+(?:(?:[†‡]|Intervals are|Where further|The first) .*\n\n?)*)*)",
     re.MULTILINE,
 )
 
