@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from . import cnn, convnext, hybrid, mamba, vit
+from .plugins import plugged
 from .torchvision_repair import repair
 
 
@@ -47,6 +48,7 @@ BACKBONES: dict[str, Backbone] = {
     "bimamba": Backbone(mamba.BidirectionalEncoder, mamba.BidirectionalDecoder, *_with("token_order", "two_streams")),
     "hybrid": Backbone(hybrid.Encoder, hybrid.Decoder, *_with("token_order", "vision_mixer", "rotary")),
 }
+BACKBONES |= plugged("backbones", BACKBONES)
 # What each is, in a line; one that has none here is listed without.
 ABOUT = {
     "cnn": "residual CNN, as in VQ-VAE: ReLU and convolutions",

@@ -28,6 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbones import ABOUT, BACKBONES
+from backbones.plugins import version_of
 from bench.core import group
 from bench.core.cli import Trial, command, run_each
 from bench.core.errors import UserError
@@ -222,14 +223,16 @@ def next_command(options: RunArguments, runs: list[Run], given: Sequence[str]) -
 def overview() -> Table:
     """All that can be chosen by name, with a line on each."""
     from bench.data import ABOUT as DATA
-    from bench.priors.models import ABOUT as PRIORS
+    from bench.data import DATASETS
+    from bench.priors.models import ABOUT as ABOUT_PRIORS
+    from bench.priors.models import PRIORS
 
     shelves: dict[str, Mapping[str, str]] = {
-        "--backbone": {name: ABOUT.get(name, "") for name in (*BACKBONES, "timm:MODEL")},
+        "--backbone": {name: ABOUT.get(name, version_of("backbones", name)) for name in (*BACKBONES, "timm:MODEL")},
         "--quantizer": {name: first_sentence(kind.__doc__) for name, kind in QUANTIZERS.items()},
-        "--data": DATA,
+        "--data": {name: version_of("data", name) for name in DATASETS} | DATA,
         "--preset": {name: settings["about"] for name, settings in PRESETS.items()},
-        "bench.prior --prior": PRIORS,
+        "bench.prior --prior": {name: version_of("priors", name) for name in PRIORS} | ABOUT_PRIORS,
         "studies": studies(),
     }
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from backbones import plugins
 from backbones.ssd import scan_backend
 
 from . import group
@@ -28,6 +29,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions |= plugins.packages()
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
         "python": platform.python_version(),

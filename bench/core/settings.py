@@ -162,12 +162,13 @@ def _read(hint: Any) -> _Field:
     return _Field(accepted, limits, choices[0] if choices else None, LATER in rules)
 
 
-def identity(version: int, config: Any) -> str:
-    """64 hexadecimal digits that stand for the resolved dataclass ``config`` under one version of its protocol."""
+def identity(version: int, config: Any, packages: Collection[str] = ()) -> str:
+    """64 hexadecimal digits that stand for the resolved dataclass ``config`` under one version of its protocol, and for
+    the ``packages``, with their versions, that what it names comes from."""
     later = {name for name, field in _types(type(config)).items() if field.later}
     values = {
         field.name: value
         for field in fields(config)
         if (value := getattr(config, field.name)) != field.default or field.name not in later
     }
-    return hashlib.sha256(json.dumps([version, values], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([version, values, *packages], sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from backbones.plugins import plugged
+
 from .formats import check_hub, find_arrays, find_parquet, hub_source, npy_source, parquet_source
 from .photos import photo_source
 from .shards import find_shards, shard_source
@@ -22,6 +24,7 @@ DATASETS: dict[str, Callable[[int], Source]] = {
     "celeba": partial(torchvision_source, "CelebA", _VALID),
     "flowers102": partial(torchvision_source, "Flowers102", _VAL),
 }
+DATASETS |= plugged("data", DATASETS)
 """Data sets by name: image_size -> Source."""
 
 

@@ -21,6 +21,7 @@ from filelock import FileLock
 from PIL import Image
 from rich.markup import escape
 
+from backbones.plugins import version_of
 from bench.core.errors import Damaged, UserError
 from bench.core.files import UNREADABLE, atomic_path, cache_dir, reason, seal, sha256_arrays, unseal
 from bench.core.progress import Bar, console, say
@@ -122,7 +123,8 @@ def check_name(data: str) -> None:
 def decoded(data: str, source: Source, image_size: int) -> Data:
     """The same, of the images of a ``source`` that is called ``data``."""
     name = data.partition(":")[0]
-    identity = json.dumps([DECODING_VERSION, name, image_size, source.identity])
+    package = filter(None, [version_of("data", name)])
+    identity = json.dumps([DECODING_VERSION, name, image_size, source.identity, *package])
     key = f"{name}-{image_size}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = cache_dir() / "data" / key
     try:

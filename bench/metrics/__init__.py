@@ -21,6 +21,7 @@ bits_per_image            log2 K per code; of a latent without codes, and of fil
 ========================  ==========================================================================================
 """
 
+from backbones.plugins import plugged
 from bench.data import from_uint8
 
 from . import weights
@@ -36,4 +37,5 @@ from .sets import EXTRACTORS, PRECISION_NEIGHBOURS, DinoV2Scores, ImageSet, Ince
 EVALUATORS: tuple[type[Evaluator], ...] = (
     *(InceptionScores, LPIPSScores, DinoV2Scores),
     *(PixelScores, ArtefactScores, CodeScores),
+    *plugged("metrics", {}).values(),
 )

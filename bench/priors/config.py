@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
 from backbones.orders import ORDERS
+from backbones.plugins import version_of
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
@@ -101,7 +102,8 @@ class PriorConfig:
 
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the version."""
-        return f"{self.prior}-{self.tokenizer}-{settings.identity(PRIOR_VERSION, self.resolved())[:8]}"
+        packages = [*filter(None, [version_of("priors", self.prior)])]
+        return f"{self.prior}-{self.tokenizer}-{settings.identity(PRIOR_VERSION, self.resolved(), packages)[:8]}"
 
     def stored(self) -> "PriorConfig":
         """The config as its run keeps it: as it is."""

@@ -30,6 +30,8 @@ one back, so a small code_dim is a look-up in a small projected space, with a co
 All arithmetic is float32 whatever the autocast: distances of nearby codes differ by less than bfloat16 resolves.
 """
 
+from backbones.plugins import plugged
+
 from .codebook import GRADIENTS, Quantized, Quantizer, nearest
 from .continuous import KLQuantizer, NoQuantizer
 from .learned import (
@@ -60,6 +62,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "none": NoQuantizer,
     "kl": KLQuantizer,
 }
+QUANTIZERS |= plugged("quantizers", QUANTIZERS)
 
 # Of the entropy penalty, where Config leaves it open. Without it lfq falls to a handful of codes, and simvq, which
 # resets none, used half of 512 on the photographs and scored 0.8 dB lower. All others: none.

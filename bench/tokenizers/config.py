@@ -3,6 +3,7 @@
 A field's name is the command-line flag, the Optuna parameter and the DataFrame column; its type says what it may be.
 """
 
+import itertools
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from backbones import OPTIONS, Backbone, backbone, users
 from backbones.layers import downsamplings
 from backbones.orders import TURNS, order
+from backbones.plugins import version_of
 from bench.core import settings
 from bench.core.device import check_device, resolve_device, resolve_precision
 from bench.core.errors import UserError
@@ -210,7 +212,9 @@ class Config:
     def run_id(self) -> str:
         """Identity of the run: readable head, then a hash of the canonical config and the protocol version."""
         head = f"{self.backbone.replace(':', '-')}-{self.quantizer}"
-        return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved().stored())[:12]}"
+        named = {"backbones": self.backbone, "quantizers": self.quantizer, "data": self.data}
+        packages = sorted(filter(None, itertools.starmap(version_of, named.items())))
+        return f"{head}-{settings.identity(PROTOCOL_VERSION, self.resolved().stored(), packages)[:12]}"
 
     def stored(self) -> "Config":
         """The config as its run keeps it: with what is in ``alignment_file`` and ``init_from`` in place of their paths.

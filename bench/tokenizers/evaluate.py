@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backbones.plugins import packages
 from bench.core import group
 from bench.core.files import cache_dir, cached, seal, unseal_numbers
 from bench.core.progress import Bar
@@ -174,6 +175,7 @@ def kmeans_reference(config: Config, data: Data, fid_weights: Path | None) -> di
     once, then cached."""
     grid_size, codebook_size, device = config.grid_size, config.codebook_size, config.device
     version, extractors = f"v{PROTOCOL_VERSION}.{REFERENCE_VERSION}", digests(fid_weights)
+    version += "".join(f"-{name}-{number}" for name, number in packages(["metrics"]).items())  # of others' metrics
     images = f"{data.fingerprint[:16]}-{config.split}-n{len(data.train)}"
     key = f"{images}-g{grid_size}-k{codebook_size}-{version}-{extractors}-{device.partition(':')[0]}"
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
+from backbones.plugins import plugged
+
 from .independent import Independent
 from .masked import MaskedPrior
 from .pixelcnn import PixelCNN
@@ -18,6 +20,7 @@ SEQUENCES: dict[str, Callable[..., Prior]] = {
 }
 CAUSAL: dict[str, Callable[..., Prior]] = {"pixelcnn": PixelCNN, **SEQUENCES}  # have an order, and so a likelihood
 LEARNED: dict[str, Callable[..., Prior]] = {**CAUSAL, "masked": MaskedPrior}
+LEARNED |= plugged("priors", {"independent": Independent, **LEARNED})
 # ... and the floor under them as (codebook_size, grid, classes)
 PRIORS: dict[str, Callable[..., Prior]] = {"independent": Independent, **LEARNED}
 # What each is, in a line.
