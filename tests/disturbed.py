@@ -4,11 +4,13 @@ Their training, checkpoints and files are the real ones; their scores are few an
 """
 
 import errno
+import io
 import os
 import re
 import shutil
 import signal
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -82,10 +84,11 @@ class World:
 
     def start(self, name: str, place: str = "here") -> Run:
         """The folder of a run that has not begun, in a store of its own."""
+        taught = self.undisturbed("ema") if isinstance(RUNS[name], PriorConfig) else {}  # in that very place, perhaps
         shutil.rmtree(self.root / place, ignore_errors=True)
         store = Store(self.root / place)
-        if isinstance(RUNS[name], PriorConfig):
-            put(store.run(TAUGHT).folder, self.undisturbed("ema"))
+        if taught:
+            put(store.run(TAUGHT).folder, taught)
         return store.run(RUNS[name])
 
     def go(self, run: Run) -> Run:
@@ -248,8 +251,13 @@ def refuse(patch: pytest.MonkeyPatch, place: int, number: int) -> list[str]:
 
 
 def damaged(whole: bytes, how: str) -> bytes:
-    """``whole``, damaged; a bit flips in the middle of it."""
+    """``whole``, damaged; a bit flips in the middle of it, or of the largest file in an archive, which has padding that
+    nobody reads between its files."""
     middle = len(whole) // 2
+    if zipfile.is_zipfile(io.BytesIO(whole)):
+        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+            largest = archive.read(max(archive.infolist(), key=lambda one: one.file_size))
+        middle = whole.find(largest) + len(largest) // 2 if largest in whole else middle
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     return {"emptied": b"", "cut": whole[:middle], "flipped": flipped}[how]
 

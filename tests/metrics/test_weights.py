@@ -400,7 +400,7 @@ def test_a_download_is_counted_in_megabytes(folder, monkeypatch):
 
     response = Response(bytes(5 * 2**19))
     response.headers = {"Content-Length": str(5 * 2**19)}
-    monkeypatch.setattr(weights, "Bar", CountingBar)
+    monkeypatch.setattr("bench.core.progress.Bar", CountingBar)
     monkeypatch.setattr(weights, "urlopen", lambda url, timeout: response)
     assert "expected 6726825d; take weights-inception-2015-12-05-6726825d.pth" in weights.inception_missing()
     assert [(bar.label, bar.total, bar.done) for bar in bars] == [("Inception weights, MB", 2, 3)]  # the last is a half

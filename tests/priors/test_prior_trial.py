@@ -375,11 +375,11 @@ def test_a_prior_is_held_until_it_is_scored(world, monkeypatch):
     def look(name):
         replaced = getattr(prior_trial, name)
 
-        def looking(*arguments):
+        def looking(*arguments, **options):
             with pytest.raises(Busy), Run(folder).locked():
                 pass
             taken.append(name)
-            return replaced(*arguments)
+            return replaced(*arguments, **options)
 
         monkeypatch.setattr(prior_trial, name, looking)
 
@@ -470,7 +470,7 @@ def test_every_option_reaches_the_config():
 def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
     asked = []
 
-    def finish(config, run, store, fid_weights, resume):
+    def finish(config, run, store, fid_weights, resume, track):
         asked.append((config.tokenizer, config.prior, config.seed, store.root, fid_weights, resume))
         if config.seed == 5:
             raise Diverged("too steep")
@@ -479,6 +479,8 @@ def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
     monkeypatch.setattr(prior, "run_prior", finish)
     monkeypatch.setattr(prior, "result_table", lambda runs: Table(f"{len(runs)} in the table"))
     monkeypatch.setattr(prior, "protocol_line", lambda run: "")
+    for name in ("not_done", "of_its_codes"):
+        monkeypatch.setattr(prior, name, lambda run: "")
     arguments = [str(world.tokenizer.folder), "--prior", "rnn", "mamba", "--seeds", "3", "5", "--device", "cpu"]
     assert prior.main([*arguments, "--fid-weights", "file", "--no-resume"]) == 1
     root = world.store.root.resolve()
@@ -488,7 +490,7 @@ def test_every_tokenizer_prior_and_seed_is_one_run(world, monkeypatch, capsys):
 
 
 def test_a_prior_that_was_only_begun_is_not_said_to_be_finished_already(world, monkeypatch, capsys):
-    def begin_then_finish(config, run, store, fid_weights, resume):
+    def begin_then_finish(config, run, store, fid_weights, resume, track):
         made = store.run(config)
         if not made.folder.is_dir():
             made.folder.mkdir(parents=True)

@@ -1342,8 +1342,9 @@ def test_a_child_is_started_with_what_the_command_line_says(tmp_path, monkeypatc
     monkeypatch.setattr(study, "run_in_child", lambda *all: given.append(all) or Outcome("finished"))
     what = planned(tmp_path, "--fid-weights", str(tmp_path), "--trial-timeout", "7")
     workers_of(what)._attempt(what.example("vit"), "a", what.tokenizers()[0], None)
-    ((config, store, weights, threads, _, timeout),) = given
+    ((config, store, weights, threads, _, timeout, track, processes),) = given
     assert (config, store, weights, threads, timeout) == (what.example("vit"), what.store, tmp_path, None, 7.0)
+    assert (track, processes) == (None, 1)
 
 
 def test_a_run_that_has_ended_is_adopted_with_its_reason(tmp_path, monkeypatch):

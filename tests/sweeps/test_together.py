@@ -77,14 +77,15 @@ def test_how_torchrun_ends_is_how_a_child_ends(torchrun, monkeypatch, tmp_path):
     signals, config = [], make_config("cnn", "smoke")
 
     def train():
-        together.train_together(2, config, Store(tmp_path), None)
+        together.train_together(2, None, config, Store(tmp_path), None)
 
     given = torchrun(None)
     train()
     words = given[0]
     assert words[:3] == ["--standalone", "--nproc-per-node", "2"]
     assert words[-3:-1] == ["-m", "bench.sweeps.together"]
-    assert json.loads(words[-1]) == {"config": asdict(config), "results": str(tmp_path), "fid_weights": None}
+    task = {"config": asdict(config), "results": str(tmp_path), "fid_weights": None, "track": None}
+    assert json.loads(words[-1]) == task
     assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     torchrun(SignalException("stopped", signal.SIGTERM))
     with pytest.raises(Interrupted):
@@ -114,11 +115,12 @@ def test_a_process_says_how_it_ended(monkeypatch, tmp_path, capsys, error, told,
     """With a traceback where nobody else knows of the reason."""
     trained = []
 
-    def run_trial(*arguments):
-        trained.append(arguments)
+    def run_trial(*arguments, track):
+        trained.append((*arguments, track))
         raise error
 
-    task = {"config": asdict(make_config("cnn", "smoke", device="cpu")), "results": "here", "fid_weights": "w.pth"}
+    task = {"config": asdict(make_config("cnn", "smoke", device="cpu")), "results": "here"}
+    task |= {"fid_weights": "w.pth", "track": "wandb"}
     monkeypatch.setattr(sys, "argv", ["together", json.dumps(task)])
     monkeypatch.setenv(together.TOLD, str(tmp_path / "error.json"))
     monkeypatch.setattr(together, "run_trial", run_trial)
@@ -126,7 +128,7 @@ def test_a_process_says_how_it_ended(monkeypatch, tmp_path, capsys, error, told,
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):
         together.main()
-    assert trained == [(make_config("cnn", "smoke", device="cpu"), "here", Path("w.pth"))]
+    assert trained == [(make_config("cnn", "smoke", device="cpu"), "here", Path("w.pth"), "wandb")]
     said = json.loads((tmp_path / "error.json").read_text())
     assert (said["outcome"], said["lost"]) == (told, lost)
     assert ("Traceback" in capsys.readouterr().err) == traced
