@@ -10,6 +10,7 @@ import pytest
 from bench import diff, doctor, encode, export, prior, report, run, speed, study
 from bench.core import group
 from bench.core.store import Store
+from bench.data import load
 from bench.sweeps import workers
 from bench.tokenizers.config import make_config
 from tests.fabricate import fabricate
@@ -206,6 +207,12 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def there(place: Path) -> set[Path]:
     return set(place.rglob("*"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decoded():
+    """The photographs: a first decoding may take so long that it is told."""
+    load("photos", 64)
 
 
 @pytest.mark.parametrize("line", BAD)

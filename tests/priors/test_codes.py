@@ -315,7 +315,7 @@ def test_the_bar_counts_every_image_that_is_encoded(folder, monkeypatch, augment
     monkeypatch.setattr(module, "Bar", Noted)
     encode(folder, Reader(augment=augment), toy_data())
     (bar,) = bars
-    assert bar.label == "encoding"
+    assert bar.label == "encoding images" + ", those to train on mirrored, too" * (augment == "flip")
     assert bar.done == bar.total == 66 + 70 * (1 + (augment == "flip"))
 
 

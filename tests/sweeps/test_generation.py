@@ -55,7 +55,7 @@ class Trained:
     def __init__(self):
         self.calls, self.asked, self.endings = [], [], {}
 
-    def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+    def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
         self.calls.append(config)
         ending = self.endings.get(len(self.calls), "finished")
         hopeless = (

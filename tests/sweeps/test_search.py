@@ -41,7 +41,7 @@ class Overfitting:
     def __init__(self):
         self.configs = []
 
-    def __call__(self, config, store, fid_weights, threads, watch, timeout, processes=1):
+    def __call__(self, config, store, fid_weights, threads, watch, timeout, track=None, processes=1):
         self.configs.append(config)
         sign = 1 if config.split == "val" else -1
         fabricate(store, config, sign * 0.02 * config.beta, 0.0005 * config.seed, scored_on=config.split)

@@ -128,6 +128,7 @@ def test_what_costs_time_is_timed_anew(tiny, timed, monkeypatch, name):
     step_seconds(base)
     step_seconds(replace(base, **{name: OTHER[name]}))
     free = {"data", "beta", "ema_decay", "lr", "warmup", "weight_decay", "grad_clip", "weight_ema", "seed", "steps"}
+    free |= {"init_from"}
     assert len(timed) == (1 if name in free else 2)
 
 

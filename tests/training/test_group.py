@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 
 from bench import prior
-from bench.core import group
+from bench.core import group, progress
 from bench.core.errors import Damaged, Interrupted, UserError
 from bench.core.progress import SafeConsole
 from bench.core.store import Store
@@ -312,15 +312,15 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 
 
 def test_all_but_the_first_print_nothing(monkeypatch):
-    monkeypatch.setattr(group, "console", SafeConsole())
-    monkeypatch.setattr(group, "stdout", SafeConsole())
+    for name in ("console", "stdout"):
+        monkeypatch.setattr(progress, name, SafeConsole())
     monkeypatch.setenv("RANK", "1")
     group.hush()
-    assert not group.stdout.quiet  # alone, whatever its number
+    assert not progress.stdout.quiet  # alone, whatever its number
     monkeypatch.setenv("WORLD_SIZE", "2")
     group.hush()
-    assert group.stdout.quiet
-    assert group.console.quiet
+    assert progress.stdout.quiet
+    assert progress.console.quiet
 
 
 @pytest.mark.parametrize("count", [1, 7, 12])
