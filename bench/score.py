@@ -7,8 +7,8 @@
     python -m bench.score --originals DIR --reconstructions DIR
 
 A guest lands in the same store as runs do, and in the same reports, marked as trained elsewhere: with k-means and image
-formats at the same bits, its costs, its speed, and verdicts over images. Rows are ranked at equal bits alone; all meet
-in the chart of rate and distortion.
+formats at the same bits, its costs and its speed. Rows are ranked at equal bits alone; all meet in the chart of rate
+and distortion. A guest is one and has no seeds, so that there is a difference to others and no verdict.
 """
 
 import math
@@ -109,9 +109,9 @@ def _check(options: Options) -> None:
         )
     if options.split not in HELD_OUT:
         raise UserError(f"--split is {options.split}; choose from {', '.join(HELD_OUT)}")
-    for flag, value in (("--image-size", options.image_size - 1), ("--resize-to", options.resize_to)):
-        if value < 0:
-            raise UserError(f"{flag} is {value + (flag == '--image-size')}; it is a number of pixels")
+    for flag, value, least in (("--image-size", options.image_size, 1), ("--resize-to", options.resize_to, 0)):
+        if value < least:
+            raise UserError(f"{flag} is {value}; it is a number of pixels, from {least}")
 
 
 def _scored(options: Options, store: Store, device: str) -> list[Run]:
@@ -136,12 +136,11 @@ def _scored(options: Options, store: Store, device: str) -> list[Run]:
     for net in weights.TRUNKS:
         weights.trunk_state(net)
     how = options.split, options.fid_weights, options.instruments, options.train_images
-    trials = []
+    runs = []
     for guest in guests:
-        run = score_guest(guest, data, store, *how)
-        say(f"scored: {escape(f'{guest.name}: {run.folder}')}")
-        trials.append(run)
-    return trials
+        runs.append(score_guest(guest, data, store, *how))
+        say(f"scored: {escape(f'{guest.name}: {runs[-1].folder}')}")
+    return runs
 
 
 def table_of(runs: list[Run]) -> Table:

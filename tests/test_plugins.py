@@ -66,7 +66,7 @@ def test_a_run_says_which_packages_were_there(installed):
     assert "vqbench-example" not in environment()["versions"]
     installed(PACKAGE)
     assert environment()["versions"]["vqbench-example"] == "0.1"
-    assert plugins.packages(["nothing"]) == {}
+    assert plugins.packages(["metrics"]) == {"vqbench-example": "0.1"}
 
 
 def test_what_cannot_be_loaded_is_left_out_and_ours_keep_their_names(installed):

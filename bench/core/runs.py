@@ -260,7 +260,7 @@ class Run:
                 raise Damaged(path, f"{name} is {value!r}, which is no number of use")
         if missing := [name for name in SCORED.get(shelf, ()) if name not in metrics]:
             undefined = UNDEFINED.get(str(self.config().get("quantizer")), ()) if shelf == "runs" else ()
-            if missing := [name for name in missing if name not in undefined and not self._scored_alone(name)]:
+            if missing := [name for name in missing if name not in undefined and not self._may_lack(name)]:
                 raise Damaged(path, f"it has no {missing[0]}")
         if any(isinstance(value, (list, dict)) for value in protocol.values()):
             raise Damaged(path, "its protocol has lists")
@@ -275,7 +275,7 @@ class Run:
                 metrics[both] = metrics[first] + metrics[second]
         return metrics, protocol
 
-    def _scored_alone(self, name: str) -> bool:
+    def _may_lack(self, name: str) -> bool:
         """Whether a run may lack the metric ``name``, which it cannot where it was trained elsewhere."""
         return self.elsewhere and name != "psnr"
 

@@ -18,7 +18,7 @@ from bench.core.errors import UserError
 from bench.core.files import sha256_arrays, sha256_file, sha256_json
 from bench.core.store import find_tokenizer
 from bench.tokenizers.codecs import FORMATS, FormatCodec, available
-from bench.tokenizers.tokenizer import Tokenizer, to_device
+from bench.tokenizers.tokenizer import Tokenizer
 
 from .checkpoints import checkpoint
 from .guest import Adapted, Guest, Sides
@@ -97,7 +97,7 @@ def anything(name: str, place: Place) -> Guest:
             raise UserError(f"{called}: what {factory_name}() gives has no {part}; see bench.score --help")
     low, high = getattr(made, "value_range", (-1.0, 1.0))
     if isinstance(made, nn.Module):
-        made = to_device(made, place.device).eval().requires_grad_(False)
+        made = made.to(place.device).eval().requires_grad_(False)
     sides = getattr(made, "encoder", None), getattr(made, "decoder", None)
     return Guest(
         name=called,

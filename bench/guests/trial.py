@@ -13,12 +13,11 @@ from bench.core.errors import UserError
 from bench.core.files import atomic_path
 from bench.core.runs import Run, check_whole
 from bench.core.store import Store
-from bench.data import Data, load
-from bench.instruments import Subject
+from bench.data import Data
 from bench.tokenizers.codecs import KEPT, format_references
 from bench.tokenizers.costs import flops, throughput
 from bench.tokenizers.evaluate import PICTURES, evenly_spaced, kmeans_reference, protocol, score
-from bench.tokenizers.measure import look
+from bench.tokenizers.measure import look, subject
 from bench.tokenizers.sizes import parameter_count
 from bench.tokenizers.trial import sample_reconstructions, show
 from bench.training.trial import begun, complete
@@ -53,8 +52,17 @@ def score_guest(
         raise UserError(f"{run.folder} was scored by other weights or on other images of {data.name}; move that folder")
     if not run.finished:
         with begun(run, {"config": asdict(config), "about": guest.about, "trained_on": data.fingerprint}):
-            _finish(run, guest, config, data.with_train(train_images), conditions, fid_weights)
-    look(run, lambda: _subject(guest, config, data), lambda: run.digests()["per_image.npz"], instruments)
+            try:
+                _finish(run, guest, config, data.with_train(train_images), conditions, fid_weights)
+            except UserError as error:
+                run.fail("refused", str(error))
+                raise
+    look(
+        run,
+        lambda: subject(guest.codec, guest.lookup, config, data),
+        lambda: run.digests()["per_image.npz"],
+        instruments,
+    )
     return run
 
 
@@ -134,17 +142,3 @@ def _costs(guest: Guest, config: GuestConfig) -> dict[str, float]:
             "flops_decode": flops(guest.sides.decoder, z),
         }
     return {**costs, **throughput(guest.codec, config.image_size, guest.device)}
-
-
-def _subject(guest: Guest, config: GuestConfig, data: Data) -> Subject:
-    """The guest as instruments take it."""
-    return Subject(
-        codec=guest.codec,
-        lookup=guest.lookup,
-        codebook_size=config.codebook_size,
-        images=data.images(config.split),
-        train=data.train,
-        labels=data.labels and (data.labels_of("train"), data.labels_of(config.split)),
-        at=lambda image_size: load(config.data, image_size).images(config.split),
-        device=guest.device,
-    )

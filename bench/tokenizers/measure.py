@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich.markup import escape
+from torch import Tensor
 
 from bench.core.errors import Damaged, UserError
 from bench.core.files import atomic_path, sha256_file
@@ -12,17 +13,31 @@ from bench.core.progress import say
 from bench.core.runs import Run
 from bench.data import Data, load
 from bench.instruments import INSTRUMENTS, Subject, choose
+from bench.metrics import Codec
 
 from .config import Config
 from .tokenizer import Tokenizer, to_device
 
 
+class Seen(Protocol):
+    """What a Config, or another identity of scores, has to say about what is looked at."""
+
+    data: str
+    split: str
+    codebook_size: int
+    device: str
+
+
 def subject_of(tokenizer: Tokenizer, data: Data) -> Subject:
     """``tokenizer``, on its device, as instruments take it, with the images that it is scored on."""
-    config = tokenizer.config
+    return subject(tokenizer, tokenizer.quantizer.lookup, tokenizer.config, data)
+
+
+def subject(codec: Codec, lookup: Callable[[Tensor], Tensor] | None, config: Seen, data: Data) -> Subject:
+    """The same of any ``codec``, with the ``lookup`` of its codes where that is known."""
     return Subject(
-        codec=tokenizer,
-        lookup=tokenizer.quantizer.lookup,
+        codec=codec,
+        lookup=lookup,
         codebook_size=config.codebook_size,
         images=data.images(config.split),
         train=data.train,
@@ -71,10 +86,10 @@ def _seen(found: dict[str, dict[str, Any]], name: str) -> bool:
 def measure(run: Run, data: Data, words: Sequence[str]) -> None:
     """Has the instruments that ``words`` mean look at a finished ``run`` of ours, as ``look`` does."""
 
-    def subject() -> Subject:
+    def trained() -> Subject:
         return subject_of(Tokenizer.from_run(run.folder, run.settings(Config).device), data)
 
-    look(run, subject, lambda: sha256_file(run.folder / "tokenizer.safetensors"), words)
+    look(run, trained, lambda: sha256_file(run.folder / "tokenizer.safetensors"), words)
 
 
 def look(run: Run, subject_of_run: Callable[[], Subject], weights: Callable[[], str], words: Sequence[str]) -> None:

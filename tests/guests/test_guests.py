@@ -110,6 +110,21 @@ class Grey:
         return shown.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
 
 
+class Film(torch.nn.Module):
+    """A tokenizer without codes that has a convolution over time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv3d(3, 3, 1)
+
+    def encode(self, x):
+        return self.layer(x[:, :, None])[:, :, 0]
+
+    def decode(self, codes):
+        return codes
+
+
 def grey(**changes):
     return Guest(
         **{"name": "grey", "codec": Adapted(Grey(), low=0, high=1), "codebook_size": 16, "digest": "d"}
@@ -247,6 +262,13 @@ def test_an_object_of_anybodys_is_taken_in_its_own_range():
     assert guest.codebook_size == 16
 
 
+def test_a_module_of_any_rank_is_taken():
+    """Films have kernels of five dimensions."""
+    guest = invited("python:tests.guests.test_guests:Film", Place("results", "cpu"))
+    assert guest.latent(8).shape == (1, 3, 8, 8)
+    assert guest.digest == invited("python:tests.guests.test_guests:Film", Place("results", "cpu")).digest
+
+
 def test_images_are_resized_there_and_back():
     seen = []
 
@@ -321,6 +343,8 @@ def test_a_guest_is_scored_once_and_known_by_what_it_depends_on(data, tmp_path, 
 def test_codes_beyond_the_codebook_are_told(data, tmp_path, alone):
     with pytest.raises(UserError, match=r"grey: codes must be integers in \[0, 2\); its codebook_size is 2"):
         score_guest(grey(codebook_size=2), data, Store(tmp_path))
+    (run,) = Store(tmp_path).runs()
+    assert run.status == "refused"
 
 
 def test_references_are_those_of_its_rate(data, tmp_path, monkeypatch):
